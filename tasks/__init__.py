@@ -1,0 +1,1 @@
+"""Tasks for lmms-eval: YAML files and the functions that they name."""
