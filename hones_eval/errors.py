@@ -1,0 +1,21 @@
+"""The errors that a user can mend. The command line prints them as one line."""
+
+
+class HonesError(Exception):
+    """Something the user asked for cannot be done; the message says what, where, and the way out."""
+
+
+class UnsupportedModelError(HonesError):
+    """The model's anatomy is one that this package does not serve, and the message names why."""
+
+
+class MisfitError(HonesError):
+    """A ranking or steering was made for a model of another shape."""
+
+
+class EditError(HonesError):
+    """An edit or a recorder did not run, or met a tensor of another shape than it was made for."""
+
+
+class TaskError(HonesError):
+    """An lmms-eval task cannot be used for discovery as it stands."""

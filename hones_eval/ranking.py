@@ -1,0 +1,70 @@
+"""A ranking: scores of heads and neurons, with where they came from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from hones_eval.artefact import Provenance, load_artefact, save_artefact
+from hones_eval.errors import HonesError, MisfitError
+from hones_eval.sites import Head, Neuron, neuron_count, top_heads, top_neurons
+
+_HEAD_TENSORS = ("head_scores", "head_log_probability", "head_positive", "head_negative")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores of every head [L, H] and neuron [L, I] of a model's language model.
+
+    `head_scores`: HONES, the drop of the task's metric; V-SEAM, the signed mean drop of the answer's
+    probability. `head_log_probability`: the mean drop of the target's log-probability (HONES).
+    `head_positive`, `head_negative`: V-SEAM only. `neuron_scores`: importance, when asked for.
+    `report`: counts and figures that a reader of the ranking should see.
+    """
+
+    provenance: Provenance
+    head_scores: Tensor | None = None
+    head_log_probability: Tensor | None = None
+    head_positive: Tensor | None = None
+    head_negative: Tensor | None = None
+    neuron_scores: Tensor | None = None
+    report: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that every tensor has the shape that the provenance names."""
+        shape = self.provenance.shape
+        for name, tensor in self._tensors().items():
+            expected = (shape.layers, shape.neurons if name == "neuron_scores" else shape.heads)
+            if tuple(tensor.shape) != expected:
+                raise MisfitError(f"{name} has the shape {tuple(tensor.shape)}, the model needs {expected}")
+
+    def heads(self, count: int) -> list[Head]:
+        """The `count` best heads by `head_scores`, ties by (layer, head)."""
+        if self.head_scores is None:
+            raise HonesError("this ranking has no head scores")
+        return top_heads(self.head_scores, count)
+
+    def neurons(self, fraction: float | None = None) -> list[Neuron]:
+        """The best share of all neurons (default: the share that the ranking was made with, else 1 %)."""
+        if self.neuron_scores is None:
+            raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
+        share = self.provenance.settings.get("neurons", 0.01) if fraction is None else fraction
+        return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `ranking.json` and `ranking.safetensors` into `folder`."""
+        save_artefact(Path(folder), "ranking", self.provenance, self._tensors(), {"report": self.report})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a folder that `save` wrote; anything else is an error that names the file."""
+        header, provenance, tensors = load_artefact(Path(folder), "ranking")
+        unknown = set(tensors) - {*_HEAD_TENSORS, "neuron_scores"}
+        if unknown:
+            raise HonesError(f"{folder}: a ranking has no tensors named {sorted(unknown)}")
+        return cls(provenance=provenance, report=header.get("report"), **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = (*_HEAD_TENSORS, "neuron_scores")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

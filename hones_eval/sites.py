@@ -1,0 +1,65 @@
+"""The two kinds of places that are scored and scaled, and the choice of the best of them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hones_eval.errors import HonesError
+
+
+class Head(NamedTuple):
+    """Query head `head` of decoder layer `layer`: a slice of the input of that layer's `o_proj`."""
+
+    layer: int
+    head: int
+
+
+class Neuron(NamedTuple):
+    """FFN neuron `index` of decoder layer `layer`: an entry of the input of that layer's `down_proj`."""
+
+    layer: int
+    index: int
+
+
+def top_heads(scores: Tensor, count: int) -> list[Head]:
+    """The `count` heads with the highest scores [L, H]; ties go to the lower (layer, head)."""
+    return [Head(*site) for site in _top(scores, count)]
+
+
+def top_neurons(scores: Tensor, count: int) -> list[Neuron]:
+    """The `count` neurons with the highest scores [L, I]; ties go to the lower (layer, index)."""
+    return [Neuron(*site) for site in _top(scores, count)]
+
+
+def neuron_count(scores: Tensor, fraction: float) -> int:
+    """How many neurons a fraction of all `L * I` is: `max(1, round(fraction * L * I))` (HONES 2)."""
+    if not 0 < fraction <= 1:
+        raise HonesError(f"the share of neurons must lie above 0 and at most 1, but is {fraction}")
+    return max(1, round(fraction * scores.numel()))
+
+
+def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
+    """As many neurons in each layer as `bank` has, drawn from the others of that layer without repeats.
+
+    Where a layer has too few others left, the draw is from the whole layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Neuron] = []
+    for layer in sorted({neuron.layer for neuron in bank}):
+        taken = {neuron.index for neuron in bank if neuron.layer == layer}
+        others = [index for index in range(width) if index not in taken]
+        pool = others if len(others) >= len(taken) else list(range(width))
+        order = torch.randperm(len(pool), generator=generator)[: len(taken)]
+        drawn += [Neuron(layer, pool[i]) for i in sorted(order.tolist())]
+    return drawn
+
+
+def _top(scores: Tensor, count: int) -> list[tuple[int, int]]:
+    if scores.ndim != 2:
+        raise HonesError(f"scores must be [layers, sites], but have the shape {tuple(scores.shape)}")
+    if not 1 <= count <= scores.numel():
+        raise HonesError(f"cannot choose {count} of {scores.numel()} sites: ask for 1 to {scores.numel()}")
+    # A stable sort keeps equal scores in the order (layer, site).
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
+    return [divmod(int(i), scores.shape[1]) for i in order]
