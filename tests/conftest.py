@@ -1,0 +1,67 @@
+"""Fixtures that many rooms share: tiny models of every family, checkpoints of three, the real photographs."""
+
+import importlib.util
+import os
+
+# Before torch, transformers or tokenizers read them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHAPE_CHECKED = ["hones_eval.edits", "hones_eval.readouts"]
+if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+
+from collections.abc import Callable  # noqa: E402
+from functools import lru_cache  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import families  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def build_family() -> Callable[[str], families.Family]:
+    """Build a family once a session. Whoever changes its weights puts them back."""
+    return lru_cache(maxsize=None)(families.build)
+
+
+@pytest.fixture(scope="session", params=families.NAMES)
+def family(request: pytest.FixtureRequest, build_family: Callable[[str], families.Family]) -> families.Family:
+    return build_family(request.param)
+
+
+@pytest.fixture(scope="session")
+def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.save_checkpoint("llava", tmp_path_factory.mktemp("checkpoints") / "llava")
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.save_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("checkpoints") / "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def instructblip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.save_checkpoint("instructblip", tmp_path_factory.mktemp("checkpoints") / "instructblip")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photographs with annotations: ``images/``, ``coco10.json``, ``vseam_pairs.json``."""
+    given = os.environ.get("HONES_EVAL_TEST_DATA")
+    if not given:
+        pytest.skip(
+            "set HONES_EVAL_TEST_DATA to the folder that holds real/images to run this on photographs"
+        )
+    folder = Path(given) / "real"
+    if not (folder / "coco10.json").is_file():
+        pytest.fail(
+            f"HONES_EVAL_TEST_DATA={given} holds no real/coco10.json; point it at the test data's folder"
+        )
+    return folder
