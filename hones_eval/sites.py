@@ -16,10 +16,10 @@ class Head(NamedTuple):
 
 
 class Neuron(NamedTuple):
-    """FFN neuron `index` of decoder layer `layer`: an entry of the input of that layer's `down_proj`."""
+    """FFN neuron `neuron` of decoder layer `layer`: an entry of the input of that layer's `down_proj`."""
 
     layer: int
-    index: int
+    neuron: int
 
 
 def top_heads(scores: Tensor, count: int) -> list[Head]:
@@ -28,7 +28,7 @@ def top_heads(scores: Tensor, count: int) -> list[Head]:
 
 
 def top_neurons(scores: Tensor, count: int) -> list[Neuron]:
-    """The `count` neurons with the highest scores [L, I]; ties go to the lower (layer, index)."""
+    """The `count` neurons with the highest scores [L, I]; ties go to the lower (layer, neuron)."""
     return [Neuron(*site) for site in _top(scores, count)]
 
 
@@ -47,7 +47,7 @@ def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Neuron] = []
     for layer in sorted({neuron.layer for neuron in bank}):
-        taken = {neuron.index for neuron in bank if neuron.layer == layer}
+        taken = {neuron.neuron for neuron in bank if neuron.layer == layer}
         others = [index for index in range(width) if index not in taken]
         pool = others if len(others) >= len(taken) else list(range(width))
         order = torch.randperm(len(pool), generator=generator)[: len(taken)]

@@ -1,0 +1,326 @@
+"""Restart the decoder at a layer, with many edits as the rows of one batch.
+
+A change of a head in layer `l` leaves all layers below `l` as they were. So one pass over an example is
+recorded, and every edited pass starts from there: walking up the layers once with a growing batch, the rows
+of layer `l` join the rows of the layers below, until one unembedding reads them all. What is shared is never
+computed twice: the vision tower, the layers below an edit, the attention of the edited layer itself, and in
+the last layer the FFN of positions that nobody reads.
+
+No family's layer is known here. A layer is called as it was called in the recorded pass; what the model adds
+between layers (deep-stack features, say) is the recorded input of one minus the recorded output of the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hones_eval import edits
+from hones_eval.anatomy import Anatomy
+from hones_eval.attach import editing, recording
+from hones_eval.errors import HonesError
+from hones_eval.sites import Head
+
+# Largest difference of logits, relative to their largest size, that rounding explains.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# Called for every layer with the rows that passed it: layer, rows [rows], FFN activations [rows, read, I].
+NeuronReader = Callable[[int, Tensor, Tensor], None]
+
+
+class Rows(NamedTuple):
+    """Some of the heads asked for, and the logits [rows, read, vocabulary] with each of them replaced."""
+
+    heads: list[Head]
+    logits: Tensor
+
+
+class Passes(Protocol):
+    """What `Replay` and the plain forward passes both offer for one example."""
+
+    base_logits: Tensor
+
+    def base_neurons(self) -> list[Tensor]:
+        """FFN activations [read, I] of the unedited pass, one a layer."""
+
+    def replace_by_mean(
+        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
+    ) -> Iterator[Rows]:
+        """Logits with one head at a time replaced by the mean of the others."""
+
+
+class Replayer:
+    """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
+
+    def __init__(self, anatomy: Anatomy, rows: int) -> None:
+        """Replay at most `rows` edited passes at once, whatever the number asked for."""
+        if rows < 1:
+            raise HonesError(f"at least one row has to be replayed at once, not {rows}")
+        self.anatomy = anatomy
+        self.rows = rows
+        self.inexact: str | None = None
+        self._proven = False
+
+    @torch.no_grad()
+    def record(self, inputs: Mapping[str, Any], read: int) -> Passes:
+        """One unedited pass over an example (a batch of one); the last `read` positions are read.
+
+        The first example is also the proof: its replayed logits must equal those of the hooked forward. If
+        they do not, `inexact` says by how much, and all passes are full forwards from then on.
+        """
+        if inputs["input_ids"].shape[0] != 1:
+            raise HonesError("replay takes one example at a time: heads are the rows of its batch")
+        if self.inexact is None:
+            replay = Replay(self.anatomy, inputs, read, self.rows)
+            if not self._proven:
+                self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
+                self._proven = True
+            if self.inexact is None:
+                return replay
+        return FullPasses(self.anatomy, inputs, read)
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerCall:
+    """How one decoder layer was called, and what came out: `x` and `output` are [1, tokens, hidden]."""
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    heads: Tensor
+    attended: Any
+
+
+class Replay:
+    """One recorded pass of one example, from which edited passes restart."""
+
+    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, rows: int) -> None:
+        """Run the unedited pass; the logits and activations of the last `read` positions can be read."""
+        self.anatomy = anatomy
+        self.read = slice(-read, None)
+        self.rows = rows
+        with recording(anatomy.neurons_in, self.read) as neurons, _taping(anatomy) as tape:
+            logits = anatomy.model(**inputs, use_cache=False).logits
+        self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
+        self._calls = [_LayerCall(**tape[i]) for i in range(len(anatomy.layers))]
+        self._between = [self._added_after(i) for i in range(len(anatomy.layers) - 1)]
+        self.base_logits: Tensor = logits[0, self.read]
+
+    def base_neurons(self) -> list[Tensor]:
+        """FFN activations [read, I] of the unedited pass, one a layer."""
+        return self._neurons
+
+    @torch.no_grad()
+    def replace_by_mean(
+        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
+    ) -> Iterator[Rows]:
+        """Logits with one head at a time replaced by the mean of the others (HONES 1), in cuts of rows.
+
+        `on_neurons` receives, for every layer at or above a row's edit, the row's index among `heads` and
+        its FFN activations at the read positions; layers below an edit are those of `base_neurons`.
+        """
+        order = sorted(range(len(heads)), key=lambda i: heads[i])
+        for start in range(0, len(order), self.rows):
+            cut = order[start : start + self.rows]
+            yield Rows([heads[i] for i in cut], self._walk([heads[i] for i in cut], cut, on_neurons))
+
+    def _walk(self, heads: list[Head], numbers: list[int], on_neurons: NeuronReader | None) -> Tensor:
+        """Walk up the layers once; `heads` ascend. Returns logits [rows, read, vocabulary]."""
+        hidden: Tensor | None = None
+        joined = 0
+        for layer in range(heads[0].layer, len(self._calls)):
+            parts = []
+            if hidden is not None:
+                with self._reading(layer, numbers[:joined], on_neurons):
+                    parts.append(self._call(layer, hidden))
+            starting = [head.head for head in heads if head.layer == layer]
+            if starting:
+                rows = numbers[joined : joined + len(starting)]
+                with self._reading(layer, rows, on_neurons):
+                    parts.append(self._start(layer, starting))
+                joined += len(starting)
+            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if layer < len(self._between) and (added := self._between[layer]) is not None:
+                hidden = hidden + added
+        assert hidden is not None  # the walk starts at the layer of the first head
+        return self.anatomy.logits(hidden[:, self.read])
+
+    def _start(self, layer: int, heads: list[int]) -> Tensor:
+        """Output of a layer with one head replaced in each row; its attention is not run again."""
+        call, site = self._calls[layer], self.anatomy.heads_in[layer]
+        count = len(heads)
+        chosen = torch.tensor(heads, device=call.heads.device)
+        edited = edits.replace_heads_by_mean_in_rows(
+            call.heads.expand(count, -1, -1),
+            torch.arange(count, device=chosen.device),
+            chosen,
+            self.anatomy.shape.heads,
+        )
+        if layer == len(self._calls) - 1:
+            mixed = _on_last(site.module, edited, -(self.read.start))
+        else:
+            mixed = site.module(edited)
+        replaced = (mixed, *call.attended[1:]) if isinstance(call.attended, tuple) else mixed
+        with _standing_in(self.anatomy.attentions[layer], lambda *_, **__: replaced):
+            return self._call(layer, call.x.expand(count, -1, -1))
+
+    def _call(self, layer: int, hidden: Tensor) -> Tensor:
+        """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
+        call = self._calls[layer]
+        kwargs = {name: _per_row(value, len(hidden)) for name, value in call.kwargs.items()}
+        with ExitStack() as stack:
+            if layer == len(self._calls) - 1:
+                for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
+                    stack.enter_context(_narrowed(module, -self.read.start))
+            return _tensor(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
+
+    @contextmanager
+    def _reading(self, layer: int, rows: list[int], on_neurons: NeuronReader | None) -> Iterator[None]:
+        if on_neurons is None:
+            yield
+            return
+        site = self.anatomy.neurons_in[layer]
+        with recording([site], self.read) as kept:
+            yield
+        on_neurons(layer, torch.tensor(rows), kept[site.name])
+
+    def _added_after(self, layer: int) -> Tensor | None:
+        before, after = self._calls[layer].output, self._calls[layer + 1].x
+        if before is after or torch.equal(before, after.to(before.device)):
+            return None
+        return after - before.to(after.device)
+
+
+class FullPasses:
+    """The same answers by one hooked forward a head: slow, exact for every model, and the reference."""
+
+    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int) -> None:
+        """Run the unedited pass; see `Replay`."""
+        self.anatomy = anatomy
+        self.inputs = inputs
+        self.read = slice(-read, None)
+        with recording(anatomy.neurons_in, self.read) as neurons:
+            self.base_logits: Tensor = self._forward()
+        self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
+
+    def base_neurons(self) -> list[Tensor]:
+        """FFN activations [read, I] of the unedited pass, one a layer."""
+        return self._neurons
+
+    @torch.no_grad()
+    def replace_by_mean(
+        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
+    ) -> Iterator[Rows]:
+        """See `Replay.replace_by_mean`."""
+        for number, head in enumerate(heads):
+            edit = [(self.anatomy.heads_in[head.layer], mean_edit(head, self.anatomy.shape.heads))]
+            with editing(edit), recording(self.anatomy.neurons_in, self.read) as neurons:
+                logits = self._forward()
+            if on_neurons is not None:
+                for layer in range(head.layer, self.anatomy.shape.layers):
+                    on_neurons(layer, torch.tensor([number]), neurons[self.anatomy.neurons_in[layer].name])
+            yield Rows([head], logits[None])
+
+    def _forward(self) -> Tensor:
+        logits: Tensor = self.anatomy.model(**self.inputs, use_cache=False).logits
+        return logits[0, self.read]
+
+
+def mean_edit(head: Head, heads: int) -> Callable[[Tensor], Tensor]:
+    """The edit that replaces one head by the mean of the others, in every row and at every position."""
+    return lambda x: edits.replace_head_by_mean(x, head.head, heads)
+
+
+def _difference(replay: Replay, full: FullPasses) -> str | None:
+    """Why replay is not exact here, or None: one head of the first, a middle and the last layer."""
+    shape = replay.anatomy.shape
+    heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
+    expected = torch.cat([rows.logits for rows in full.replace_by_mean(heads)])
+    try:
+        found = torch.cat([rows.logits for rows in replay.replace_by_mean(heads)])
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"its decoder layers cannot be called with other rows ({str(error).splitlines()[0]})"
+    worst = float((found - expected).abs().max() / expected.abs().max())
+    if not worst <= ROUNDING[expected.dtype]:
+        return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"
+    return None
+
+
+@contextmanager
+def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
+    """Record how every layer is called, its output, its heads, and its attention's output."""
+    tape: list[dict[str, Any]] = [{} for _ in anatomy.layers]
+
+    def called(i: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            x = args[0] if args else rest.pop("hidden_states")
+            tape[i] |= {"x": x, "args": args[1:], "kwargs": rest}
+
+        return keep
+
+    def returned(i: int, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tape[i][name] = _tensor(output) if name == "output" else output
+
+        return keep
+
+    handles = []
+    for i, layer in enumerate(anatomy.layers):
+        handles.append(layer.register_forward_pre_hook(called(i), with_kwargs=True))
+        handles.append(layer.register_forward_hook(returned(i, "output")))
+        handles.append(anatomy.attentions[i].register_forward_hook(returned(i, "attended")))
+    try:
+        with recording(anatomy.heads_in) as heads:
+            yield tape
+        for i, site in enumerate(anatomy.heads_in):
+            tape[i]["heads"] = heads[site.name]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another function in place of a module's forward, for one block."""
+    own = module.__dict__.get("forward")  # accelerate puts a wrapped forward on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _narrowed(module: nn.Module, last: int) -> Iterator[None]:
+    """A position-wise module that computes only the last positions; the others come out as zeros."""
+    forward = module.forward
+    with _standing_in(module, lambda x: _on_last(forward, x, last)):
+        yield
+
+
+def _on_last(function: Callable[[Tensor], Tensor], x: Tensor, last: int) -> Tensor:
+    narrow = function(x[:, -last:])
+    wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
+    wide[:, -last:] = narrow
+    return wide
+
+
+def _per_row(value: Any, rows: int) -> Any:
+    # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
+    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == 1 and value.dtype != torch.long:
+        return value.expand(rows, -1)
+    return value
+
+
+def _tensor(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple) else output
+    assert isinstance(first, Tensor)
+    return first
