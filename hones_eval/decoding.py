@@ -1,0 +1,241 @@
+"""Greedy answers of one example, unedited and with one head at a time replaced.
+
+Decoding under an edit gives the unedited answer exactly when, with that answer appended to the prompt, every
+greedy choice along it agrees. One replayed pass tells; only the edits that differ are decoded.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from hones_eval import edits
+from hones_eval.anatomy import Anatomy
+from hones_eval.attach import Edit, editing
+from hones_eval.errors import HonesError
+from hones_eval.replay import ROUNDING, Passes, Replayer
+from hones_eval.sites import Head
+
+
+class Decoder:
+    """Greedy decoding of examples with the model's own `generate`, and under edits of single heads."""
+
+    def __init__(self, replayer: Replayer) -> None:
+        """Decode with the model that `replayer` replays."""
+        self.replayer = replayer
+        self.anatomy = replayer.anatomy
+        self.plain_examples = 0
+
+    @torch.no_grad()
+    def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
+        """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers."""
+        plan = _plan(self.anatomy, inputs, settings)
+        output = _generate(
+            self.anatomy, **inputs, **settings, return_dict_in_generate=True, output_logits=True
+        )
+        tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
+        logits = torch.cat(output.logits)
+        return GreedyExample(self, inputs, settings, plan, tokens, logits)
+
+
+class _Plan(NamedTuple):
+    """What `generate` would decode with, after its own preparation of settings."""
+
+    prompt: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+
+    @property
+    def end_tokens(self) -> list[int]:
+        ends = self.config.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    @property
+    def ends_by_token(self) -> bool:
+        """Whether an answer ends at an end token or at full length, and by no other rule."""
+        return all(isinstance(rule, EosTokenCriteria | MaxLengthCriteria) for rule in self.criteria)
+
+
+class GreedyExample:
+    """One decoded example, from which the answers under edits are worked out."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        plan: _Plan,
+        tokens: list[int],
+        logits: Tensor,
+    ) -> None:
+        """Made by `Decoder.greedy`; `tokens` is the unedited answer."""
+        self.tokens = tokens
+        self.passes: Passes | None = None
+        self._decoder, self._inputs, self._settings, self._plan = decoder, inputs, settings, plan
+        if not tokens:
+            raise HonesError("generate gave no new token at all: is max_new_tokens 0?")
+        passes = decoder.replayer.record(append_tokens(inputs, tokens[:-1]), len(tokens))
+        if self._explains(passes.base_logits, logits):
+            self.passes = passes
+        else:
+            decoder.plain_examples += 1
+
+    def _explains(self, replayed: Tensor, generated: Tensor) -> bool:
+        """Whether one pass over prompt and answer gives what `generate` saw, so that it can verify."""
+        worst = (replayed - generated).abs().max() / generated.abs().max()
+        if not bool(worst <= ROUNDING[replayed.dtype]):
+            return False
+        return self._first_difference(replayed[None])[0] is None
+
+    def answers(self, heads: Sequence[Head]) -> Iterator[tuple[Head, list[int], Tensor | None]]:
+        """For every head its answer's tokens, and the logits [answer, vocabulary] along the base answer.
+
+        The logits are None where verification is not exact for this model and everything is decoded.
+        """
+        differing: list[Head] = []
+        if self.passes is None:
+            differing = list(heads)
+        else:
+            for rows in self.passes.replace_by_mean(heads):
+                for head, logits, where in zip(
+                    rows.heads, rows.logits, self._first_difference(rows.logits), strict=True
+                ):
+                    if where is None:
+                        yield head, self.tokens, logits
+                    else:
+                        differing.append(head)
+        for head, tokens in self._decoded(differing):
+            yield head, tokens, None
+
+    def _first_difference(self, logits: Tensor) -> list[int | None]:
+        """Where each row's greedy choice [rows, answer, vocabulary] first leaves the base answer."""
+        answer = torch.tensor(self.tokens, device=logits.device)
+        if len(self._plan.processors):
+            chosen = torch.stack([self._choices(row, answer) for row in logits])
+        else:
+            chosen = logits.argmax(-1)
+        differs = chosen != answer
+        return [int(row.nonzero()[0]) if bool(row.any()) else None for row in differs]
+
+    def _choices(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """Greedy choices [answer] after the model's own logits processors (repetition penalty, ...)."""
+        prompt = self._plan.prompt.to(logits.device)
+        steps = []
+        for step in range(len(answer)):
+            seen = torch.cat([prompt, answer[None, :step]], dim=1)
+            scores = self._plan.processors(
+                cast(LongTensor, seen), cast(FloatTensor, logits[step][None].float())
+            )
+            steps.append(scores.argmax(-1)[0])
+        return torch.stack(steps)
+
+    def _decoded(self, heads: Sequence[Head]) -> Iterator[tuple[Head, list[int]]]:
+        """Decode under each head's edit, as rows of one batch where rows end by themselves."""
+        at_once = self._decoder.replayer.rows if self._plan.ends_by_token else 1
+        for start in range(0, len(heads), at_once):
+            cut = list(heads[start : start + at_once])
+            yield from zip(cut, self._decode_rows(cut), strict=True)
+
+    @torch.no_grad()
+    def _decode_rows(self, heads: list[Head]) -> list[list[int]]:
+        anatomy = self._decoder.anatomy
+        with editing([(anatomy.heads_in[layer], edit) for layer, edit in row_edits(anatomy, heads)]):
+            output = _generate(anatomy, **repeat_example(self._inputs, len(heads)), **self._settings)
+        rows = output[:, self._plan.prompt.shape[1] :].tolist()
+        return [cut_at_end(row, self._plan.end_tokens) for row in rows]
+
+
+def append_tokens(inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
+
+    What else has the prompt's length grows as `generate` grows it: the attention mask by ones, type ids by
+    their last value (an answer is text, whatever stood before it).
+    """
+    ids: Tensor = inputs["input_ids"]
+    new = torch.tensor([list(tokens)], dtype=ids.dtype, device=ids.device)
+    longer = dict(inputs)
+    for name, value in inputs.items():
+        if name == "input_ids":
+            longer[name] = torch.cat([ids, new], dim=1)
+        elif isinstance(value, Tensor) and value.shape == ids.shape and name in _GROWN_WITH:
+            fill = torch.full_like(new, _GROWN_WITH[name], dtype=value.dtype)
+            longer[name] = torch.cat([value, fill], dim=1)
+    return longer
+
+
+# Text has the type 0 in every family that tells its picture tokens apart.
+_GROWN_WITH = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """One example's inputs `times` times over, along the first dimension.
+
+    That is right for tensors [1, ...] and for pictures packed as [patches, ...] alike.
+    """
+    repeated: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            repeated[name] = torch.cat([value] * times)
+        else:
+            repeated[name] = value * times if isinstance(value, list) else value
+    return repeated
+
+
+def row_edits(anatomy: Anatomy, heads: Sequence[Head]) -> Iterator[tuple[int, Edit]]:
+    """Per layer one edit that replaces head `heads[i]` by the mean of the others in row `i` alone."""
+    for layer in sorted({head.layer for head in heads}):
+        rows = torch.tensor([i for i, head in enumerate(heads) if head.layer == layer])
+        chosen = torch.tensor([head.head for head in heads if head.layer == layer])
+        yield layer, _row_edit(rows, chosen, anatomy.shape.heads)
+
+
+def _row_edit(rows: Tensor, chosen: Tensor, heads: int) -> Edit:
+    def edit(x: Tensor) -> Tensor:
+        return edits.replace_heads_by_mean_in_rows(x, rows.to(x.device), chosen.to(x.device), heads)
+
+    return edit
+
+
+def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first end token; what follows in a batch is padding."""
+    ends = [i for i, token in enumerate(tokens) if token in end_tokens]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> _Plan:
+    """Let `generate` prepare everything and stop before its decoding loop, to see what it would use."""
+    seen: list[_Plan] = []
+
+    def stop(
+        model: object,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **_: Any,
+    ) -> Tensor:
+        seen.append(_Plan(input_ids, logits_processor, stopping_criteria, generation_config))
+        return input_ids
+
+    _generate(anatomy, **inputs, **settings, custom_generate=stop)
+    plan = seen[0]
+    if plan.config.do_sample or (plan.config.num_beams or 1) > 1:
+        raise HonesError(
+            "heads are localized by greedy decoding, but this task samples or searches with beams: "
+            "pass --gen_kwargs do_sample=False,temperature=0,num_beams=1"
+        )
+    return plan
+
+
+def _generate(anatomy: Anatomy, **arguments: Any) -> Any:
+    model: Any = anatomy.model  # every served model mixes in GenerationMixin, which the base class hides
+    return model.generate(**arguments)
