@@ -6,17 +6,17 @@ from functools import lru_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = (
-    "yes no cat dog bird horse car bus boat tree house man woman child ball cup chair table plate pizza apple "
-    "red green blue yellow white black brown pink one two three four five six left right top bottom "
-    "circle square triangle star large small wood metal glass sitting standing running holding wearing "
-    "the a an is are in on of with and to it this that what where how many colour color does do image picture "
-    "question answer word phrase short single Yes No What Is Are How Question Answer USER ASSISTANT User Assistant"
-).split()
+WORDS = """
+yes no cat dog bird horse car bus boat tree house man woman child ball cup chair table plate pizza apple
+red green blue yellow white black brown pink one two three four five six left right top bottom
+circle square triangle star large small wood metal glass sitting standing running holding wearing
+the a an is are in on of with and to it this that what where how many colour color does do image picture
+question answer word phrase short single Yes No What Is Are How Question Answer USER ASSISTANT User Assistant
+"""
 PRINTABLE = [chr(code) for code in range(33, 127)] + [
     "Ġ",
     "Ċ",
-]  # the byte-level names of ASCII, space and newline
+]  # byte-level names of ASCII, space and newline
 
 
 def make_tokenizer(
@@ -24,8 +24,8 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Give a tokenizer of a few hundred tokens.
 
-    ``special`` maps attribute names (``bos_token``, ``image_token``, ...) to token texts; ``others`` are special
-    tokens without a name. ``bos_first`` puts the beginning-of-sequence token before every text, as Llama does.
+    ``special`` maps attribute names (``bos_token``, ``image_token``, ...) to token texts; ``others`` are
+    special tokens without a name. ``bos_first`` puts the first of them before every text, as Llama does.
     """
     base = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     named = {**base, **special}
@@ -55,6 +55,6 @@ def _trained(special: tuple[str, ...]) -> str:
         show_progress=False,
     )
     # Words in front come first and follow a space elsewhere: both spellings become tokens.
-    corpus = [f"{word} {word}" for word in WORDS for _ in range(4)]
+    corpus = [f"{word} {word}" for word in WORDS.split() for _ in range(4)]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer.to_str()
