@@ -1,0 +1,70 @@
+"""Edits of a scene graph: exactly one object, attribute, relation or word changed, everything else as it was.
+
+A clean and an edited scene drawn with the same paper differ only inside the boxes of what was changed: perfect
+pairs for causal tracing (V-SEAM, EMNLP 2025, builds such pairs by inpainting).
+"""
+
+import dataclasses
+import random
+
+from hones_eval.toy.scenes import CELL, COLORS, SHAPES, TEXTURES, WORDS, Box, Scene, SceneError, Thing
+
+
+def absent_shapes(scene: Scene) -> list[str]:
+    """The shapes that the scene does not have."""
+    return [shape for shape in SHAPES if scene.thing(shape) is None]
+
+
+def replace_object(scene: Scene, shape: str, new_shape: str) -> Scene:
+    """Another shape in place of the thing of this shape, with its colour, texture, size and box."""
+    return _with(scene, {shape: dataclasses.replace(_find(scene, shape), shape=new_shape)})
+
+
+def set_attribute(scene: Scene, shape: str, attribute: str, value: str) -> Scene:
+    """The thing of this shape with another colour or texture."""
+    known = {"color": COLORS, "texture": TEXTURES}
+    if value not in known.get(attribute, ()):
+        raise SceneError(f"cannot set {attribute} to '{value}'; an edit sets one of {known}")
+    changed = {"color": value} if attribute == "color" else {"texture": value}
+    return _with(scene, {shape: dataclasses.replace(_find(scene, shape), **changed)})
+
+
+def change_attribute(scene: Scene, shape: str, attribute: str, rng: random.Random) -> Scene:
+    """The thing of this shape with a colour or texture that it does not have now."""
+    held = getattr(_find(scene, shape), attribute)
+    values = COLORS if attribute == "color" else TEXTURES
+    return set_attribute(scene, shape, attribute, rng.choice([value for value in values if value != held]))
+
+
+def swap_places(scene: Scene, shape: str, other: str) -> Scene:
+    """Two things change cells, each keeping its look and its offset within the cell."""
+    first, second = _find(scene, shape), _find(scene, other)
+    moved = dataclasses.replace(first, box=_moved(first.box, second.box))
+    back = dataclasses.replace(second, box=_moved(second.box, first.box))
+    return _with(scene, {shape: moved, other: back})
+
+
+def change_word(scene: Scene, rng: random.Random) -> Scene:
+    """Another word of the same split in the blue box: one letter differs where such a word exists."""
+    split = scene.seed.split("-")[0]
+    others = [word for word in WORDS[split] if word != scene.word]
+    near = [w for w in others if sum(a != b for a, b in zip(w, scene.word, strict=True)) == 1]
+    return dataclasses.replace(scene, word=rng.choice(near or others))
+
+
+def _find(scene: Scene, shape: str) -> Thing:
+    thing = scene.thing(shape)
+    if thing is None:
+        raise SceneError(f"scene {scene.seed} has no {shape}; it has {[t.shape for t in scene.things]}")
+    return thing
+
+
+def _with(scene: Scene, changed: dict[str, Thing]) -> Scene:
+    things = [changed.get(thing.shape, thing) for thing in scene.things]
+    return dataclasses.replace(scene, things=tuple(sorted(things, key=lambda t: (t.box[1] // CELL, t.box[0] // CELL))))
+
+
+def _moved(box: Box, to: Box) -> Box:
+    dx = CELL * (to[0] // CELL - box[0] // CELL)
+    dy = CELL * (to[1] // CELL - box[1] // CELL)
+    return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy

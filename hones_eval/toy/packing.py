@@ -1,0 +1,127 @@
+"""Training batches: several questions about one picture share its image tokens in one row.
+
+A row is the picture's prefix and then question-and-answer texts that see the prefix and themselves alone, at the
+positions they would have on their own. So a row teaches what as many separate conversations would, and the image
+tower and the image tokens are paid for once.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from hones_eval.toy import drawing, prompts
+from hones_eval.toy.scenes import SIDE, Scene
+
+IGNORED = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`B` rows of `T` tokens. `owner` tells which text a token belongs to (0 prefix, -1 padding), `weights` how
+    much a label counts; `labels` are shifted already: the token that follows, or -1."""
+
+    pixels: torch.Tensor  # [B, 3, 64, 64]
+    ids: torch.Tensor  # [B, T]
+    positions: torch.Tensor  # [B, T]
+    owner: torch.Tensor  # [B, T]
+    labels: torch.Tensor  # [B, T]
+    weights: torch.Tensor  # [B, T]
+    topics: list[list[str]]  # of each row's texts, text k has owner k + 1
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Who sees whom, `[B, 1, T, T]`: earlier tokens of the same text or of the prefix."""
+        same = self.owner[:, :, None] == self.owner[:, None, :]
+        seen = same | (self.owner[:, None, :] == 0)
+        causal = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool).tril()
+        return (seen & causal)[:, None]
+
+
+class Packer:
+    """Fills rows of `width` tokens with exchanges about pictures."""
+
+    def __init__(self, processor: LlavaProcessor, width: int = 192) -> None:
+        """Take the chat template and the tokenizer from the processor, so training sees what evaluation sends."""
+        self.width = width
+        self.tokenizer = processor.tokenizer
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question"}]}]
+        whole = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, after = whole.replace("<image>", "<image>" * processor_image_tokens(processor)).split("Question")
+        self.prefix = self.tokenizer(before)["input_ids"]
+        self.suffix = self.tokenizer(after)["input_ids"]
+        self.end = [self.tokenizer.eos_token_id]
+        self._known: dict[str, list[int]] = {}
+
+    def pack(self, scenes: list[Scene], wishes: list[list[str]], rng: random.Random) -> Batch:
+        """One row a scene; its wished topics go in one after the other while they fit."""
+        shape = (len(scenes), self.width)
+        ids, positions, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED)
+        owner, weights = np.full(shape, -1), np.zeros(shape, np.float32)
+        topics = []
+        for row, (scene, wished) in enumerate(zip(scenes, wishes, strict=True)):
+            at = len(self.prefix)
+            ids[row, :at], positions[row, :at], owner[row, :at] = self.prefix, range(at), 0
+            packed: list[str] = []
+            for topic, question, answer in self._texts(scene, wished, rng):
+                text = question + answer
+                stop = at + len(text)
+                if stop > self.width:
+                    break
+                packed.append(topic)
+                first = len(self.prefix)
+                ids[row, at:stop], positions[row, at:stop] = text, range(first, first + len(text))
+                owner[row, at:stop] = len(packed)
+                labels[row, stop - len(answer) - 1 : stop - 1] = answer
+                weights[row, stop - len(answer) - 1 : stop - 1] = len(answer) ** -0.5
+                at = stop
+            topics.append(packed)
+        arrays = (torch.from_numpy(a) for a in (ids, positions, owner, labels, weights))
+        return Batch(to_pixels([drawing.draw(scene) for scene in scenes]), *arrays, topics)
+
+    def _texts(
+        self, scene: Scene, wished: list[str], rng: random.Random
+    ) -> list[tuple[str, list[int], list[int]]]:
+        texts = []
+        for topic in wished:
+            made = prompts.exchange(scene, topic, rng)  # type: ignore[arg-type]
+            if made is not None:
+                texts.append((topic, self._ids(made.prompt) + self.suffix, self._ids(made.answer) + self.end))
+        return texts
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text, word by word from memory: a word's ids do not depend on its neighbours."""
+        found: list[int] = []
+        for word in text.split():
+            if word not in self._known:
+                self._known[word] = self.tokenizer(word)["input_ids"]
+            found += self._known[word]
+        return found
+
+
+def processor_image_tokens(processor: LlavaProcessor) -> int:
+    """How many image tokens the processor writes for one picture."""
+    return (SIDE // int(processor.patch_size)) ** 2
+
+
+def to_pixels(pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
+    """Pictures as the image processor would hand them over, `[B, 3, 64, 64]` in -1..1."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return stacked.float() / 127.5 - 1
+
+
+def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[M, V]` at the `M` labelled places of a batch, and where those are, a mask `[B, T]`."""
+    inner = model.model
+    features = torch.cat(list(inner.get_image_features(batch.pixels).pooler_output))
+    embedded = inner.language_model.embed_tokens(batch.ids)
+    is_image = batch.ids == model.config.image_token_index
+    embedded = embedded.masked_scatter(is_image[:, :, None], features.to(embedded.dtype))
+    states = inner.language_model(
+        inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    places = batch.labels != IGNORED
+    return model.lm_head(states[places]), places
