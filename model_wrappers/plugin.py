@@ -1,0 +1,248 @@
+"""What the plug-in changes in lmms-eval, each once and each right after the module in question is imported.
+
+lmms-eval has no entry point for tasks, chooses prompts by the name after `--model`, keys its answer cache on
+the text of `--model_args`, and ends with exit status 0 when a run fails. None of that can be put right from
+inside a model class, so a few methods are wrapped. Runs of other models pass through unchanged.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hones_eval.errors import HonesError
+
+if TYPE_CHECKING:
+    from .run_manifest import RunRecord
+
+BASES = {
+    f"{method}_{family}": base
+    for method in ("hones", "vseam")
+    for family, base in (
+        ("llava", "llava_hf"),
+        ("qwen2_5_vl", "qwen2_5_vl"),
+        ("instructblip", "instructblip"),
+    )
+}
+GENERIC = ("hones", "vseam")
+COMMAND = "lmms_eval.__main__"
+
+generic_base: str | None = None
+"""What `base=` named last: models are built before their tasks are loaded."""
+latest_record: "RunRecord | None" = None
+"""The record of the steered model that was built last."""
+
+
+def install() -> None:
+    """Patch the modules that are there, and the others when they are imported. Safe to call twice."""
+    _after_import("lmms_eval.tasks", _patch_tasks)
+    _after_import("lmms_eval.caching.response_cache", _patch_cache)
+    _after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
+
+
+def own_names() -> set[str]:
+    """Every name that this plug-in gives to lmms-eval."""
+    return {*BASES, *GENERIC}
+
+
+def own_name_of(base: str) -> str | None:
+    """The name of our own class for a base wrapper, where we have one."""
+    return next((name for name, known in BASES.items() if known == base), None)
+
+
+def base_name(model: Any) -> Any:
+    """The name whose prompts a model is to see: a steered model's base, and any other model's own."""
+    if isinstance(model, str):
+        return BASES.get(model, generic_base if model in GENERIC and generic_base else model)
+    return getattr(model, "base_wrapper", model)
+
+
+def _patch_tasks(module: ModuleType) -> None:
+    manager = module.TaskManager
+    if _is_patched(manager):
+        return
+    build, index, match = manager.__init__, manager.initialize_tasks, manager.match_tasks
+    tasks_spec = find_spec("hones_eval.tasks")
+    own_tasks = list(tasks_spec.submodule_search_locations or []) if tasks_spec else []
+
+    @wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if COMMAND in sys.modules:
+            _patch_evaluate(sys.modules["lmms_eval.evaluator"])
+        build(self, *args, **kwargs)
+
+    @wraps(index)
+    def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
+        given = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        return index(self, [*given, *own_tasks] if include_defaults else given, include_defaults)
+
+    @wraps(match)
+    def match_tasks(self: Any, task_list: Sequence[str]) -> Any:
+        found = match(self, task_list)
+        unknown = [n for n in task_list if n not in found and "*" not in n and not Path(n).is_file()]
+        if unknown and COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+            raise _ending(
+                HonesError(f"no task called {', '.join(unknown)}: `lmms-eval tasks list` gives the names")
+            )
+        return found
+
+    manager.__init__ = __init__
+    manager.initialize_tasks = initialize_tasks
+    manager.match_tasks = match_tasks
+    manager.model_name = property(
+        lambda self: base_name(self.__dict__.get("model_name")),
+        lambda self, name: self.__dict__.update(model_name=name),
+    )
+
+
+def _patch_cache(module: ModuleType) -> None:
+    cache = module.ResponseCache
+    if _is_patched(cache):
+        return
+    execute = cache.execute
+
+    @wraps(execute)
+    def keyed(self: Any, lm: Any, reqtype: str, requests: list[Any]) -> Any:
+        if not _is_ours(lm):
+            return execute(self, lm, reqtype, requests)
+        lm.record.add(requests, lm.task_dict)
+        if not lm.fingerprint:
+            return execute(self, lm, reqtype, requests)
+        stock = self._model_fingerprint_hash
+        self._model_fingerprint_hash = f"{stock}-steering-{lm.fingerprint}"
+        try:
+            return execute(self, lm, reqtype, requests)
+        finally:
+            self._model_fingerprint_hash = stock
+
+    cache.execute = keyed
+
+
+def _patch_tracker(module: ModuleType) -> None:
+    tracker = module.EvaluationTracker
+    if _is_patched(tracker):
+        return
+    save = tracker.save_results_aggregated
+
+    @wraps(save)
+    def save_with_manifest(self: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        name = self.general_config_tracker.model_source
+        if not _is_ours(name) or not self.output_path:
+            return
+        folder = _results_folder(self)
+        results = f"{getattr(self, 'date_id', None)}_results.json"
+        if not (folder / results).is_file():
+            raise _ending(
+                HonesError(f"lmms-eval could not write its results into {folder}: its log says why")
+            )
+        if latest_record is not None:
+            latest_record.write(folder, _name(name), results)
+
+    tracker.save_results_aggregated = save_with_manifest
+
+
+def _patch_evaluate(module: ModuleType) -> None:
+    """Only under the command, which would print a trace and end with exit status 0."""
+    if _is_patched(module):
+        return
+    evaluate = module.simple_evaluate
+
+    @wraps(evaluate)
+    def loud(*args: Any, **kwargs: Any) -> Any:
+        model = kwargs.get("model", args[0] if args else None)
+        if not _is_ours(model):
+            return evaluate(*args, **kwargs)
+        tracker = kwargs.get("evaluation_tracker")
+        try:
+            results = evaluate(*args, **kwargs)
+        except Exception as error:
+            _write_apart(tracker, model)
+            raise _ending(error, debug=kwargs.get("verbosity") == "DEBUG") from error
+        if results is None:  # not the first rank, which writes when it saves the results
+            _write_apart(tracker, model)
+        return results
+
+    module.simple_evaluate = loud  # type: ignore[attr-defined]
+
+
+def _write_apart(tracker: Any, model: Any) -> None:
+    source = getattr(getattr(tracker, "general_config_tracker", None), "model_source", None)
+    if latest_record is not None and source and tracker.output_path:
+        latest_record.write(_results_folder(tracker), _name(model))
+
+
+def _results_folder(tracker: Any) -> Path:
+    return Path(tracker.output_path) / str(tracker.general_config_tracker.model_name_sanitized)
+
+
+def _ending(error: Exception, *, debug: bool = False) -> BaseException:
+    """What to raise: under the command an end with one line and exit status 1, elsewhere the error itself."""
+    if COMMAND not in sys.modules:
+        return error
+    if type(error).__name__ == "RetryError" and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # tenacity's own message names no reason
+    if debug or not isinstance(error, HonesError):
+        traceback.print_exception(error)
+    message = " ".join(str(error).split())
+    kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
+    hint = "" if debug else " (--verbosity DEBUG for the trace)"
+    return SystemExit(f"hones-eval: {kind}{message}{hint}")
+
+
+def _is_ours(model: Any) -> bool:
+    """A name of ours, or one that can only be meant for one of ours."""
+    if isinstance(model, str):
+        return model.startswith(GENERIC)
+    return hasattr(model, "record") and hasattr(model, "base_wrapper")
+
+
+def _name(model: Any) -> str:
+    return model if isinstance(model, str) else type(model).__name__
+
+
+def _is_patched(thing: Any) -> bool:
+    """Whether this was called before on the same class or module."""
+    if "_patched_by_hones_eval" in vars(thing):
+        return True
+    thing._patched_by_hones_eval = True
+    return False
+
+
+def _after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
+    module = sys.modules.get(name)
+    if module is None:
+        sys.meta_path.insert(0, _PatchOnImport(name, patch))
+    elif not getattr(module.__spec__, "_initializing", False):
+        patch(module)
+    else:
+        raise HonesError(f"{name} imports the models of lmms-eval while it is being imported itself")
+
+
+class _PatchOnImport:
+    """Lets the usual finders find one module, and patches it when it has run."""
+
+    def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._patch = patch
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_patch(module: ModuleType) -> None:
+            run(module)
+            self._patch(module)
+
+        spec.loader.exec_module = run_and_patch  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,154 @@
+"""The run manifest: what lmms-eval does not write down about a run, in a file beside its results."""
+
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lmms_eval.api.instance import Instance
+from PIL.Image import Image
+from transformers import PreTrainedModel
+
+from hones_eval import __version__
+from hones_eval.artefact import FORMAT_VERSION, hash_of, write_json
+from hones_eval.pictures import image_hash
+from hones_eval.steering import Steering
+
+Document = tuple[str, Any]
+MAKES_INPUT = ("generate_until", "generate_until_agentic", "generate_until_multi_round")
+
+
+class RunRecord:
+    """What is kept of a run while it goes on: the model, the steering, the requests and the errors."""
+
+    def __init__(
+        self,
+        wrapper: Any,
+        model: PreTrainedModel,
+        model_args: Mapping[str, Any],
+        steering: Steering | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """`settings` are the path, strength and attach mode of the steering; `model_args` the wrapper's."""
+        self.steering = steering
+        self.base_wrapper: str = wrapper.base_wrapper
+        self.rank = int(os.environ.get("RANK", "0"))
+        self._settings = dict(settings)
+        self._base_model = {
+            "id": str(model_args.get("pretrained") or model.config._name_or_path),
+            "revision": model_args.get("revision") or getattr(model.config, "_commit_hash", None),
+        }
+        self._requests: dict[int, Instance] = {}
+        self._task_dict: Mapping[str, Any] = {}
+        self._errors: list[dict[str, Any]] = []
+
+    def add(self, requests: list[Instance], task_dict: Mapping[str, Any]) -> None:
+        """Keep requests, answered or found in a cache; those that only fill up a rank do not count."""
+        self._task_dict = task_dict
+        for request in requests:
+            if not (request.metadata or {}).get("__padding_only__"):
+                self._requests[id(request)] = request
+
+    def add_error(self, where: Document | None, error: Exception) -> None:
+        """Keep an error with the task and document that it happened at."""
+        task, doc_id = where or (None, None)
+        self._errors.append({"task": task, "doc_id": doc_id, "error": f"{type(error).__name__}: {error}"})
+
+    def write(self, folder: Path, wrapper: str, results: str | None = None) -> Path:
+        """Write `hones_manifest_<pid>_<time>_rank<k>.json` into the folder of a run's results.
+
+        `wrapper` is the name after --model, `results` the name of the results file, None on failure.
+        """
+        now = datetime.now(UTC)
+        name = f"hones_manifest_{os.getpid()}_{now:%Y%m%dT%H%M%S%f}_rank{self.rank}.json"
+        path = folder / name
+        write_json(path, self._content(wrapper, results) | {"created": now.isoformat()})
+        return path
+
+    def _content(self, wrapper: str, results: str | None) -> dict[str, Any]:
+        return {
+            "format": "hones-eval run manifest",
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            "lmms_eval_version": version("lmms-eval"),
+            "torch_version": torch.__version__,
+            "transformers_version": transformers.__version__,
+            "base_model": self._base_model,
+            "wrapper": wrapper,
+            "base_wrapper": self.base_wrapper,
+            "steering": self._steering(),
+            "requests": self._fingerprints(),
+            "errors": self._errors,
+            "results": results,
+            "rank": self.rank,
+        }
+
+    def _steering(self) -> dict[str, Any] | None:
+        if self.steering is None:
+            return None
+        return {
+            "path": str(self._settings["path"]),
+            "digest": self.steering.digest,
+            "strength": self._settings["strength"],
+            "attach": self._settings["attach"],
+            "provenance": {
+                "scaled_heads": int((self.steering.head_scales != 1).sum()),
+                "scaled_neurons": int((self.steering.neuron_scales != 1).sum()),
+                **self.steering.provenance.to_json(),
+            },
+        }
+
+    def _fingerprints(self) -> dict[str, dict[str, Any]]:
+        """By task and document, a hash of all its prompts, and one hash a picture."""
+        prompts: dict[Document, list[str]] = {}
+        pictures: dict[Document, list[str]] = {}
+        for request in self._requests.values():
+            document = (str(request.task_name), request.doc_id)
+            texts, shown = _shown(request, self._task_dict)
+            prompts.setdefault(document, []).extend(texts)
+            pictures.setdefault(document, []).extend(image_hash(picture) for picture in shown)
+        tasks: dict[str, dict[str, Any]] = {}
+        for (task, doc_id), texts in prompts.items():
+            tasks.setdefault(task, {})[str(doc_id)] = {
+                "prompt_sha256": hash_of(texts),
+                "image_sha256": pictures[task, doc_id],
+            }
+        return tasks
+
+
+def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], list[Image]]:
+    """The texts and pictures of one request, from the same functions that the wrapper asks."""
+    arguments = request.args
+    texts = [part for part in arguments[:1] if isinstance(part, str)]
+    sources = [part for part in arguments if callable(part)]
+    if not sources:
+        return texts, []
+    doc_id, task, split = arguments[-3:]
+    # A log-likelihood request has doc_to_target before its doc_to_visual, others may have doc_to_text after.
+    source = sources[0] if request.request_type in MAKES_INPUT else sources[-1]
+    content = source(task_dict[task][split][doc_id])
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "role" in content[0]:
+        return list(_message_texts(content)), [part for part in _leaves(content) if isinstance(part, Image)]
+    return texts, [part for part in _leaves(content) if isinstance(part, Image)]
+
+
+def _message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        yield str(message["role"])
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            yield str(part["text"]) if part["type"] == "text" else f"<{part['type']}>"
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, Mapping):
+        content = list(content.values())
+    if isinstance(content, list | tuple):
+        for part in content:
+            yield from _leaves(part)
+    else:
+        yield content

@@ -1,0 +1,195 @@
+"""The mixin that puts a steering into any lmms-eval model, and lets no failure become an empty answer."""
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hones_eval.errors import HonesError
+from hones_eval.steer import AttachMode, attach_steering
+from hones_eval.steering import Steering
+
+from . import plugin
+from .run_manifest import RunRecord
+from .watch import Failure, WatchedGenerate, WatchedSource
+
+
+class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
+    """Goes in front of a wrapper class of lmms-eval: `class Llava(Steered, LlavaHf)`.
+
+    Without `steering` it is the stock wrapper, answer for answer, save that failures are not swallowed.
+    """
+
+    base_wrapper: str
+
+    def __init__(
+        self,
+        steering: str | None = None,
+        strength: float = 1.0,
+        attach: AttachMode = "hook",
+        allow_noop: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Build the base wrapper, then attach the steering to the Hugging Face model inside it.
+
+        Args:
+            steering: a folder or a hub id; none gives the baseline.
+            strength: a scale `s` becomes `1 + strength * (s - 1)`.
+            attach: `hook` (works with quantized and shared weights) or `fold` (costs nothing at run time).
+            allow_noop: do not stop when the steering changes no logit of the first input.
+            kwargs: what the base wrapper takes; it refuses what it does not know.
+
+        Raises:
+            HonesError: the steering is missing or does not fit, or a value makes no sense.
+        """
+        _check_settings(strength, attach, allow_noop)
+        loaded = None if steering is None else Steering.load(str(steering))
+        base = _class_after(Steered, type(self))
+        super().__init__(**(kwargs | _missing_devices(base, kwargs)))
+        self._inner = inner_model(self)
+        attached = None
+        if loaded is not None:
+            attached = attach_steering(self._inner, loaded, attach, float(strength))
+        must_act = loaded is not None and strength != 0 and not allow_noop
+        self._watched = WatchedGenerate(
+            self._inner,
+            attached,
+            reattach=lambda: attach_steering(self._inner, cast(Steering, loaded), attach, float(strength)),
+            finish=self.generated,
+            must_act=must_act,
+        )
+        self._inner.__dict__["generate"] = self._watched
+        self.record = RunRecord(
+            wrapper=self,
+            model=self._inner,
+            model_args=kwargs,
+            steering=loaded,
+            settings={"path": steering, "strength": float(strength), "attach": attach},
+        )
+        plugin.latest_record = self.record
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the scales, by which answers in a cache are told apart; empty for the baseline."""
+        return "" if self.record.steering is None else self.record.steering.digest
+
+    def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
+        """What the base wrapper gets to decode; a family whose `generate` adds to it takes that off here."""
+        return output
+
+    def generate_until(self, requests: list[Instance]) -> list[Any]:
+        """Answer requests as the base wrapper does, or raise HonesError; never an answer for a failure."""
+        answers = self._answer("generate_until", requests)
+        self._watched.check_rows(len(requests), type(self).__name__)
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
+        """As `generate_until`, for tasks that ask again."""
+        return self._answer("generate_until_multi_round", requests)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """As `generate_until`, for log-likelihoods where the base wrapper has them."""
+        answers = self._answer("loglikelihood", requests)
+        self._watched.check_ran()
+        return answers
+
+    def clean(self) -> None:
+        """Take the steering off and let go of the model: lmms-eval calls this when all answers are there."""
+        self._watched.detach()
+        self.__dict__.pop("_inner", None)
+        self.__dict__.pop("_watched", None)
+        super().clean()
+
+    def _answer(self, method: str, requests: list[Instance]) -> list[Any]:
+        self.record.add(requests, self.task_dict)
+        # Some wrappers write into gen_kwargs, and so change the keys under which answers are cached.
+        handed = [self._handed(request) for request in requests]
+        self._watched.restart()
+        try:
+            answers = getattr(super(), method)(handed)
+        except Failure as failure:
+            raise self._failed(failure.error) from failure.error
+        except Exception as error:
+            raise self._failed(error) from error
+        if self._watched.failure is not None:  # by a wrapper that swallows even BaseException
+            raise self._failed(self._watched.failure) from self._watched.failure
+        return cast(list[Any], answers)
+
+    def _handed(self, request: Instance) -> Instance:
+        handed = copy.copy(request)
+        handed.arguments = tuple(
+            copy.deepcopy(part)
+            if isinstance(part, dict)
+            else WatchedSource(part, request, self._watched)
+            if callable(part)
+            else part
+            for part in request.args
+        )
+        return handed
+
+    def _failed(self, error: Exception) -> HonesError:
+        where = self._watched.current
+        self.record.add_error(where, error)
+        name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
+        kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
+        return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
+
+
+def inner_model(wrapper: lmms) -> PreTrainedModel:
+    """The Hugging Face model that a wrapper of lmms-eval calls.
+
+    Raises: HonesError when there is none, or more than one.
+    """
+    held = [_unwrapped(value) for value in vars(wrapper).values() if isinstance(value, nn.Module)]
+    found = {id(model): model for model in held if isinstance(model, PreTrainedModel)}
+    if len(found) > 1:
+        found = {key: model for key, model in found.items() if model.can_generate()}
+    if len(found) != 1:
+        kinds = ", ".join(type(model).__name__ for model in found.values()) or "no Hugging Face model"
+        raise HonesError(
+            f"{type(wrapper).__name__} holds {kinds}: it takes exactly one that generates, to steer it"
+        )
+    return next(iter(found.values()))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while not isinstance(module, PreTrainedModel) and isinstance(getattr(module, "module", None), nn.Module):
+        module = cast(nn.Module, module.module)
+    return module
+
+
+def _class_after(mixin: type, cls: type) -> type:
+    order = cls.__mro__
+    return order[order.index(mixin) + 1]
+
+
+def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Usable values where the base wrapper's own would not be: cpu without CUDA, no empty device_map."""
+    parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+    device = str(kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    missing = {}
+    if "device" in parameters and "device" not in kwargs:
+        missing["device"] = device
+    if "device_map" not in parameters or "device_map" in kwargs:
+        return missing
+    # With several processes on GPUs an empty device_map asks llava_hf for one process a GPU.
+    if device == "cpu" or (parameters["device_map"].default == "" and not several):
+        missing["device_map"] = device
+    return missing
+
+
+def _check_settings(strength: object, attach: object, allow_noop: object) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise HonesError(f"strength={strength!r} is not a number")
+    if attach not in get_args(AttachMode):
+        raise HonesError(f"attach={attach!r} is not known: use {' or '.join(get_args(AttachMode))}")
+    if not isinstance(allow_noop, bool):
+        raise HonesError(f"allow_noop={allow_noop!r} is neither true nor false")

@@ -1,0 +1,149 @@
+"""Watch over the calls that a base wrapper swallows errors of: `generate`, and the loading of pictures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from lmms_eval.api.instance import Instance
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hones_eval.errors import EditError, HonesError
+from hones_eval.steer import AttachedSteering
+
+Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
+
+# One greedy token from the same inputs, whatever the task asked for.
+ONE_TOKEN = {
+    "max_new_tokens": 1,
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+
+class Failure(BaseException):
+    """Carries an error past the `except Exception` of a wrapper that would answer with an empty string."""
+
+    def __init__(self, error: Exception) -> None:
+        """`error` is what happened."""
+        super().__init__(str(error))
+        self.error = error
+
+
+class WatchedGenerate:
+    """Stands in for a model's `generate`: the same call, but it fails loudly and checks the steering.
+
+    `failure` is the first error since `restart`, `current` the task and document that were last asked for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attached: AttachedSteering | None,
+        *,
+        reattach: Callable[[], AttachedSteering],
+        finish: Finish,
+        must_act: bool,
+    ) -> None:
+        """`reattach` puts the steering back on; `must_act` asks that it changes the first call's logits."""
+        self.failure: Exception | None = None
+        self.rows = 0
+        self.current: tuple[str, Any] | None = None
+        self._model = model
+        self._generate = cast(Callable[..., Any], model.generate)
+        self._attached = attached
+        self._reattach = reattach
+        self._finish = finish
+        self._unproven = must_act
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, prove on the first call that the steering acts, and check that every edit ran."""
+        try:
+            if self._unproven:
+                self._prove(args, kwargs)
+                self._unproven = False
+            output = self._generate(*args, **kwargs)
+            self.check_ran()
+            if isinstance(output, Tensor):
+                output = self._finish(kwargs, output)
+        except Exception as error:
+            raise self.failed(error) from error
+        self.rows += len(output if isinstance(output, Tensor) else output.sequences)
+        return output
+
+    def failed(self, error: Exception) -> Failure:
+        """Remember an error and make the Failure to raise for it."""
+        if self.failure is None:
+            self.failure = error
+        return Failure(error)
+
+    def restart(self) -> None:
+        """Forget failures and counts, before another batch of requests."""
+        self.failure = None
+        self.rows = 0
+
+    def check_ran(self) -> None:
+        """Raise EditError when an edit of the steering did not run since the last check."""
+        if self._attached is not None:
+            self._attached.check_ran()
+
+    def check_rows(self, requests: int, name: str) -> None:
+        """Raise HonesError when fewer answers were generated than asked for: a loading error was swallowed.
+
+        Does nothing while somebody else's function stands in for `generate`, as when inputs are recorded.
+        """
+        if self._model.__dict__.get("generate") is self and self.rows < requests:
+            raise HonesError(
+                f"{name} answered {requests - self.rows} of {requests} requests without calling the model: "
+                "its log says which it could not load"
+            )
+
+    def detach(self) -> None:
+        """Take the steering off and give the model its own `generate` back. Safe to call twice."""
+        if self._attached is not None:
+            self._attached.detach()
+        if self._model.__dict__.get("generate") is self:
+            del self._model.generate
+
+    def _prove(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        assert self._attached is not None
+        steered = self._next_logits(args, kwargs)
+        self.check_ran()
+        self._attached.detach()
+        plain = self._next_logits(args, kwargs)
+        self._attached = self._reattach()
+        if torch.equal(steered, plain):
+            raise EditError(
+                "the steering changes no logit of the first input: its scales are 1, or too near to 1 for "
+                f"{steered.dtype}; allow_noop=true runs it all the same"
+            )
+        if bool(steered.isnan().any()) and not bool(plain.isnan().any()):
+            raise EditError("the steering turns the logits of the first input into NaN: lower its strength")
+
+    def _next_logits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        logits: Tensor = self._generate(*args, **(dict(kwargs) | ONE_TOKEN)).logits[0]
+        return logits
+
+
+class WatchedSource:
+    """Stands in for a request's `doc_to_visual` or `doc_to_messages`: what cannot be loaded is an error."""
+
+    def __init__(self, source: Callable[..., Any], request: Instance, watched: WatchedGenerate) -> None:
+        """`watched` learns which document is being asked for."""
+        self._source = source
+        self._document = (str(request.task_name), request.doc_id)
+        self._watched = watched
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the source; a failure is not to be swallowed."""
+        self._watched.current = self._document
+        try:
+            return self._source(*args, **kwargs)
+        except Exception as error:
+            raise self._watched.failed(error) from error

@@ -1,0 +1,162 @@
+"""A stand-in for the Hugging Face hub on the loopback: it serves tiny parquet data sets under their real names.
+
+With it, lmms-eval's built-in tasks run as they are, through the real command, on a machine without a network.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+Repositories = Mapping[str, Mapping[str, bytes]]
+
+
+def commit_of(files: Mapping[str, bytes]) -> str:
+    """A commit id that changes with the content, as the hub's does."""
+    total = hashlib.sha1(usedforsecurity=False)
+    for name in sorted(files):
+        total.update(name.encode() + hashlib.sha256(files[name]).digest())
+    return total.hexdigest()
+
+
+def etag_of(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def serving(repositories: Repositories) -> Iterator[str]:
+    """Serve data sets, name to path to content, for the length of a ``with`` block; gives the HF_ENDPOINT."""
+
+    class Handler(_HubHandler):
+        repos = repositories
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    repos: Repositories
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if path.startswith("/api/datasets/"):
+            self._api(path.removeprefix("/api/datasets/"))
+        elif path.startswith("/datasets/"):
+            self._file(path.removeprefix("/datasets/"))
+        else:
+            self._missing("RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        path = unquote(urlsplit(self.path).path)
+        name, _, rest = self._split(path.removeprefix("/api/datasets/"))
+        if name not in self.repos or not rest.startswith("paths-info/"):
+            return self._missing("RepoNotFound")
+        is_json = self.headers.get("Content-Type", "").startswith("application/json")
+        asked = json.loads(body)["paths"] if is_json else parse_qs(body)["paths"]
+        return self._json([self._entry(name, one) for one in asked if one in self.repos[name]])
+
+    def _api(self, rest: str) -> None:
+        name, _, rest = self._split(rest)
+        if name not in self.repos:
+            return self._missing("RepoNotFound")
+        files = self.repos[name]
+        if rest.startswith("tree/"):
+            folder = rest.split("/", 2)[2] + "/" if rest.count("/") > 1 else ""
+            return self._json(self._tree(name, folder))
+        if rest and not rest.startswith("revision/"):
+            return self._missing("EntryNotFound")
+        return self._json(
+            {
+                "id": name,
+                "sha": commit_of(files),
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "lastModified": "2025-01-01T00:00:00.000Z",
+                "siblings": [{"rfilename": one} for one in sorted(files)],
+            }
+        )
+
+    def _tree(self, name: str, folder: str) -> list[dict[str, object]]:
+        inside = [path for path in sorted(self.repos[name]) if path.startswith(folder)]
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        flat = [path for path in inside if recursive or "/" not in path.removeprefix(folder)]
+        deeper = {folder + path.removeprefix(folder).split("/")[0] for path in inside if path not in flat}
+        folders = [
+            {"type": "directory", "path": one, "size": 0, "oid": etag_of(b"")} for one in sorted(deeper)
+        ]
+        return [*folders, *(self._entry(name, path) for path in flat)]
+
+    def _file(self, rest: str) -> None:
+        name, _, rest = self._split(rest)
+        if name not in self.repos:
+            return self._missing("RepoNotFound")
+        path = rest.split("/", 2)[2] if rest.startswith("resolve/") else ""
+        content = self.repos[name].get(path)
+        if content is None:
+            return self._missing("EntryNotFound")
+        headers = {
+            "ETag": f'"{etag_of(content)}"',
+            "X-Repo-Commit": commit_of(self.repos[name]),
+            "Accept-Ranges": "bytes",
+        }
+        start, end = self._range(len(content))
+        if (start, end) != (0, len(content)):
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        return self._reply(206 if "Content-Range" in headers else 200, content[start:end], headers)
+
+    def _range(self, size: int) -> tuple[int, int]:
+        asked = self.headers.get("Range", "")
+        if not asked.startswith("bytes="):
+            return 0, size
+        first, last = asked.removeprefix("bytes=").split("-")
+        if not first:
+            return max(0, size - int(last)), size
+        return int(first), min(size, int(last) + 1) if last else size
+
+    def _split(self, rest: str) -> tuple[str, str, str]:
+        parts = rest.split("/", 2)
+        return "/".join(parts[:2]), "/", parts[2] if len(parts) > 2 else ""
+
+    def _entry(self, name: str, path: str) -> dict[str, object]:
+        content = self.repos[name][path]
+        return {"type": "file", "path": path, "size": len(content), "oid": etag_of(content)}
+
+    def _json(self, content: object) -> None:
+        self._reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _missing(self, code: str) -> None:
+        self._reply(404, b"{}", {"X-Error-Code": code, "X-Error-Message": f"{code}: {self.path}"})
+
+    def _reply(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        if LOG is not None:
+            LOG.append(format % args)
+
+
+LOG: list[str] | None = None
