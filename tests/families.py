@@ -1,11 +1,55 @@
-"""Tiny random vision-language models of every served family, built from configs and never downloaded."""
+"""Tiny random vision-language models of every served family, built from configs and never downloaded.
 
-from collections.abc import Sequence
+Of all: layers at ``LM.layers.N``, with ``self_attn.o_proj`` and ``mlp.down_proj``, called with the hidden
+states as the one positional argument and giving a tensor. Vision towers and connectors have projections of
+these names too (Qwen2.5-VL, GLM4V, Idefics2), so the names alone do not tell a decoder. Pictures take the
+place of ``config.image_token_id`` in ``input_ids``. 4 query heads, KV key-value heads; the unembedding is
+``lm_head`` (InstructBLIP: ``language_model.lm_head``).
+
+=============== ==================== == ==== =============================================================
+family          LM                   KV tied what is special
+=============== ==================== == ==== =============================================================
+llava           model.language_model 4  no   Llama, CLIP; 9 tokens a picture
+llava_next      model.language_model 2  no   Mistral; tiles and new lines, 10 to 12 tokens; ``image_sizes``
+llava_onevision model.language_model 2  no   Qwen2, SigLIP; tiles; ``image_sizes``, ``batch_num_images``
+qwen2_vl        model.language_model 2  yes  3-D positions from ``mm_token_type_ids``, ``image_grid_thw``
+qwen2_5_vl      model.language_model 2  no   the same; windows in the vision tower
+qwen3_vl        model.language_model 2  no   the same; q/k norms; deep-stack adds to the output of layers 0, 1
+internvl        model.language_model 2  yes  Qwen2; one row of ``pixel_values`` a tile
+gemma3          model.language_model 2  yes  head width 16 where hidden / heads is 12; norms 1 + w, also after
+                                             each block, and of q/k; layers 0 and 2 slide; the tokens of one
+                                             picture (``token_type_ids`` 1) see each other
+paligemma       model.language_model 2  yes  Gemma 2: norms and width as above without q/k; layers 0 and 2
+                                             slide; caps on attention (5; hence eager) and on logits (3); the
+                                             whole prompt (``token_type_ids`` 0) sees itself, an answer (1) is
+                                             causal; positions from 1
+idefics2        model.text_model     2  no   Mistral; 6 latents a picture from a perceiver; pixel masks
+idefics3        model.text_model     2  no   Llama; 4 tokens a picture; pixel masks
+smolvlm         model.text_model     2  no   Llama; 5 tiles of 4 tokens a picture; processor: num2words
+glm4v           model.language_model 2  no   fused ``gate_up_proj``; norms after each block; half of each head
+                                             rotates; 3-D positions
+instructblip    language_model.model 4  no   Llama; a Q-Former reads the question too; picture tokens stand in
+                                             front of any padding
+=============== ==================== == ==== =============================================================
+
+All but InstructBLIP run without pictures, though PaliGemma's processor wants one (it also gives ``labels``).
+``model.generate(**inputs)`` works for all; InstructBLIP's repeats the prompt in front of the answer.
+
+Padding on the left changes nothing, but for InstructBLIP: its Q-Former has learned positions, and its padding
+stands between picture and text, so a forward pass wants the ``position_ids`` that ``generate`` makes.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from family_recipes import RECIPES, Recipe
+from family_gemma import gemma3, paligemma
+from family_idefics import idefics2, idefics3, smolvlm
+from family_llava import instructblip, internvl, llava, llava_next, llava_onevision
+from family_parts import Recipe
+from family_qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_vl
+from family_refused import REFUSED
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -16,7 +60,30 @@ from transformers import (
     ProcessorMixin,
 )
 
+RECIPES: dict[str, Callable[[bool], Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(llava, llava_next, llava_onevision),
+        *(qwen2_vl, qwen2_5_vl, qwen3_vl),
+        *(internvl, gemma3, paligemma),
+        *(idefics2, idefics3, smolvlm),
+        *(glm4v, instructblip),
+    )
+}
 NAMES = tuple(RECIPES)
+REFUSED_NAMES = tuple(REFUSED)
+WRAPPERS = {  # family: lmms-eval's stock wrapper and the arguments that it needs on a CPU, beside pretrained=
+    "llava": ("llava_hf", "device=cpu,device_map=cpu,dtype=float32"),
+    "llava_next": ("llava_hf", "device=cpu,device_map=cpu,dtype=float32"),
+    "llava_onevision": ("llava_hf", "device=cpu,device_map=cpu,dtype=float32"),
+    "qwen2_vl": ("qwen2_vl", "device=cpu,device_map=cpu,min_pixels=3136,max_pixels=7056"),
+    "qwen2_5_vl": ("qwen2_5_vl", "device=cpu,device_map=cpu,min_pixels=3136,max_pixels=7056"),
+    "qwen3_vl": ("qwen3_vl", "device=cpu,device_map=cpu,min_pixels=4096,max_pixels=9216"),
+    "internvl": ("internvl_hf", "device=cpu,device_map=cpu,max_patches=2"),
+    "gemma3": ("gemma3", "device=cpu,device_map=cpu"),
+    "idefics2": ("idefics2", "device=cpu,device_map=cpu,dtype=float32"),
+    "instructblip": ("instructblip", "device=cpu"),
+}
 TIED_BY_DEFAULT = frozenset[str]({"gemma3", "paligemma", "internvl", "qwen2_vl"})
 
 
@@ -54,6 +121,8 @@ class Family:
         """Give the processor's tensors for one text and its pictures, or for several texts with theirs."""
         texts, pictures = ([text], [list(images)]) if isinstance(text, str) else (list(text), list(images))
         prompts = [self.prompt(one, len(shown)) for one, shown in zip(texts, pictures, strict=True)]
+        if not self.several_images and max(map(len, pictures)) > 1:
+            raise ValueError(f"{self.name} takes one picture a prompt, got {[len(p) for p in pictures]}")
         flat = [picture for shown in pictures for picture in shown]
         given = pictures if self.recipe.pictures_by_prompt else flat
         made = self.processor(
@@ -88,6 +157,11 @@ def build(
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return Family(name, model, recipe.processor, recipe)
+
+
+def build_refused(name: str, *, seed: int = 0) -> PreTrainedModel:
+    """Build a model of a family that is not served; without a processor."""
+    return make_model(*REFUSED[name](), seed)
 
 
 def save_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:

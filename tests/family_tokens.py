@@ -38,7 +38,11 @@ def make_tokenizer(
     usual = {name: named[name] for name in base}
     extra = {name: token for name, token in named.items() if name not in base}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=512, extra_special_tokens=extra, **usual
+        tokenizer_object=backend,
+        model_max_length=512,
+        padding_side="left",
+        extra_special_tokens=extra,
+        **usual,
     )
 
 
