@@ -1,0 +1,261 @@
+"""Examples of any lmms-eval task as any lmms-eval model sees them."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from torch.utils.data import Dataset
+
+from hones_eval import targets
+from hones_eval.artefact import ExampleSet, hash_of
+from hones_eval.errors import HonesError, TaskError
+from hones_eval.examples.models import one_line, tokenizer_of
+from hones_eval.examples.playback import Playback
+from hones_eval.examples.scoring import Scorer
+from hones_eval.examples.tasks import build_requests, build_task, document
+from hones_eval.pictures import image_hash
+
+TARGET_TOKENS = 128
+PROOF_EXAMPLES = 8
+REMEMBERED_ANSWERS = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One question as the model meets it, with its gold answer."""
+
+    index: int
+    """Place in the set, from 0."""
+    task: str
+    split: str
+    doc_id: int
+    """Place in the task's split; the key of lmms-eval's sample logs."""
+    inputs: dict[str, Any]
+    """What the model's `forward` takes, a batch of one."""
+    settings: dict[str, Any]
+    """The other arguments of `generate`."""
+    target: str
+    """The gold answer; for captions up to five references joined."""
+    references: list[str]
+    """The answers that count as right, best first."""
+    target_ids: list[int]
+    """The target encoded alone, without special tokens, at most 128."""
+    image_hashes: list[str]
+    text_hash: str
+
+
+class TaskExamples(Dataset[Example]):
+    """The examples of one task, recorded from the lmms-eval model when asked for, and their scores."""
+
+    def __init__(
+        self,
+        lmm: lmms,
+        task: str,
+        *,
+        model_name: str,
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        gen_kwargs: str | None = None,
+        metric: str | None = None,
+        target: str | None = None,
+    ) -> None:
+        """Build the task as lmms-eval does; choose its metric and gold answer, and prove them on a few.
+
+        Args:
+            lmm: the model, as `load_lmm` gives it.
+            task: a task that generates, or a group with one such task.
+            model_name: the name after lmms-eval's `--model`, which chooses the task's prompts.
+            include_path: a folder of further task YAML files.
+            limit: at most so many examples.
+            offset: the first document.
+            gen_kwargs: as lmms-eval's `--gen_kwargs`.
+            metric: one of the task's metrics; by default its first that aggregates to a number.
+            target: the gold answer's column, or a Jinja template, where neither is found.
+
+        Raises: TaskError, in one line, for whatever the task is not fit for.
+        """
+        self._task = build_task(
+            task, lmm, model_name=model_name, include_path=include_path, gen_kwargs=gen_kwargs
+        )
+        self.task = str(self._task.task_name)
+        self._requests = build_requests(self._task, limit, offset)
+        self.split = str(self._requests[0].args[-1])
+        self.offset = offset
+        self._lmm = lmm
+        self._playback = Playback(lmm)
+        self._tokenizer = tokenizer_of(lmm)
+        self._scorer = Scorer(self._task)
+        self._answers: OrderedDict[tuple[int, tuple[int, ...]], str] = OrderedDict()
+        self._prints: dict[int, tuple[str, list[str]]] = {}
+        self.metric = self._choose_metric(metric)
+        self.higher_is_better = self._scorer.metrics()[self.metric]
+        self._gold = self._choose_target(target)
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Example:
+        """Record one example: no forward pass is run.
+
+        Raises: TaskError naming the task and doc_id when it cannot be had.
+        """
+        request = self._request(index)
+        text_hash, image_hashes = self._print(index)
+        call = self._playback.record(request)
+        gold = self._gold_of(request)
+        return Example(
+            index=index,
+            task=self.task,
+            split=self.split,
+            doc_id=request.doc_id,
+            inputs=call.inputs,
+            settings=call.settings,
+            target=gold.target,
+            references=gold.references,
+            target_ids=self._tokenizer.encode(gold.target, add_special_tokens=False)[:TARGET_TOKENS],
+            image_hashes=image_hashes,
+            text_hash=text_hash,
+        )
+
+    def decode(self, index: int, token_ids: list[int]) -> str:
+        """Give the answer that the wrapper makes of generated tokens, by playing them back through it."""
+        key = (index, tuple(token_ids))
+        if key not in self._answers:
+            self._answers[key] = self._playback.decode(self._request(index), token_ids)
+            if len(self._answers) > REMEMBERED_ANSWERS:
+                self._answers.popitem(last=False)
+        return self._answers[key]
+
+    def score(self, index: int, text: str) -> dict[str, Any]:
+        """Give the result of one answer by the task's filters and `process_results`."""
+        return self._scorer.score(self._request(index), text)
+
+    def aggregate(self, results: list[dict[str, Any]]) -> float:
+        """Give `metric` over the results of `score`, by the task's own aggregation."""
+        return self._scorer.aggregate(self.metric, results)
+
+    def example_set(self) -> ExampleSet:
+        """Name these examples: their hash covers task, split, documents, prompts and pictures."""
+        prints = [self._print(index) for index in range(len(self))]
+        ids = [request.doc_id for request in self._requests]
+        parts = [self.task, self.split]
+        for doc_id, (text_hash, image_hashes) in zip(ids, prints, strict=True):
+            parts += [str(doc_id), text_hash, *image_hashes]
+        pictures = list(dict.fromkeys(one for _, hashes in prints for one in hashes))
+        return ExampleSet(self.task, self.split, len(self), self.offset, hash_of(parts), ids, pictures)
+
+    def caption_references(self) -> list[list[int]] | None:
+        """Tokens of every example's joined references where they are captions of a picture, else None.
+
+        They are the documents of the inverse document frequencies that weigh a caption's tokens (HONES 2).
+        """
+        golds = [self._gold_of(request) for request in self._requests]
+        if all(gold.target == gold.references[0] for gold in golds):
+            return None
+        return [self._tokenizer.encode(gold.target, add_special_tokens=False) for gold in golds]
+
+    def _request(self, index: int) -> Instance:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._requests[index]
+
+    def _print(self, index: int) -> tuple[str, list[str]]:
+        """Hashes of the prompt's text and of the pictures, remembered."""
+        if index not in self._prints:
+            request = self._request(index)
+            texts, pictures = self._shown(request)
+            self._prints[index] = (hash_of(texts), [image_hash(one) for one in pictures])
+        return self._prints[index]
+
+    def _shown(self, request: Instance) -> tuple[list[str], list[Image.Image]]:
+        where = f"{self.task}, doc_id {request.doc_id}"
+        try:
+            doc = self._lmm.task_dict[self.task][self.split][request.doc_id]
+            if self._lmm.is_simple:
+                texts, media = [str(request.args[0])], list(request.args[2](doc) or [])
+            else:
+                texts, media = _contents(request.args[1](doc))
+        except HonesError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"{where}: its picture or prompt cannot be read: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        return texts, [_picture(one, where) for one in media]
+
+    def _gold_of(self, request: Instance) -> targets.Gold:
+        try:
+            return self._gold(document(self._task, request.doc_id))
+        except (LookupError, TypeError, ValueError) as error:
+            raise TaskError(
+                f"{self.task}, doc_id {request.doc_id}: it has no gold answer ({one_line(error)})"
+            ) from error
+
+    def _choose_metric(self, asked: str | None) -> str:
+        known = self._scorer.metrics()
+        if asked is not None and asked not in known:
+            raise TaskError(f"task {self.task} has no metric {asked!r}; it has {', '.join(known)}")
+        reasons = []
+        for metric in [asked] if asked else known:
+            try:
+                self._trial(metric, ["~"] * len(self._proof()))
+            except TaskError as error:
+                reasons.append(str(error))
+            else:
+                return metric
+        raise TaskError(f"task {self.task} has no metric to measure heads with: {'; '.join(reasons)}")
+
+    def _choose_target(self, override: str | None) -> targets.Adapter:
+        return targets.choose(
+            self.task,
+            self.metric,
+            [document(self._task, request.doc_id) for request in self._proof()],
+            self._native,
+            lambda answers: self._trial(self.metric, answers),
+            higher_is_better=self.higher_is_better,
+            override=override,
+        )
+
+    def _proof(self) -> list[Instance]:
+        return self._requests[:PROOF_EXAMPLES]
+
+    def _trial(self, metric: str, answers: list[str]) -> float:
+        proof = zip(self._proof(), answers, strict=True)
+        return self._scorer.aggregate(metric, [self._scorer.score(one, text) for one, text in proof])
+
+    def _native(self, doc: Mapping[str, Any]) -> targets.Gold:
+        """The task's `doc_to_target`, through its choices where it is the place of one."""
+        found = self._task.doc_to_target(dict(doc))
+        if isinstance(found, int) and getattr(self._task.config, "doc_to_choice", None) is not None:
+            found = self._task.doc_to_choice(dict(doc))[found]
+        return targets.most_common(targets.texts_in(found))
+
+
+def _contents(messages: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """Texts with their speakers, and media, of a chat."""
+    parts = [(one["role"], part) for one in messages for part in one["content"]]
+    texts = [f"{role}: {part['text']}" for role, part in parts if part["type"] == "text"]
+    return texts, [
+        part if part["type"] != "image" else part["url"] for _, part in parts if part["type"] != "text"
+    ]
+
+
+def _picture(medium: Any, where: str) -> Image.Image:
+    if isinstance(medium, Image.Image):
+        return medium
+    if isinstance(medium, str) and Path(medium).suffix.lower() in Image.registered_extensions():
+        try:
+            return Image.open(medium)
+        except OSError as error:
+            raise TaskError(f"{where}: the picture {medium} cannot be read: {one_line(error)}") from error
+    kind = medium.get("type", "a dict") if isinstance(medium, dict) else type(medium).__name__
+    raise TaskError(
+        f"{where}: it shows {kind}, not a picture; only tasks of pictures and text can be measured"
+    )

@@ -1,0 +1,97 @@
+"""Scores of one answer and of a whole set, by the task's own filters, metrics and aggregation."""
+
+import argparse
+import inspect
+import math
+import tempfile
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning_tags
+from lmms_eval.api.task import Task
+from lmms_eval.filters.transformation import StripThinkingFilter
+
+from hones_eval.errors import TaskError
+from hones_eval.examples.models import one_line
+from hones_eval.examples.playback import quiet
+from hones_eval.examples.tasks import document
+
+
+class Scorer:
+    """Scores answers of one task as lmms-eval's evaluator does, one at a time."""
+
+    def __init__(self, task: Task) -> None:
+        """Score with the filters of `task`, the first ensemble where it has several."""
+        self.task = task
+        self._filters = [*self._thinking(), *task._filters[0].filters]
+
+    def score(self, instance: Instance, text: str) -> dict[str, Any]:
+        """Give the result of one answer: for every metric what its aggregation takes of a document."""
+        answered = Instance(instance.request_type, instance.args, instance.idx, dict(instance.metadata))
+        answered.resps = [text]
+        doc = document(self.task, instance.doc_id)
+        with quiet():
+            try:
+                result = self._process(doc, [self._filtered(answered)])
+            except Exception as error:
+                raise TaskError(
+                    f"{self.task.task_name}, doc_id {instance.doc_id}: process_results failed on the answer "
+                    f"{text[:80]!r}: {type(error).__name__}: {one_line(error)}"
+                ) from error
+        return dict(result)
+
+    def aggregate(self, metric: str, results: Sequence[dict[str, Any]]) -> float:
+        """Give the task's own aggregation of one metric over the results of `score`.
+
+        Raises: TaskError when no result has the metric, or the aggregation gives no finite number.
+        """
+        values = [result[metric] for result in results if metric in result]
+        name = f"{self.task.task_name}: {metric}"
+        if not values:
+            raise TaskError(f"{name} is in none of {len(results)} results")
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            try:
+                number = self._aggregated(metric, values, folder)
+            except Exception as error:
+                raise TaskError(
+                    f"{name} cannot be aggregated: {type(error).__name__}: {one_line(error)}"
+                ) from error
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise TaskError(f"{name} aggregates to {number!r}, which is not a finite number")
+        return float(number)
+
+    def metrics(self) -> dict[str, bool]:
+        """Whether higher is better, for every metric of the task, in the task's order."""
+        better = self.task.higher_is_better()
+        return {str(name): bool(better.get(name, True)) for name in self.task.aggregation()}
+
+    def _thinking(self) -> list[Any]:
+        config = self.task.config
+        tags = parse_reasoning_tags_config(task_value=getattr(config, "reasoning_tags", None))
+        return [StripThinkingFilter()] if getattr(config, "auto_strip_thinking", False) and not tags else []
+
+    def _filtered(self, answered: Instance) -> Any:
+        responses: list[Any] = [answered.resps]
+        for one in self._filters:
+            responses = one.apply(responses, getattr(self.task, "task_docs", None))
+        answer = next(iter(responses))
+        tags = parse_reasoning_tags_config(task_value=getattr(self.task.config, "reasoning_tags", None))
+        return strip_reasoning_tags(answer, tags) if tags and isinstance(answer, str) else answer
+
+    def _process(self, doc: dict[str, Any], answers: list[Any]) -> dict[str, Any]:
+        """`process_results` without lmms-eval's retries, two seconds apart: what fails once fails again."""
+        plain = getattr(self.task.process_results, "__wrapped__", None)
+        result = self.task.process_results(doc, answers) if plain is None else plain(self.task, doc, answers)
+        if not isinstance(result, dict):
+            raise TypeError(f"it gave {type(result).__name__} instead of a dict of metrics")
+        return result
+
+    def _aggregated(self, metric: str, values: list[Any], folder: str) -> Any:
+        function = self.task.aggregation()[metric]
+        if "args" in inspect.signature(function).parameters:
+            number = function(values, args=argparse.Namespace(output_path=folder))
+        else:
+            number = function(values)
+        return number.item() if hasattr(number, "item") else number

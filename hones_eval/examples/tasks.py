@@ -1,0 +1,205 @@
+"""lmms-eval tasks by name, with their requests; what cannot serve as examples is refused by name."""
+
+import copy
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lmms_eval.models  # noqa: F401  before the tasks: it loads plug-ins, and ours registers its tasks
+import yaml
+from lmms_eval import utils
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableTask, Task
+from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
+from tenacity import RetryError
+
+from hones_eval.errors import HonesError, TaskError
+from hones_eval.examples.judges import remote_judge
+from hones_eval.examples.models import one_line
+from hones_eval.examples.playback import quiet
+
+
+def build_task(
+    name: str, lmm: lmms, *, model_name: str, include_path: str | Path | None, gen_kwargs: str | None
+) -> Task:
+    """Build one lmms-eval task as `lmms-eval --model <model_name> --tasks <name>` would.
+
+    Raises: TaskError for an unknown task, a group of several, a task that does not generate one answer, or
+    one whose YAML or data set fails.
+    """
+    manager = _manager(model_name, include_path)
+    name = _leaf(manager, name)
+    _must_generate(manager, name)
+    _let_datasets_fingerprint()
+    with without_retries("download"), quiet():
+        try:
+            task = get_task_dict([name], manager, "simple" if lmm.is_simple else "chat")[name]
+        except HonesError:
+            raise
+        except Exception as error:
+            raise _failure(f"task {name} cannot be built", error) from error
+    judge = remote_judge(task)
+    if judge:
+        raise TaskError(
+            f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
+        )
+    _adjust(task, gen_kwargs)
+    lmm.task_dict[name] = task.dataset
+    return task
+
+
+def build_requests(task: Task, limit: int | None, offset: int) -> list[Instance]:
+    """Give the task's requests, one a document, from document `offset` on and at most `limit` of them.
+
+    Raises: TaskError when there is none.
+    """
+    name = task.task_name
+    if limit is not None and limit < 1:
+        raise TaskError(f"task {name}: limit={limit} leaves no example")
+    count = len(task.eval_docs_no_media)
+    if offset < 0 or offset >= count:
+        raise TaskError(f"task {name} has {count} examples; offset={offset} leaves none")
+    logger.disable("lmms_eval.api.task")
+    try:
+        with quiet():
+            task.build_all_requests(limit=limit, offset=offset, rank=0, world_size=1)
+    except Exception as error:
+        raise _failure(f"task {name}: its requests cannot be built", error) from error
+    finally:
+        logger.enable("lmms_eval.api.task")
+    requests = list(task.instances)
+    other = next((one.request_type for one in requests if one.request_type != "generate_until"), None)
+    if other or len({one.doc_id for one in requests}) != len(requests):
+        raise TaskError(f"task {name} asks for {other or 'several answers a document'}; {_WANTED}")
+    return requests
+
+
+_WANTED = "only tasks that generate one answer a document (output_type generate_until) can be measured"
+
+
+def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
+    if include_path is None:
+        return _own_tasks(model_name)
+    folder = Path(include_path)
+    if not folder.is_dir():
+        raise TaskError(f"include_path {folder} is not a folder; it should hold lmms-eval task YAML files")
+    try:
+        return TaskManager(include_path=str(folder), model_name=model_name)
+    except Exception as error:
+        raise _blame(folder, error) from error
+
+
+@lru_cache(maxsize=4)
+def _own_tasks(model_name: str) -> TaskManager:
+    """The index of lmms-eval's and this package's tasks, which takes seconds to read."""
+    return TaskManager(model_name=model_name)
+
+
+def _blame(folder: Path, error: Exception) -> TaskError:
+    """Say which file of a folder lmms-eval cannot read; its own message often names none."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            utils.load_yaml_config(str(path), mode="simple")
+        except yaml.YAMLError as broken:
+            return TaskError(_yaml_line(broken, path))
+        except Exception as broken:  # noqa: BLE001  returned as the error that it is
+            return TaskError(f"{path} is not an lmms-eval task: {type(broken).__name__}: {one_line(broken)}")
+    return TaskError(f"lmms-eval cannot read the tasks of {folder}: {one_line(error)}")
+
+
+def _yaml_line(error: yaml.YAMLError, path: object) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}" if mark else str(path)
+    return f"{where}: not valid YAML: {getattr(error, 'problem', None) or one_line(error)}"
+
+
+def _leaf(manager: TaskManager, name: str) -> str:
+    """The task that a name stands for: itself, or the only leaf of a group or tag."""
+    if name not in manager.task_index:
+        near = get_close_matches(name, manager.all_tasks, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval tasks list` lists them"
+        raise TaskError(f"lmms-eval has no task named {name!r}: {hint}")
+    leaves = sorted(set(_leaves(manager, name)))
+    if len(leaves) == 1:
+        return leaves[0]
+    shown = ", ".join(leaves[:8]) + (f" and {len(leaves) - 8} more" if len(leaves) > 8 else "")
+    raise TaskError(f"{name} is a group of several tasks; choose one of: {shown}")
+
+
+def _leaves(manager: TaskManager, name: str) -> Iterator[str]:
+    entry = manager.task_index.get(name, {"type": "task"})
+    if entry["type"] in ("task", "python_task"):
+        yield name
+        return
+    members = entry["task"] if entry["type"] == "tag" else _config(entry["yaml_path"])["task"]
+    for member in members:
+        inner = member if isinstance(member, str) else member.get("task", member.get("group"))
+        if isinstance(inner, str) and inner != name:
+            yield from _leaves(manager, inner)
+
+
+def _config(path: str) -> dict[str, Any]:
+    try:
+        return dict(utils.load_yaml_config(path, mode="simple"))
+    except yaml.YAMLError as error:
+        raise TaskError(_yaml_line(error, path)) from None
+
+
+def _must_generate(manager: TaskManager, name: str) -> None:
+    """Refuse what does not generate one answer, before its data set is fetched."""
+    entry = manager.task_index[name]
+    output_type = _config(entry["yaml_path"]).get("output_type", "generate_until")
+    if output_type != "generate_until":
+        raise TaskError(f"task {name} has output_type {output_type}; {_WANTED}")
+
+
+def _adjust(task: Task, gen_kwargs: str | None) -> None:
+    """What `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
+    if gen_kwargs:
+        task.set_config("generation_kwargs", utils.simple_parse_args_string(gen_kwargs), update=True)
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(seed=1234)
+
+
+def _failure(what: str, error: BaseException) -> TaskError:
+    """The reason at the bottom of lmms-eval's retries and of YAML's and import's own wrappings."""
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception() or error
+    if isinstance(error, yaml.YAMLError):
+        return TaskError(_yaml_line(error, "its YAML"))
+    if isinstance(error, HonesError):
+        return TaskError(str(error))
+    return TaskError(f"{what}: {type(error).__name__}: {one_line(error)}")
+
+
+@contextmanager
+def without_retries(method: str) -> Iterator[None]:
+    """One try instead of five with two seconds between: what fails here fails for good."""
+    plain = getattr(getattr(ConfigurableTask, method), "__wrapped__", None)
+    if plain is None:
+        yield
+        return
+    with mock.patch.object(ConfigurableTask, method, plain):
+        yield
+
+
+def _let_datasets_fingerprint() -> None:
+    """Let `datasets` hash functions that hold a connection, as lmms-eval's evaluator does."""
+    if not hasattr(ssl.SSLContext, "_orig_reduce"):
+        context: Any = ssl.SSLContext
+        context._orig_reduce = True  # lmms-eval's own mark
+        context.__reduce__ = lambda self: (ssl.SSLContext, (self.protocol,))
+
+
+def document(task: Task, doc_id: int) -> dict[str, Any]:
+    """Give a copy of a document without its pictures, as lmms-eval scores it; scorers write into it."""
+    found: Mapping[str, Any] = task.eval_docs_no_media[doc_id]
+    return copy.deepcopy(dict(found))

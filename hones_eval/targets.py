@@ -1,0 +1,200 @@
+"""What a task's gold answer is, in words: chosen by name or by column, and proven by the task's own scoring.
+
+`doc_to_target` is not always the gold answer: for vqav2, flickr30k and coco it is the literal word `answer`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from numbers import Real
+from typing import Any, NamedTuple
+
+from lmms_eval.utils import apply_template
+
+from hones_eval.errors import TaskError
+
+MOST_REFERENCES = 5
+
+
+class Gold(NamedTuple):
+    """The text that stands for a document's answer, and the answers that count as right, best first."""
+
+    target: str
+    references: list[str]
+
+
+Adapter = Callable[[Mapping[str, Any]], Gold]
+
+
+class Candidate(NamedTuple):
+    """A way to get the gold of a document, with its name for messages."""
+
+    name: str
+    adapter: Adapter
+
+
+def alternatives(column: str) -> Adapter:
+    """Answers of several people, or several spellings: the most common one is the target."""
+    return lambda doc: most_common(texts_in(doc.get(column)))
+
+
+def captions(column: str) -> Adapter:
+    """Descriptions of one picture: up to five, joined, are the target (HONES, vocabulary projection)."""
+    return lambda doc: joined(texts_in(doc.get(column)))
+
+
+def box(column: str) -> Adapter:
+    """A box of four numbers, in the brackets that grounding tasks read."""
+    return lambda doc: _one("[" + ", ".join(f"{float(x):.3f}" for x in doc.get(column) or []) + "]")
+
+
+BY_NAME: tuple[tuple[str, Adapter], ...] = (
+    ("vqav2*", alternatives("answers")),
+    ("ok_vqa*", alternatives("answers")),
+    ("vizwiz_vqa*", alternatives("answers")),
+    ("textvqa*", alternatives("answers")),
+    ("docvqa*", alternatives("answers")),
+    ("infovqa*", alternatives("answers")),
+    ("stvqa*", alternatives("answers")),
+    ("chartqa*", alternatives("answer")),
+    ("gqa*", alternatives("answer")),
+    ("pope*", alternatives("answer")),
+    ("coco*_cap*", captions("answer")),
+    ("flickr30k*", captions("caption")),
+    ("nocaps*", captions("annotations_captions")),
+    ("textcaps*", captions("caption_str")),
+    ("refcoco*bbox_rec*", box("bbox")),
+    ("refcoco*", captions("answer")),
+    ("hones_caption*", captions("references")),
+)
+COLUMNS = (
+    *("answer", "answers", "gold", "target", "gt", "ground_truth", "label", "correct_answer"),
+    *("caption", "captions"),
+)
+CAPTION_METRICS = ("bleu", "cider", "rouge", "meteor", "spice")
+
+
+def choose(
+    task: str,
+    metric: str,
+    docs: Sequence[Mapping[str, Any]],
+    native: Adapter,
+    score: Callable[[list[str]], float],
+    *,
+    higher_is_better: bool = True,
+    override: str | None = None,
+) -> Adapter:
+    """Choose how to get gold answers, and prove it: scored as answers they must come near the maximum.
+
+    Args:
+        task: the task's name, looked up in `BY_NAME`.
+        metric: the metric that `score` gives; one of captions makes lists of texts captions.
+        docs: the first documents of the task, without pictures.
+        native: the task's own `doc_to_target`.
+        score: the aggregated metric of these documents, given one answer each.
+        higher_is_better: the metric's direction.
+        override: a column, or a Jinja template over the columns; nothing else is then tried.
+
+    Raises: TaskError naming what was tried and how to name the target.
+    """
+    candidates = _candidates(task, metric, docs[0], native, override)
+    nonsense = score(["~"] * len(docs))
+    tried: list[tuple[Candidate, float | str]] = []
+    for candidate in candidates:
+        try:
+            answers = [candidate.adapter(doc).references[0] for doc in docs]
+        except (LookupError, TypeError, ValueError) as error:
+            tried.append((candidate, f"no text ({type(error).__name__})"))
+            continue
+        try:
+            tried.append((candidate, score(answers)))
+        except TaskError as error:
+            tried.append((candidate, str(error)))
+    best = max((s for _, s in tried if isinstance(s, float)), default=0.0)
+    for candidate, value in tried:
+        if isinstance(value, float) and _proves(value, nonsense, best, higher_is_better):
+            return candidate.adapter
+    raise TaskError(_unproven(task, metric, tried, nonsense, docs[0], override))
+
+
+def _proves(value: float, nonsense: float, best: float, higher_is_better: bool) -> bool:
+    """Near the maximum: half of 1, or of the best candidate where the metric's scale is another."""
+    if not higher_is_better:
+        return value <= 0.5 * nonsense and value < nonsense
+    return value > nonsense and value >= 0.5 and value >= 0.5 * best
+
+
+def _candidates(
+    task: str, metric: str, doc: Mapping[str, Any], native: Adapter, override: str | None
+) -> list[Candidate]:
+    several = captions if _of_captions(metric) else alternatives
+    if override is not None:
+        return [Candidate(override, _template(override) if "{{" in override else several(override))]
+    found = [Candidate(f"the adapter of {name}", one) for name, one in BY_NAME if fnmatch(task, name)][:1]
+    found.append(Candidate("doc_to_target", native))
+    return found + [Candidate(f"column {name}", several(name)) for name in COLUMNS if name in doc]
+
+
+def _of_captions(metric: str) -> bool:
+    return any(word in metric.lower() for word in CAPTION_METRICS)
+
+
+def _template(template: str) -> Adapter:
+    return lambda doc: _one(apply_template(template, dict(doc)))
+
+
+def _unproven(
+    task: str,
+    metric: str,
+    tried: Sequence[tuple[Candidate, float | str]],
+    nonsense: float,
+    doc: Mapping[str, Any],
+    override: str | None,
+) -> str:
+    what = "; ".join(
+        f"{candidate.name}: {value if isinstance(value, str) else format(value, '.3g')}"
+        for candidate, value in tried
+    )
+    return (
+        f"task {task} shows no gold answer: scored as answers by {metric} (nonsense gets {nonsense:.3g}), "
+        f"{what}. Name {'another' if override else 'the'} column or a template with --target; "
+        f"the columns are {', '.join(map(str, doc))}"
+    )
+
+
+def most_common(texts: Sequence[str]) -> Gold:
+    """Give the most common text as target (the first of equals); the references are ordered by frequency."""
+    counts = Counter(texts)
+    ordered = sorted(counts, key=lambda text: -counts[text])
+    return Gold(ordered[0], ordered)
+
+
+def joined(texts: Sequence[str]) -> Gold:
+    """Give up to five texts joined as target, and each as a reference."""
+    kept = list(texts)[:MOST_REFERENCES]
+    if not kept:
+        raise LookupError("no text")
+    return Gold(" ".join(kept), kept)
+
+
+def _one(text: str) -> Gold:
+    if not text.strip():
+        raise LookupError("no text")
+    return Gold(text.strip(), [text.strip()])
+
+
+def texts_in(value: Any) -> list[str]:
+    """Give the texts in a column: one, a list, or dicts of annotations in either of the forms of `datasets`.
+
+    Raises: LookupError when there is none.
+    """
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("answer", "caption", "text", "raw") if key in value), None)
+        return texts_in(value)
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in texts_in(one)]
+    if isinstance(value, str) and value.strip():
+        return [value.strip()]
+    if isinstance(value, Real):
+        return [str(value)]
+    raise LookupError("no text")

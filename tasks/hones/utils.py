@@ -1,0 +1,257 @@
+"""What the YAML files of the HONES tasks call: documents, prompts, pictures and scores."""
+
+import re
+import statistics
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from hones_eval.tasks.hones import retrieval
+from hones_eval.tasks.hones.data import Entry, annotation_file, entries
+from lmms_eval.api.metrics import levenshtein_distance
+from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+from loguru import logger
+from PIL import Image, ImageDraw, ImageFile
+from torchmetrics.functional.text import sacre_bleu_score
+
+from hones_eval.errors import TaskError
+
+BOX_WIDTH = 3
+_loading = threading.Lock()
+
+
+# Documents. Each takes the one-row data set of a file in splits/, which names a share of the pictures.
+
+
+def vqa_docs(split: Dataset) -> Dataset:
+    """One document an entry: question and answers."""
+
+    def row(entry: Entry) -> dict[str, Any]:
+        return {"question": entry.need("vqa", "question"), "answers": _answers(entry)}
+
+    return _rows(split, row)
+
+
+def ocr_docs(split: Dataset) -> Dataset:
+    """One document an entry with a text region; entries without are counted in the log."""
+
+    def row(entry: Entry) -> dict[str, Any] | None:
+        if not entry.content.get("ocr"):
+            return None
+        return {"text": str(entry.need("ocr", "text")), "bbox": entry.need_box("ocr", "bbox")}
+
+    return _rows(split, row)
+
+
+def caption_docs(split: Dataset) -> Dataset:
+    """One document an entry: all captions of the picture."""
+    return _rows(split, lambda entry: {"references": _captions(entry)})
+
+
+def grounding_docs(split: Dataset) -> Dataset:
+    """One document an entry with a phrase and its box, as corners in shares of the picture's sides."""
+
+    def row(entry: Entry) -> dict[str, Any] | None:
+        if not entry.content.get("grounding"):
+            return None
+        with Image.open(entry.picture) as picture:
+            corners = _corners(entry.need_box("grounding", "bbox"), picture.width, picture.height)
+        return {"phrase": entry.need("grounding", "phrase"), "bbox": corners}
+
+    return _rows(split, row)
+
+
+def retrieval_docs(split: Dataset) -> Dataset:
+    """One document a candidate: each picture's first caption, then the captions of others most like it."""
+    chosen = entries(split[0]["low"], split[0]["high"])
+    captions = [_captions(entry) for entry in chosen]
+    pool = [(text, owner) for owner, texts in enumerate(captions) for text in texts]
+    texts, owners = [text for text, _ in pool], [owner for _, owner in pool]
+    negatives = retrieval.hard_negatives([texts[0] for texts in captions], texts, owners)
+    fewest = min(map(len, negatives))
+    if fewest == 0:
+        raise TaskError(f"{annotation_file()}: retrieval needs captions of at least two pictures in a split")
+    if fewest < retrieval.NEGATIVES:
+        logger.warning(
+            f"hones_retrieval: {len(chosen)} pictures give as few as {fewest} negatives a query, "
+            f"not {retrieval.NEGATIVES}: NDCG@5 comes out higher than with all"
+        )
+    rows = []
+    for query, (entry, own, wrong) in enumerate(zip(chosen, captions, negatives, strict=True)):
+        candidates = [(own[0], True), *((texts[one], False) for one in wrong)]
+        rows += [
+            _base(entry) | {"query": query, "candidate": text, "positive": right}
+            for text, right in candidates
+        ]
+    return Dataset.from_list(rows)
+
+
+def _rows(split: Dataset, row: Callable[[Entry], dict[str, Any] | None]) -> Dataset:
+    chosen = entries(split[0]["low"], split[0]["high"])
+    rows = [_base(entry) | content for entry in chosen if (content := row(entry)) is not None]
+    if len(rows) < len(chosen):
+        logger.warning(
+            f"{annotation_file()}: {len(chosen) - len(rows)} of {len(chosen)} entries have no such annotation"
+        )
+    if not rows:
+        raise TaskError(
+            f"{annotation_file()}: none of {len(chosen)} entries of this split has the annotation"
+        )
+    return Dataset.from_list(rows)
+
+
+def _base(entry: Entry) -> dict[str, Any]:
+    return {"image_path": str(entry.picture), "entry": entry.name}
+
+
+def _answers(entry: Entry) -> list[str]:
+    """The ten answers under either of their two names, or the one answer alone."""
+    vqa = entry.need("vqa")
+    for key in ("answers", "all_answers"):
+        if vqa.get(key):
+            return [str(one) for one in vqa[key]]
+    raise TaskError(f"{entry.name}: its vqa has neither answers nor all_answers")
+
+
+def _captions(entry: Entry) -> list[str]:
+    try:
+        return [str(one["caption"]).strip() for one in entry.need("captions")]
+    except (TypeError, KeyError):
+        raise TaskError(f'{entry.name}: its captions are not of the form [{{"caption": ...}}, ...]') from None
+
+
+# Pictures
+
+
+def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
+    """Give the picture; one that is cut short is an error, which lmms-eval would otherwise fill with grey."""
+    with _loading:
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            with Image.open(doc["image_path"]) as opened:
+                return [opened.convert("RGB")]
+        except (OSError, SyntaxError) as error:
+            raise TaskError(
+                f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}"
+            ) from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def picture_with_box(doc: Mapping[str, Any]) -> list[Image.Image]:
+    """Give the picture with a blue box round the text region."""
+    (shown,) = picture(doc)
+    x0, y0, x1, y1 = _corners(doc["bbox"], 1, 1)
+    outline = [max(x0, 0), max(y0, 0), min(x1, shown.width - 1), min(y1, shown.height - 1)]
+    if outline[2] <= outline[0] or outline[3] <= outline[1]:
+        raise TaskError(
+            f"{doc['entry']}: its text box {doc['bbox']} lies outside of the picture {shown.size}"
+        )
+    ImageDraw.Draw(shown).rectangle(outline, outline="blue", width=BOX_WIDTH)
+    return [shown]
+
+
+def _corners(box: Sequence[float], width: int, height: int) -> list[float]:
+    x, y, w, h = box
+    return [x / width, y / height, (x + w) / width, (y + h) / height]
+
+
+# Prompts, as in the HONES release
+
+
+def vqa_prompt(doc: Mapping[str, Any]) -> str:
+    """Give the question."""
+    return f"Question: {doc['question']}\nAnswer the question with a short phrase."
+
+
+def retrieval_prompt(doc: Mapping[str, Any]) -> str:
+    """Give the question whether a caption fits."""
+    question = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
+    return f"Candidate: {doc['candidate']}\n{question}"
+
+
+def grounding_prompt(doc: Mapping[str, Any]) -> str:
+    """Give the phrase to find; not of the release, which has no such task."""
+    return (
+        f"Where is this in the image: {doc['phrase']}\n"
+        "Answer with the corners [left, top, right, bottom] as shares of the image's width and height."
+    )
+
+
+# Gold answers
+
+
+def vqa_target(doc: Mapping[str, Any]) -> str:
+    """Give the most common answer."""
+    return statistics.mode(doc["answers"])
+
+
+def retrieval_target(doc: Mapping[str, Any]) -> str:
+    """Give Yes for the picture's own caption."""
+    return "Yes" if doc["positive"] else "No"
+
+
+def grounding_target(doc: Mapping[str, Any]) -> str:
+    """Give the box as the prompt asks for it."""
+    return "[" + ", ".join(f"{one:.2f}" for one in doc["bbox"]) + "]"
+
+
+# Scores
+
+
+def vqa_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """VQA accuracy: over each person left out, a third for each of the others who agree, at most 1; averaged.
+
+    Answers are normalized as on EvalAI (Antol et al. 2015, https://visualqa.org/evaluation.html).
+    """
+    normalize = EvalAIAnswerProcessor()
+    said = normalize(answers[0])
+    agrees = [normalize(one) == said for one in doc["answers"]]
+    return {"vqa_accuracy": statistics.mean(min(1.0, (sum(agrees) - one) / 3) for one in agrees)}
+
+
+def ocr_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """ANLS with threshold 0.5: 1 minus the edit distance over the longer length, 0 below one half.
+
+    Case and runs of spaces do not count (Biten et al. 2019, equation 1).
+    """
+    gold, said = (" ".join(text.lower().split()) for text in (doc["text"], answers[0]))
+    similarity = 1 - levenshtein_distance(gold, said) / max(len(gold), len(said))
+    return {"anls": similarity if similarity >= 0.5 else 0.0}
+
+
+def caption_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What corpus BLEU takes of a document."""
+    return {"bleu_4": {"said": answers[0], "references": list(doc["references"])}}
+
+
+def bleu_4(results: Sequence[Mapping[str, Any]]) -> float:
+    """Corpus BLEU-4 in [0, 1] over all references, lower-cased, unsmoothed, by SacreBLEU's tokenizer 13a."""
+    said = [one["said"] for one in results]
+    return float(
+        sacre_bleu_score(said, [one["references"] for one in results], tokenize="13a", lowercase=True)
+    )
+
+
+def retrieval_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What NDCG@5 takes of a candidate: 1 for an answer that begins with the word Yes, else 0."""
+    yes = re.match(r"\W*yes\b", answers[0], re.IGNORECASE) is not None
+    return {"ndcg_at_5": {"query": doc["query"], "positive": doc["positive"], "score": float(yes)}}
+
+
+ndcg_at_5 = retrieval.ndcg_at_5
+
+
+def grounding_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """Intersection over union of the answer's first four numbers with the box; 0 where there are not four."""
+    numbers = [float(one) for one in re.findall(r"-?\d+(?:\.\d+)?", answers[0])[:4]]
+    return {"iou": _iou(numbers, doc["bbox"]) if len(numbers) == 4 else 0.0}
+
+
+def _iou(a: Sequence[float], b: Sequence[float]) -> float:
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(wide, 0.0) * max(high, 0.0)
+    area = sum(max(one[2] - one[0], 0.0) * max(one[3] - one[1], 0.0) for one in (a, b))
+    return shared / (area - shared) if area > shared else 0.0
