@@ -4,7 +4,7 @@ Decoding under an edit gives the unedited answer exactly when, with that answer 
 greedy choice along it agrees. One replayed pass tells; only the edits that differ are decoded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ from hones_eval import edits
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import Edit, editing
 from hones_eval.errors import HonesError
-from hones_eval.replay import ROUNDING, Passes, Replayer
+from hones_eval.replay import ROUNDING, Passes, Replayer, Rows
 from hones_eval.sites import Head
 
 
@@ -32,7 +32,7 @@ class Decoder:
         """Decode with the model that `replayer` replays."""
         self.replayer = replayer
         self.anatomy = replayer.anatomy
-        self.plain_examples = 0
+        self.answer_type = 0
 
     @torch.no_grad()
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
@@ -44,6 +44,25 @@ class Decoder:
         tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
         logits = torch.cat(output.logits)
         return GreedyExample(self, inputs, settings, plan, tokens, logits)
+
+    def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
+
+        What else has the prompt's length grows with it: the attention mask by ones, type ids by the type
+        that an answer has in this family.
+        """
+        ids: Tensor = inputs["input_ids"]
+        new = torch.tensor([list(tokens)], dtype=ids.dtype, device=ids.device)
+        grown = {
+            "input_ids": new,
+            "attention_mask": torch.ones_like(new),
+            "token_type_ids": torch.full_like(new, self.answer_type),
+            "mm_token_type_ids": torch.zeros_like(new),
+        }
+        longer = dict(inputs)
+        for name in grown.keys() & inputs.keys():
+            longer[name] = torch.cat([inputs[name], grown[name].to(inputs[name].dtype)], dim=1)
+        return longer
 
 
 class _Plan(NamedTuple):
@@ -83,11 +102,16 @@ class GreedyExample:
         self._decoder, self._inputs, self._settings, self._plan = decoder, inputs, settings, plan
         if not tokens:
             raise HonesError("generate gave no new token at all: is max_new_tokens 0?")
-        passes = decoder.replayer.record(append_tokens(inputs, tokens[:-1]), len(tokens))
-        if self._explains(passes.base_logits, logits):
-            self.passes = passes
-        else:
-            decoder.plain_examples += 1
+        # Text is of type 0 in most families that mark their picture tokens; where the prompt is attended to
+        # in both directions (PaliGemma), an answer is of type 1. The logits of `generate` tell which it is.
+        for answer_type in (decoder.answer_type, 1 - decoder.answer_type):
+            decoder.answer_type = answer_type
+            passes = decoder.replayer.record(decoder.append(inputs, tokens[:-1]), len(tokens))
+            if self._explains(passes.base_logits, logits):
+                self.passes = passes
+                return
+            if "token_type_ids" not in inputs:
+                break
 
     def _explains(self, replayed: Tensor, generated: Tensor) -> bool:
         """Whether one pass over prompt and answer gives what `generate` saw, so that it can verify."""
@@ -96,25 +120,30 @@ class GreedyExample:
             return False
         return self._first_difference(replayed[None])[0] is None
 
-    def answers(self, heads: Sequence[Head]) -> Iterator[tuple[Head, list[int], Tensor | None]]:
-        """For every head its answer's tokens, and the logits [answer, vocabulary] along the base answer.
+    def covers(self, target: Sequence[int]) -> bool:
+        """Whether the pass that verifies the answer also reads every token of `target`."""
+        return self.passes is not None and self.tokens[: len(target)] == list(target)
 
-        The logits are None where verification is not exact for this model and everything is decoded.
+    def answers(
+        self, heads: Sequence[Head], on_rows: Callable[[Rows], None] | None = None
+    ) -> Iterator[tuple[Head, list[int]]]:
+        """For every head the answer's tokens when it is replaced, unchanged answers first.
+
+        `on_rows` sees the logits [rows, answer, vocabulary] along the unedited answer, as they are replayed.
         """
         differing: list[Head] = []
         if self.passes is None:
             differing = list(heads)
         else:
             for rows in self.passes.replace_by_mean(heads):
-                for head, logits, where in zip(
-                    rows.heads, rows.logits, self._first_difference(rows.logits), strict=True
-                ):
+                if on_rows is not None:
+                    on_rows(rows)
+                for head, where in zip(rows.heads, self._first_difference(rows.logits), strict=True):
                     if where is None:
-                        yield head, self.tokens, logits
+                        yield head, self.tokens
                     else:
                         differing.append(head)
-        for head, tokens in self._decoded(differing):
-            yield head, tokens, None
+        yield from self._decoded(differing)
 
     def _first_difference(self, logits: Tensor) -> list[int | None]:
         """Where each row's greedy choice [rows, answer, vocabulary] first leaves the base answer."""
@@ -140,7 +169,7 @@ class GreedyExample:
 
     def _decoded(self, heads: Sequence[Head]) -> Iterator[tuple[Head, list[int]]]:
         """Decode under each head's edit, as rows of one batch where rows end by themselves."""
-        at_once = self._decoder.replayer.rows if self._plan.ends_by_token else 1
+        at_once = self._decoder.replayer.rows_for(self._inputs) if self._plan.ends_by_token else 1
         for start in range(0, len(heads), at_once):
             cut = list(heads[start : start + at_once])
             yield from zip(cut, self._decode_rows(cut), strict=True)
@@ -152,28 +181,6 @@ class GreedyExample:
             output = _generate(anatomy, **repeat_example(self._inputs, len(heads)), **self._settings)
         rows = output[:, self._plan.prompt.shape[1] :].tolist()
         return [cut_at_end(row, self._plan.end_tokens) for row in rows]
-
-
-def append_tokens(inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
-    """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
-
-    What else has the prompt's length grows as `generate` grows it: the attention mask by ones, type ids by
-    their last value (an answer is text, whatever stood before it).
-    """
-    ids: Tensor = inputs["input_ids"]
-    new = torch.tensor([list(tokens)], dtype=ids.dtype, device=ids.device)
-    longer = dict(inputs)
-    for name, value in inputs.items():
-        if name == "input_ids":
-            longer[name] = torch.cat([ids, new], dim=1)
-        elif isinstance(value, Tensor) and value.shape == ids.shape and name in _GROWN_WITH:
-            fill = torch.full_like(new, _GROWN_WITH[name], dtype=value.dtype)
-            longer[name] = torch.cat([value, fill], dim=1)
-    return longer
-
-
-# Text has the type 0 in every family that tells its picture tokens apart.
-_GROWN_WITH = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from hones_eval.artefact import Provenance, load_artefact, save_artefact
+from hones_eval.artefact import Provenance, digest, load_artefact, save_artefact
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.sites import Head, Neuron, neuron_count, top_heads, top_neurons
 
@@ -38,6 +38,11 @@ class Ranking:
             expected = (shape.layers, shape.neurons if name == "neuron_scores" else shape.heads)
             if tuple(tensor.shape) != expected:
                 raise MisfitError(f"{name} has the shape {tuple(tensor.shape)}, the model needs {expected}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the scores."""
+        return digest(self._tensors())
 
     def heads(self, count: int) -> list[Head]:
         """The `count` best heads by `head_scores`, ties by (layer, head)."""

@@ -55,12 +55,12 @@ class Passes(Protocol):
 class Replayer:
     """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
 
-    def __init__(self, anatomy: Anatomy, rows: int) -> None:
-        """Replay at most `rows` edited passes at once, whatever the number asked for."""
-        if rows < 1:
+    def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
+        """Replay at most `rows` edited passes at once; by default as many as the device does best with."""
+        if rows is not None and rows < 1:
             raise HonesError(f"at least one row has to be replayed at once, not {rows}")
         self.anatomy = anatomy
-        self.rows = rows
+        self._rows = rows
         self.inexact: str | None = None
         self._proven = False
 
@@ -74,13 +74,32 @@ class Replayer:
         if inputs["input_ids"].shape[0] != 1:
             raise HonesError("replay takes one example at a time: heads are the rows of its batch")
         if self.inexact is None:
-            replay = Replay(self.anatomy, inputs, read, self.rows)
+            replay = Replay(self.anatomy, inputs, read, self.rows_for(inputs))
             if not self._proven:
                 self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
                 self._proven = True
             if self.inexact is None:
                 return replay
         return FullPasses(self.anatomy, inputs, read)
+
+    def rows_for(self, inputs: Mapping[str, Any]) -> int:
+        """How many edited passes over these inputs are run at once."""
+        if self._rows is not None:
+            return self._rows
+        tokens = int(inputs["input_ids"].shape[-1])
+        return max(1, _tokens_at_once(self.anatomy) // tokens)
+
+
+def _tokens_at_once(anatomy: Anatomy) -> int:
+    """Tokens in one layer call: few on a CPU, to stay in its caches; on a GPU what memory holds."""
+    weight = anatomy.unembedding
+    if weight.device.type != "cuda":
+        return 1024
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    shape = anatomy.shape
+    # The FFN's three widest tensors, and a dozen of the residual stream's width beside them.
+    per_token = (3 * shape.neurons + 12 * shape.hidden) * weight.element_size()
+    return max(1, int(0.5 * free) // per_token)
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,14 @@ def attach_steering(
         MisfitError: the steering was made for a model of another shape.
         HonesError: `fold` on weights that cannot be folded.
     """
-    anatomy = Anatomy.of(model)
-    steering.check_fits(anatomy.shape, type(model).__name__)
+    return attach_to(Anatomy.of(model), steering, how, strength)
+
+
+def attach_to(
+    anatomy: Anatomy, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+) -> AttachedSteering:
+    """As `attach_steering`, for a model whose anatomy is known already."""
+    steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     scaled = _scaled_sites(anatomy, steering.at_strength(strength))
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))

@@ -1,0 +1,138 @@
+"""From a method, a model and a task's examples to a ranking."""
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.artefact import Provenance
+from hones_eval.examples import TaskExamples
+from hones_eval.loops import Loop
+from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, inverse_document_frequency
+from hones_eval.methods.vseam import HeadContribution
+from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
+from hones_eval.sites import Head, top_heads
+
+Method = Literal["hones", "vseam"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Discovery:
+    """What every method needs: where to measure, on what, how many sites to choose, and the loop."""
+
+    replayer: Replayer
+    examples: TaskExamples
+    loop: Loop
+    provenance: Provenance
+    heads: int
+    neurons: float
+
+
+class _Discover(Protocol):
+    def __call__(self, job: Discovery) -> Ranking: ...
+
+
+def discover(job: Discovery) -> Ranking:
+    """Run the provenance's method; every rank gets the same ranking."""
+    return _METHODS[job.provenance.method](job)
+
+
+def _hones(job: Discovery) -> Ranking:
+    """Both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
+    shape = job.provenance.shape
+    top_heads(
+        torch.zeros(shape.layers, shape.heads), job.heads
+    )  # refuse an impossible number before the work
+    localization = HeadLocalization(job.replayer, job.examples)
+    totals = job.loop.run(job.examples, localization, "heads")
+    count = totals.sums["examples"]
+    head_scores = localization.scores(totals)
+    log_probability = (totals.sums["log_probability"] / count).float()
+    chosen = top_heads(head_scores, job.heads)
+    weighted = [head for head in chosen if head_scores[head] > 0]
+    attribution = NeuronAttribution(job.replayer, weighted, token_weights=_token_weights(job))
+    neuron_totals = job.loop.run(job.examples, attribution, "neurons")
+    weights = torch.stack([head_scores[head] for head in weighted]) if weighted else torch.ones(0)
+    report = _report(job, float(count)) | {
+        "metric": job.examples.metric,
+        "higher_is_better": job.examples.higher_is_better,
+        "base_metric": localization.base_metric(totals),
+        "base_log_probability": float(totals.sums["base_log_probability"] / count),
+        "share_of_answers_that_differ": float(
+            totals.sums["differing_answers"] / (count * len(localization.heads))
+        ),
+        "examples_decoded_in_full": int(totals.sums["plain_examples"]),
+        "heads": [{"head": list(head), "score": float(head_scores[head])} for head in chosen],
+        "heads_with_positive_score": len(weighted),
+        "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
+    }
+    return Ranking(
+        provenance=job.provenance,
+        head_scores=head_scores,
+        head_log_probability=log_probability,
+        neuron_scores=attribution.importance(neuron_totals, weights),
+        report=report,
+    )
+
+
+def _vseam(job: Discovery) -> Ranking:
+    """One pass of V-SEAM: signed, positive and negative heads."""
+    totals = job.loop.run(job.examples, HeadContribution(job.replayer), "heads")
+    scores = HeadContribution.scores(totals)
+    correct, incorrect = int(totals.sums["correct"]), int(totals.sums["incorrect"])
+    report = _report(job, correct + incorrect) | {
+        "correct_examples": correct,
+        "incorrect_examples": incorrect,
+        "base_probability": float(totals.sums["p"] / (correct + incorrect)),
+        "top_positive": _best(scores["positive"], job.heads),
+        "top_negative": _best(scores["negative"], job.heads),
+    }
+    return Ranking(
+        provenance=job.provenance,
+        head_scores=scores["signed"],
+        head_positive=scores["positive"],
+        head_negative=scores["negative"],
+        report=report,
+    )
+
+
+_METHODS: dict[str, _Discover] = {"hones": _hones, "vseam": _vseam}
+
+
+def provenance(
+    anatomy: Anatomy, examples: TaskExamples, method: Method, settings: dict[str, Any], seed: int
+) -> Provenance:
+    """Who made a ranking, from what."""
+    config = anatomy.model.config
+    return Provenance(
+        base_model=str(getattr(config, "name_or_path", "") or type(anatomy.model).__name__),
+        revision=getattr(config, "_commit_hash", None),
+        shape=anatomy.shape,
+        method=method,
+        settings=settings,
+        examples=[examples.example_set()],
+        seed=seed,
+    )
+
+
+def _report(job: Discovery, count: float) -> dict[str, Any]:
+    return {
+        "examples": int(count),
+        "replay": "exact" if job.replayer.inexact is None else f"full forward passes: {job.replayer.inexact}",
+    }
+
+
+def _best(scores: Tensor, count: int) -> list[dict[str, Any]]:
+    chosen: list[Head] = [head for head in top_heads(scores, count) if scores[head] > 0]
+    return [{"head": list(head), "score": float(scores[head])} for head in chosen]
+
+
+def _token_weights(job: Discovery) -> Tensor | None:
+    """Inverse document frequencies where examples have references (captions), else None."""
+    references = job.examples.caption_references()
+    if references is None:
+        return None
+    return inverse_document_frequency(references, job.provenance.shape.vocabulary)

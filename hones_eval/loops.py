@@ -1,0 +1,151 @@
+"""The only room that knows Lightning: predict loops over examples, on one device or on many."""
+
+import os
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchmetrics import Metric
+
+from hones_eval.errors import HonesError
+from hones_eval.examples import Example, TaskExamples
+from hones_eval.measure import Measure, Totals
+
+
+class Loop:
+    """Runs passes over examples; every example is measured once, on one of the ranks."""
+
+    def __init__(
+        self,
+        accelerator: Literal["cpu", "cuda"],
+        devices: int = 1,
+        num_nodes: int = 1,
+        progress: bool = True,
+    ) -> None:
+        """Start nothing yet: processes are launched by the first pass.
+
+        Args:
+            accelerator: where the model is.
+            devices: processes on this node, one device each.
+            num_nodes: nodes; the others are started by torchrun or SLURM with the same command.
+            progress: show a bar with a rate.
+        """
+        several = devices * num_nodes > 1
+        self.trainer = Trainer(
+            accelerator="gpu" if accelerator == "cuda" else "cpu",
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy="ddp" if several else "auto",
+            use_distributed_sampler=False,  # it repeats examples to even out ranks; ours does not
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            callbacks=[_Bar(leave=True)] if progress else [],
+            inference_mode=True,
+            barebones=False,
+        )
+        self.world_size = devices * num_nodes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return bool(self.trainer.is_global_zero)
+
+    def run(self, examples: TaskExamples, measure: Measure, name: str) -> Totals:
+        """Measure every example once and add everything up; every rank gets the same totals.
+
+        Raises: HonesError when there are fewer examples than processes, or one was not measured.
+        """
+        if len(examples) < self.world_size:
+            raise HonesError(
+                f"{len(examples)} examples cannot be shared by {self.world_size} processes: "
+                "raise --limit or lower --devices"
+            )
+        module = _Pass(examples, measure, name)
+        self.trainer.predict(module, return_predictions=False)
+        sums = {key: value.cpu() for key, value in module.totals.compute().items()}
+        records = _gather(module.records)
+        missing = len(examples) - len(records)
+        if missing:
+            raise HonesError(f"{missing} of {len(examples)} examples were not measured in {name}")
+        return Totals(sums, records)
+
+
+class SumOverRanks(Metric):
+    """Named sums of tensors, added up over all ranks when they are read."""
+
+    full_state_update = False
+
+    def __init__(self, zeros: dict[str, Tensor]) -> None:
+        """One state for every name; states are float64 wherever the device has it."""
+        super().__init__()
+        self.names = list(zeros)
+        for name, zero in zeros.items():
+            self.add_state(name, default=zero, dist_reduce_fx="sum")
+
+    def update(self, sums: dict[str, Tensor]) -> None:
+        """Add one example's sums."""
+        for name in self.names:
+            state = getattr(self, name)
+            setattr(self, name, state + sums[name].to(state))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {name: getattr(self, name) for name in self.names}
+
+
+class _Pass(LightningModule):  # type: ignore[misc]
+    """One pass of a measure over the examples that are this rank's."""
+
+    def __init__(self, examples: TaskExamples, measure: Measure, name: str) -> None:
+        super().__init__()
+        self.examples = examples
+        self.measure = measure
+        self.name = name
+        self.totals = SumOverRanks(measure.zeros())
+        self.records: dict[int, Any] = {}
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        mine = range(self.global_rank, len(self.examples), self.trainer.world_size)
+        # batch_size=None hands over examples one by one: heads, not examples, fill the batch.
+        return DataLoader(Subset(self.examples, mine), batch_size=None, shuffle=False)
+
+    def predict_step(self, batch: Example, batch_idx: int) -> None:
+        measured = self.measure.measure(batch)
+        self.totals.update(measured.sums)
+        self.records[batch.index] = measured.record
+
+    def transfer_batch_to_device(self, batch: Example, device: torch.device, dataloader_idx: int) -> Example:
+        return batch  # the wrapper has already put the inputs where its model wants them
+
+
+class _Bar(TQDMProgressBar):  # type: ignore[misc]
+    """Names the pass instead of 'Predicting DataLoader 0'."""
+
+    @property
+    def predict_description(self) -> str:
+        return str(self.trainer.lightning_module.name)
+
+
+def _gather(records: dict[int, Any]) -> dict[int, Any]:
+    """The records of all ranks; an index that two ranks measured is an error."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return records
+    shares: list[dict[int, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, records)
+    together: dict[int, Any] = {}
+    for share in shares:
+        twice = together.keys() & share.keys()
+        if twice:
+            raise HonesError(f"examples {sorted(twice)[:3]} were measured on two ranks")
+        together |= share
+    return together
+
+
+def local_rank() -> int:
+    """The number of this process on its node, as Lightning and torchrun set it; 0 when it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

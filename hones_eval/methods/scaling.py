@@ -1,0 +1,101 @@
+"""From the scores of a ranking to the scales of a steering."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hones_eval.artefact import Provenance
+from hones_eval.errors import HonesError
+from hones_eval.ranking import Ranking
+from hones_eval.sites import Head, Neuron, top_heads
+from hones_eval.steering import Steering
+
+
+def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Steering:
+    """One factor for all selected neurons (HONES 4)."""
+    bank = ranking.neurons(neurons)
+    return scaled_neurons(ranking, bank, factor, {"how": "fixed", "factor": factor, "count": len(bank)})
+
+
+def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Steering:
+    """`clip(1 + strength * s, 0, 2)` from signed head scores; |s| below `epsilon` counts as 0 (V-SEAM 4)."""
+    scores = _head_scores(ranking)
+    kept = torch.where(scores.abs() < epsilon, torch.zeros_like(scores), scores)
+    scales = (1 + strength * kept).clamp(0, 2)
+    settings = {"how": "signed", "lambda": strength, "epsilon": epsilon}
+    return _steering(ranking, settings, head_scales=scales)
+
+
+def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steering:
+    """The top positive heads times `1 + enhance`, the top negative times `1 - suppress` (V-SEAM 4).
+
+    A head that is among both is left as it is.
+    """
+    if ranking.head_positive is None or ranking.head_negative is None:
+        raise HonesError("topk needs positive and negative head scores: rank with --method vseam")
+    scales = torch.ones_like(ranking.head_positive)
+    up = set(_positive(ranking.head_positive, count))
+    down = set(_positive(ranking.head_negative, count))
+    for head in up - down:
+        scales[head] = 1 + enhance
+    for head in down - up:
+        scales[head] = 1 - suppress
+    settings = {"how": "topk", "heads": count, "enhance": enhance, "suppress": suppress}
+    return _steering(ranking, settings, head_scales=scales)
+
+
+def scaled_neurons(
+    ranking: Ranking, bank: Sequence[Neuron], factor: float, settings: dict[str, Any]
+) -> Steering:
+    """A steering that multiplies every neuron of a bank by one factor; 0 masks them."""
+    if not bank:
+        raise HonesError("the selection of neurons is empty: there is nothing to scale")
+    scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
+    for neuron in bank:
+        scales[neuron] = factor
+    return _steering(ranking, settings, neuron_scales=scales)
+
+
+def scaled_heads(
+    ranking: Ranking, heads: Sequence[Head], factor: float, settings: dict[str, Any]
+) -> Steering:
+    """A steering that multiplies every one of some heads by one factor; 0 zeroes them."""
+    if not heads:
+        raise HonesError("the selection of heads is empty: there is nothing to scale")
+    scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.heads)
+    for head in heads:
+        scales[head] = factor
+    return _steering(ranking, settings, head_scales=scales)
+
+
+def _positive(scores: Tensor, count: int) -> list[Head]:
+    return [head for head in top_heads(scores, count) if scores[head] > 0]
+
+
+def _head_scores(ranking: Ranking) -> Tensor:
+    if ranking.head_scores is None:
+        raise HonesError("this ranking has no head scores")
+    return ranking.head_scores
+
+
+def _steering(
+    ranking: Ranking,
+    settings: dict[str, Any],
+    head_scales: Tensor | None = None,
+    neuron_scales: Tensor | None = None,
+) -> Steering:
+    shape = ranking.provenance.shape
+    source = ranking.provenance
+    provenance: Provenance = dataclasses.replace(
+        source,
+        settings=settings,
+        ranking={"method": source.method, "settings": source.settings, "digest": ranking.digest},
+    )
+    return Steering(
+        head_scales=torch.ones(shape.layers, shape.heads) if head_scales is None else head_scales,
+        neuron_scales=torch.ones(shape.layers, shape.neurons) if neuron_scales is None else neuron_scales,
+        provenance=provenance,
+    )
