@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from hones_eval.toy import edits
-from hones_eval.toy.scenes import Scene, Thing, related
+from hones_eval.toy.scenes import CELL, Scene, Thing, related
 
 
 def phrase(thing: Thing) -> str:
@@ -62,10 +62,10 @@ def hard_negatives(scene: Scene, pool: list[Scene], count: int) -> list[str]:
 def _cell(scene: Scene, cell: int) -> str:
     row, column = divmod(cell, 2)
     left, top = scene.word_box[:2]
-    if (top // 32, left // 32) == (row, column):
+    if (top // CELL, left // CELL) == (row, column):
         return f"word {scene.word}"
     for thing in scene.things:
-        if (thing.box[1] // 32, thing.box[0] // 32) == (row, column):
+        if (thing.box[1] // CELL, thing.box[0] // CELL) == (row, column):
             return f"{thing.size} {thing.texture} {thing.color} {thing.shape}"
     return "nothing"
 

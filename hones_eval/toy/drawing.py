@@ -107,7 +107,7 @@ def _write(canvas: NDArray[np.float32], word: str, box: Box, scalable_font: bool
 @cache
 def _ink(word: str, width: int, height: int, scalable_font: bool) -> NDArray[np.float32]:
     """Darkness of the word set in the middle of a box, `[height, width]` in 0..1."""
-    font = ImageFont.load_default(size=11) if scalable_font else ImageFont.load_default_imagefont()
+    font = ImageFont.load_default(size=9) if scalable_font else ImageFont.load_default_imagefont()
     page = Image.new("L", (width, height))
     pen = ImageDraw.Draw(page)
     left, top, right, bottom = pen.textbbox((0, 0), word, font=font)

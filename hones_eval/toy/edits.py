@@ -29,6 +29,15 @@ def set_attribute(scene: Scene, shape: str, attribute: str, value: str) -> Scene
     return _with(scene, {shape: dataclasses.replace(_find(scene, shape), **changed)})
 
 
+def change_size(scene: Scene, shape: str) -> Scene:
+    """A large thing made small or the reverse, about the same centre (to one pixel)."""
+    thing = _find(scene, shape)
+    left, top = thing.box[:2]
+    size, step, side = ("small", 4, 14) if thing.size == "large" else ("large", -4, 24)
+    box = (left + step, top + step, left + step + side, top + step + side)
+    return _with(scene, {shape: dataclasses.replace(thing, size=size, box=box)})
+
+
 def change_attribute(scene: Scene, shape: str, attribute: str, rng: random.Random) -> Scene:
     """The thing of this shape with a colour or texture that it does not have now."""
     held = getattr(_find(scene, shape), attribute)

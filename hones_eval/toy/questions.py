@@ -68,9 +68,12 @@ class Question:
         return _yes(attribute == self.value) if self.kind.startswith("is_") else str(attribute)
 
 
-def ask(scene: Scene, kind: Kind, rng: random.Random) -> Question | None:
-    """A question of this kind with an answer on this scene; yes and no equally often. None where there is none."""
-    yes = rng.random() < 0.5
+def ask(scene: Scene, kind: Kind, rng: random.Random, yes: bool | None = None) -> Question | None:
+    """A question of this kind with an answer on this scene, None where there is none.
+
+    Yes/no questions have the answer `yes`, or either one equally often.
+    """
+    yes = rng.random() < 0.5 if yes is None else yes
     thing, other = rng.sample(scene.things, 2)
     if kind == "exists":
         absent = [shape for shape in SHAPES if scene.thing(shape) is None]
@@ -124,7 +127,7 @@ def _edited(scene: Scene, question: Question, rng: random.Random) -> Scene | Non
 def _change_attribute(scene: Scene, question: Question, rng: random.Random) -> Scene | None:
     attribute = question.kind.removeprefix("is_")
     if attribute == "size":
-        return None  # another size moves the box: not a change of one attribute alone
+        return edits.change_size(scene, question.shape)
     if question.answer(scene) == "No":
         return edits.set_attribute(scene, question.shape, attribute, question.value)
     return edits.change_attribute(scene, question.shape, attribute, rng)

@@ -1,0 +1,192 @@
+"""The examples of the scenes tasks, made on the fly from a split's seeds: no data files, no network.
+
+Example `i` of a task and example `i` of its edited twin have the same prompt; their pictures differ by one edit of
+the scene graph, and so do their answers (the word, box or caption where the task is not a question).
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hones_eval.toy import captions, edits, prompts, questions
+from hones_eval.toy.drawing import draw
+from hones_eval.toy.scenes import COLORS, Scene, SceneError, Split, check_count, scene
+from hones_eval.toy.shifts import Shift, shift_picture, shift_scene
+
+Task = Literal[
+    "vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding"
+]
+Variant = Literal["plain", "edited", "shifted"] | Shift
+
+CANDIDATES = 10  # of a retrieval query: the true caption, that of the edited picture, eight from other pictures
+_POOL = 300  # pictures that a query's hard negatives come from
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example. `prompt` is what a model is asked, `question` the bare question in it. `answer` is the gold answer word for word, `references` all that count as gold.
+
+    `kind` is the question's kind or the task's name; `query` numbers the retrieval query; `shapes` are the things
+    in the picture in reading order, `about` the shape that the example asks for (empty where there is none).
+    """
+
+    pixels: NDArray[np.uint8]  # [64, 64, 3]
+    image_id: str
+    prompt: str
+    question: str
+    answer: str
+    references: tuple[str, ...]
+    level: str
+    kind: str
+    about: str
+    shapes: tuple[str, ...]
+    shift: str
+    query: int
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a task asks about a scene, and the edit of it that changes the answer (shifted scenes have none)."""
+
+    prompt: str
+    clean: tuple[str, ...]  # gold answers on the clean scene, the first one is the answer
+    edited: tuple[str, ...]
+    edited_scene: Scene
+    level: str
+    kind: str
+    about: str = ""
+    query: int = -1
+    question: str = ""
+
+
+def documents(task: Task, variant: Variant, split: Split, count: int) -> list[Document]:
+    """The first `count` examples of a task; for retrieval, `CANDIDATES` in a row share a picture.
+
+    `shifted` goes round all shifts, one picture after the other; a shift's own name applies that one alone.
+
+    Raises:
+        SceneError: unknown task, variant or split, or more examples than the split has.
+    """
+    if task not in get_args(Task):
+        raise SceneError(f"no scenes task '{task}'; there are {', '.join(get_args(Task))}")
+    shifts = _shifts(variant)
+    pictures = -(-count // CANDIDATES) if task == "retrieval" else count
+    check_count(split, pictures)
+    pool = [scene(split, i) for i in range(_POOL)] if task == "retrieval" else []
+    made: list[Document] = []
+    for index in range(pictures):
+        shift = shifts[index % len(shifts)]
+        base = scene(split, index)
+        asked_of = shift_scene(base, shift) if shift else base
+        for asked in _asked(task, asked_of, index, pool, editable=shift is None):
+            made.append(_document(asked_of, asked, variant == "edited", shift))
+    return made[:count]
+
+
+def _shifts(variant: str) -> tuple[Shift | None, ...]:
+    if variant in ("plain", "edited"):
+        return (None,)
+    every = get_args(Shift)
+    if variant == "shifted":
+        return every
+    if variant not in every:
+        raise SceneError(f"no variant '{variant}' of scenes; there are plain, edited, shifted, {', '.join(every)}")
+    return (variant,)  # type: ignore[return-value]
+
+
+def _document(clean: Scene, asked: _Asked, edited: bool, shift: Shift | None) -> Document:
+    shown = asked.edited_scene if edited else clean
+    references = asked.edited if edited else asked.clean
+    return Document(
+        pixels=shift_picture(shown, shift) if shift else draw(shown),
+        image_id=_image_id(clean, shown, shift),
+        prompt=asked.prompt,
+        question=asked.question or asked.prompt,
+        answer=references[0],
+        references=references,
+        level=asked.level,
+        kind=asked.kind,
+        about=asked.about,
+        shapes=tuple(thing.shape for thing in shown.things),
+        shift=shift or "",
+        query=asked.query,
+    )
+
+
+def _image_id(clean: Scene, shown: Scene, shift: Shift | None) -> str:
+    """The seed's name, the shift, and a digest of the graph where it was edited: one name a picture."""
+    edit = "" if shown == clean else "-edit-" + hashlib.sha256(repr(shown).encode()).hexdigest()[:8]
+    return clean.seed + (f"-{shift}" if shift else "") + edit
+
+
+def _asked(task: Task, shown: Scene, index: int, pool: list[Scene], editable: bool) -> Iterator[_Asked]:
+    rng = random.Random(f"{task}/{shown.seed}")
+    if task == "ocr":
+        edited = edits.change_word(shown, rng)
+        yield _Asked(prompts.OCR, (shown.word,), (edited.word,), edited, "attribute", "ocr")
+    elif task == "caption":
+        edited = _recaptioned(shown, rng)
+        clean, other = tuple(captions.captions(shown)), tuple(captions.captions(edited))
+        yield _Asked(prompts.CAPTION, clean, other, edited, "attribute", "caption")
+    elif task == "grounding":
+        yield _grounding(shown, rng, editable)
+    elif task == "retrieval":
+        yield from _retrieval(shown, index, pool, rng)
+    else:
+        yield _question(shown, task, index, rng, editable)
+
+
+def _question(shown: Scene, task: Task, index: int, rng: random.Random, editable: bool) -> _Asked:
+    """The question kinds of a level take turns, and yes and no do; where a kind does not fit, the next one does."""
+    level: questions.Level = task.removeprefix("vqa_")  # type: ignore[assignment]
+    kinds = questions.KINDS[level]
+    for turn in range(64):
+        yes = index // len(kinds) % 2 == 0
+        question = questions.ask(shown, kinds[(index + turn) % len(kinds)], rng, yes)
+        edited = questions.edit(shown, question, rng) if question and editable else shown
+        if question and edited:
+            prompt = prompts.VQA.format(question=question.text)
+            clean, other = question.answer(shown), question.answer(edited)
+            return _Asked(
+                prompt,
+                (str(clean),),
+                (str(other),),
+                edited,
+                level,
+                question.kind,
+                question.shape,
+                question=question.text,
+            )
+    raise SceneError(f"scene {shown.seed} has no {level} question that an edit changes")
+
+
+def _grounding(shown: Scene, rng: random.Random, editable: bool) -> _Asked:
+    """Where a thing is; in the edited picture it has changed places with another one."""
+    thing, other = rng.sample(shown.things, 2)
+    edited = edits.swap_places(shown, thing.shape, other.shape) if editable else shown
+    moved = edited.thing(thing.shape) or thing
+    before, after = prompts.locate(thing), prompts.locate(moved)
+    return _Asked(before.prompt, (before.answer,), (after.answer,), edited, "relation", "grounding", thing.shape)
+
+
+def _retrieval(shown: Scene, index: int, pool: list[Scene], rng: random.Random) -> Iterator[_Asked]:
+    """One candidate after the other: the clean caption, the edited one, then hard negatives from other pictures."""
+    edited = _recaptioned(shown, rng)
+    clean, other = captions.captions(shown)[0], captions.captions(edited)[0]
+    negatives = [n for n in captions.hard_negatives(shown, pool, CANDIDATES) if n not in (clean, other)]
+    for caption in (clean, other, *negatives[: CANDIDATES - 2]):
+        prompt = prompts.judge(caption, True).prompt
+        answers = ("Yes" if caption == clean else "No",), ("Yes" if caption == other else "No",)
+        yield _Asked(prompt, *answers, edited, "attribute", "retrieval", query=index)
+
+
+def _recaptioned(shown: Scene, rng: random.Random) -> Scene:
+    """The scene with one colour changed, which every caption names."""
+    thing = rng.choice(shown.things)
+    color = rng.choice([color for color in COLORS if color != thing.color])
+    return edits.set_attribute(shown, thing.shape, "color", color)

@@ -1,0 +1,44 @@
+"""Write the YAML file of every scenes task: `python tasks/scenes/write.py`. A test says when they are stale."""
+
+from pathlib import Path
+from typing import get_args
+
+from hones_eval.toy.documents import Task
+from hones_eval.toy.shifts import Shift
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("test", "discovery", "development")
+VARIANTS = ("plain", "edited", "shifted", *get_args(Shift))
+COUNT = {"retrieval": 1000}  # ten candidates a picture
+
+
+def task_files() -> dict[Path, str]:
+    """Path and content of each file, relative to this folder."""
+    return dict(
+        _file(task, variant, split) for task in get_args(Task) for variant in VARIANTS for split in SPLITS
+    )
+
+
+def _file(task: str, variant: str, split: str) -> tuple[Path, str]:
+    name = "_".join(["scenes", task, *_suffixes(variant, split)])
+    lines = [
+        f"include: ../template_{task.split('_')[0]}.yaml",
+        f"task: {name}",
+        f"dataset_name: {task}-{variant}-{COUNT.get(task, 500)}",
+        f"test_split: {split}",
+    ]
+    if name == f"scenes_{task}":
+        lines.append("tag: scenes")
+    return Path(task, f"{name}.yaml"), "\n".join(lines) + "\n"
+
+
+def _suffixes(variant: str, split: str) -> list[str]:
+    shifted = ["shifted"] if variant in get_args(Shift) else []
+    return [*shifted, *([] if variant == "plain" else [variant]), *([] if split == "test" else [split])]
+
+
+if __name__ == "__main__":
+    for path, content in task_files().items():
+        (HERE / path).parent.mkdir(exist_ok=True)
+        (HERE / path).write_text(content, encoding="utf-8")
+    print(f"wrote {len(task_files())} files under {HERE}")
