@@ -141,8 +141,11 @@ def _patch_tracker(module: ModuleType) -> None:
             raise _ending(
                 HonesError(f"lmms-eval could not write its results into {folder}: its log says why")
             )
-        if latest_record is not None:
-            latest_record.write(folder, _name(name), results)
+        try:
+            if latest_record is not None:
+                latest_record.write(folder, _name(name), results)
+        except Exception as error:
+            raise _ending(error) from error
 
     tracker.save_results_aggregated = save_with_manifest
 
@@ -162,7 +165,7 @@ def _patch_evaluate(module: ModuleType) -> None:
         try:
             results = evaluate(*args, **kwargs)
         except Exception as error:
-            _write_apart(tracker, model)
+            _write_apart(tracker, model, error)
             raise _ending(error, debug=kwargs.get("verbosity") == "DEBUG") from error
         if results is None:  # not the first rank, which writes when it saves the results
             _write_apart(tracker, model)
@@ -171,9 +174,13 @@ def _patch_evaluate(module: ModuleType) -> None:
     module.simple_evaluate = loud  # type: ignore[attr-defined]
 
 
-def _write_apart(tracker: Any, model: Any) -> None:
+def _write_apart(tracker: Any, model: Any, error: Exception | None = None) -> None:
+    """Write the manifest of a run that failed, or of a rank that saves no results."""
+    # Known only once this run's model and tasks are there; before, the latest record may be of another run.
     source = getattr(getattr(tracker, "general_config_tracker", None), "model_source", None)
     if latest_record is not None and source and tracker.output_path:
+        if error is not None and not latest_record.errors:
+            latest_record.add_error(None, error)
         latest_record.write(_results_folder(tracker), _name(model))
 
 

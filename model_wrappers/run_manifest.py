@@ -11,6 +11,7 @@ import torch
 import transformers
 from lmms_eval.api.instance import Instance
 from PIL.Image import Image
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hones_eval import __version__
@@ -44,7 +45,7 @@ class RunRecord:
         }
         self._requests: dict[int, Instance] = {}
         self._task_dict: Mapping[str, Any] = {}
-        self._errors: list[dict[str, Any]] = []
+        self.errors: list[dict[str, Any]] = []
 
     def add(self, requests: list[Instance], task_dict: Mapping[str, Any]) -> None:
         """Keep requests, answered or found in a cache; those that only fill up a rank do not count."""
@@ -56,12 +57,13 @@ class RunRecord:
     def add_error(self, where: Document | None, error: Exception) -> None:
         """Keep an error with the task and document that it happened at."""
         task, doc_id = where or (None, None)
-        self._errors.append({"task": task, "doc_id": doc_id, "error": f"{type(error).__name__}: {error}"})
+        self.errors.append({"task": task, "doc_id": doc_id, "error": f"{type(error).__name__}: {error}"})
 
     def write(self, folder: Path, wrapper: str, results: str | None = None) -> Path:
         """Write `hones_manifest_<pid>_<time>_rank<k>.json` into the folder of a run's results.
 
-        `wrapper` is the name after --model, `results` the name of the results file, None on failure.
+        `wrapper` is the name after --model, `results` the name of the results file; ranks but the first have
+        none, and a failed run has none either, nor hashes of what it may not be able to load.
         """
         now = datetime.now(UTC)
         name = f"hones_manifest_{os.getpid()}_{now:%Y%m%dT%H%M%S%f}_rank{self.rank}.json"
@@ -81,8 +83,8 @@ class RunRecord:
             "wrapper": wrapper,
             "base_wrapper": self.base_wrapper,
             "steering": self._steering(),
-            "requests": self._fingerprints(),
-            "errors": self._errors,
+            "requests": {} if self.errors else self._fingerprints(),
+            "errors": self.errors,
             "results": results,
             "rank": self.rank,
         }
@@ -106,7 +108,8 @@ class RunRecord:
         """By task and document, a hash of all its prompts, and one hash a picture."""
         prompts: dict[Document, list[str]] = {}
         pictures: dict[Document, list[str]] = {}
-        for request in self._requests.values():
+        requests = self._requests.values()
+        for request in tqdm(requests, desc="Hashing prompts and pictures", disable=self.rank != 0):
             document = (str(request.task_name), request.doc_id)
             texts, shown = _shown(request, self._task_dict)
             prompts.setdefault(document, []).extend(texts)

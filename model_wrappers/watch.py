@@ -1,6 +1,7 @@
 """Watch over the calls that a base wrapper swallows errors of: `generate`, and the loading of pictures."""
 
 from collections.abc import Callable, Mapping
+from functools import update_wrapper
 from typing import Any, cast
 
 import torch
@@ -136,6 +137,7 @@ class WatchedSource:
 
     def __init__(self, source: Callable[..., Any], request: Instance, watched: WatchedGenerate) -> None:
         """`watched` learns which document is being asked for."""
+        update_wrapper(self, source)  # some wrappers look at the signature
         self._source = source
         self._document = (str(request.task_name), request.doc_id)
         self._watched = watched

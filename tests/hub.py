@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback: it serves tiny parquet data sets under their real names.
+"""A stand-in for the Hugging Face hub on the loopback, which serves tiny data sets under their real names.
 
 With it, lmms-eval's built-in tasks run as they are, through the real command, on a machine without a network.
 """
