@@ -1,5 +1,6 @@
 """The `hones-eval` command."""
 
+import logging
 import os
 import sys
 import traceback
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import jsonargparse
 
+from hones_eval.commands import COMMANDS, command
 from hones_eval.errors import HonesError
 
 
@@ -21,16 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    given = [one for one in given if one != "--debug"]
     _calm_libraries()
-    from hones_eval.commands import COMMANDS  # after the libraries have been told to be quiet
-
+    names = [given[0]] if given and given[0] in COMMANDS else COMMANDS
     try:
         jsonargparse.auto_cli(
-            COMMANDS,
-            args=[one for one in given if one != "--debug"],
+            {name: command(name) for name in names},
+            args=given,
             prog="hones-eval",
             as_positional=False,
-            description=__doc__,
+            description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
         )
     except HonesError as error:
         if debug:
@@ -41,9 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _calm_libraries() -> None:
-    """Thread pools that fight over tokenizers, and start-up banners, help nobody who runs a command."""
+    """Start-up banners, and bars that are no terminal's, would bury the one line that matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from hones_eval import __version__
 from hones_eval.errors import HonesError
 
 FORMAT_VERSION = 1
+_PLAIN_LIST = re.compile(r'\[(?:\s*(?:"[^"\\\s]*"|[-+.\w]+),?)*\s*\]')
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write indented JSON; NaN and infinity are refused, since JSON has neither."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write indented JSON, plain lists on one line; NaN and infinity, unknown to JSON, are refused."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, _PLAIN_LIST.sub(lambda match: " ".join(match[0].split()), text) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -145,30 +145,48 @@ class Replay:
         order = sorted(range(len(heads)), key=lambda i: heads[i])
         for start in range(0, len(order), self.rows):
             cut = order[start : start + self.rows]
-            yield Rows([heads[i] for i in cut], self._walk([heads[i] for i in cut], cut, on_neurons))
 
-    def _walk(self, heads: list[Head], numbers: list[int], on_neurons: NeuronReader | None) -> Tensor:
-        """Walk up the layers once; `heads` ascend. Returns logits [rows, read, vocabulary]."""
+            def enter(layer: int, members: list[int], cut: list[int] = cut) -> Tensor:
+                return self._with_heads_replaced(layer, [heads[cut[i]].head for i in members])
+
+            layers = [heads[i].layer for i in cut]
+            yield Rows([heads[i] for i in cut], self.walk(layers, enter, cut, on_neurons))
+
+    def walk(
+        self,
+        layers: Sequence[int],
+        enter: Callable[[int, list[int]], Tensor],
+        numbers: Sequence[int],
+        on_neurons: NeuronReader | None = None,
+    ) -> Tensor:
+        """Walk up the layers once with a growing batch; logits [rows, read, vocabulary] at the top.
+
+        Args:
+            layers: for every row the layer that it starts at, ascending.
+            enter: gives the output [members, tokens, hidden] of a layer for the rows that start there, from
+                the layer and their places in `layers`.
+            numbers: what `on_neurons` is to call each row.
+            on_neurons: see `replace_by_mean`.
+        """
         hidden: Tensor | None = None
         joined = 0
-        for layer in range(heads[0].layer, len(self._calls)):
+        for layer in range(layers[0], len(self._calls)):
             parts = []
             if hidden is not None:
                 with self._reading(layer, numbers[:joined], on_neurons):
-                    parts.append(self._call(layer, hidden))
-            starting = [head.head for head in heads if head.layer == layer]
-            if starting:
-                rows = numbers[joined : joined + len(starting)]
-                with self._reading(layer, rows, on_neurons):
-                    parts.append(self._start(layer, starting))
-                joined += len(starting)
+                    parts.append(self.call(layer, hidden))
+            members = [i for i, start in enumerate(layers) if start == layer]
+            if members:
+                with self._reading(layer, [numbers[i] for i in members], on_neurons):
+                    parts.append(enter(layer, members))
+                joined += len(members)
             hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
             if layer < len(self._between) and (added := self._between[layer]) is not None:
                 hidden = hidden + added
-        assert hidden is not None  # the walk starts at the layer of the first head
+        assert hidden is not None  # the walk starts at the layer of the first row
         return self.anatomy.logits(hidden[:, self.read])
 
-    def _start(self, layer: int, heads: list[int]) -> Tensor:
+    def _with_heads_replaced(self, layer: int, heads: list[int]) -> Tensor:
         """Output of a layer with one head replaced in each row; its attention is not run again."""
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
         count = len(heads)
@@ -185,9 +203,9 @@ class Replay:
             mixed = site.module(edited)
         replaced = (mixed, *call.attended[1:]) if isinstance(call.attended, tuple) else mixed
         with _standing_in(self.anatomy.attentions[layer], lambda *_, **__: replaced):
-            return self._call(layer, call.x.expand(count, -1, -1))
+            return self.call(layer, call.x.expand(count, -1, -1))
 
-    def _call(self, layer: int, hidden: Tensor) -> Tensor:
+    def call(self, layer: int, hidden: Tensor) -> Tensor:
         """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
         call = self._calls[layer]
         kwargs = {name: _per_row(value, len(hidden)) for name, value in call.kwargs.items()}
@@ -198,14 +216,14 @@ class Replay:
             return _tensor(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
 
     @contextmanager
-    def _reading(self, layer: int, rows: list[int], on_neurons: NeuronReader | None) -> Iterator[None]:
+    def _reading(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader | None) -> Iterator[None]:
         if on_neurons is None:
             yield
             return
         site = self.anatomy.neurons_in[layer]
         with recording([site], self.read) as kept:
             yield
-        on_neurons(layer, torch.tensor(rows), kept[site.name])
+        on_neurons(layer, torch.tensor(list(rows)), kept[site.name])
 
     def _added_after(self, layer: int) -> Tensor | None:
         before, after = self._calls[layer].output, self._calls[layer + 1].x

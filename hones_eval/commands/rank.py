@@ -1,0 +1,89 @@
+"""`hones-eval rank`."""
+
+from pathlib import Path
+
+from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.discovery import Discovery, Method, discover, provenance
+from hones_eval.ranking import Ranking
+
+
+def rank(
+    method: Method,
+    model: str,
+    tasks: str,
+    out: Path,
+    model_args: str = "",
+    include_path: Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    gen_kwargs: str | None = None,
+    metric: str | None = None,
+    target: str | None = None,
+    heads: int = 30,
+    neurons: float = 0.01,
+    dtype: DType = "auto",
+    batch_size: Rows = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 0,
+) -> None:
+    """Score attention heads and FFN neurons on the examples of an lmms-eval task.
+
+    Args:
+        method: hones (the task's metric; also neurons) or vseam (the answer's probability; heads).
+        model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
+        tasks: the lmms-eval task to discover on, one that generates.
+        out: the folder to write ranking.json and ranking.safetensors to.
+        model_args: as in lmms-eval --model_args.
+        include_path: a folder with more task YAML files.
+        limit: use at most so many examples.
+        offset: skip so many examples first; keep discovery, development and test apart with it.
+        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
+        metric: which of the task's metrics to use; by default its first that is a number.
+        target: the column, or a template, of the gold answer, where it is not found by itself.
+        heads: how many heads to condition neurons on (hones), or to name as best and worst (vseam).
+        neurons: the share of all neurons to select, 0.01 for one percent.
+        dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
+        batch_size: edited passes run at once; auto fits them to the device.
+        devices: processes on this node, one device each.
+        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        seed: recorded, and used by methods that draw at random.
+    """
+    job = Job.open(
+        model,
+        model_args,
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        offset=offset,
+        gen_kwargs=gen_kwargs,
+        metric=metric,
+        target=target,
+        dtype=dtype,
+        batch_size=batch_size,
+        devices=devices,
+        num_nodes=num_nodes,
+    )
+    settings = job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs)
+    source = provenance(job.anatomy, job.examples, method, settings, seed)
+    ranking = discover(Discovery(job.replayer, job.examples, job.loop, source, heads, neurons))
+    if job.loop.is_first:
+        ranking.save(out)
+        _say_ranking(ranking, out)
+
+
+def _say_ranking(ranking: Ranking, out: Path) -> None:
+    report = ranking.report or {}
+    say(f"wrote {out}: {report['examples']} examples, replay {report['replay']}")
+    if ranking.provenance.method == "vseam":
+        say(
+            f"the likeliest first token was right in {report['correct_examples']} of {report['examples']}; "
+            f"{len(report['top_positive'])} heads help, {len(report['top_negative'])} hurt"
+        )
+        return
+    say(f"{report['metric']} {report['base_metric']:.4g} unedited")
+    if not report["heads_with_positive_score"]:
+        say(
+            "warning: no head's replacement lowers the metric, so neurons are ranked by their contribution "
+            "alone; more examples, or a task that the model can do, give heads a score"
+        )

@@ -1,0 +1,94 @@
+"""What several commands do alike: open a model with a task's examples, and speak."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.errors import HonesError
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.loops import Loop
+from hones_eval.replay import Replayer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Rows = int | Literal["auto"]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A model, its anatomy, the examples of one task, and the loop over them."""
+
+    model: str
+    model_args: str
+    anatomy: Anatomy
+    examples: TaskExamples
+    loop: Loop
+    replayer: Replayer
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        model_args: str,
+        tasks: str,
+        *,
+        include_path: Path | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        gen_kwargs: str | None = None,
+        metric: str | None = None,
+        target: str | None = None,
+        dtype: DType = "auto",
+        batch_size: Rows = "auto",
+        devices: int = 1,
+        num_nodes: int = 1,
+    ) -> Self:
+        """Build the lmms-eval model and task; see the flags of `hones-eval rank`."""
+        if "," in tasks:
+            raise HonesError(f"--tasks {tasks}: give one task at a time, each in a run of its own")
+        lmm = load_lmm(model, model_args)
+        if dtype != "auto":
+            inner_model(lmm).to(getattr(torch, dtype))
+        anatomy = Anatomy.of(inner_model(lmm))
+        examples = TaskExamples(
+            lmm,
+            tasks,
+            model_name=model,
+            include_path=include_path,
+            limit=limit,
+            offset=offset,
+            gen_kwargs=gen_kwargs,
+            metric=metric,
+            target=target,
+        )
+        accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.unembedding.is_cuda else "cpu"
+        return cls(
+            model=model,
+            model_args=model_args,
+            anatomy=anatomy,
+            examples=examples,
+            loop=Loop(accelerator, devices, num_nodes, progress=sys.stderr.isatty()),
+            replayer=Replayer(anatomy, None if batch_size == "auto" else batch_size),
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The model's floating-point type, as torch names it without its prefix."""
+        return str(self.anatomy.model.dtype).removeprefix("torch.")
+
+    def settings(self, **others: Any) -> dict[str, Any]:
+        """What an artefact records of this job, beside `others`."""
+        return {
+            "model": self.model,
+            "model_args": self.model_args,
+            "metric": self.examples.metric,
+            "dtype": self.dtype,
+        } | others
+
+
+def say(line: str) -> None:
+    """Print a line now, also when the output is a pipe."""
+    print(line, flush=True)
