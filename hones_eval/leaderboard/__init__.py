@@ -1,1 +1,55 @@
+"""Boards from lmms-eval output folders: did steering help, with paired statistics, as tables and pages."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hones_eval.artefact import write_text
+from hones_eval.leaderboard.board import Board, Row, build_board
+from hones_eval.leaderboard.pages import comparison_pages, index_page
+from hones_eval.leaderboard.pictures import Thumbnails
+from hones_eval.leaderboard.readme_picture import readme_picture
+from hones_eval.leaderboard.tables import csv_table, markdown_table
+from hones_eval.leaderboard.views import row_views
+
+__all__ = ["Board", "Row", "build_board", "make_board"]
+
+
+def make_board(
+    logs: Sequence[Path],
+    out: Path,
+    *,
+    seed: int = 0,
+    resamples: int = 9999,
+    include_path: Path | None = None,
+    title: str = "Steering leaderboard",
+) -> Board:
+    """Read lmms-eval output folders and write a board into `out`.
+
+    Args:
+        logs: output folders of lmms-eval, at any depth, or single results files.
+        out: where `index.html`, `comparisons/*.html`, `leaderboard.csv`, `.md` and `.svg` go.
+        seed: of every random number; the same logs and seed give the same files.
+        resamples: of each bootstrap and each randomization test.
+        include_path: a folder of lmms-eval tasks, as lmms-eval's `--include_path`; needed to compute corpus
+            metrics of such tasks again.
+        title: of the page.
+
+    Returns: the board, with `written` and `warnings`.
+    Raises: HonesError when a path does not exist or no results are found; nothing is written then.
+    """
+    board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
+    views = row_views(board)
+    written = []
+    for name, page in comparison_pages(board, views, Thumbnails()):
+        written.append(_write(out / "comparisons" / name, page))
+    written.append(_write(out / "leaderboard.csv", csv_table(board, views)))
+    written.append(_write(out / "leaderboard.md", markdown_table(board, views)))
+    written.append(_write(out / "leaderboard.svg", readme_picture(board, views)))
+    written.append(_write(out / "index.html", index_page(board, views, title)))
+    return replace(board, written=tuple(reversed(written)))
+
+
+def _write(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path

@@ -1,0 +1,133 @@
+"use strict";
+(() => {
+  document.documentElement.classList.remove("no-script");
+
+  const table = document.querySelector("table.sortable");
+  if (table) {
+    const body = table.tBodies[0];
+    const rows = [...body.rows];
+    const search = document.querySelector("#search");
+    const selects = [...document.querySelectorAll("select[data-filter]")];
+    const count = document.querySelector("#count");
+
+    const texts = new Map();
+    const textOf = (row) => {
+      if (!texts.has(row)) texts.set(row, row.textContent.toLowerCase());
+      return texts.get(row);
+    };
+    const filter = () => {
+      const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let seen = 0;
+      for (const row of rows) {
+        const kept = selects.every((one) => !one.value || row.dataset[one.dataset.filter] === one.value)
+          && words.every((word) => textOf(row).includes(word));
+        row.hidden = !kept;
+        seen += kept;
+      }
+      count.textContent = seen === rows.length ? `${rows.length} rows` : `${seen} of ${rows.length} rows`;
+    };
+    search.addEventListener("input", filter);
+    selects.forEach((one) => one.addEventListener("change", filter));
+    filter();
+
+    const valueOf = (row, column) => {
+      const cell = row.cells[column];
+      const value = cell.dataset.value ?? cell.textContent.trim();
+      if (value === "") return null;
+      return cell.dataset.value === undefined || Number.isNaN(Number(value)) ? value : Number(value);
+    };
+    const compare = (one, other) => {
+      if (one === null || other === null) return (one === null) - (other === null);
+      if (typeof one === "number" && typeof other === "number") return one - other;
+      return String(one).localeCompare(String(other), undefined, { numeric: true });
+    };
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      head.querySelector("button")?.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending"
+          || (!head.hasAttribute("aria-sort") && head.classList.contains("n"));
+        heads.forEach((one) => one.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const keyed = rows.map((row, place) => [valueOf(row, column), place, row]);
+        keyed.sort((one, other) => {
+          const missing = (one[0] === null) - (other[0] === null);
+          return missing || (down ? -1 : 1) * compare(one[0], other[0]) || one[1] - other[1];
+        });
+        body.append(...keyed.map((one) => one[2]));
+      });
+    });
+  }
+
+  const source = document.querySelector("#flip-data");
+  if (source) {
+    const { flips, pictures } = JSON.parse(source.textContent);
+    const list = document.querySelector("#flips");
+    const status = document.querySelector("#flip-status");
+    const search = document.querySelector("#flip-search");
+    const [back, on] = [document.querySelector("#back"), document.querySelector("#on")];
+    const sides = [...document.querySelectorAll("[data-side]")];
+    const size = 25;
+    let page = 0;
+    let side = "";
+
+    const element = (name, css, text) => {
+      const made = document.createElement(name);
+      if (css) made.className = css;
+      if (text !== undefined) made.textContent = text;
+      return made;
+    };
+    const answer = (name, text, css) => {
+      const box = element("div");
+      const value = element("dd", css, text === "" ? "(empty)" : text);
+      value.dir = "auto";
+      box.append(element("dt", "", name), value);
+      return box;
+    };
+    const words = { gained: "gained", lost: "lost", changed: "answer changed" };
+    const show = (flip) => {
+      const item = element("li", pictures[flip.picture] ? "" : "bare");
+      if (pictures[flip.picture]) {
+        const image = element("img");
+        image.src = pictures[flip.picture];
+        image.alt = `Picture of example ${flip.doc_id}`;
+        image.loading = "lazy";
+        item.append(image);
+      }
+      const content = element("div");
+      const badge = flip.side === "gained" ? "better" : flip.side === "lost" ? "worse" : "";
+      const title = element("div");
+      title.append(element("span", `badge ${badge}`, words[flip.side]),
+        element("small", "", ` example ${flip.doc_id}${flip.scores ? ` · ${flip.scores}` : ""}`));
+      const question = element("p", "question text", flip.question);
+      question.dir = "auto";
+      const answers = element("dl", "answers");
+      answers.append(answer("Gold", flip.gold, ""),
+        answer("Baseline", flip.baseline, flip.side === "lost" ? "wins" : flip.side === "gained" ? "fails" : ""),
+        answer("Steered", flip.steered, flip.side === "gained" ? "wins" : flip.side === "lost" ? "fails" : ""));
+      content.append(title, question, answers);
+      item.append(content);
+      return item;
+    };
+    const draw = () => {
+      const text = search.value.toLowerCase();
+      const kept = flips.filter((flip) => (!side || flip.side === side) && (!text
+        || `${flip.question}\n${flip.gold}\n${flip.baseline}\n${flip.steered}`.toLowerCase().includes(text)));
+      const pages = Math.max(1, Math.ceil(kept.length / size));
+      page = Math.min(page, pages - 1);
+      list.replaceChildren(...kept.slice(page * size, (page + 1) * size).map(show));
+      status.textContent = `${kept.length} examples, page ${page + 1} of ${pages}`;
+      back.disabled = page === 0;
+      on.disabled = page >= pages - 1;
+    };
+    back.addEventListener("click", () => { page -= 1; draw(); });
+    on.addEventListener("click", () => { page += 1; draw(); });
+    search.addEventListener("input", () => { page = 0; draw(); });
+    sides.forEach((button) => button.addEventListener("click", () => {
+      side = button.dataset.side;
+      page = 0;
+      sides.forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
+      draw();
+    }));
+    draw();
+  }
+})();

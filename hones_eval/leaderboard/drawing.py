@@ -1,0 +1,92 @@
+"""Pictures of numbers as inline SVG. Only numbers enter the markup, so nothing here needs escaping."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+WIDTH, HEIGHT, MARGIN = 168, 22, 6
+
+
+def interval_svg(difference: float, low: float | None, high: float | None, reach: float, css: str) -> Markup:
+    """A difference as a dot, its interval as a line, on an axis from `-reach` to `reach` with zero marked."""
+    if not np.isfinite(difference) or reach <= 0:
+        return Markup("")
+    parts = [f'<line class="zero" x1="{_x(0, reach)}" x2="{_x(0, reach)}" y1="2" y2="{HEIGHT - 2}"/>']
+    middle = HEIGHT / 2
+    if low is not None and high is not None:
+        left, right = _x(low, reach), _x(high, reach)
+        parts.append(f'<line class="span" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
+        parts += [f'<line class="span" x1="{x}" x2="{x}" y1="7" y2="{HEIGHT - 7}"/>' for x in (left, right)]
+    parts.append(f'<circle cx="{_x(difference, reach)}" cy="{middle}" r="4"/>')
+    return Markup(
+        f'<svg class="ci {css}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'aria-hidden="true" focusable="false">{"".join(parts)}</svg>'
+    )
+
+
+def _x(value: float, reach: float) -> float:
+    inner = WIDTH / 2 - MARGIN
+    return round(WIDTH / 2 + inner * max(-1.0, min(1.0, value / reach)), 1)
+
+
+def heads_svg(scales: Floats) -> Markup:
+    """Head scales `[L, H]` as a map: a row a layer (the last on top), amber below 1, blue above."""
+    layers, heads = scales.shape
+    size = max(6, min(18, 720 // max(heads, 1)))
+    reach = max(float(np.abs(scales - 1).max()), 1e-9)
+    cells = []
+    for layer, head in zip(*np.nonzero(np.ones_like(scales)), strict=True):
+        value = float(scales[layer, head])
+        strength = 0.0 if value == 1 else 0.25 + 0.75 * abs(value - 1) / reach
+        side = "up" if value > 1 else "down" if value < 1 else "same"
+        box = (
+            f'x="{head * size + 34}" y="{(layers - 1 - layer) * size}" width="{size - 1}" height="{size - 1}"'
+        )
+        opacity = f' style="opacity:{strength:.2f}"' if strength else ""
+        title = f"<title>layer {layer}, head {head}: × {value:.3f}</title>" if strength else ""
+        cells.append(f'<rect class="{side}" {box}{opacity}>{title}</rect>')
+    labels = [
+        f'<text x="28" y="{(layers - 1 - k) * size + size * 0.75:.1f}" text-anchor="end">{k}</text>'
+        for k in _ticks(layers)
+    ]
+    labels += [
+        f'<text x="{k * size + 34 + size / 2:.1f}" y="{layers * size + 13}" text-anchor="middle">{k}</text>'
+        for k in _ticks(heads)
+    ]
+    return _svg("heads", heads * size + 36, layers * size + 18, [*labels, *cells])
+
+
+def neurons_svg(counts: Sequence[int]) -> Markup:
+    """How many neurons are scaled in each layer, as bars from the first layer to the last."""
+    width, height = max(8, min(26, 700 // max(len(counts), 1))), 110
+    most = max([*counts, 1])
+    parts = []
+    for layer, count in enumerate(counts):
+        tall = height * count / most
+        parts.append(
+            f'<rect class="up" x="{layer * width + 34}" y="{height - tall + 12:.1f}" width="{width - 2}" '
+            f'height="{tall:.1f}"><title>layer {layer}: {count} neurons</title></rect>'
+        )
+    parts += [
+        f'<text x="{k * width + 34 + width / 2:.1f}" y="{height + 26}" text-anchor="middle">{k}</text>'
+        for k in _ticks(len(counts))
+    ]
+    parts.append(f'<text x="28" y="20" text-anchor="end">{most}</text>')
+    parts.append(
+        f'<line class="zero" x1="32" x2="{len(counts) * width + 34}" y1="{height + 12}" y2="{height + 12}"/>'
+    )
+    return _svg("neurons", len(counts) * width + 36, height + 30, parts)
+
+
+def _ticks(count: int) -> range:
+    return range(0, count, max(1, -(-count // 16)))
+
+
+def _svg(css: str, width: int, height: int, parts: Sequence[str]) -> Markup:
+    return Markup(
+        f'<svg class="{css}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img">{"".join(parts)}</svg>'
+    )

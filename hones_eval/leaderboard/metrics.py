@@ -1,0 +1,123 @@
+"""How a metric of lmms-eval is compared: by its value for each example, or over the whole corpus again."""
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hones_eval.leaderboard.reading import Metric, Run
+from hones_eval.leaderboard.samples import Floats, read_rows
+
+Kind = Literal["right/wrong", "graded", "corpus", "none"]
+SLOW_SECONDS = 1.0  # a corpus metric that takes longer for one value is not resampled two thousand times
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """A metric of two runs, ready to be compared.
+
+    `kind` says how: `right/wrong` and `graded` by `baseline` and `steered` `[n]` times `scale`, `corpus` by
+    computing the metric again, `none` not at all, for the reason in `note`.
+    """
+
+    kind: Kind
+    baseline: Floats | None = None
+    steered: Floats | None = None
+    scale: float = 1.0
+    note: str = ""
+
+
+def scores_of(metric: Metric, baseline: Run, steered: Run, values: tuple[float, float]) -> Scores:
+    """Decide how to compare a metric; `values` are what the baseline and the steered run report."""
+    samples = baseline.samples[metric.filter], steered.samples[metric.filter]
+    columns = tuple(one.values[metric.name] for one in samples)
+    corpus = any(metric.name in one.items for one in samples)
+    if not all(np.isfinite(column).all() for column in columns):
+        if corpus:
+            return Scores("corpus")
+        return Scores("none", note=_not_numbers(metric.name, samples[0].doc_ids, columns))
+    scale = _scale(columns, values)
+    if scale is None:
+        return Scores("corpus")
+    kind: Kind = "right/wrong" if all(np.isin(column, (0, 1)).all() for column in columns) else "graded"
+    return Scores(kind, columns[0], columns[1], scale)
+
+
+def _not_numbers(name: str, doc_ids: Any, columns: Sequence[Floats]) -> str:
+    bad = np.flatnonzero(~np.isfinite(np.sum(columns, axis=0)))
+    return f"{name} is not a number for {len(bad):,} examples (first: doc_id {doc_ids[bad[0]]})"
+
+
+def _scale(columns: Sequence[Floats], values: Sequence[float]) -> float | None:
+    """What the means are multiplied by to give the reported values (1 or 100); None if neither does."""
+    for scale in (1.0, 100.0):
+        if all(
+            math.isclose(column.mean() * scale, value, rel_tol=1e-6, abs_tol=1e-9)
+            for column, value in zip(columns, values, strict=True)
+        ):
+            return scale
+    return None
+
+
+def corpus_items(metric: Metric, run: Run) -> list[Any]:
+    """What `process_results` returned for the metric, for every example, read again from the samples."""
+    samples = run.samples[metric.filter]
+    return [row.get(metric.name) for row in read_rows(samples, np.arange(len(samples)))]
+
+
+def find_aggregation(task: str, metric: str, include_path: Path | None) -> Callable[[list[Any]], float] | str:
+    """The function by which an lmms-eval task turns its items into the metric, or why it cannot be had."""
+    try:
+        import lmms_eval.models  # noqa: F401  (its entry points make our own tasks known)
+        from lmms_eval.api.registry import get_aggregation
+        from lmms_eval.tasks import TaskManager
+        from lmms_eval.utils import load_yaml_config
+    except ImportError as error:
+        return f"lmms-eval cannot be imported to compute {metric} again ({error})"
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    entry = manager.task_index.get(task)
+    if entry is None or not entry.get("yaml_path") or entry["yaml_path"] == -1:
+        return f"lmms-eval knows no task {task} (is it in a folder to include?)"
+    try:
+        config = load_yaml_config(entry["yaml_path"], mode="full")
+    except ImportError as error:
+        return f"the task {task} cannot be loaded ({error})"
+    for listed in config.get("metric_list") or []:
+        if listed.get("metric") == metric:
+            found = listed.get("aggregation")
+            found = get_aggregation(found) if isinstance(found, str) else found
+            return _quiet(found) if callable(found) else f"the task {task} names no aggregation for {metric}"
+    return f"the task {task} lists no metric {metric}"
+
+
+def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]:
+    def metric(items: list[Any]) -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                value = float(function(items))
+            except (ArithmeticError, ValueError, LookupError, TypeError):
+                return math.nan  # undefined on these items
+        return value
+
+    return metric
+
+
+def check_aggregation(
+    function: Callable[[list[Any]], float], items: Sequence[list[Any]], values: Sequence[float]
+) -> str:
+    """Why a recomputed metric cannot be used: it does not give the reported values, or takes too long."""
+    for listed, reported in zip(items, values, strict=True):
+        began = time.monotonic()
+        found = function(list(listed))
+        took = time.monotonic() - began
+        if not math.isclose(found, reported, rel_tol=1e-6, abs_tol=1e-9):
+            return f"computing it again gives {found:.6g} and not the reported {reported:.6g}"
+        if took > SLOW_SECONDS:
+            return f"computing it once takes {took:.1f} s, too long to resample"
+    return ""

@@ -1,0 +1,189 @@
+"""The board as web pages: one index that needs nothing else, and a page for each comparison."""
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from hones_eval import __version__
+from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
+from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
+from hones_eval.leaderboard.flips import Flips, flips_of
+from hones_eval.leaderboard.identity import SteeringRef
+from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.pictures import Thumbnails
+from hones_eval.leaderboard.scales import Scales, read_scales
+from hones_eval.leaderboard.text import number, one_line, shown
+from hones_eval.leaderboard.views import axis_reaches, matrix_view, method_views, pair_id
+
+MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # on one page: at most, at least; on all pages
+
+
+def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The table of all rows, the matrix of side effects, and what was left out."""
+    verdicts = Counter(row.verdict for row in board.rows)
+    tally = {
+        "better": verdicts["better"],
+        "worse": verdicts["worse"],
+        "unclear": verdicts["no clear difference"],
+        "not_judged": verdicts["not judged"],
+    }
+    return _render(
+        "index.html",
+        title=one_line(title),
+        tally=tally,
+        runs=board.runs,
+        rows=views,
+        tasks=sorted({view["task"] for view in views}),
+        bases=sorted({view["base"] for view in views}),
+        metrics=sorted({view["metric"] for view in views}),
+        matrix=matrix_view(board, views),
+        unranked=[_left_out(one.run.steering, one) for one in board.unranked],
+        unreadable=[one_line(one, 400) for one in board.unreadable],
+        tested=sum(row.p_holm is not None for row in board.rows),
+        reach=number(axis_reaches(board.rows).get("share", 1.0), 2),
+        seed=board.seed,
+        resamples=board.resamples,
+        corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),
+        methods=method_views(board),
+    )
+
+
+def _left_out(steering: SteeringRef | None, one: Any) -> dict[str, Any]:
+    return {
+        "name": one_line(one.run.name),
+        "task": one_line(one.run.task),
+        "steering": "baseline" if steering is None else one_line(steering.label),
+        "reasons": [one_line(reason, 300) for reason in one.reasons],
+    }
+
+
+def comparison_pages(
+    board: Board, views: Sequence[Mapping[str, Any]], thumbnails: Thumbnails
+) -> Iterator[tuple[str, str]]:
+    """The file name and the content of the page of every pair of runs on the board."""
+    both = sorted(zip(board.rows, views, strict=True), key=lambda one: pair_id(one[0].pair))
+    groups = [(name, list(group)) for name, group in groupby(both, key=lambda one: pair_id(one[0].pair))]
+    most = min(MOST_FLIPS, max(LEAST_FLIPS, ALL_FLIPS // max(1, len(groups))))
+    for name, group in groups:
+        rows = [row for row, _ in group]
+        yield f"{name}.html", _comparison(rows, [view for _, view in group], most, thumbnails)
+
+
+def _comparison(
+    rows: Sequence[Row], views: Sequence[Mapping[str, Any]], most: int, thumbnails: Thumbnails
+) -> str:
+    pair = rows[0].pair
+    flips = flips_of(rows, most)
+    steering = pair.steered.steering
+    assert steering is not None
+    return _render(
+        "comparison.html",
+        steering=views[0]["steering"],
+        task=views[0]["task"],
+        base=views[0]["base"],
+        flags=rows[0].flags,
+        notes=rows[0].notes,
+        rows=views,
+        n=rows[0].n,
+        flips=flips,
+        flip_list=[one.to_json() for one in flips.listed],
+        more=flips.gained + flips.lost + flips.changed > len(flips.listed),
+        pictures=_pictures(flips, pair, thumbnails),
+        facts=_facts(pair, steering),
+        **_figures(steering, pair),
+    )
+
+
+def _pictures(flips: Flips, pair: Pair, thumbnails: Thumbnails) -> dict[str, str]:
+    wanted = {one.picture: one.doc_id for one in flips.listed if one.picture}
+    return thumbnails.of(pair, wanted)
+
+
+def _figures(steering: SteeringRef, pair: Pair) -> dict[str, Any]:
+    heads, neurons, counts, reason = _scales(steering, pair)
+    return {"heads": heads, "neurons": neurons, "no_scales": reason, **counts}
+
+
+def _scales(steering: SteeringRef, pair: Pair) -> tuple[Markup, Markup, dict[str, str], str]:
+    found = read_scales(steering, pair.steered.results_path)
+    if isinstance(found, str):
+        return Markup(""), Markup(""), {"heads_text": "", "neurons_text": ""}, one_line(found, 300)
+    return heads_svg(found.heads), neurons_svg(found.scaled_neurons), _scale_texts(found), ""
+
+
+def _scale_texts(scales: Scales) -> dict[str, str]:
+    scaled = int((scales.heads != 1).sum())
+    heads = "No head is scaled."
+    if scaled:
+        up, down = int((scales.heads > 1).sum()), int((scales.heads < 1).sum())
+        heads = (
+            f"{scaled} of {scales.heads.size} heads are scaled: {up} up (blue), {down} down (amber), "
+            f"between × {scales.heads.min():.2f} and × {scales.heads.max():.2f}."
+        )
+    total = sum(scales.scaled_neurons)
+    neurons = "No neuron is scaled."
+    if total:
+        fullest = int(np.argmax(scales.scaled_neurons))
+        neurons = f"{total:,} in all, most of them ({scales.scaled_neurons[fullest]:,}) in layer {fullest}."
+    return {"heads_text": heads, "neurons_text": neurons}
+
+
+def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
+    run, provenance = pair.steered, steering.provenance
+    sets = [
+        f"{one.get('task')} {one.get('split') or ''}, {int(one.get('count') or 0):,} examples"
+        for one in steering.example_sets
+    ]
+    facts = {
+        "Base model": run.base.name + (f" at {run.base.revision}" if run.base.revision else ""),
+        "Wrapper": run.wrapper,
+        "Steering": steering.path,
+        "Digest": steering.digest or "unknown: the run left no manifest",
+        "Strength": f"{steering.strength:g}",
+        "Attached": steering.attach,
+        "Method": provenance.get("method"),
+        "Settings": provenance.get("settings"),
+        "Chosen on": "; ".join(sets),
+        "Baseline run": pair.baseline.name,
+        "Steered run": run.name,
+        "Seeds": ", ".join(map(str, run.seeds)),
+        "Versions": ", ".join(
+            f"{name.removesuffix('_version')} {value}" for name, value in run.versions.items()
+        ),
+    }
+    return [(name, shown(value)) for name, value in facts.items() if value]
+
+
+def _render(template: str, **context: Any) -> str:
+    return _environment().get_template(template).render(version=__version__, **context)
+
+
+@lru_cache
+def _environment() -> Environment:
+    here = files("hones_eval.leaderboard")
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (here / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (here / "board.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (here / "board.css").read_text(encoding="utf-8")
+    # The page's own script is the only one that a browser will run, even if text were ever to slip through.
+    environment.globals |= {
+        "script": Markup(script),
+        "style": Markup(style),
+        "script_hash": f"sha256-{digest}",
+    }
+    return environment

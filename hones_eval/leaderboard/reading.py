@@ -1,0 +1,327 @@
+"""Any number of lmms-eval output folders as runs: one run is one task of one results file."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+
+from hones_eval.errors import HonesError
+from hones_eval.leaderboard.identity import (
+    BaseModel,
+    SteeringRef,
+    base_from_arguments,
+    parse_arguments,
+    steering_from_arguments,
+)
+from hones_eval.leaderboard.manifest import Manifest, Shown, read_manifest
+from hones_eval.leaderboard.samples import Samples, read_samples
+
+RESULTS, SAMPLES = "_results.json", "_samples_"
+COMPARED_SETTINGS = (
+    "dataset_path",
+    "dataset_name",
+    "test_split",
+    "generation_kwargs",
+    "num_fewshot",
+    "repeats",
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric as lmms-eval reports it; `value` is None when it is not a finite number."""
+
+    name: str
+    filter: str
+    value: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One task of one lmms-eval run. `problems` keep it off the ranking, `notes` do not."""
+
+    results_path: Path
+    date: str
+    wrapper: str
+    base: BaseModel
+    task: str
+    steering: SteeringRef | None
+    settings: Mapping[str, str]
+    seeds: tuple[Any, ...]
+    metrics: tuple[Metric, ...]
+    samples: Mapping[str, Samples]
+    expected: int | None
+    split: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    has_manifest: bool = False
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How messages call this run."""
+        return f"{self.results_path.parent.name}/{self.date} {self.task}"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two runs of the same thing: base, task, steering, settings and seeds."""
+        steering = None if self.steering is None else self.steering.identity
+        return (self.base, self.task, steering, tuple(sorted(self.settings.items())), self.seeds)
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Every run found, and a line for every file that could not be read."""
+
+    runs: tuple[Run, ...]
+    unreadable: tuple[str, ...]
+
+
+def read_logs(paths: Sequence[Path]) -> Logs:
+    """Read lmms-eval output folders (or single results files), at any depth.
+
+    Raises: HonesError when a path does not exist or there is not one results file under all of them.
+    """
+    results, samples, manifests = _find(paths)
+    if not results and not samples:
+        raise HonesError(
+            f"no lmms-eval results (*{RESULTS}) under {', '.join(map(str, paths))}: "
+            "run lmms-eval with --log_samples --output_path DIR and give DIR"
+        )
+    unreadable = []
+    known: list[Manifest] = []
+    for path in manifests:
+        try:
+            known.append(read_manifest(path))
+        except HonesError as error:
+            unreadable.append(str(error))
+    runs: list[Run] = []
+    used: set[Path] = set()
+    for path, content, problem in map(_load_results, results):
+        if content is None:
+            unreadable.append(f"{path}: {problem}")
+            used.update(one for one in samples if _stem(one) == _stem(path) and one.parent == path.parent)
+            continue
+        near = [one for one in known if one.path.parent in (path.parent, path.parent.parent)]
+        for run in _runs(path, content, near):
+            used.add(_samples_path(path, run.task))
+            runs.append(run)
+    unreadable += [
+        f"{one}: samples without a results file; the run did not end" for one in samples if one not in used
+    ]
+    return Logs(tuple(runs), tuple(unreadable))
+
+
+def _failed(manifests: Sequence[Manifest], results: Sequence[Path]) -> list[str]:
+    """Runs that raised and left no results file behind."""
+    names = {path.name for path in results}
+    return [
+        f"{one.path}: the run failed ({one.errors[0][1]})"
+        for one in manifests
+        if one.errors and one.results not in names and one.rank == 0
+    ]
+
+
+def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    found: list[set[Path]] = [set(), set(), set()]
+    for given in paths:
+        path = given.resolve()
+        if not path.exists():
+            raise HonesError(f"{given} does not exist: give lmms-eval output folders")
+        files: Iterable[Path] = path.rglob("*") if path.is_dir() else path.parent.glob(f"{_stem(path)}*")
+        for file in files:
+            if file.name.endswith(RESULTS):
+                found[0].add(file)
+            elif SAMPLES in file.name and file.suffix == ".jsonl":
+                found[1].add(file)
+            elif file.name.startswith("hones_manifest_") and file.suffix == ".json":
+                found[2].add(file)
+        if path.is_file():
+            found[2].update(
+                (
+                    *path.parent.glob("hones_manifest_*.json"),
+                    *path.parent.parent.glob("hones_manifest_*.json"),
+                )
+            )
+    return sorted(found[0]), sorted(found[1]), sorted(found[2])
+
+
+def _stem(path: Path) -> str:
+    """The date with which lmms-eval begins the names of the files of one run."""
+    return path.name.split(SAMPLES)[0].removesuffix(RESULTS)
+
+
+def _samples_path(results: Path, task: str) -> Path:
+    return results.parent / f"{_stem(results)}{SAMPLES}{task}.jsonl"
+
+
+def _load_results(path: Path) -> tuple[Path, dict[str, Any] | None, str]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        return path, None, f"truncated or not JSON ({error}); run lmms-eval again"
+    wanted = {"results": dict, "configs": dict, "config": dict}
+    for key, kind in wanted.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            return path, None, f"not lmms-eval results: '{key}' is missing"
+    return path, content, ""
+
+
+def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest]) -> Iterable[Run]:
+    config = content["config"]
+    wrapper = str(config.get("model"))
+    arguments = parse_arguments(config.get("model_args"))
+    base = base_from_arguments(wrapper, arguments)
+    steering = steering_from_arguments(arguments)
+    mine = _matching(manifests, path, content, base, steering)
+    if mine:
+        base = replace(base, revision=mine[0].base_revision, wrapper=mine[0].base_wrapper)
+        steering = mine[0].steering
+    for task in content["configs"]:
+        yield _run(path, content, task, base, steering, mine)
+
+
+def _matching(
+    manifests: Sequence[Manifest],
+    path: Path,
+    content: Mapping[str, Any],
+    base: BaseModel,
+    steering: SteeringRef | None,
+) -> list[Manifest]:
+    """The manifests of a run, one a process: those that name its results, else the first after its start."""
+    start = _started(content)
+    fitting = [
+        one
+        for one in manifests
+        if one.results in (None, path.name)
+        and one.base_name == base.name
+        and _same_steering(one.steering, steering)
+        and (one.results is not None or one.created >= start)
+    ]
+    ranks: dict[int, Manifest] = {}
+    for one in sorted(fitting, key=lambda one: (one.results is None, one.created)):
+        ranks.setdefault(one.rank, one)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _started(content: Mapping[str, Any]) -> datetime:
+    options = content["config"].get("resolved_cli_args") or {}
+    try:
+        zone = ZoneInfo(options.get("timezone") or "Asia/Singapore")
+        return datetime.strptime(str(content.get("date")), "%Y%m%d_%H%M%S").replace(tzinfo=zone)
+    except (ValueError, ZoneInfoNotFoundError):
+        return datetime.min.replace(tzinfo=ZoneInfo("UTC"))
+
+
+def _same_steering(recorded: SteeringRef | None, named: SteeringRef | None) -> bool:
+    if recorded is None or named is None:
+        return recorded is named
+    return recorded.path == named.path and recorded.strength == named.strength
+
+
+def _run(
+    path: Path,
+    content: Mapping[str, Any],
+    task: str,
+    base: BaseModel,
+    steering: SteeringRef | None,
+    manifests: Sequence[Manifest],
+) -> Run:
+    config, options = content["config"], content["configs"][task]
+    metrics, problems = _metrics(content, task)
+    filters = list(dict.fromkeys(one.filter for one in metrics))
+    expected = _expected(content, task)
+    samples, more = _samples(_samples_path(path, task), metrics, filters, expected)
+    requests = {doc: one for m in manifests for doc, one in m.requests.get(task, {}).items()}
+    problems += more + [f"generation raised: {text}" for m in manifests for text in m.errors_of(task)[:3]]
+    if (content.get("usage") or {}).get("budget_exceeded"):
+        problems.append("the run stopped early at its token budget (--max_tokens)")
+    settings = {name: json.dumps(options.get(name), sort_keys=True) for name in COMPARED_SETTINGS}
+    settings["gen_kwargs"] = json.dumps(config.get("gen_kwargs") or "", sort_keys=True)
+    return Run(
+        results_path=path,
+        date=_stem(path),
+        wrapper=str(config.get("model")),
+        base=base,
+        task=task,
+        steering=steering,
+        settings=settings,
+        seeds=tuple(config.get(name) for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
+        metrics=metrics,
+        samples={name: one if not requests else _with_shown(one, requests) for name, one in samples.items()},
+        expected=expected,
+        split=str(options.get("test_split") or options.get("validation_split") or ""),
+        versions=manifests[0].versions if manifests else {},
+        has_manifest=bool(manifests),
+        problems=tuple(problems),
+        notes=_notes(samples),
+    )
+
+
+def _metrics(content: Mapping[str, Any], task: str) -> tuple[tuple[Metric, ...], list[str]]:
+    reported = content["results"].get(task)
+    better = (content.get("higher_is_better") or {}).get(task) or {}
+    problems: list[str] = []
+    metrics = []
+    for key, value in (reported or {}).items():
+        name, comma, filter_name = key.rpartition(",")
+        if not comma or "_stderr" in name:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            value = None
+        metrics.append(Metric(name, filter_name, value, better.get(name)))
+    if not metrics:
+        problems.append("the results file holds no metric for this task")
+    return tuple(metrics), problems
+
+
+def _expected(content: Mapping[str, Any], task: str) -> int | None:
+    """How many examples the run was to answer: the task's size, less the offset, up to the limit."""
+    sizes = (content.get("n-samples") or {}).get(task) or {}
+    config = content["config"]
+    size, limit = sizes.get("original"), config.get("limit")
+    if not isinstance(size, int):
+        return None
+    left = max(0, size - int(config.get("offset") or 0))
+    if not isinstance(limit, int | float) or limit < 0:
+        return left
+    return min(left, math.ceil(size * limit) if 0 < limit < 1 else int(limit))
+
+
+def _samples(
+    path: Path, metrics: Sequence[Metric], filters: Sequence[str], expected: int | None
+) -> tuple[dict[str, Samples], list[str]]:
+    if not path.is_file():
+        return {}, [f"{path.name} is missing: run lmms-eval with --log_samples"]
+    names = list(dict.fromkeys(one.name for one in metrics))
+    blocks, problems = read_samples(path, names, max(1, len(filters)))
+    samples = dict(zip(filters, blocks, strict=False))
+    for block in blocks[:1]:
+        if expected is not None and len(block) < expected:
+            problems.append(f"incomplete: {len(block):,} of {expected:,} examples")
+        if len(block) and block.empty_answers == len(block):
+            problems.append("every answer is empty: some stock wrappers answer '' when generation fails")
+    if not blocks:
+        problems.append(f"incomplete: {path.name} holds no example")
+    return samples, problems
+
+
+def _notes(samples: Mapping[str, Samples]) -> tuple[str, ...]:
+    empty = max((one.empty_answers for one in samples.values()), default=0)
+    return (f"{empty:,} empty answers",) if empty else ()
+
+
+def _with_shown(samples: Samples, requests: Mapping[int, Shown]) -> Samples:
+    listed = [requests.get(int(doc_id)) for doc_id in samples.doc_ids]
+    known = [one for one in listed if one is not None]
+    if len(known) < len(listed):
+        return samples
+    content = np.asarray([one.content for one in known], dtype=np.int64)
+    return replace(samples, pictures=tuple(one.pictures for one in known), shown=content)

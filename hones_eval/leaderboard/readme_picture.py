@@ -1,0 +1,58 @@
+"""The board as one picture that a README can show."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import escape
+
+from hones_eval.leaderboard.board import Board, Row
+from hones_eval.leaderboard.text import number, one_line, probability
+
+MOST = 24  # rows in the picture
+STYLE = """
+text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
+.soft { fill: #60656d; font-size: 12px } .page { fill: #fff }
+.zero { stroke: #9da3ab; stroke-dasharray: 2 2 } .span { stroke: #60656d; stroke-width: 2 }
+.dot { fill: #60656d }
+.better .span { stroke: #0b6e99 } .better .dot { fill: #0b6e99 }
+.worse .span { stroke: #a8580a } .worse .dot { fill: #a8580a }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6e7e9 } .soft { fill: #9da3ab } .page { fill: #15171a }
+  .better .span { stroke: #5cb8dd } .better .dot { fill: #5cb8dd }
+  .worse .span { stroke: #e0a05a } .worse .dot { fill: #e0a05a }
+}
+"""
+
+
+def readme_picture(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG file of the first rows: names, differences and intervals, in light and dark."""
+    chosen = list(zip(board.rows, views, strict=True))[:MOST]
+    height = 34 * len(chosen) + 64
+    parts = [_line(row, view, 34 * k + 44) for k, (row, view) in enumerate(chosen)]
+    rest = len(board.rows) - len(chosen)
+    last = f"{rest} more rows on the board" if rest > 0 else "95 % intervals; the dashed line is no change"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" '
+        f'role="img"><title>Leaderboard</title><style>{STYLE}</style>'
+        f'<rect class="page" width="860" height="{height}" rx="10"/>'
+        '<text class="soft" x="24" y="26">Steering, task and metric</text>'
+        '<text class="soft" x="836" y="26" text-anchor="end">Difference to the baseline</text>'
+        f"{''.join(parts)}"
+        f'<text class="soft" x="24" y="{height - 12}">{escape(last)}</text></svg>\n'
+    )
+
+
+def _line(row: Row, view: Mapping[str, Any], top: int) -> str:
+    svg = (
+        str(view["svg"])
+        .replace("<circle ", '<circle class="dot" ')
+        .replace("<svg ", f'<svg x="520" y="{top}" ')
+    )
+    name = escape(one_line(view["steering"], 44))
+    where = escape(one_line(f"{view['task']} · {view['metric']}", 56))
+    return (
+        f'<text x="24" y="{top + 8}">{name}</text>'
+        f'<text class="soft" x="24" y="{top + 23}">{where}</text>{svg}'
+        f'<text x="836" y="{top + 16}" text-anchor="end">{number(row.comparison.difference, sign=True)}'
+        f" ({probability(row.p_holm) or 'no p'})</text>"
+    )

@@ -1,0 +1,297 @@
+"""Paired comparisons of two runs on the same examples, as pure functions on arrays.
+
+Columns are comparisons: the functions for graded scores take differences `[n, m]`, one column for each of
+`m` comparisons on the same `n` examples, so that a thousand runs share one set of resamples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Draw = Literal["bootstrap", "signs"]
+CHUNK = 2_000_000  # entries of the matrix of resampling weights that are held at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a difference, with the name of the method that made it."""
+
+    low: float
+    high: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Test:
+    """A two-sided p-value, with the name of its test."""
+
+    p: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect size, with its name."""
+
+    value: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Steered minus baseline. What could not be computed is None, and `note` says why."""
+
+    difference: float
+    interval: Interval | None
+    test: Test | None
+    effect: Effect | None
+    note: str = ""
+
+
+def compare_right_wrong(baseline: Floats, steered: Floats, *, level: float = 0.95) -> Comparison:
+    """Compare answers that are right (1) or wrong (0), `[n]` each, of independent examples.
+
+    Test: McNemar's exact test. Interval: Bonett and Price (2012), the adjusted Wald interval of a paired
+    difference of proportions. Effect: Cohen's g, the share of changed answers that were gained, less a half.
+    """
+    gained = int(((steered == 1) & (baseline == 0)).sum())
+    lost = int(((steered == 0) & (baseline == 1)).sum())
+    n = len(baseline)
+    effect = Effect(gained / (gained + lost) - 0.5, "Cohen's g") if gained + lost else None
+    test = Test(mcnemar_exact(gained, lost), "McNemar exact")
+    return Comparison((gained - lost) / n, bonett_price(gained, lost, n, level=level), test, effect)
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test: a fair coin for each answer that changed (McNemar 1947)."""
+    changed = gained + lost
+    return 1.0 if changed == 0 else float(min(1.0, 2 * stats.binom.cdf(min(gained, lost), changed, 0.5)))
+
+
+def bonett_price(gained: int, lost: int, n: int, *, level: float = 0.95) -> Interval:
+    """Adjusted Wald interval of a paired difference of proportions (Bonett and Price 2012, equation 4)."""
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return Interval(float(max(-1, up - down - half)), float(min(1, up - down + half)), "Bonett-Price")
+
+
+def compare_graded(
+    differences: Floats,
+    clusters: Integers | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 9999,
+    level: float = 0.95,
+) -> list[Comparison]:
+    """Compare graded scores, one comparison for each column of `differences` `[n, m]` (steered - baseline).
+
+    Interval: BCa bootstrap (Efron 1987) of the mean difference, over examples, or over whole clusters
+    (pictures) where `clusters` `[n]` numbers them. Test: random sign flips of examples or clusters
+    (Fisher's paired randomization test). Effect: Cohen's d_z, the mean over the standard deviation.
+    """
+    sums, sizes = cluster_sums(differences, clusters)
+    means = differences.mean(axis=0)
+    low, high = bca_of_means(sums, sizes, seed=seed, resamples=resamples, level=level)
+    p = sign_flip_p(sums, seed=seed, resamples=resamples)
+    spread = differences.std(axis=0, ddof=1) if len(differences) > 1 else np.zeros(differences.shape[1])
+    unit = "examples" if clusters is None else "pictures"
+    found = []
+    for k, mean in enumerate(means):
+        interval, note = _checked(low[k], high[k], f"BCa bootstrap over {unit}", len(sums))
+        effect = Effect(float(mean / spread[k]), "Cohen's d_z") if spread[k] > 0 else None
+        found.append(
+            Comparison(float(mean), interval, Test(float(p[k]), f"sign flips of {unit}"), effect, note)
+        )
+    return found
+
+
+def _checked(low: float, high: float, method: str, units: int) -> tuple[Interval | None, str]:
+    if not np.isfinite(low + high):
+        return None, "no interval: every difference is the same"
+    note = f"only {units} independent units: the interval is likely too narrow" if units < 20 else ""
+    return Interval(float(low), float(high), method), note
+
+
+def cluster_sums(differences: Floats, clusters: Integers | None) -> tuple[Floats, Floats]:
+    """Sums `[c, m]` of `differences` `[n, m]` within clusters, and their sizes `[c]`."""
+    if clusters is None:
+        return differences, np.ones(len(differences))
+    _, codes = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((codes.max() + 1, differences.shape[1]))
+    np.add.at(sums, codes, differences)
+    return sums, np.bincount(codes).astype(np.float64)
+
+
+def bca_of_means(
+    sums: Floats, sizes: Floats, *, seed: int, resamples: int, level: float = 0.95
+) -> tuple[Floats, Floats]:
+    """BCa bootstrap interval (Efron 1987) of `sum(sums) / sum(sizes)`, for each column of `sums` `[c, m]`.
+
+    Returns: lower and upper ends `[m]`; NaN for a column in which all units have one mean.
+    """
+    boot = weighted_sums(np.column_stack([sums, sizes]), draw="bootstrap", seed=seed, resamples=resamples)
+    total = sizes.sum()
+    return bca_ends(
+        statistic=sums.sum(axis=0) / total,
+        boot=boot[:, :-1] / boot[:, -1:],
+        jackknife=(sums.sum(axis=0) - sums) / (total - sizes)[:, None] if len(sums) > 1 else sums,
+        level=level,
+    )
+
+
+def bca_ends(
+    statistic: Floats, boot: Floats, jackknife: Floats, *, level: float = 0.95
+) -> tuple[Floats, Floats]:
+    """The ends of BCa intervals from bootstrap `[R, m]` and jackknife `[c, m]` values of a statistic `[m]`.
+
+    Source: Efron and Tibshirani 1993, equations 14.9 to 14.15; ties count half in the bias correction.
+    """
+    share = (boot < statistic).mean(axis=0) / 2 + (boot <= statistic).mean(axis=0) / 2
+    bias = special.ndtri(np.clip(share, 1 / (2 * len(boot)), 1 - 1 / (2 * len(boot))))
+    influence = jackknife.mean(axis=0) - jackknife
+    squares = (influence**2).sum(axis=0)
+    constant = squares <= 1e-24 * len(jackknife)
+    acceleration = (influence**3).sum(axis=0) / (6 * np.where(constant, 1, squares) ** 1.5)
+    ordered = np.sort(boot, axis=0)
+    ends = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        z = bias + special.ndtri(tail)
+        rank = special.ndtr(bias + z / (1 - acceleration * z)) * (len(boot) - 1)
+        ends.append(np.where(constant, np.nan, _interpolated(ordered, rank)))
+    return ends[0], ends[1]
+
+
+def _interpolated(ordered: Floats, rank: Floats) -> Floats:
+    below = np.clip(np.floor(rank).astype(np.int64), 0, len(ordered) - 1)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    columns = np.arange(ordered.shape[1])
+    part = rank - below
+    return np.asarray(ordered[below, columns] * (1 - part) + ordered[above, columns] * part)
+
+
+def sign_flip_p(sums: Floats, *, seed: int, resamples: int) -> Floats:
+    """Two-sided p `[m]` of the paired randomization test: the sign of every row of `sums` `[c, m]` at random.
+
+    The observed signs count as one of the draws, so p is at least `1 / (resamples + 1)`.
+    """
+    observed = np.abs(sums.sum(axis=0))
+    drawn = np.abs(weighted_sums(sums, draw="signs", seed=seed, resamples=resamples))
+    tolerance = 1e-9 * np.maximum(np.abs(sums).sum(axis=0), 1e-300)
+    return np.asarray((1 + (drawn >= observed - tolerance).sum(axis=0)) / (resamples + 1))
+
+
+def weighted_sums(values: Floats, *, draw: Draw, seed: int, resamples: int) -> Floats:
+    """Sums `[resamples, m]` of `values` `[n, m]`, weighted by how often drawn, or by random signs."""
+    generator = np.random.default_rng([seed, len(values), draw == "signs"])
+    rows = max(1, CHUNK // max(1, len(values)))
+    found = np.empty((resamples, values.shape[1]))
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        weights = (
+            _counts(generator, size, len(values))
+            if draw == "bootstrap"
+            else _signs(generator, size, len(values))
+        )
+        found[start : start + size] = weights @ values
+    return found
+
+
+def _counts(generator: np.random.Generator, size: int, n: int) -> Floats:
+    drawn = generator.integers(0, n, size=(size, n), dtype=np.int32)
+    drawn += (np.arange(size, dtype=np.int32) * n)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+
+
+def _signs(generator: np.random.Generator, size: int, n: int) -> Floats:
+    bits = np.unpackbits(generator.integers(0, 256, size=(size, -(-n // 8)), dtype=np.uint8), axis=1)[:, :n]
+    return bits.astype(np.float64) * 2 - 1
+
+
+def compare_corpus(
+    metric: Callable[[list[Any]], float],
+    baseline: Sequence[Any],
+    steered: Sequence[Any],
+    clusters: Integers | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 999,
+    level: float = 0.95,
+) -> Comparison:
+    """Compare a metric of the whole corpus, such as BLEU-4 or F1, by computing it on resampled examples.
+
+    Args:
+        metric: the metric of a list of items; NaN where it is not defined.
+        baseline: the items of the baseline, one an example; `steered` likewise, in the same order.
+        clusters: the picture of each example `[n]`, where examples share pictures.
+
+    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks. Test: approximate
+    randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random. Effect: the
+    difference relative to the baseline.
+    """
+    places = _members(len(baseline), clusters)
+    generator = np.random.default_rng([seed, len(baseline), 2])
+
+    def difference(units: Sequence[int] | Integers) -> float:
+        chosen = np.concatenate([places[unit] for unit in units]).tolist()
+        return metric([steered[k] for k in chosen]) - metric([baseline[k] for k in chosen])
+
+    everything = np.arange(len(places))
+    observed = difference(everything)
+    boot = np.array([difference(generator.integers(0, len(places), len(places))) for _ in range(resamples)])
+    blocks = np.array_split(generator.permutation(everything), min(200, len(places)))
+    left_out = [difference(np.setdiff1d(everything, block)) for block in blocks if len(block) < len(places)]
+    if len(left_out) < 2 or not np.isfinite([observed, *boot, *left_out]).all():
+        return Comparison(
+            observed, None, None, None, "no interval: the metric is undefined on some resamples"
+        )
+    low, high = bca_ends(np.array([observed]), boot[:, None], np.array(left_out)[:, None], level=level)
+    unit = "examples" if clusters is None else "pictures"
+    interval, note = _checked(low[0], high[0], f"BCa bootstrap over {unit}, metric recomputed", len(places))
+    p = _exchange_p(metric, baseline, steered, places, observed, generator, resamples)
+    base = metric(list(baseline))
+    effect = Effect(observed / abs(base), "relative change") if base else None
+    return Comparison(observed, interval, Test(p, f"exchange of {unit}"), effect, note)
+
+
+def _exchange_p(
+    metric: Callable[[list[Any]], float],
+    baseline: Sequence[Any],
+    steered: Sequence[Any],
+    places: Sequence[Integers],
+    observed: float,
+    generator: np.random.Generator,
+    resamples: int,
+) -> float:
+    beyond = 0
+    for _ in range(resamples):
+        first, second = list(baseline), list(steered)
+        for unit in np.flatnonzero(generator.integers(0, 2, len(places))).tolist():
+            for k in places[unit]:
+                first[k], second[k] = second[k], first[k]
+        drawn = metric(second) - metric(first)
+        beyond += not abs(drawn) < abs(observed) - 1e-12  # an undefined draw counts against the difference
+    return (1 + beyond) / (resamples + 1)
+
+
+def _members(n: int, clusters: Integers | None) -> list[Integers]:
+    if clusters is None:
+        return [np.array([place]) for place in range(n)]
+    order = np.argsort(clusters, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Holm 1979): p-values that hold for the whole family at once."""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    ahead = 0.0
+    for place, k in enumerate(order):
+        ahead = max(ahead, min(1.0, (len(p) - place) * p[k]))
+        adjusted[k] = ahead
+    return [float(one) for one in adjusted]

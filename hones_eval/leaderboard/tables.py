@@ -1,0 +1,127 @@
+"""The board as CSV and as Markdown."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
+from hones_eval.leaderboard.text import cell, plain_cell
+
+COLUMNS = (
+    "base", "task", "metric", "filter", "steering", "steering_digest", "strength", "attach", "control",
+    "chosen_for", "n", "pictures", "baseline", "steered", "difference", "low", "high", "interval_method",
+    "p", "test", "p_holm", "effect", "effect_name", "gained", "lost", "verdict", "rank", "flags", "notes",
+    "baseline_run", "steered_run",
+)  # fmt: skip
+
+
+def csv_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
+    """Every row with every figure in full, then the runs that are on no row, whose notes say why."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+    writer.writeheader()
+    for row, view in zip(board.rows, views, strict=True):
+        writer.writerow({name: plain_cell(value) for name, value in _record(row, view).items()})
+    for one in board.unranked:
+        steering = one.run.steering
+        record = {
+            "base": one.run.base.name,
+            "task": one.run.task,
+            "steering": "" if steering is None else steering.label,
+            "verdict": "left out",
+            "notes": "; ".join(one.reasons),
+            "steered_run": one.run.name,
+        }
+        writer.writerow({name: plain_cell(value) for name, value in record.items()})
+    return text.getvalue()
+
+
+def _record(row: Row, view: Mapping[str, Any]) -> dict[str, object]:
+    found, run, steering = row.comparison, row.pair.steered, row.pair.steered.steering
+    assert steering is not None
+    return {
+        "base": run.base.name,
+        "task": run.task,
+        "metric": row.metric.name,
+        "filter": row.metric.filter,
+        "steering": view["steering"],
+        "steering_digest": steering.digest or "",
+        "strength": f"{steering.strength:g}",
+        "attach": steering.attach,
+        "control": "yes" if steering.is_control else "no",
+        "chosen_for": "+".join(steering.chosen_for),
+        "n": str(row.n),
+        "pictures": "" if row.pictures is None else str(row.pictures),
+        "baseline": _full(row.baseline),
+        "steered": _full(row.steered),
+        "difference": _full(found.difference),
+        "low": _full(found.interval.low if found.interval else None),
+        "high": _full(found.interval.high if found.interval else None),
+        "interval_method": found.interval.method if found.interval else "",
+        "p": _full(found.test.p if found.test else None),
+        "test": found.test.method if found.test else "",
+        "p_holm": _full(row.p_holm),
+        "effect": _full(found.effect.value if found.effect else None),
+        "effect_name": found.effect.name if found.effect else "",
+        "gained": "" if row.gained is None else str(row.gained),
+        "lost": "" if row.lost is None else str(row.lost),
+        "verdict": row.verdict,
+        "rank": "" if row.rank is None else str(row.rank),
+        "flags": "; ".join(row.flags),
+        "notes": "; ".join(one for one in (*row.notes, found.note) if one),
+        "baseline_run": row.pair.baseline.name,
+        "steered_run": run.name,
+    }
+
+
+def _full(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.8g}"
+
+
+def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
+    """The board as a Markdown document: rows, runs left out, and what the words mean."""
+    lines = ["# Leaderboard", "", _summary(board), ""]
+    lines += _table(views) if views else ["No steered run could be compared with a baseline.", ""]
+    if board.unranked or board.unreadable:
+        lines += ["## Left out", ""]
+        lines += [f"- {cell(one.run.name)}: {cell('; '.join(one.reasons))}" for one in board.unranked]
+        lines += [f"- {cell(one)}" for one in board.unreadable] + [""]
+    lines += [
+        "Change: steered minus baseline, with its 95 % interval. Verdict: p below 0.05 after Holm's "
+        f"correction over the board. Seed {board.seed}, {board.resamples:,} resamples ({CORPUS_RESAMPLES:,} "
+        "for metrics of the whole corpus). The CSV beside this file has every figure and names every method.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(board: Board) -> str:
+    verdicts = Counter(row.verdict for row in board.rows)
+    counts = ", ".join(
+        f"{verdicts[one]} {one}" for one in ("better", "worse", "no clear difference", "not judged")
+    )
+    return f"{len(board.rows)} rows from {board.runs} runs: {counts}."
+
+
+def _table(views: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| Steering | Task | Metric | Baseline | Steered | Change | 95 % interval | p (Holm) | n | Verdict |",
+        "|---|---|---|---:|---:|---:|---|---:|---:|---|",
+    ]
+    for view in views:
+        name = cell(view["steering"]) + (" (control)" if view["control"] else "")
+        name += " **examples reused**" if view["flags"] else ""
+        interval = f"{view['interval']} ({view['method']})" if view["interval"] else "none"
+        figures = (
+            view["baseline"],
+            view["steered"],
+            view["difference"],
+            interval,
+            view["p"].replace("<", "&lt;"),
+        )
+        verdict = f"{view['sign']} {view['verdict']}"
+        words = (name, cell(view["task"]), cell(view["metric"]), *figures, view["n_text"], verdict)
+        lines.append(f"| {' | '.join(words)} |")
+    return [*lines, ""]

@@ -1,0 +1,70 @@
+"""Text that models and data sets wrote, made safe to show: the unseen is named, the long is cut."""
+
+import math
+import re
+import unicodedata
+
+# Marks that turn the direction of the text around them, and so can make a page read as what it is not.
+DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+UNSEEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff{DIRECTION}\ud800-\udfff]")
+LONGEST = 400
+
+
+def shown(value: object, longest: int = LONGEST) -> str:
+    """Any value as text of bounded length in which control and direction marks are spelt out, as `⟨U+202E⟩`.
+
+    Lists of one text are shown as that text. Escaping for HTML is the templates' task.
+    """
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = value if isinstance(value, str) else repr(value) if value is not None else ""
+    cut = text[:longest]
+    cut = UNSEEN.sub(
+        lambda match: f"⟨U+{ord(match.group()):04X}⟩", cut.replace("\r\n", "\n").replace("\t", " ")
+    )
+    return cut if len(text) <= longest else f"{cut} … ({len(text):,} characters)"
+
+
+def one_line(value: object, longest: int = 120) -> str:
+    """As `shown`, on one line."""
+    return " ".join(shown(value, longest).split())
+
+
+def cell(value: object) -> str:
+    """A value as the content of a Markdown table's cell; no Markdown or HTML in it takes effect."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", one_line(value))
+
+
+def plain_cell(value: object) -> str:
+    """A text for CSV, which no spreadsheet takes for a formula."""
+    text = one_line(value, 500)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
+    """A figure for tables: fixed digits, a true minus sign, and nothing where there is no number."""
+    if value is None or not math.isfinite(value):
+        return ""
+    places = digits if abs(value) < 10 else 2
+    text = f"{value:+.{places}f}" if sign else f"{value:.{places}f}"
+    return text.replace("-", "−")
+
+
+def probability(value: float | None) -> str:
+    """A p-value for tables."""
+    if value is None:
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def slug(text: str) -> str:
+    """A short file name out of any text."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9]+", "-", ascii_text).strip("-").lower()[:60] or "run"

@@ -1,0 +1,191 @@
+"""Rows of a board as the strings that pages and tables show; what they mean is decided in `board`."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from hones_eval.leaderboard.board import Board, Row
+from hones_eval.leaderboard.drawing import interval_svg
+from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.text import number, one_line, probability, slug
+
+CSS = {"better": "better", "worse": "worse"}
+SIGNS = {"better": "▲", "worse": "▼", "no clear difference": "○", "not judged": "–"}
+METHODS = {
+    "McNemar exact": "right/wrong answers; a fair coin for each answer that changed (McNemar 1947).",
+    "Bonett-Price": "95 % interval of a paired difference of proportions, (Bonett and Price 2012).",
+    "BCa bootstrap": "95 % interval, bias-corrected and accelerated (Efron 1987), from paired resamples.",
+    "sign flips": "paired randomization test: the sign of each difference at random (Fisher 1935).",
+    "exchange": "approximate randomization: answers exchanged between the runs (Riezler and Maxwell 2005).",
+    "Cohen's g": "effect: the share of changed answers that were gained, less one half.",
+    "Cohen's d_z": "effect: the mean difference over the standard deviation of the differences.",
+    "relative change": "effect: the difference over the baseline's value.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Names of steerings that tell them apart on this board."""
+
+    ambiguous: frozenset[str]
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> "Labels":
+        """Find the names that more than one steering of a base model would have."""
+        seen: dict[tuple[str, str], set[object]] = {}
+        for pair in pairs:
+            steering = pair.steered.steering
+            if steering is not None:
+                key = (pair.steered.base.name, steering.label)
+                seen.setdefault(key, set()).add((steering.identity, pair.steered.seeds))
+        return cls(frozenset(label for (_, label), identities in seen.items() if len(identities) > 1))
+
+    def label(self, pair: Pair) -> str:
+        """The steering's name, with digest, attach mode and seed where the name is not enough."""
+        steering = pair.steered.steering
+        assert steering is not None
+        if steering.label not in self.ambiguous:
+            return one_line(steering.label, 200)
+        last = f"{(steering.digest or steering.path)[:8]} {steering.attach}, seed {pair.steered.seeds[0]}"
+        return one_line(f"{steering.label} ({last})", 200)
+
+
+def pair_id(pair: Pair) -> str:
+    """A file name for a comparison, the same whenever the same runs are compared."""
+    run = pair.steered
+    assert run.steering is not None
+    key = hashlib.sha256(repr(run.key).encode("utf-8", "replace")).hexdigest()[:8]
+    return f"{slug(run.task)}-{slug(run.steering.label)}-{key}"
+
+
+def row_view(row: Row, labels: Labels, reach: float, of: int) -> dict[str, Any]:
+    """Everything that the templates show of a row."""
+    found, interval, gain = row.comparison, row.comparison.interval, row.gain
+    run, flip = row.pair.steered, row.metric.higher_is_better is False
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    drawn = (-high, -low) if flip and low is not None and high is not None else (low, high)
+    css = CSS.get(row.verdict, "")
+    metric = row.metric.name + (f" ({row.metric.filter})" if row.metric.filter not in ("none", "") else "")
+    steering = run.steering
+    assert steering is not None
+    return {
+        "task": one_line(run.task),
+        "base": one_line(run.base.name),
+        "metric": one_line(metric),
+        "steering": labels.label(row.pair),
+        "control": steering.is_control,
+        "page": f"comparisons/{pair_id(row.pair)}.html",
+        "rank": row.rank,
+        "of": of,
+        "baseline": number(row.baseline),
+        "steered": number(row.steered),
+        "baseline_value": _value(row.baseline),
+        "steered_value": _value(row.steered),
+        "difference": number(found.difference, sign=True),
+        "gain_value": _value(gain),
+        "interval": "" if interval is None else f"{number(low, sign=True)}, {number(high, sign=True)}",
+        "svg": Markup("") if gain is None else interval_svg(gain, drawn[0], drawn[1], reach, css),
+        "method": "" if interval is None else interval.method,
+        "test": "" if found.test is None else found.test.method,
+        "p": probability(row.p_holm),
+        "p_plain": probability(None if found.test is None else found.test.p),
+        "p_value": _value(row.p_holm),
+        "effect": "" if found.effect is None else number(found.effect.value, 2, sign=True),
+        "effect_name": "" if found.effect is None else found.effect.name,
+        "gained_lost": "" if row.gained is None else f"{row.gained:,} / {row.lost or 0:,}",
+        "net": "" if row.gained is None else row.gained - (row.lost or 0),
+        "n": row.n,
+        "n_text": f"{row.n:,}",
+        "pictures": "" if row.pictures is None else f"{row.pictures:,}",
+        "verdict": row.verdict,
+        "css": css,
+        "sign": SIGNS[row.verdict],
+        "flags": row.flags,
+        "note": found.note,
+    }
+
+
+def _value(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
+
+
+def row_views(board: Board) -> list[dict[str, Any]]:
+    """The views of all rows, in the board's order."""
+    labels = Labels.of([row.pair for row in board.rows])
+    reaches = axis_reaches(board.rows)
+    sizes = Counter(row.group for row in board.rows if row.rank is not None)
+    return [row_view(row, labels, reaches[_axis(row)], sizes[row.group]) for row in board.rows]
+
+
+def axis_reaches(rows: Sequence[Row]) -> dict[object, float]:
+    """How far the drawn axes reach: one for all scores between 0 and 1, one for each other metric."""
+    reaches: dict[object, float] = {}
+    for row in rows:
+        interval = row.comparison.interval
+        ends = [row.comparison.difference, *(() if interval is None else (interval.low, interval.high))]
+        far = max((abs(end) for end in ends if np.isfinite(end)), default=0.0)
+        reaches[_axis(row)] = max(reaches.get(_axis(row), 0.0), far)
+    return {axis: _round_up(reach) for axis, reach in reaches.items()}
+
+
+def _axis(row: Row) -> object:
+    is_share = abs(row.baseline) <= 1 and abs(row.steered) <= 1
+    return "share" if is_share else (row.pair.steered.task, row.metric.name)
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5 times a power of ten, so that the axis has a name."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** np.floor(np.log10(value))
+    return float(next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9)))
+
+
+def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Steerings down, tasks across: the gain on each task by its first metric. None for one task."""
+    tasks = sorted({row.pair.steered.task for row in board.rows})
+    if len(tasks) < 2:
+        return None
+    first = {row.pair.steered.task: row.pair.steered.metrics[0].name for row in board.rows}
+    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row, view in zip(board.rows, views, strict=True):
+        task = row.pair.steered.task
+        if row.metric.name == first[task] and row.gain is not None:
+            steering = row.pair.steered.steering
+            home = steering is not None and task in steering.chosen_for
+            cell = {
+                "gain": number(row.gain, 3, sign=True),
+                "css": view["css"],
+                "sign": view["sign"],
+                "home": home,
+                "page": view["page"],
+                "label": f"{view['steering']} on {task}: {number(row.gain, 3, sign=True)}, {row.verdict}",
+            }
+            lines.setdefault((view["base"], view["steering"]), {})[task] = cell
+    return {
+        "columns": [{"task": one_line(task), "metric": one_line(first[task])} for task in tasks],
+        "lines": [
+            {"base": base, "steering": steering, "cells": [cells.get(task) for task in tasks]}
+            for (base, steering), cells in sorted(lines.items())
+        ],
+        "several_bases": len({base for base, _ in lines}) > 1,
+    }
+
+
+def method_views(board: Board) -> list[dict[str, str]]:
+    """The methods that this board used, with what they are."""
+    found = [row.comparison for row in board.rows]
+    used = {one.interval.method for one in found if one.interval} | {
+        one.test.method for one in found if one.test
+    }
+    used |= {one.effect.name for one in found if one.effect}
+    return [
+        {"name": name, "text": text}
+        for name, text in METHODS.items()
+        if any(one.startswith(name) for one in used)
+    ]
