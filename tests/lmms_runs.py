@@ -1,0 +1,218 @@
+"""Small things to run lmms-eval on: data sets, a task, a steering, the real command, and its answers."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
+from PIL import ImageDraw
+from transformers import AutoModelForImageTextToText
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.artefact import Provenance
+from hones_eval.steering import Steering
+
+COLOURS = ["red", "green", "blue", "yellow"]
+COMMAND = Path(sys.executable).with_name("lmms-eval")
+
+TASK_YAML = """\
+task: tiny_colours
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: !function utils.doc_to_text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 6
+  until: ["Question"]
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+lmms_eval_specific_kwargs:
+  default: {{post_prompt: " Answer briefly."}}
+  qwen2_5_vl: {{post_prompt: " One word for Qwen."}}
+  llava_hf: {{post_prompt: " One word for LLaVA."}}
+"""
+
+TASK_UTILS = """\
+def doc_to_visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc, lmms_eval_specific_kwargs):
+    return doc["question"] + lmms_eval_specific_kwargs["post_prompt"]
+"""
+
+
+def picture(index: int) -> dict[str, Any]:
+    """A PNG of a coloured shape, no two alike."""
+    drawn = Pictures.new("RGB", (64 + 8 * index, 56), "white")
+    box = (6 + 5 * index, 8, 36 + 5 * index, 44)
+    draw = ImageDraw.Draw(drawn)
+    (draw.ellipse if index % 2 else draw.rectangle)(box, fill=COLOURS[index % 4])
+    file = io.BytesIO()
+    drawn.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def parquet(rows: Sequence[Mapping[str, Any]], **features: Any) -> bytes:
+    file = io.BytesIO()
+    Dataset.from_list(list(rows), features=Features(features)).to_parquet(file)
+    return file.getvalue()
+
+
+def write_task(folder: Path, count: int = 4) -> Path:
+    """Write the task ``tiny_colours`` with its pictures; it has prompts of its own for two base models."""
+    rows = [
+        {"image": picture(i), "question": f"What colour is shape {i}?", "answer": COLOURS[i % 4]}
+        for i in range(count)
+    ]
+    text = Value("string")
+    folder.mkdir(parents=True)
+    (folder / "test.parquet").write_bytes(parquet(rows, image=Image(), question=text, answer=text))
+    (folder / "tiny.yaml").write_text(TASK_YAML.format(data=folder / "test.parquet"))
+    (folder / "utils.py").write_text(TASK_UTILS)
+    return folder
+
+
+def hub_repositories(count: int = 4) -> dict[str, dict[str, bytes]]:
+    """The data sets of lmms-eval's own vqav2_val, pope and refcoco_bbox_rec_val, with drawn examples."""
+    text, number = Value("string"), Value("int64")
+    answers = [{"answer": text, "answer_confidence": text, "answer_id": number}]
+    vqa = [
+        {
+            "image": picture(i),
+            "question": f"What colour is shape {i}?",
+            "question_id": i,
+            "question_type": "what colour",
+            "answer_type": "other",
+            "multiple_choice_answer": COLOURS[i % 4],
+            "image_id": i,
+            "answers": [
+                {"answer": COLOURS[i % 4], "answer_confidence": "yes", "answer_id": k} for k in range(10)
+            ],
+        }
+        for i in range(count)
+    ]
+    pope = [
+        {
+            "id": str(i),
+            "question_id": str(i),
+            "question": f"Is there a {COLOURS[i % 2]} shape?",
+            "answer": ["no", "yes"][i % 2],
+            "image_source": f"drawn{i}",
+            "image": picture(i),
+            "category": "popular",
+        }
+        for i in range(count)
+    ]
+    boxes = [
+        {
+            "question_id": str(i),
+            "image": picture(i),
+            "question": "Describe the region.",
+            "answer": [f"the {COLOURS[i % 4]} shape", "the shape"],
+            "segmentation": [1.0],
+            "bbox": [6.0 + 5 * i, 8.0, 30.0, 36.0],
+            "iscrowd": 0,
+            "file_name": f"drawn{i}.png",
+        }
+        for i in range(count)
+    ]
+    return {
+        "lmms-lab-encoder/VQAv2": {
+            "data/validation-00000-of-00001.parquet": parquet(
+                vqa,
+                image=Image(),
+                question=text,
+                question_id=number,
+                question_type=text,
+                answer_type=text,
+                multiple_choice_answer=text,
+                image_id=number,
+                answers=answers,
+            )
+        },
+        "lmms-lab-encoder/POPE": {
+            "data/test-00000-of-00001.parquet": parquet(
+                pope,
+                id=text,
+                question_id=text,
+                question=text,
+                answer=text,
+                image_source=text,
+                image=Image(),
+                category=text,
+            )
+        },
+        "lmms-lab-encoder/RefCOCO": {
+            "data/val-00000-of-00001.parquet": parquet(
+                boxes,
+                question_id=text,
+                image=Image(),
+                question=text,
+                answer=[text],
+                segmentation=[Value("float32")],
+                bbox=[Value("float32")],
+                iscrowd=number,
+                file_name=text,
+            )
+        },
+    }
+
+
+def write_steering(checkpoint: Path, folder: Path, seed: int, *, spread: float = 1.0) -> Steering:
+    """Save a steering for a checkpoint, its scales drawn from 1 to ``1 + spread``; 0 scales nothing."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    shape = Anatomy.of(model).shape
+    generator = torch.Generator().manual_seed(seed)
+    steering = Steering(
+        head_scales=1 + spread * torch.rand(shape.layers, shape.heads, generator=generator),
+        neuron_scales=1 + spread * torch.rand(shape.layers, shape.neurons, generator=generator),
+        provenance=Provenance(str(checkpoint), None, shape, "drawn", {"seed": seed}, []),
+    )
+    steering.save(folder)
+    return steering
+
+
+def run_command(
+    arguments: Sequence[str], cwd: Path, hub_url: str = "http://127.0.0.1:9"
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed ``lmms-eval`` as a user does, with a hub on the loopback and caches under ``cwd``."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LMMS_"))}
+    env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(cwd / "hf_home"), "HF_TOKEN": "hf_nobody"}
+    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [str(COMMAND), *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def answers(logs: Path, task: str) -> dict[int, str]:
+    """What a run answered, by document, from its samples file."""
+    (file,) = logs.glob(f"*/*_samples_{task}.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    return {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
+
+
+def prompts(logs: Path, task: str) -> dict[int, str]:
+    (file,) = logs.glob(f"*/*_samples_{task}.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    return {sample["doc_id"]: sample["input"] for sample in samples}
+
+
+def manifest(logs: Path) -> dict[str, Any]:
+    (file,) = logs.glob("*/hones_manifest_*_rank0.json")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content

@@ -1,0 +1,352 @@
+"""The wrappers in this process: equal to the stock models without a steering, and loud about failures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmms_eval.models
+import pytest
+import torch
+from lmms_eval import evaluator
+from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.models.simple.llava_hf import LlavaHf
+from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_runs import write_steering, write_task
+
+from hones_eval.errors import EditError, HonesError, MisfitError
+from hones_eval.model_wrappers.any_base import steered_class
+from hones_eval.model_wrappers.steered import Steered, inner_model
+
+FAMILIES = ("llava", "qwen", "instructblip")
+ON_CPU = {"llava_hf": ",device=cpu,device_map=cpu", "qwen2_5_vl": ",device=cpu,device_map=cpu"}
+
+
+@pytest.fixture(scope="session")
+def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("tiny") / "tasks")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    llava_checkpoint: Path, qwen_checkpoint: Path, instructblip_checkpoint: Path
+) -> dict[str, Path]:
+    return dict(zip(FAMILIES, (llava_checkpoint, qwen_checkpoint, instructblip_checkpoint), strict=True))
+
+
+@pytest.fixture(scope="session")
+def steerings(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp("steerings") / family for family in FAMILIES}
+    for family, folder in folders.items():
+        write_steering(checkpoints[family], folder, seed=1)
+    return folders
+
+
+Evaluate = Callable[..., dict[int, Any]]
+
+
+@pytest.fixture(scope="session")
+def evaluate(tasks_folder: Path) -> Evaluate:
+    """Evaluate a model by name as lmms-eval does; gives the samples by document."""
+
+    def run(model: str, model_args: str, *, force_simple: bool = False) -> dict[int, Any]:
+        manager = TaskManager(include_path=str(tasks_folder), include_defaults=False, model_name=model)
+        results = evaluator.simple_evaluate(
+            model=model,
+            model_args=model_args,
+            tasks=["tiny_colours"],
+            task_manager=manager,
+            limit=3,
+            force_simple=force_simple,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+        return {sample["doc_id"]: sample for sample in results["samples"]["tiny_colours"]}
+
+    return run
+
+
+def texts(samples: dict[int, Any]) -> list[str]:
+    return [samples[doc_id]["filtered_resps"][0] for doc_id in sorted(samples)]
+
+
+def asked(samples: dict[int, Any]) -> list[str]:
+    return [samples[doc_id]["arguments"][0] for doc_id in sorted(samples)]
+
+
+@pytest.mark.parametrize("force_simple", [False, True], ids=["chat", "simple"])
+@pytest.mark.parametrize(
+    ("family", "base", "ours"),
+    [("llava", "llava_hf", "hones_llava"), ("qwen", "qwen2_5_vl", "vseam_qwen2_5_vl")],
+)
+def test_stock_answers_without_a_steering_and_others_with_one(
+    evaluate: Evaluate,
+    checkpoints: dict[str, Path],
+    steerings: dict[str, Path],
+    family: str,
+    base: str,
+    ours: str,
+    force_simple: bool,
+) -> None:
+    pretrained = f"pretrained={checkpoints[family]}"
+    stock = evaluate(base, pretrained + ON_CPU[base], force_simple=force_simple)
+    baseline = evaluate(ours, pretrained, force_simple=force_simple)
+    assert texts(baseline) == texts(stock)
+    assert all(texts(stock))
+    assert asked(baseline) == asked(stock)
+    assert f"One word for {'LLaVA' if family == 'llava' else 'Qwen'}." in asked(stock)[0]
+
+    steered = evaluate(ours, f"{pretrained},steering={steerings[family]}", force_simple=force_simple)
+    assert texts(steered) != texts(stock)
+    assert asked(steered) == asked(stock)
+
+
+def test_instructblip_answers_as_stock_but_without_the_prompt(
+    evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
+) -> None:
+    pretrained = f"pretrained={checkpoints['instructblip']}"
+    stock = evaluate("instructblip", f"{pretrained},device=cpu")
+    baseline = evaluate("hones_instructblip", pretrained)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts(stock), asked(stock), strict=True))
+    cut = [text[len(prompt) :].strip() for text, prompt in zip(texts(stock), asked(stock), strict=True)]
+    assert texts(baseline) == cut
+    assert all(texts(baseline))
+    steered = evaluate("vseam_instructblip", f"{pretrained},steering={steerings['instructblip']}")
+    assert texts(steered) != texts(baseline)
+
+
+def test_any_base_is_steered_as_our_own_class_is(
+    evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
+) -> None:
+    """A base that we have no class for, and that lmms-eval has only a simple form of."""
+    name = "llava_hf_plain"
+    REGISTRY.register_manifest(
+        ModelManifest(name, simple_class_path="lmms_eval.models.simple.llava_hf.LlavaHf"), overwrite=True
+    )
+    pretrained = f"pretrained={checkpoints['llava']}"
+    steering = f"{pretrained},steering={steerings['llava']}"
+    stock = evaluate(name, pretrained + ON_CPU["llava_hf"])
+    baseline = evaluate("hones", f"base={name},{pretrained}")
+    assert (texts(baseline), asked(baseline)) == (texts(stock), asked(stock))
+    steered = evaluate("vseam", f"base={name},{steering},attach=fold")
+    assert texts(steered) != texts(stock)
+    assert asked(steered) == asked(stock)
+
+
+def test_any_base_that_we_have_a_class_for_is_that_class(
+    evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
+) -> None:
+    steering = f"pretrained={checkpoints['llava']},steering={steerings['llava']}"
+    generic, own = evaluate("hones", f"base=llava_hf,{steering}"), evaluate("hones_llava", steering)
+    assert (texts(generic), asked(generic)) == (texts(own), asked(own))
+    assert "One word for LLaVA." in asked(generic)[0]
+
+
+def test_strength_zero_is_the_baseline(
+    evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
+) -> None:
+    pretrained = f"pretrained={checkpoints['llava']}"
+    none = evaluate("hones_llava", f"{pretrained},steering={steerings['llava']},strength=0")
+    assert texts(none) == texts(evaluate("hones_llava", pretrained))
+
+
+class Careless(LlavaHf):
+    """A wrapper that swallows whatever is raised, interrupts included."""
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        try:
+            return super().generate_until(requests)
+        except:  # noqa: E722
+            return [""] * len(requests)
+
+
+class Skipping(LlavaHf):
+    """A wrapper that answers what it could not load without asking the model."""
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        return ["", *super().generate_until(requests[1:])]
+
+
+class SteeredCareless(Steered, Careless):
+    base_wrapper = "llava_hf"
+
+
+class SteeredSkipping(Steered, Skipping):
+    base_wrapper = "llava_hf"
+
+
+@pytest.fixture
+def build(checkpoints: dict[str, Path], tasks_folder: Path) -> Callable[..., tuple[Any, list[Any]]]:
+    """Build a wrapper by class and keywords, with the task's requests."""
+
+    def make(cls: type, **kwargs: Any) -> tuple[Any, list[Any]]:
+        lm = cls(pretrained=str(checkpoints["llava"]), **kwargs)
+        manager = TaskManager(include_path=str(tasks_folder), include_defaults=False, model_name="llava_hf")
+        kind = "simple" if lm.is_simple else "chat"
+        task = get_task_dict(["tiny_colours"], manager, kind)["tiny_colours"]
+        task.build_all_requests(limit=2, rank=0, world_size=1)
+        lm.task_dict["tiny_colours"] = task.dataset
+        return lm, task.instances
+
+    return make
+
+
+Build = Callable[..., tuple[Any, list[Any]]]
+
+
+@pytest.fixture(params=[True, False], ids=["simple", "chat"])
+def llava(request: pytest.FixtureRequest) -> type:
+    cls: type = lmms_eval.models.get_model("hones_llava", force_simple=request.param)
+    return cls
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("the device\ncaught fire")
+
+
+def test_a_failing_generate_is_an_error_that_names_the_document(build: Build, llava: type) -> None:
+    lm, requests = build(llava)
+    lm._watched._generate = failing
+    with pytest.raises(HonesError, match="task tiny_colours, doc 0: RuntimeError: the device caught fire"):
+        lm.generate_until(requests)
+    (kept,) = lm.record.errors
+    assert (kept["task"], kept["doc_id"]) == ("tiny_colours", 0)
+
+
+def test_the_stock_wrapper_answers_a_failing_generate_with_nothing(build: Build) -> None:
+    """Why all this is needed; when this fails, lmms-eval has mended it."""
+    lm, requests = build(LlavaHf, device="cpu", device_map="cpu")
+    lm.model.generate = failing
+    assert lm.generate_until(requests) == ["", ""]
+
+
+def test_a_wrapper_that_swallows_everything_still_fails(build: Build) -> None:
+    lm, requests = build(SteeredCareless)
+    lm._watched._generate = failing
+    with pytest.raises(HonesError, match="caught fire"):
+        lm.generate_until(requests)
+
+
+def test_answers_that_the_model_did_not_give_are_an_error(build: Build) -> None:
+    lm, requests = build(SteeredSkipping)
+    with pytest.raises(HonesError, match="answered 1 of 2 requests without calling the model"):
+        lm.generate_until(requests)
+
+
+def test_a_picture_that_cannot_be_loaded_is_an_error(build: Build) -> None:
+    lm, requests = build(SteeredCareless)
+
+    def missing(doc: Any) -> None:
+        raise FileNotFoundError("no such picture")
+
+    context, settings, _, *place = requests[1].args
+    requests[1].arguments = (context, settings, missing, *place)
+    with pytest.raises(HonesError, match="doc 1: FileNotFoundError: no such picture"):
+        lm.generate_until(requests)
+
+
+def test_requests_come_back_as_they_were_given(build: Build, llava: type) -> None:
+    """`llava_hf` writes into gen_kwargs, which are part of the key under which lmms-eval caches answers."""
+    lm, requests = build(llava)
+    before = [next(part.copy() for part in one.args if isinstance(part, dict)) for one in requests]
+    lm.generate_until(requests)
+    assert [next(part for part in one.args if isinstance(part, dict)) for one in requests] == before
+
+
+def test_a_steering_that_changes_no_logit_is_an_error(
+    build: Build, llava: type, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    write_steering(checkpoints["llava"], tmp_path / "ones", seed=0, spread=0.0)
+    lm, requests = build(llava, steering=str(tmp_path / "ones"))
+    with pytest.raises(HonesError, match="changes no logit of the first input"):
+        lm.generate_until(requests)
+    allowed, requests = build(llava, steering=str(tmp_path / "ones"), allow_noop=True)
+    baseline, _ = build(llava)
+    assert answers_of(allowed, requests) == answers_of(baseline, requests)
+
+
+def answers_of(lm: Any, requests: list[Any]) -> list[str]:
+    return [getattr(answer, "text", answer) for answer in lm.generate_until(requests)]
+
+
+@pytest.mark.parametrize("attach", ["hook", "fold"])
+def test_the_proof_leaves_the_steering_on(
+    build: Build, llava: type, steerings: dict[str, Path], attach: str
+) -> None:
+    """The first call takes the steering off and puts it on again; answers must not depend on that."""
+    steering = str(steerings["llava"])
+    proven, requests = build(llava, steering=steering, attach=attach)
+    unproven, _ = build(llava, steering=steering, attach="hook", allow_noop=True)
+    assert answers_of(proven, requests) == answers_of(unproven, requests)
+
+
+def test_a_steering_that_did_not_run_is_an_error(
+    build: Build, llava: type, steerings: dict[str, Path]
+) -> None:
+    lm, requests = build(llava, steering=str(steerings["llava"]), allow_noop=True)
+    lm._watched._generate = lambda **kwargs: kwargs["input_ids"]
+    with pytest.raises(HonesError, match="edits never ran"):
+        lm.generate_until(requests)
+
+
+@pytest.mark.parametrize("attach", ["hook", "fold"])
+def test_clean_gives_the_model_back(
+    build: Build, llava: type, steerings: dict[str, Path], attach: str
+) -> None:
+    lm, requests = build(llava, steering=str(steerings["llava"]), attach=attach)
+    stock, _ = build(llava)
+    model, stock_model = inner_model(lm), inner_model(stock)
+    lm.generate_until(requests)
+    lm.clean()
+    assert "generate" not in model.__dict__
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for (name, mine), theirs in zip(model.named_parameters(), stock_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert inner_model_or_none(lm) is None
+
+
+def inner_model_or_none(lm: Any) -> Any:
+    try:
+        return inner_model(lm)
+    except HonesError:
+        return None
+
+
+def test_settings_that_make_no_sense(
+    build: Build, llava: type, steerings: dict[str, Path], tmp_path: Path
+) -> None:
+    steering = str(steerings["llava"])
+    for wrong, message in (
+        ({"strength": "strong"}, "strength='strong' is not a number"),
+        ({"attach": "glue"}, "attach='glue' is not known: use hook or fold"),
+        ({"allow_noop": "maybe"}, "allow_noop='maybe' is neither true nor false"),
+        ({"steering": str(tmp_path / "nowhere")}, "no steering at"),
+    ):
+        with pytest.raises(HonesError, match=message):
+            build(llava, **({"steering": steering} | wrong))
+    with pytest.raises(MisfitError, match="does not fit"):
+        build(llava, steering=str(steerings["instructblip"]))
+    with pytest.raises(AssertionError, match=r"Unexpected kwargs: .'sterring'"):
+        build(llava, sterring=steering)
+
+
+def test_bases_that_make_no_sense() -> None:
+    with pytest.raises(HonesError, match="did you mean llava_hf"):
+        steered_class("lava_hf")
+    with pytest.raises(HonesError, match="not a model of lmms-eval"):
+        steered_class("hones_llava")
+    with pytest.raises(HonesError, match="needs base="):
+        lmms_eval.models.get_model("hones").create_from_arg_string("pretrained=x")
+
+
+def test_a_wrapper_without_a_model_is_refused() -> None:
+    class Silent(Steered, lmms_eval.models.get_model("dummy")):  # type: ignore[misc]
+        base_wrapper = "dummy"
+
+    with pytest.raises(HonesError, match="holds no Hugging Face model"):
+        Silent()
+
+
+def test_edit_errors_are_errors_of_ours() -> None:
+    """What `watch` raises for a steering that does nothing is shown as one line, like every HonesError."""
+    assert issubclass(EditError, HonesError)
