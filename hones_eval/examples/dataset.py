@@ -182,8 +182,8 @@ class TaskExamples(Dataset[Example]):
                 texts, media = [str(request.args[0])], list(request.args[2](doc) or [])
             else:
                 texts, media = _contents(request.args[1](doc))
-        except HonesError:
-            raise
+        except HonesError as error:
+            raise TaskError(f"{where}: {error}") from error
         except Exception as error:
             raise TaskError(
                 f"{where}: its picture or prompt cannot be read: {type(error).__name__}: {one_line(error)}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from hones_eval.errors import TaskError
+from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples.models import inner_model, one_line
 
 
@@ -76,6 +76,8 @@ class Playback:
         with _errors_heard() as heard, _generate_replaced(self.model, stand_in), quiet():
             try:
                 output = self.lmm.generate_until([_fresh(instance)])
+            except HonesError:
+                raise  # a steered model's, which names task and document
             except Exception as error:
                 raise TaskError(
                     f"{where}: {name} failed: {type(error).__name__}: {one_line(error)}"

@@ -91,9 +91,13 @@ def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
     if not folder.is_dir():
         raise TaskError(f"include_path {folder} is not a folder; it should hold lmms-eval task YAML files")
     try:
-        return TaskManager(include_path=str(folder), model_name=model_name)
+        theirs = TaskManager(include_path=str(folder), include_defaults=False, model_name=model_name)
     except Exception as error:
         raise _blame(folder, error) from error
+    manager = copy.copy(_own_tasks(model_name))
+    manager._task_index = {**theirs.task_index, **manager.task_index}  # a built-in task of the same name wins
+    manager._all_tasks = sorted(manager.task_index)
+    return manager
 
 
 @lru_cache(maxsize=4)
