@@ -92,6 +92,12 @@ class HeadLocalization:
         """The metric of the unedited model on these examples."""
         return self.examples.aggregate([totals.records[i].base for i in sorted(totals.records)])
 
+    def log_probability_drop(self, example: Example) -> tuple[Tensor, float]:
+        """Drop of one example's target log-probability [L, H], and the unedited log-probability."""
+        drops = _LogProbabilityDrop(self, example)
+        drops.replay()
+        return drops.drops, float(drops.base)
+
     def _score(self, example: Example, tokens: list[int]) -> Any:
         return self.examples.score(example.index, self.examples.decode(example.index, tokens))
 
