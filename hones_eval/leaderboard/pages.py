@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from hones_eval import __version__
 from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
@@ -151,7 +152,7 @@ def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
         "Strength": f"{steering.strength:g}",
         "Attached": steering.attach,
         "Method": provenance.get("method"),
-        "Settings": provenance.get("settings"),
+        "Settings": _listed(provenance.get("settings")),
         "Chosen on": "; ".join(sets),
         "Baseline run": pair.baseline.name,
         "Steered run": run.name,
@@ -161,6 +162,12 @@ def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
         ),
     }
     return [(name, shown(value)) for name, value in facts.items() if value]
+
+
+def _listed(settings: object) -> str:
+    if not isinstance(settings, Mapping):
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _render(template: str, **context: Any) -> str:
@@ -181,9 +188,15 @@ def _environment() -> Environment:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (here / "board.css").read_text(encoding="utf-8")
     # The page's own script is the only one that a browser will run, even if text were ever to slip through.
+    environment.filters["breakable"] = breakable
     environment.globals |= {
         "script": Markup(script),
         "style": Markup(style),
         "script_hash": f"sha256-{digest}",
     }
     return environment
+
+
+def breakable(text: str) -> Markup:
+    """Escaped text that may break after the marks inside names, and so fits narrow columns."""
+    return Markup(re.sub(r"([_/+])", r"\1<wbr>", str(escape(text))))

@@ -20,8 +20,8 @@ class Samples:
 
     `prompts` and `answers` are hashes, equal within one process only for equal texts. `values` holds a score
     per example for every metric, NaN where the samples hold no number; `items` names the metrics whose
-    entries are not plain numbers, and may be the input of a corpus metric. `pictures` tells examples that share
-    a picture; `shown` hashes prompt and pictures as the model got them, where a run manifest has them.
+    entries are not plain numbers, and may be the input of a corpus metric. `pictures` tells which examples
+    share a picture; `shown` hashes prompt and pictures as the model got them, where a run manifest has them.
     """
 
     path: Path

@@ -139,11 +139,17 @@ def _axis(row: Row) -> object:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten, so that the axis has a name."""
+    """The next round number, so that the axis has a name."""
     if value <= 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(value))
-    return float(next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9)))
+    return float(
+        next(
+            step * power
+            for step in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+            if value <= step * power * (1 + 1e-9)
+        )
+    )
 
 
 def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -152,7 +158,7 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
     if len(tasks) < 2:
         return None
     first = {row.pair.steered.task: row.pair.steered.metrics[0].name for row in board.rows}
-    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    lines: dict[tuple[str, str, bool], dict[str, dict[str, Any]]] = {}
     for row, view in zip(board.rows, views, strict=True):
         task = row.pair.steered.task
         if row.metric.name == first[task] and row.gain is not None:
@@ -166,14 +172,19 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
                 "page": view["page"],
                 "label": f"{view['steering']} on {task}: {number(row.gain, 3, sign=True)}, {row.verdict}",
             }
-            lines.setdefault((view["base"], view["steering"]), {})[task] = cell
+            lines.setdefault((view["base"], view["steering"], view["control"]), {})[task] = cell
     return {
         "columns": [{"task": one_line(task), "metric": one_line(first[task])} for task in tasks],
         "lines": [
-            {"base": base, "steering": steering, "cells": [cells.get(task) for task in tasks]}
-            for (base, steering), cells in sorted(lines.items())
+            {
+                "base": base,
+                "steering": steering,
+                "control": control,
+                "cells": [cells.get(task) for task in tasks],
+            }
+            for (base, steering, control), cells in sorted(lines.items())
         ],
-        "several_bases": len({base for base, _ in lines}) > 1,
+        "several_bases": len({base for base, *_ in lines}) > 1,
     }
 
 
