@@ -194,12 +194,21 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
         return error
     if type(error).__name__ == "RetryError" and isinstance(error.__cause__, Exception):
         error = error.__cause__  # tenacity's own message names no reason
+    _close_progress_bars()
     if debug or not isinstance(error, HonesError):
         traceback.print_exception(error)
     message = " ".join(str(error).split())
     kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
     hint = "" if debug else " (--verbosity DEBUG for the trace)"
     return SystemExit(f"hones-eval: {kind}{message}{hint}")
+
+
+def _close_progress_bars() -> None:
+    """So that what follows on stderr has a line of its own, and is the last."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()
 
 
 def _is_ours(model: Any) -> bool:

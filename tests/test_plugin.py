@@ -1,0 +1,236 @@
+"""The plug-in as lmms-eval finds it: its real command, in processes of its own, on its own built-in tasks."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import yaml
+from hub import serving
+from lmms_eval.cli import dispatch
+from lmms_eval.models import MODEL_REGISTRY_V2, get_model_manifest
+from lmms_eval.tasks import TaskManager
+from lmms_runs import (
+    answers,
+    hub_repositories,
+    manifest,
+    picture,
+    prompts,
+    run_command,
+    write_steering,
+    write_task,
+)
+from PIL import Image
+
+from hones_eval.model_wrappers import plugin
+from hones_eval.steering import Steering
+
+BUILT_IN = ("vqav2_val", "pope", "refcoco_bbox_rec_val")
+
+
+@pytest.fixture(scope="session")
+def hub_url() -> Iterator[str]:
+    with serving(hub_repositories()) as url:
+        yield url
+
+
+def evaluation(model: str, model_args: str, logs: str, **more: object) -> dict[str, object]:
+    return {
+        "model": model,
+        "model_args": model_args,
+        "tasks": ",".join(BUILT_IN),
+        "limit": 3,
+        "gen_kwargs": "max_new_tokens=6",
+        "log_samples": True,
+        "output_path": logs,
+        **more,
+    }
+
+
+def run_all(folder: Path, hub_url: str, evaluations: list[dict[str, object]]) -> str:
+    """Run several evaluations in one process of the command, and give what it printed."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(evaluations))
+    done = run_command(["--config", "config.yaml"], folder, hub_url)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory: pytest.TempPathFactory, hub_url: str, llava_checkpoint: Path) -> Path:
+    """Stock, baseline and steered runs; the steered one fills a cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_steering(llava_checkpoint, folder / "steering", seed=1)
+    ours = f"pretrained={llava_checkpoint}"
+    steered = evaluation("hones_llava", f"{ours},steering=steering", "steered", use_cache="cache")
+    stock = evaluation("llava_hf", f"{ours},device=cpu,device_map=cpu", "stock")
+    run_all(folder, hub_url, [stock, evaluation("vseam_llava", ours, "baseline"), steered])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def second(first: Path, hub_url: str, llava_checkpoint: Path) -> tuple[Path, str]:
+    """The same steered run after the steering was edited in place: twice with the cache, once without."""
+    write_steering(llava_checkpoint, first / "steering", seed=2)
+    ours = f"pretrained={llava_checkpoint},steering=steering"
+    edited = evaluation("hones_llava", ours, "edited", use_cache="cache")
+    cached = evaluation("hones_llava", ours, "cached", use_cache="cache")
+    fresh = evaluation("hones_llava", f"{ours},attach=fold", "fresh")
+    return first, run_all(first, hub_url, [edited, cached, fresh])
+
+
+@pytest.mark.parametrize("task", BUILT_IN)
+def test_the_baseline_is_the_stock_model_and_the_steered_model_is_not(first: Path, task: str) -> None:
+    stock = answers(first / "stock", task)
+    assert len(stock) == 3
+    assert answers(first / "baseline", task) == stock
+    assert prompts(first / "baseline", task) == prompts(first / "stock", task)
+    assert answers(first / "steered", task) != stock
+    assert prompts(first / "steered", task) == prompts(first / "stock", task)
+
+
+@pytest.mark.parametrize("task", BUILT_IN)
+def test_a_steering_edited_in_place_gets_no_stale_answers(second: tuple[Path, str], task: str) -> None:
+    folder, _ = second
+    assert answers(folder / "edited", task) == answers(folder / "fresh", task)
+    assert answers(folder / "edited", task) != answers(folder / "steered", task)
+
+
+def test_the_cache_answers_for_a_steering_that_is_the_same(second: tuple[Path, str]) -> None:
+    folder, printed = second
+    assert printed.count("all 9 requests served from cache") == 1
+    for task in BUILT_IN:
+        assert answers(folder / "cached", task) == answers(folder / "edited", task)
+
+
+def test_manifests_say_what_ran(second: tuple[Path, str], llava_checkpoint: Path) -> None:
+    folder, _ = second
+    baseline, steered, cached = (manifest(folder / run) for run in ("baseline", "steered", "cached"))
+    assert (baseline["wrapper"], baseline["base_wrapper"]) == ("vseam_llava", "llava_hf")
+    assert baseline["base_model"] == {"id": str(llava_checkpoint), "revision": None}
+    assert baseline["steering"] is None
+    assert baseline["requests"] == steered["requests"] == cached["requests"]
+    assert sorted(baseline["requests"]) == sorted(BUILT_IN)
+    assert cached["steering"]["digest"] == Steering.load(folder / "steering").digest
+    assert steered["steering"]["digest"] != cached["steering"]["digest"]
+    assert cached["steering"]["provenance"]["settings"] == {"seed": 2}
+    for run in (baseline, steered, cached):
+        assert run["errors"] == []
+        assert len(list(folder.glob(f"*/*/{run['results']}"))) >= 1
+
+
+def test_manifests_hash_what_was_shown(first: Path) -> None:
+    shown = manifest(first / "baseline")["requests"]["pope"]
+    for doc_id in range(3):
+        pixels = Image.open(BytesIO(picture(doc_id)["bytes"])).convert("RGB")
+        expected = hashlib.sha256(f"{pixels.width}x{pixels.height}:".encode() + pixels.tobytes())
+        assert shown[str(doc_id)]["image_sha256"] == [expected.hexdigest()]
+    # The first two questions differ in a word; the first and the third are the same.
+    hashes = [shown[str(doc_id)]["prompt_sha256"] for doc_id in range(3)]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_a_swallowed_failure_ends_the_command(tmp_path: Path, llava_checkpoint: Path) -> None:
+    """`llava_hf` answers with an empty string when `generate` raises; the command would then exit with 0."""
+    tasks = write_task(tmp_path / "tasks")
+    model = ["--model", "hones_llava", "--model_args", f"pretrained={llava_checkpoint}"]
+    task = ["--tasks", "tiny_colours", "--include_path", str(tasks), "--gen_kwargs", "num_beams=0"]
+    done = run_command([*model, *task, "--log_samples", "--output_path", "logs"], tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("hones-eval: llava_hf, task tiny_colours, doc 0: ZeroDivisionError:"), last
+    assert "Traceback" not in done.stderr
+    (error,) = manifest(tmp_path / "logs")["errors"]
+    assert (error["task"], error["doc_id"]) == ("tiny_colours", 0)
+    assert manifest(tmp_path / "logs")["results"] is None
+    assert not list(tmp_path.glob("logs/*/*_results.json"))
+
+
+def test_a_typo_in_model_args_ends_the_command(
+    tmp_path: Path,
+    llava_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """lmms-eval prints the base wrapper's assertion and exits with 0; with our models it exits with 1."""
+    tasks = write_task(tmp_path / "tasks")
+    model = ["--model", "hones_llava", "--model_args", f"pretrained={llava_checkpoint},strenght=2"]
+    command = ["lmms-eval", *model, "--tasks", "tiny_colours", "--include_path", str(tasks)]
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            dispatch.main()
+    finally:
+        sys.modules.pop(plugin.COMMAND, None)
+    assert "Unexpected kwargs: {'strenght': 2}" in str(ended.value.code)
+    assert "\n" not in str(ended.value.code)
+
+
+@pytest.fixture(scope="session")
+def manager() -> TaskManager:
+    return TaskManager(model_name="hones_qwen2_5_vl")
+
+
+def test_our_tasks_are_found_without_a_flag(manager: TaskManager) -> None:
+    folder = Path(plugin.__file__).resolve().parent.parent / "tasks"
+    named = [yaml.safe_load(_without_functions(file)).get("task") for file in folder.rglob("*.yaml")]
+    own = [name for name in named if isinstance(name, str)]
+    assert own, f"no task in {folder}"
+    assert set(own) <= set(manager.all_tasks)
+
+
+def _without_functions(file: Path) -> str:
+    return file.read_text().replace("!function", "")
+
+
+def test_an_unknown_task_ends_the_command(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert manager.match_tasks(["pope", "no_such_task"]) == ["pope"]
+    monkeypatch.setitem(sys.modules, plugin.COMMAND, sys)
+    assert manager.match_tasks(["pope", "vqav2_v*"])
+    with pytest.raises(SystemExit, match="no task called no_such_task"):
+        manager.match_tasks(["pope", "no_such_task"])
+    manager.model_name = "llava_hf"
+    assert manager.match_tasks(["pope", "no_such_task"]) == ["pope"]
+
+
+def test_prompts_are_chosen_by_the_base(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, base in (*plugin.BASES.items(), ("llava_hf", "llava_hf"), ("qwen2_5_vl", "qwen2_5_vl")):
+        manager.model_name = name
+        assert manager.model_name == base
+    monkeypatch.setattr(plugin, "generic_base", "gemma3")
+    for name in plugin.GENERIC:
+        manager.model_name = name
+        assert manager.model_name == "gemma3"
+
+
+def test_every_name_is_registered() -> None:
+    for name in plugin.own_names():
+        loaded = get_model_manifest(name)
+        assert loaded.simple_class_path
+        for force_simple in (False, True):
+            cls = MODEL_REGISTRY_V2.get_model_class(name, force_simple=force_simple)
+            assert cls.__module__.startswith("hones_eval.model_wrappers.")
+
+
+def test_installing_twice_changes_nothing() -> None:
+    before = (TaskManager.__init__, TaskManager.initialize_tasks, TaskManager.match_tasks)
+    plugin.install()
+    assert (TaskManager.__init__, TaskManager.initialize_tasks, TaskManager.match_tasks) == before
+
+
+def test_the_entry_point_costs_nothing() -> None:
+    """Listing models imports no torch; the patches come with the modules that they patch."""
+    script = """
+import json, sys
+import lmms_eval.models
+heavy = [name for name in ("torch", "transformers", "lmms_eval.tasks") if name in sys.modules]
+import lmms_eval.tasks
+patched = isinstance(vars(lmms_eval.tasks.TaskManager).get("model_name"), property)
+left = [finder for finder in sys.meta_path if getattr(finder, "_name", "") == "lmms_eval.tasks"]
+print(json.dumps([heavy, patched, len(left), "hones_llava" in lmms_eval.models.list_available_models()]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], True, 0, True], done.stdout
