@@ -184,12 +184,14 @@ def _has_part(module: nn.Module, part: str) -> bool:
 
 def _projection(layer: nn.Module, part: str, path: str, name: str) -> Site:
     found = [(inner, m) for inner, m in layer.named_modules() if inner.split(".")[-1] == part]
-    if len(found) == 1 and hasattr(found[0][1], "in_features"):
+    # The one down_proj of a mixture may be its shared expert's: the neurons of the others would be missed.
+    mixture = part == "down_proj" and _has_part(layer, "expert")
+    if len(found) == 1 and hasattr(found[0][1], "in_features") and not mixture:
         inner, module = found[0]
         return Site(f"{path}.{inner}", module, int(module.in_features))
     linear = sorted({inner.split(".")[-1] for inner, m in layer.named_modules() if isinstance(m, nn.Linear)})
     reason = f"{len(found)} of them" if found else "none"
-    if _has_part(layer, "expert"):
+    if mixture:
         reason += " (a mixture of experts has no one FFN whose neurons could be ranked)"
     raise UnsupportedModelError(
         f"{name}: looked for one linear layer called {part} in {path}, found {reason}; its linear layers are "
