@@ -1,4 +1,4 @@
-"""Output folders as lmms-eval 0.7.3 writes them, made quickly: `test_leaderboard_real` holds them to real ones."""
+"""Output folders as lmms-eval 0.7.3 writes them, made quickly; a test holds them to real ones."""
 
 import hashlib
 import json
@@ -37,7 +37,9 @@ class Questions:
     pictures: Sequence[Image.Image] = ()
 
     @classmethod
-    def drawn(cls, task: str = "shapes", count: int = 40, *, per_picture: int = 1, seed: int = 0) -> "Questions":
+    def drawn(
+        cls, task: str = "shapes", count: int = 40, *, per_picture: int = 1, seed: int = 0
+    ) -> "Questions":
         """Yes/no questions about drawn shapes, `per_picture` of them on each picture."""
         generator = np.random.default_rng(seed)
         colours = [COLOURS[int(k)] for k in generator.integers(0, 4, -(-count // per_picture))]
@@ -54,13 +56,18 @@ class Questions:
     def answers(self, right: float, seed: int) -> list[str]:
         """Answers of which about the share `right` are right."""
         drawn = np.random.default_rng(seed).random(len(self.golds)) < right
-        return [gold if ok else "no" if gold == "yes" else "yes" for gold, ok in zip(self.golds, drawn, strict=True)]
+        return [
+            gold if ok else "no" if gold == "yes" else "yes"
+            for gold, ok in zip(self.golds, drawn, strict=True)
+        ]
 
 
 def shape(colour: str, k: int) -> Image.Image:
     picture = Image.new("RGB", (96, 72), (245, 245, 240))
     draw = ImageDraw.Draw(picture)
-    (draw.ellipse if k % 2 else draw.rectangle)((20 + k % 17, 12, 64 + k % 17, 56), fill=colour, outline="black")
+    (draw.ellipse if k % 2 else draw.rectangle)(
+        (20 + k % 17, 12, 64 + k % 17, 56), fill=colour, outline="black"
+    )
     draw.point((k % 96, k // 96), fill=(k % 256, 7, 9))  # no two alike
     return picture
 
@@ -106,7 +113,12 @@ def write_run(
     place = folder / base.replace("/", "__")
     place.mkdir(parents=True, exist_ok=True)
     rows = [
-        _sample(k, questions, answer, {name: result(answer, questions.golds[k]) for name, result in metrics.items()})
+        _sample(
+            k,
+            questions,
+            answer,
+            {name: result(answer, questions.golds[k]) for name, result in metrics.items()},
+        )
         for k, answer in enumerate(answers)
     ]
     with (place / f"{date}_samples_{questions.task}.jsonl").open("a", encoding="utf-8") as file:
@@ -166,7 +178,9 @@ def _task_config(task: str, metrics: Sequence[str], aggregation: str) -> dict[st
         "test_split": "test",
         "doc_to_visual": "<function visual at 0x7fd44c92bd80>",
         "num_fewshot": 0,
-        "metric_list": [{"metric": one, "aggregation": aggregation, "higher_is_better": True} for one in metrics],
+        "metric_list": [
+            {"metric": one, "aggregation": aggregation, "higher_is_better": True} for one in metrics
+        ],
         "output_type": "generate_until",
         "generation_kwargs": {"max_new_tokens": 8, "until": ["\n"]},
         "repeats": 1,
@@ -247,7 +261,9 @@ def _hashes(pictures: Sequence[Image.Image]) -> list[str]:
     return [_HASHES[id(picture)] for picture in pictures]
 
 
-def provenance(task: str, *, how: str = "fixed", images: Sequence[str] = (), ids: Sequence[int] = ()) -> dict[str, Any]:
+def provenance(
+    task: str, *, how: str = "fixed", images: Sequence[str] = (), ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """A steering's provenance, chosen on `task`."""
     examples = {"task": task, "split": "discovery", "count": 100, "offset": 0, "hash": "e" * 64}
     return {

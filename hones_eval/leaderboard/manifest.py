@@ -10,6 +10,7 @@ from typing import Any
 
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.identity import SteeringRef
+from hones_eval.leaderboard.text import path_name
 
 FORMAT = "hones-eval run manifest"
 FORMAT_VERSION = 1
@@ -53,15 +54,19 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise HonesError(f"{path} is not valid JSON: {error}") from None
+        raise HonesError(f"{path_name(path)} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise HonesError(f"{path} is not a run manifest: its 'format' is not {FORMAT!r}")
+        raise HonesError(f"{path_name(path)} is not a run manifest: its 'format' is not {FORMAT!r}")
     if content.get("format_version") != FORMAT_VERSION:
-        raise HonesError(f"{path} has manifest format {content.get('format_version')}, not {FORMAT_VERSION}")
+        raise HonesError(
+            f"{path_name(path)} has manifest format {content.get('format_version')}, not {FORMAT_VERSION}"
+        )
     try:
         return _manifest(path, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise HonesError(f"{path} misses or misnames a field of a run manifest: {error!r}") from None
+        raise HonesError(
+            f"{path_name(path)} misses or misnames a field of a run manifest: {error!r}"
+        ) from None
 
 
 def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:

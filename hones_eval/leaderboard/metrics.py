@@ -4,8 +4,9 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,14 +75,13 @@ def corpus_items(metric: Metric, run: Run) -> list[Any]:
 def find_aggregation(task: str, metric: str, include_path: Path | None) -> Callable[[list[Any]], float] | str:
     """The function by which an lmms-eval task turns its items into the metric, or why it cannot be had."""
     try:
-        import lmms_eval.models  # noqa: F401  (its entry points make our own tasks known)
         from lmms_eval.api.registry import get_aggregation
-        from lmms_eval.tasks import TaskManager
         from lmms_eval.utils import load_yaml_config
+
+        entry = None if include_path is None else _task_index(str(include_path)).get(task)
+        entry = entry or _task_index(None).get(task)
     except ImportError as error:
         return f"lmms-eval cannot be imported to compute {metric} again ({error})"
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    entry = manager.task_index.get(task)
     if entry is None or not entry.get("yaml_path") or entry["yaml_path"] == -1:
         return f"lmms-eval knows no task {task} (is it in a folder to include?)"
     try:
@@ -94,6 +94,16 @@ def find_aggregation(task: str, metric: str, include_path: Path | None) -> Calla
             found = get_aggregation(found) if isinstance(found, str) else found
             return _quiet(found) if callable(found) else f"the task {task} names no aggregation for {metric}"
     return f"the task {task} lists no metric {metric}"
+
+
+@lru_cache(maxsize=4)  # lmms-eval's own task files are thousands and take seconds
+def _task_index(folder: str | None) -> Mapping[str, Any]:
+    """The tasks in a folder, or those that lmms-eval finds by itself, ours among them."""
+    import lmms_eval.models  # noqa: F401  (its entry points make our own tasks known)
+    from lmms_eval.tasks import TaskManager
+
+    index: Mapping[str, Any] = TaskManager(include_path=folder, include_defaults=folder is None).task_index
+    return index
 
 
 def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]:

@@ -67,7 +67,8 @@ def _pair(steered: Run, candidates: Sequence[Run]) -> Pair | Unpaired:
             refused.append(reasons)
         else:
             return Pair(baseline, steered, tuple(_notes(baseline, steered)))
-    return Unpaired(steered, tuple(min(refused, key=lambda reasons: len(reasons))) if refused else ())
+    closest: list[str] = min(refused, key=len, default=[])
+    return Unpaired(steered, tuple(closest))
 
 
 def differences(baseline: Run, steered: Run) -> list[str]:

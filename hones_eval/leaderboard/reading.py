@@ -21,6 +21,7 @@ from hones_eval.leaderboard.identity import (
 )
 from hones_eval.leaderboard.manifest import Manifest, Shown, read_manifest
 from hones_eval.leaderboard.samples import Samples, read_samples
+from hones_eval.leaderboard.text import path_name
 
 RESULTS, SAMPLES = "_results.json", "_samples_"
 COMPARED_SETTINGS = (
@@ -95,35 +96,39 @@ def read_logs(paths: Sequence[Path]) -> Logs:
             f"no lmms-eval results (*{RESULTS}) under {', '.join(map(str, paths))}: "
             "run lmms-eval with --log_samples --output_path DIR and give DIR"
         )
-    unreadable = []
-    known: list[Manifest] = []
-    for path in manifests:
-        try:
-            known.append(read_manifest(path))
-        except HonesError as error:
-            unreadable.append(str(error))
+    known, unreadable = _read_manifests(manifests)
     runs: list[Run] = []
     used: set[Path] = set()
     for path, content, problem in map(_load_results, results):
         if content is None:
-            unreadable.append(f"{path}: {problem}")
+            unreadable.append(f"{path_name(path)}: {problem}")
             used.update(one for one in samples if _stem(one) == _stem(path) and one.parent == path.parent)
             continue
         near = [one for one in known if one.path.parent in (path.parent, path.parent.parent)]
         for run in _runs(path, content, near):
             used.add(_samples_path(path, run.task))
             runs.append(run)
-    unreadable += [
-        f"{one}: samples without a results file; the run did not end" for one in samples if one not in used
-    ]
+    unreadable += _failed(known, results)
+    lost = [path_name(one) for one in samples if one not in used]
+    unreadable += [f"{name}: samples without a results file; the run did not end" for name in lost]
     return Logs(tuple(runs), tuple(unreadable))
+
+
+def _read_manifests(paths: Sequence[Path]) -> tuple[list[Manifest], list[str]]:
+    known, unreadable = [], []
+    for path in paths:
+        try:
+            known.append(read_manifest(path))
+        except HonesError as error:
+            unreadable.append(str(error))
+    return known, unreadable
 
 
 def _failed(manifests: Sequence[Manifest], results: Sequence[Path]) -> list[str]:
     """Runs that raised and left no results file behind."""
     names = {path.name for path in results}
     return [
-        f"{one.path}: the run failed ({one.errors[0][1]})"
+        f"{path_name(one.path)}: the run failed ({one.errors[0][1]})"
         for one in manifests
         if one.errors and one.results not in names and one.rank == 0
     ]

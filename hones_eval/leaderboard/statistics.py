@@ -75,7 +75,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 
 def bonett_price(gained: int, lost: int, n: int, *, level: float = 0.95) -> Interval:
-    """Adjusted Wald interval of a paired difference of proportions (Bonett and Price 2012, equation 4)."""
+    """Adjusted Wald interval of a paired difference of proportions (Bonett and Price 2012)."""
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return Interval(float(max(-1, up - down - half)), float(min(1, up - down + half)), "Bonett-Price")

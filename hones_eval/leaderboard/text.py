@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from pathlib import Path
 
 # Marks that turn the direction of the text around them, and so can make a page read as what it is not.
 DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -68,3 +69,8 @@ def slug(text: str) -> str:
     """A short file name out of any text."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", ascii_text).strip("-").lower()[:60] or "run"
+
+
+def path_name(path: Path) -> str:
+    """A file's folder and name: enough to find it, and the same on every machine."""
+    return f"{path.parent.name}/{path.name}"

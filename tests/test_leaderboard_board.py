@@ -1,0 +1,436 @@
+"""From folders to rows: reading, pairing, refusing, marking; nothing is lost for one bad file."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make_logs
+import numpy as np
+import pytest
+from make_logs import Questions, Steered, exact, item, provenance, write_run
+
+from hones_eval.errors import HonesError
+from hones_eval.leaderboard import Board, build_board, make_board
+
+BASE_DATE, DATE = "20260102_030405", "20260102_030505"
+QUESTIONS = Questions.drawn(count=60)
+BEFORE, AFTER = QUESTIONS.answers(0.6, 1), QUESTIONS.answers(0.8, 2)
+
+
+def board_of(folder: Path, **options: Any) -> Board:
+    return build_board([folder], resamples=199, **options)
+
+
+def write_pair(folder: Path, questions: Questions = QUESTIONS, **options: Any) -> None:
+    count = len(questions.golds)
+    write_run(folder, questions, BEFORE[:count], date=BASE_DATE, **options)
+    write_run(folder, questions, AFTER[:count], date=DATE, steered=Steered(), **options)
+
+
+def reasons(board: Board) -> list[str]:
+    return [reason for one in board.unranked for reason in one.reasons]
+
+
+def test_a_pair_becomes_a_row(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    (row,) = board_of(tmp_path).rows
+    right = [
+        [answer == gold for answer, gold in zip(one, QUESTIONS.golds, strict=True)] for one in (BEFORE, AFTER)
+    ]
+    gained = sum(after and not before for before, after in zip(*right, strict=True))
+    lost = sum(before and not after for before, after in zip(*right, strict=True))
+    assert (row.gained, row.lost, row.n) == (gained, lost, 60)
+    assert row.baseline == pytest.approx(sum(right[0]) / 60)
+    assert row.comparison.difference == pytest.approx((gained - lost) / 60)
+    assert row.comparison.test is not None
+    assert row.comparison.test.method == "McNemar exact"
+    assert row.p_holm == row.comparison.test.p
+    assert row.rank == 1
+
+
+def test_everything_written_is_named_and_the_same_again(tmp_path: Path) -> None:
+    write_pair(tmp_path / "logs")
+    boards = [make_board([tmp_path / "logs"], tmp_path / name, resamples=199) for name in ("one", "two")]
+    names = [[str(path.relative_to(tmp_path / name)) for path in board.written]
+             for name, board in zip(("one", "two"), boards, strict=True)]  # fmt: skip
+    assert names[0] == names[1]
+    assert {"index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.svg"} < set(names[0])
+    for name in names[0]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
+        ["comparisons", "index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.svg"]
+    )
+
+
+def test_questions_on_one_picture_are_compared_by_picture(tmp_path: Path) -> None:
+    questions = Questions.drawn(count=60, per_picture=3)
+    write_pair(tmp_path, questions)
+    (row,) = board_of(tmp_path).rows
+    assert row.pictures == 20
+    assert row.comparison.interval is not None
+    assert row.comparison.interval.method == "BCa bootstrap over pictures"
+    assert row.comparison.test is not None
+    assert row.comparison.test.method == "sign flips of pictures"
+
+
+def test_graded_scores_are_bootstrapped(tmp_path: Path) -> None:
+    write_pair(tmp_path, metrics={"anls": lambda answer, gold: 1.0 if answer == gold else 0.25})
+    (row,) = board_of(tmp_path).rows
+    assert row.kind == "graded"
+    assert row.comparison.interval is not None
+    assert row.comparison.interval.method == "BCa bootstrap over examples"
+
+
+def test_per_cent_is_reported_in_per_cent(tmp_path: Path) -> None:
+    share = [100 * sum(map(exact, answers, QUESTIONS.golds)) / 60 for answers in (BEFORE, AFTER)]
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE, reported={"exact_match": share[0]})
+    write_run(tmp_path, QUESTIONS, AFTER, date=DATE, steered=Steered(), reported={"exact_match": share[1]})
+    (row,) = board_of(tmp_path).rows
+    assert row.comparison.difference == pytest.approx(share[1] - share[0])
+    assert row.comparison.interval is not None
+    assert row.comparison.interval.low < share[1] - share[0] < row.comparison.interval.high
+    assert row.comparison.interval.high > 2
+
+
+def test_lower_is_better_turns_the_verdict(tmp_path: Path) -> None:
+    write_pair(
+        tmp_path, metrics={"errors": lambda answer, gold: float(answer != gold)}, higher_is_better=False
+    )
+    (row,) = board_of(tmp_path).rows
+    assert row.comparison.difference < 0
+    assert row.gain is not None
+    assert row.gain > 0
+    assert (row.gained or 0) > (row.lost or 0)
+
+
+TASK = """\
+task: shapes
+dataset_path: parquet
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: answer
+metric_list:
+  - metric: f1
+    aggregation: !function utils.f1
+    higher_is_better: true
+"""
+UTILS = """\
+def f1(items):
+    hits = sum(one["prediction"] == one["ground_truth"] == "yes" for one in items)
+    wrong = sum((one["prediction"] == "yes") != (one["ground_truth"] == "yes") for one in items)
+    return 2 * hits / (2 * hits + wrong) if hits else 0.0
+"""
+
+
+def f1(answers: list[str]) -> float:
+    hits = sum(answer == gold == "yes" for answer, gold in zip(answers, QUESTIONS.golds, strict=True))
+    wrong = sum(answer != gold for answer, gold in zip(answers, QUESTIONS.golds, strict=True))
+    return 2 * hits / (2 * hits + wrong)
+
+
+def write_f1(folder: Path, wrong_by: float = 0.0) -> None:
+    for answers, steered, date in ((BEFORE, None, BASE_DATE), (AFTER, Steered(), DATE)):
+        reported = {"f1": f1(answers) + wrong_by}
+        write_run(
+            folder, QUESTIONS, answers, steered=steered, date=date, metrics={"f1": item}, reported=reported
+        )
+
+
+def test_corpus_metrics_are_recomputed_by_the_task(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "shapes.yaml").write_text(TASK)
+    (tmp_path / "task" / "utils.py").write_text(UTILS)
+    write_f1(tmp_path / "logs")
+    (row,) = build_board([tmp_path / "logs"], resamples=199, include_path=tmp_path / "task").rows
+    assert row.kind == "corpus"
+    assert row.comparison.difference == pytest.approx(f1(AFTER) - f1(BEFORE))
+    assert row.comparison.interval is not None
+    assert row.comparison.interval.method.endswith("metric recomputed")
+    write_f1(tmp_path / "other", wrong_by=0.01)
+    (row,) = build_board([tmp_path / "other"], resamples=199, include_path=tmp_path / "task").rows
+    assert row.comparison.interval is None
+    assert "not the reported" in row.comparison.note
+
+
+def test_a_corpus_metric_of_an_unknown_task_has_no_interval(tmp_path: Path) -> None:
+    write_f1(tmp_path)
+    (row,) = board_of(tmp_path).rows
+    assert row.comparison.interval is None
+    assert row.verdict == "not judged"
+    assert row.comparison.note.startswith("no per-example value, no interval: lmms-eval knows no task shapes")
+    assert row.comparison.difference == pytest.approx(f1(AFTER) - f1(BEFORE))
+
+
+def test_holm_is_over_the_board_and_ranks_within_a_metric(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    for k, right in enumerate((0.65, 0.95, 0.8)):
+        steered = Steered(f"steerings/{k}", f"{k}" * 64)
+        write_run(
+            tmp_path, QUESTIONS, QUESTIONS.answers(right, 9), steered=steered, date=f"20260102_03060{k}"
+        )
+    rows = board_of(tmp_path).rows
+    assert [row.rank for row in rows] == [1, 2, 3]
+    assert [row.gain for row in rows] == sorted((row.gain for row in rows), key=lambda gain: -(gain or 0))
+    smallest = min(rows, key=lambda row: row.comparison.test.p if row.comparison.test else 2)
+    assert smallest.comparison.test is not None
+    assert smallest.p_holm == pytest.approx(min(1, 3 * smallest.comparison.test.p))
+
+
+def test_works_without_manifests(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, model="llava_hf", manifest=False, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered(strength=0.5), manifest=False, date=DATE)
+    (row,) = board_of(tmp_path).rows
+    steering = row.pair.steered.steering
+    assert steering is not None
+    assert (steering.path, steering.digest, steering.strength) == ("steerings/one", None, 0.5)
+
+
+Change = Callable[[Path], None]
+
+
+def write_other(folder: Path, **options: Any) -> None:
+    write_run(folder, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(folder, options.pop("questions", QUESTIONS), AFTER, steered=Steered(), date=DATE, **options)
+
+
+OTHER_QUESTIONS = Questions("shapes", ["Other?", *QUESTIONS.texts[1:]], QUESTIONS.golds, QUESTIONS.pictures)
+OTHER_PICTURES = Questions(
+    "shapes", QUESTIONS.texts, QUESTIONS.golds, QUESTIONS.pictures[1:] + QUESTIONS.pictures[:1]
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"questions": OTHER_QUESTIONS},
+            r"question or the gold answer differs for 1 examples \(first: doc_id 0\)",
+        ),
+        ({"questions": OTHER_PICTURES}, r"prompt or the picture differs for \d+ examples"),
+        ({"base": "tiny/other"}, "the base name is tiny/other here and tiny/llava in the baseline"),
+        ({"more_args": ",dtype=float16"}, "the model arguments differ: dtype"),
+        ({"config": {"gen_kwargs": "temperature=1"}}, "gen_kwargs is .*temperature=1.* here"),
+    ],
+)
+def test_runs_that_differ_are_refused(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    write_other(tmp_path, **options)
+    board = board_of(tmp_path)
+    assert not board.rows
+    assert re.search(reason, " ".join(reasons(board)))
+
+
+def test_other_examples_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER[:50], steered=Steered(), date=DATE, limit=50)
+    assert reasons(board_of(tmp_path)) == ["examples differ: 10 only in the baseline, 0 only here"]
+
+
+def test_a_steered_run_without_baseline_is_told_the_way_out(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered())
+    (reason,) = reasons(board_of(tmp_path))
+    assert (
+        "no baseline run of tiny/llava on shapes: run the same lmms-eval command without steering=" in reason
+    )
+
+
+def test_devices_and_other_seeds_do_not_stop_a_pair(tmp_path: Path) -> None:
+    write_other(tmp_path, more_args=",device=cuda:1", seeds=(7, 1234, 1234, 1234))
+    (row,) = board_of(tmp_path).rows
+    assert any("seeds differ" in note for note in row.notes)
+
+
+def test_a_baseline_with_the_same_seeds_comes_first(tmp_path: Path) -> None:
+    for k, seed in enumerate((7, 0)):
+        write_run(tmp_path, QUESTIONS, BEFORE, date=f"20260102_03040{k}", seeds=(seed, 1, 1, 1))
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered(), date=DATE, seeds=(7, 1, 1, 1))
+    (row,) = board_of(tmp_path).rows
+    assert row.pair.baseline.seeds == (7, 1, 1, 1)
+
+
+def test_errors_and_missing_examples_keep_a_run_off_the_ranking(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    error = {"task": "shapes", "doc_id": 3, "error": "RuntimeError: out of memory"}
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/a", "a"), date="20260102_040000", errors=[error])
+    write_run(tmp_path, QUESTIONS, AFTER[:30], steered=Steered("s/b", "b"), date="20260102_050000")
+    empty = [""] * 60
+    write_run(tmp_path, QUESTIONS, empty, steered=Steered("s/c", "c"), date="20260102_060000")
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    text = " ".join(reasons(board))
+    assert "generation raised: doc_id 3: RuntimeError: out of memory" in text
+    assert "incomplete: 30 of 60 examples" in text
+    assert "every answer is empty" in text
+
+
+def test_a_steering_that_changes_nothing_is_noted(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, BEFORE, steered=Steered(), date=DATE)
+    (row,) = board_of(tmp_path).rows
+    assert "the steering changed no answer" in row.notes
+    assert row.verdict == "no clear difference"
+
+
+def test_reused_examples_are_counted_and_flagged(tmp_path: Path) -> None:
+    seen = make_logs._hashes(QUESTIONS.pictures[:7])
+    by_picture = Steered("s/a", "a", provenance=provenance("elsewhere", images=seen))
+    by_id = provenance("shapes", ids=range(5)) | {}
+    by_id["examples"][0]["split"] = "test"
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=by_picture, date="20260102_040000")
+    write_run(
+        tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b", provenance=by_id), date="20260102_050000"
+    )
+    clean = Steered("s/c", "c", provenance=provenance("shapes", ids=range(5)))  # the discovery split
+    write_run(tmp_path, QUESTIONS, AFTER, steered=clean, date="20260102_060000")
+    flags = {
+        row.pair.steered.steering.path: row.flags
+        for row in board_of(tmp_path).rows
+        if row.pair.steered.steering
+    }
+    assert flags["s/a"] == ("7 of 60 examples show pictures that chose this steering",)
+    assert flags["s/b"] == ("5 of 60 examples chose this steering",)
+    assert flags["s/c"] == ()
+
+
+def test_truncated_results_cost_only_themselves(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    path = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")
+    path.write_bytes(path.read_bytes()[:300])
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    (line,) = board.unreadable
+    assert "20260102_040000_results.json" in line
+    assert "truncated or not JSON" in line
+
+
+def test_truncated_samples_mark_the_run(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    path = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")
+    samples = path.with_name("20260102_040000_samples_shapes.jsonl")
+    samples.write_bytes(samples.read_bytes()[:-40])
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    assert any("1 lines that are not samples (first: line 60)" in one for one in reasons(board))
+    assert any("incomplete: 59 of 60" in one for one in reasons(board))
+
+
+def test_samples_without_results_and_results_without_samples(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    first = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")
+    first.unlink()
+    second = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/c", "c"), date="20260102_050000")
+    second.with_name("20260102_050000_samples_shapes.jsonl").unlink()
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    assert any("samples without a results file" in one for one in board.unreadable)
+    assert any("run lmms-eval with --log_samples" in one for one in reasons(board))
+
+
+def test_duplicate_runs_count_once(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_run(tmp_path, QUESTIONS, QUESTIONS.answers(0.9, 4), steered=Steered(), date="20260102_040000")
+    board = board_of(tmp_path)
+    (row,) = board.rows
+    assert row.pair.steered.date == "20260102_040000"
+    assert reasons(board) == ["a newer run of the same thing is used: tiny__llava/20260102_040000 shapes"]
+    twice = build_board([tmp_path, tmp_path / "tiny__llava"], resamples=199)
+    assert twice.runs == board.runs
+
+
+def test_two_runs_in_one_file_are_told_apart_from_none(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    for answers in (AFTER, BEFORE):
+        write_run(tmp_path, QUESTIONS, answers, steered=Steered("s/b", "b"), date="20260102_040000")
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    assert any(
+        "60 examples more than once: two runs were written to one file" in one for one in reasons(board)
+    )
+
+
+@pytest.mark.parametrize("value", ["abc", None, math.nan, {"score": "x"}])
+def test_a_metric_that_is_not_a_number_marks_its_row(tmp_path: Path, value: object) -> None:
+    def broken(answer: str, gold: str) -> Any:
+        return value if answer == "no" else 1.0
+
+    metrics = {"exact_match": exact, "broken": broken}
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE, metrics=metrics, reported={"broken": 0.5})
+    write_run(
+        tmp_path, QUESTIONS, AFTER, steered=Steered(), date=DATE, metrics=metrics, reported={"broken": 0.6}
+    )
+    rows = {row.metric.name: row for row in board_of(tmp_path).rows}
+    assert rows["exact_match"].rank == 1
+    assert rows["broken"].verdict == "not judged"
+    assert (
+        "interval" in rows["broken"].comparison.note or "not a number for" in rows["broken"].comparison.note
+    )
+
+
+@pytest.mark.parametrize("value", ["N/A", math.nan, math.inf, [1, 2], None])
+def test_a_reported_value_that_is_not_a_number_marks_its_row(tmp_path: Path, value: object) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered(), date=DATE, reported={"exact_match": value})
+    (row,) = board_of(tmp_path).rows
+    assert (row.rank, row.verdict) == (None, "not judged")
+    assert row.comparison.note == "the reported value is not a number"
+    make_board([tmp_path], tmp_path / "out", resamples=199)
+    assert "the reported value is not a number" in (tmp_path / "out" / "leaderboard.csv").read_text()
+
+
+def test_numbers_that_numpy_printed_are_numbers(tmp_path: Path) -> None:
+    write_pair(tmp_path, metrics={"match": lambda answer, gold: str(answer == gold)}, reported={"match": 0.5})
+    board = board_of(tmp_path)
+    (row,) = board.rows
+    assert set(np.unique(row.pair.steered.samples["none"].values["match"])) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "damage", ["not json", '{"format": "other"}', '{"format": "hones-eval run manifest"}']
+)
+def test_a_broken_manifest_is_a_line_and_no_more(tmp_path: Path, damage: str) -> None:
+    write_pair(tmp_path)
+    for path in tmp_path.rglob("hones_manifest_*"):
+        path.write_text(damage)
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    assert len(board.unreadable) == 2
+
+
+def test_a_run_that_raised_and_left_no_results(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    error = {"task": "shapes", "doc_id": 3, "error": "RuntimeError: boom"}
+    path = write_run(
+        tmp_path, QUESTIONS, AFTER, steered=Steered("s/x", "x"), date="20260102_040000", errors=[error]
+    )
+    (manifest,) = tmp_path.rglob("hones_manifest_77_20260102_040000*")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"results": None}))
+    path.unlink()
+    path.with_name("20260102_040000_samples_shapes.jsonl").unlink()
+    board = board_of(tmp_path)
+    assert any("the run failed (doc_id 3: RuntimeError: boom)" in one for one in board.unreadable)
+    assert len(board.rows) == 1
+
+
+def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(HonesError, match="does not exist"):
+        make_board([tmp_path / "none"], tmp_path / "out")
+    with pytest.raises(HonesError, match="run lmms-eval with --log_samples --output_path DIR"):
+        make_board([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_csv_has_every_row_and_no_formula(tmp_path: Path) -> None:
+    steered = Steered("=cmd|' /C calc'!A0", "f" * 64)
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=steered, date=DATE)
+    write_run(tmp_path, QUESTIONS, AFTER[:10], steered=Steered("s/b", "b"), date="20260102_040000")
+    board = make_board([tmp_path], tmp_path / "out", resamples=199)
+    rows = list(csv.DictReader((tmp_path / "out" / "leaderboard.csv").open()))
+    assert [row["verdict"] for row in rows] == [board.rows[0].verdict, "left out"]
+    assert float(rows[0]["difference"]) == pytest.approx(board.rows[0].comparison.difference)
+    assert not any(value.startswith(("=", "@")) for row in rows for value in row.values())
+    assert rows[0]["interval_method"] == "Bonett-Price"
