@@ -1,4 +1,4 @@
-"""Greedy answers of one example, unedited and with one head at a time replaced.
+"""Greedy answers of one example, unedited and with one head or neuron at a time edited.
 
 Decoding under an edit gives the unedited answer exactly when, with that answer appended to the prompt, every
 greedy choice along it agrees. One replayed pass tells; only the edits that differ are decoded.
@@ -17,16 +17,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hones_eval import edits
 from hones_eval.anatomy import Anatomy
-from hones_eval.attach import Edit, editing
+from hones_eval.attach import editing
 from hones_eval.errors import HonesError
-from hones_eval.replay import ROUNDING, Passes, Replayer, Rows
-from hones_eval.sites import Head
+from hones_eval.replay import ROUNDING, Passes, Replayer, Rows, SiteEdit, site_edits
 
 
 class Decoder:
-    """Greedy decoding of examples with the model's own `generate`, and under edits of single heads."""
+    """Greedy decoding of examples with the model's own `generate`, and under edits of single sites."""
 
     def __init__(self, replayer: Replayer) -> None:
         """Decode with the model that `replayer` replays."""
@@ -125,24 +123,24 @@ class GreedyExample:
         return self.passes is not None and self.tokens[: len(target)] == list(target)
 
     def answers(
-        self, heads: Sequence[Head], on_rows: Callable[[Rows], None] | None = None
-    ) -> Iterator[tuple[Head, list[int]]]:
-        """For every head the answer's tokens when it is replaced, unchanged answers first.
+        self, edits: Sequence[SiteEdit], on_rows: Callable[[Rows], None] | None = None
+    ) -> Iterator[tuple[SiteEdit, list[int]]]:
+        """The answer's tokens under every edit, unchanged answers first.
 
         `on_rows` sees the logits [rows, answer, vocabulary] along the unedited answer, as they are replayed.
         """
-        differing: list[Head] = []
+        differing: list[SiteEdit] = []
         if self.passes is None:
-            differing = list(heads)
+            differing = list(edits)
         else:
-            for rows in self.passes.replace_by_mean(heads):
+            for rows in self.passes.edited(edits):
                 if on_rows is not None:
                     on_rows(rows)
-                for head, where in zip(rows.heads, self._first_difference(rows.logits), strict=True):
+                for edit, where in zip(rows.edits, self._first_difference(rows.logits), strict=True):
                     if where is None:
-                        yield head, self.tokens
+                        yield edit, self.tokens
                     else:
-                        differing.append(head)
+                        differing.append(edit)
         yield from self._decoded(differing)
 
     def _first_difference(self, logits: Tensor) -> list[int | None]:
@@ -167,18 +165,18 @@ class GreedyExample:
             steps.append(scores.argmax(-1)[0])
         return torch.stack(steps)
 
-    def _decoded(self, heads: Sequence[Head]) -> Iterator[tuple[Head, list[int]]]:
-        """Decode under each head's edit, as rows of one batch where rows end by themselves."""
+    def _decoded(self, edits: Sequence[SiteEdit]) -> Iterator[tuple[SiteEdit, list[int]]]:
+        """Decode under each edit, as rows of one batch where rows end by themselves."""
         at_once = self._decoder.replayer.rows_for(self._inputs) if self._plan.ends_by_token else 1
-        for start in range(0, len(heads), at_once):
-            cut = list(heads[start : start + at_once])
+        for start in range(0, len(edits), at_once):
+            cut = list(edits[start : start + at_once])
             yield from zip(cut, self._decode_rows(cut), strict=True)
 
     @torch.no_grad()
-    def _decode_rows(self, heads: list[Head]) -> list[list[int]]:
+    def _decode_rows(self, edits: list[SiteEdit]) -> list[list[int]]:
         anatomy = self._decoder.anatomy
-        with editing([(anatomy.heads_in[layer], edit) for layer, edit in row_edits(anatomy, heads)]):
-            output = _generate(anatomy, **repeat_example(self._inputs, len(heads)), **self._settings)
+        with editing(list(site_edits(anatomy, edits))):
+            output = _generate(anatomy, **repeat_example(self._inputs, len(edits)), **self._settings)
         rows = output[:, self._plan.prompt.shape[1] :].tolist()
         return [cut_at_end(row, self._plan.end_tokens) for row in rows]
 
@@ -195,21 +193,6 @@ def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
         else:
             repeated[name] = value * times if isinstance(value, list) else value
     return repeated
-
-
-def row_edits(anatomy: Anatomy, heads: Sequence[Head]) -> Iterator[tuple[int, Edit]]:
-    """Per layer one edit that replaces head `heads[i]` by the mean of the others in row `i` alone."""
-    for layer in sorted({head.layer for head in heads}):
-        rows = torch.tensor([i for i, head in enumerate(heads) if head.layer == layer])
-        chosen = torch.tensor([head.head for head in heads if head.layer == layer])
-        yield layer, _row_edit(rows, chosen, anatomy.shape.heads)
-
-
-def _row_edit(rows: Tensor, chosen: Tensor, heads: int) -> Edit:
-    def edit(x: Tensor) -> Tensor:
-        return edits.replace_heads_by_mean_in_rows(x, rows.to(x.device), chosen.to(x.device), heads)
-
-    return edit
 
 
 def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:

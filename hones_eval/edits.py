@@ -35,6 +35,27 @@ def replace_heads_by_mean_in_rows(
     return edited.flatten(-2)
 
 
+def zero_heads_in_rows(
+    x: Float[Tensor, "rows tokens features"],
+    rows: Int[Tensor, " edited"],
+    chosen: Int[Tensor, " edited"],
+    heads: int,
+) -> Float[Tensor, "rows tokens features"]:
+    """In row `rows[i]` of the batch the slice of head `chosen[i]` becomes zero; other rows stay."""
+    edited: Tensor = x.unflatten(-1, (heads, -1)).clone()
+    edited[rows, :, chosen] = 0
+    return edited.flatten(-2)
+
+
+def zero_neurons_in_rows(
+    x: Float[Tensor, "rows tokens features"], rows: Int[Tensor, " edited"], chosen: Int[Tensor, " edited"]
+) -> Float[Tensor, "rows tokens features"]:
+    """In row `rows[i]` of the batch neuron `chosen[i]` becomes zero; other rows stay."""
+    edited = x.clone()
+    edited[rows, :, chosen] = 0
+    return edited
+
+
 def scale(x: Float[Tensor, "*batch sites"], scales: Float[Tensor, " sites"]) -> Float[Tensor, "*batch sites"]:
     """Every site times its scale: HONES 4, V-SEAM 4, and masking where the scale is zero."""
     return x * scales.to(x.dtype)

@@ -51,7 +51,8 @@ def target_direction(
     norm = total.norm()
     if not bool(norm > 0):
         raise ValueError("the target's unembedding rows add up to zero: it has no direction to write into")
-    return total / norm
+    unit: Tensor = total / norm
+    return unit
 
 
 def write_in(
@@ -68,5 +69,4 @@ def write_gain(
     down: Float[Tensor, "hidden neurons"], direction: Float[Tensor, " hidden"]
 ) -> Float[Tensor, " neurons"]:
     """What one unit of every neuron writes along a direction: `W_down^T u_y`, in float32."""
-    gain: Tensor = torch.mv(down.float().T, direction.to(down.device))
-    return gain
+    return torch.mv(down.float().T, direction.to(down.device))

@@ -13,16 +13,17 @@ between layers (deep-stack features, say) is the recorded input of one minus the
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hones_eval import edits
 from hones_eval.anatomy import Anatomy
-from hones_eval.attach import editing, recording
+from hones_eval.attach import Edit, Site, editing, recording
 from hones_eval.errors import HonesError
-from hones_eval.sites import Head
+from hones_eval.sites import Head, Neuron
 
 # Largest difference of logits, relative to their largest size, that rounding explains.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -31,11 +32,33 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch
 NeuronReader = Callable[[int, Tensor, Tensor], None]
 
 
-class Rows(NamedTuple):
-    """Some of the heads asked for, and the logits [rows, read, vocabulary] with each of them replaced."""
+class SiteEdit(NamedTuple):
+    """One head or neuron, edited at every position: a head becomes the mean of the others, or zero."""
 
-    heads: list[Head]
+    site: Head | Neuron
+    how: Literal["mean", "zero"] = "mean"
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the site is a head; neurons can only be zeroed."""
+        return isinstance(self.site, Head)
+
+
+def replaced_by_mean(heads: Sequence[Head]) -> list[SiteEdit]:
+    """HONES's and V-SEAM's edit for each of some heads."""
+    return [SiteEdit(head) for head in heads]
+
+
+class Rows(NamedTuple):
+    """Some of the edits asked for, and the logits [rows, read, vocabulary] under each of them."""
+
+    edits: list[SiteEdit]
     logits: Tensor
+
+    @property
+    def heads(self) -> list[Head]:
+        """The edited heads, where all edits are of heads."""
+        return [edit.site for edit in self.edits if isinstance(edit.site, Head)]
 
 
 class Passes(Protocol):
@@ -46,10 +69,12 @@ class Passes(Protocol):
     def base_neurons(self) -> list[Tensor]:
         """FFN activations [read, I] of the unedited pass, one a layer."""
 
-    def replace_by_mean(
-        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
-    ) -> Iterator[Rows]:
-        """Logits with one head at a time replaced by the mean of the others."""
+    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
+        """Logits under one edit at a time, in cuts of rows.
+
+        `on_neurons` receives, for every layer at or above a row's edit, the row's place among `edits` and
+        its FFN activations at the read positions; layers below an edit are those of `base_neurons`.
+        """
 
 
 class Replayer:
@@ -111,6 +136,7 @@ class _LayerCall:
     kwargs: dict[str, Any]
     output: Tensor
     heads: Tensor
+    neurons: Tensor
     attended: Any
 
 
@@ -122,35 +148,30 @@ class Replay:
         self.anatomy = anatomy
         self.read = slice(-read, None)
         self.rows = rows
-        with recording(anatomy.neurons_in, self.read) as neurons, _taping(anatomy) as tape:
+        with _taping(anatomy) as tape:
             logits = anatomy.model(**inputs, use_cache=False).logits
-        self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
         self._calls = [_LayerCall(**tape[i]) for i in range(len(anatomy.layers))]
         self._between = [self._added_after(i) for i in range(len(anatomy.layers) - 1)]
         self.base_logits: Tensor = logits[0, self.read]
 
     def base_neurons(self) -> list[Tensor]:
         """FFN activations [read, I] of the unedited pass, one a layer."""
-        return self._neurons
+        return [call.neurons[0, self.read] for call in self._calls]
 
     @torch.no_grad()
-    def replace_by_mean(
-        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
-    ) -> Iterator[Rows]:
-        """Logits with one head at a time replaced by the mean of the others (HONES 1), in cuts of rows.
-
-        `on_neurons` receives, for every layer at or above a row's edit, the row's index among `heads` and
-        its FFN activations at the read positions; layers below an edit are those of `base_neurons`.
-        """
-        order = sorted(range(len(heads)), key=lambda i: heads[i])
+    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
+        """See `Passes.edited`."""
+        # Within a layer heads come before neurons, so that each kind enters together.
+        order = sorted(range(len(edits)), key=lambda i: (edits[i].site.layer, not edits[i].is_head))
         for start in range(0, len(order), self.rows):
             cut = order[start : start + self.rows]
+            chosen = [edits[i] for i in cut]
 
-            def enter(layer: int, members: list[int], cut: list[int] = cut) -> Tensor:
-                return self._with_heads_replaced(layer, [heads[cut[i]].head for i in members])
+            def enter(layer: int, members: list[int], chosen: list[SiteEdit] = chosen) -> Tensor:
+                return self._enter(layer, [chosen[i] for i in members])
 
-            layers = [heads[i].layer for i in cut]
-            yield Rows([heads[i] for i in cut], self.walk(layers, enter, cut, on_neurons))
+            layers = [edit.site.layer for edit in chosen]
+            yield Rows(chosen, self.walk(layers, enter, cut, on_neurons))
 
     def walk(
         self,
@@ -166,7 +187,7 @@ class Replay:
             enter: gives the output [members, tokens, hidden] of a layer for the rows that start there, from
                 the layer and their places in `layers`.
             numbers: what `on_neurons` is to call each row.
-            on_neurons: see `replace_by_mean`.
+            on_neurons: see `Passes.edited`.
         """
         hidden: Tensor | None = None
         joined = 0
@@ -186,31 +207,46 @@ class Replay:
         assert hidden is not None  # the walk starts at the layer of the first row
         return self.anatomy.logits(hidden[:, self.read])
 
-    def _with_heads_replaced(self, layer: int, heads: list[int]) -> Tensor:
-        """Output of a layer with one head replaced in each row; its attention is not run again."""
-        call, site = self._calls[layer], self.anatomy.heads_in[layer]
-        count = len(heads)
-        chosen = torch.tensor(heads, device=call.heads.device)
-        edited = edits.replace_heads_by_mean_in_rows(
-            call.heads.expand(count, -1, -1),
-            torch.arange(count, device=chosen.device),
-            chosen,
-            self.anatomy.shape.heads,
-        )
-        if layer == len(self._calls) - 1:
-            mixed = _on_last(site.module, edited, -(self.read.start))
-        else:
-            mixed = site.module(edited)
-        replaced = (mixed, *call.attended[1:]) if isinstance(call.attended, tuple) else mixed
-        with _standing_in(self.anatomy.attentions[layer], lambda *_, **__: replaced):
-            return self.call(layer, call.x.expand(count, -1, -1))
+    def _enter(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """Output of a layer for rows edited in it: heads first, then neurons."""
+        heads = [edit for edit in edits if edit.is_head]
+        neurons = [edit for edit in edits if not edit.is_head]
+        parts = [self._enter_heads(layer, heads)] if heads else []
+        parts += [self._enter_neurons(layer, neurons)] if neurons else []
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def call(self, layer: int, hidden: Tensor) -> Tensor:
+    def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """The layer's attention is not run again: only the mixing of its edited heads is."""
+        call, site = self._calls[layer], self.anatomy.heads_in[layer]
+        edited = edit_rows(call.heads.expand(len(edits), -1, -1), list(enumerate(edits)), self.anatomy)
+        mixed = self._on_read(layer, site.module, edited)
+        with _standing_in(self.anatomy.attentions[layer], _returning(call.attended, mixed)):
+            return self.call(layer, call.x.expand(len(edits), -1, -1))
+
+    def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """Neither attention nor the FFN's first half are run again."""
+        call, site = self._calls[layer], self.anatomy.neurons_in[layer]
+        edited = edit_rows(call.neurons.expand(len(edits), -1, -1), list(enumerate(edits)), self.anatomy)
+        written = self._on_read(layer, site.module, edited)
+        attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
+        with (
+            _standing_in(self.anatomy.attentions[layer], _returning(call.attended, attended)),
+            _standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+        ):
+            return self.call(layer, call.x.expand(len(edits), -1, -1), narrow=False)
+
+    def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
+        """A position-wise module; in the last layer only the positions that are read."""
+        if layer < len(self._calls) - 1:
+            return _tensor(module(x))
+        return _on_last(module, x, -self.read.start)
+
+    def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
         """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
         call = self._calls[layer]
         kwargs = {name: _per_row(value, len(hidden)) for name, value in call.kwargs.items()}
         with ExitStack() as stack:
-            if layer == len(self._calls) - 1:
+            if narrow and layer == len(self._calls) - 1:
                 for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
                     stack.enter_context(_narrowed(module, -self.read.start))
             return _tensor(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
@@ -249,36 +285,57 @@ class FullPasses:
         return self._neurons
 
     @torch.no_grad()
-    def replace_by_mean(
-        self, heads: Sequence[Head], on_neurons: NeuronReader | None = None
-    ) -> Iterator[Rows]:
-        """See `Replay.replace_by_mean`."""
-        for number, head in enumerate(heads):
-            edit = [(self.anatomy.heads_in[head.layer], mean_edit(head, self.anatomy.shape.heads))]
-            with editing(edit), recording(self.anatomy.neurons_in, self.read) as neurons:
+    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
+        """See `Passes.edited`."""
+        for number, edit in enumerate(edits):
+            with (
+                recording(self.anatomy.neurons_in, self.read) as neurons,
+                editing(list(site_edits(self.anatomy, [edit]))),
+            ):
                 logits = self._forward()
             if on_neurons is not None:
-                for layer in range(head.layer, self.anatomy.shape.layers):
+                for layer in range(edit.site.layer, self.anatomy.shape.layers):
                     on_neurons(layer, torch.tensor([number]), neurons[self.anatomy.neurons_in[layer].name])
-            yield Rows([head], logits[None])
+            yield Rows([edit], logits[None])
 
     def _forward(self) -> Tensor:
         logits: Tensor = self.anatomy.model(**self.inputs, use_cache=False).logits
         return logits[0, self.read]
 
 
-def mean_edit(head: Head, heads: int) -> Callable[[Tensor], Tensor]:
-    """The edit that replaces one head by the mean of the others, in every row and at every position."""
-    return lambda x: edits.replace_head_by_mean(x, head.head, heads)
+def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
+    """For hooks on a batch of rows: edit `edits[i]` in row `i` alone, one hook a linear layer."""
+    places = sorted({(edit.site.layer, edit.is_head) for edit in edits})
+    for layer, is_head in places:
+        here = [(i, e) for i, e in enumerate(edits) if (e.site.layer, e.is_head) == (layer, is_head)]
+        site = (anatomy.heads_in if is_head else anatomy.neurons_in)[layer]
+        yield site, partial(edit_rows, chosen=here, anatomy=anatomy)
+
+
+def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
+    """The input [rows, tokens, width] of one linear layer with each row's own edit, of one kind of site."""
+    for how in ("mean", "zero"):
+        these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
+        if not these:
+            continue
+        rows, sites = torch.tensor(these, device=x.device).T
+        if not chosen[0][1].is_head:
+            x = edits.zero_neurons_in_rows(x, rows, sites)
+        elif how == "mean":
+            x = edits.replace_heads_by_mean_in_rows(x, rows, sites, anatomy.shape.heads)
+        else:
+            x = edits.zero_heads_in_rows(x, rows, sites, anatomy.shape.heads)
+    return x
 
 
 def _difference(replay: Replay, full: FullPasses) -> str | None:
     """Why replay is not exact here, or None: one head of the first, a middle and the last layer."""
     shape = replay.anatomy.shape
     heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
-    expected = torch.cat([rows.logits for rows in full.replace_by_mean(heads)])
+    trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "zero")]
+    expected = torch.cat([rows.logits for rows in full.edited(trial)])
     try:
-        found = torch.cat([rows.logits for rows in replay.replace_by_mean(heads)])
+        found = torch.cat([rows.logits for rows in replay.edited(trial)])
     except (RuntimeError, TypeError, ValueError) as error:
         return f"its decoder layers cannot be called with other rows ({str(error).splitlines()[0]})"
     worst = float((found - expected).abs().max() / expected.abs().max())
@@ -312,10 +369,11 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
         handles.append(layer.register_forward_hook(returned(i, "output")))
         handles.append(anatomy.attentions[i].register_forward_hook(returned(i, "attended")))
     try:
-        with recording(anatomy.heads_in) as heads:
+        with recording([*anatomy.heads_in, *anatomy.neurons_in]) as inputs:
             yield tape
-        for i, site in enumerate(anatomy.heads_in):
-            tape[i]["heads"] = heads[site.name]
+        for i, entry in enumerate(tape):
+            entry["heads"] = inputs[anatomy.heads_in[i].name]
+            entry["neurons"] = inputs[anatomy.neurons_in[i].name]
     finally:
         for handle in handles:
             handle.remove()
@@ -324,15 +382,22 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
 @contextmanager
 def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another function in place of a module's forward, for one block."""
-    own = module.__dict__.get("forward")  # accelerate puts a wrapped forward on the instance
-    module.forward = forward
+    attributes = vars(module)
+    own = attributes.get("forward")  # accelerate puts a wrapped forward on the instance
+    attributes["forward"] = forward
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            del attributes["forward"]
         else:
-            module.forward = own
+            attributes["forward"] = own
+
+
+def _returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
+    """A forward that returns what was recorded, with another first tensor."""
+    result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
+    return lambda *_, **__: result
 
 
 @contextmanager

@@ -11,15 +11,15 @@ from hones_eval.decoding import Decoder
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.replay import Passes, Replayer, Rows
-from hones_eval.sites import Head
+from hones_eval.replay import Passes, Replayer, Rows, replaced_by_mean
+from hones_eval.sites import Head, Neuron
 
 
 class _Record(NamedTuple):
     """One example's results [metric value]: unedited, and for the heads under which they change."""
 
     base: Any
-    changed: dict[Head, Any]
+    changed: dict[Head | Neuron, Any]
 
 
 class HeadLocalization:
@@ -54,7 +54,7 @@ class HeadLocalization:
         results = {tuple(decoded.tokens): self._score(example, decoded.tokens)}
         record = _Record(results[tuple(decoded.tokens)], {})
         differing = 0
-        for head, tokens in decoded.answers(self.heads, drops.add if shared else None):
+        for edit, tokens in decoded.answers(replaced_by_mean(self.heads), drops.add if shared else None):
             if tokens == decoded.tokens:
                 continue
             differing += 1
@@ -62,7 +62,7 @@ class HeadLocalization:
             if key not in results:
                 results[key] = self._score(example, tokens)
             if results[key] != record.base:
-                record.changed[head] = results[key]
+                record.changed[edit.site] = results[key]
         if not shared:
             drops.replay()
         one = torch.ones((), dtype=torch.float64)
@@ -117,7 +117,7 @@ class _LogProbabilityDrop:
         inputs = decoder.append(self.example.inputs, self.example.target_ids[:-1])
         passes = decoder.replayer.record(inputs, len(self.target))
         self.start(passes)
-        for rows in passes.replace_by_mean(self.localization.heads):
+        for rows in passes.edited(replaced_by_mean(self.localization.heads)):
             self.add(rows)
 
     def start(self, passes: Passes) -> None:
@@ -186,7 +186,7 @@ class NeuronAttribution:
             drop = drop.clamp(min=0) if self.rectify == "item" else drop
             sums["drop"][rows, layer] = drop.double().cpu()
 
-        for _ in passes.replace_by_mean(self.heads, add):
+        for _ in passes.edited(replaced_by_mean(self.heads), add):
             pass
         return Measurement(sums)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from hones_eval import readouts
 from hones_eval.examples import Example
 from hones_eval.measure import Measurement, Totals
-from hones_eval.replay import Replayer
+from hones_eval.replay import Replayer, replaced_by_mean
 from hones_eval.sites import Head
 
 
@@ -32,7 +32,7 @@ class HeadContribution:
         first = torch.tensor(example.target_ids[:1], device=passes.base_logits.device)
         p = readouts.answer_probability(passes.base_logits, first)
         sums = self.zeros()
-        for rows in passes.replace_by_mean(self.heads):
+        for rows in passes.edited(replaced_by_mean(self.heads)):
             drops = (p - readouts.answer_probability(rows.logits[:, 0], first)).tolist()
             for head, drop in zip(rows.heads, drops, strict=True):
                 sums["signed"][head] = drop
