@@ -1,11 +1,12 @@
 """What several commands do alike: open a model with a task's examples, and speak."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from lmms_eval.api.model import lmms
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
@@ -23,6 +24,7 @@ class Job:
 
     model: str
     model_args: str
+    lmm: lmms
     anatomy: Anatomy
     examples: TaskExamples
     loop: Loop
@@ -68,11 +70,33 @@ class Job:
         return cls(
             model=model,
             model_args=model_args,
+            lmm=lmm,
             anatomy=anatomy,
             examples=examples,
             loop=Loop(accelerator, devices, num_nodes, progress=sys.stderr.isatty()),
             replayer=Replayer(anatomy, None if batch_size == "auto" else batch_size),
         )
+
+    def on(
+        self,
+        task: str,
+        *,
+        include_path: Path | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        gen_kwargs: str | None = None,
+    ) -> Self:
+        """The same model and loop on the examples of another task."""
+        examples = TaskExamples(
+            self.lmm,
+            task,
+            model_name=self.model,
+            include_path=include_path,
+            limit=limit,
+            offset=offset,
+            gen_kwargs=gen_kwargs,
+        )
+        return replace(self, examples=examples)
 
     @property
     def dtype(self) -> str:

@@ -1,0 +1,109 @@
+"""Figures as PNG files, drawn without a window and without matplotlib's global state."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hones_eval.artefact import write_bytes
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8c8c8c"
+COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all; the same numbers give the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def drops(report: Mapping[str, Any]) -> Figure:
+    """Drops by masking of the selected banks with their intervals, and of the random ones (HONES 3)."""
+    shown = ["metric"] if report["sites"] == "neurons" else ["metric", "probability", "accuracy"]
+    figure = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
+    chosen = list(report["beyond_random"])
+    random = [bank for name, bank in report["banks"].items() if name not in chosen]
+    for axes, what in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for place, name in enumerate(chosen):
+            drop = report["banks"][name][f"{what}_drop"]
+            axes.bar(place, drop["value"], 0.6, color=BLUE)
+            if drop["low"] is not None:
+                axes.plot([place, place], [drop["low"], drop["high"]], color="black", linewidth=1.2)
+        values = [bank[f"{what}_drop"]["value"] for bank in random]
+        axes.bar(len(chosen), np.mean(values), 0.6, color=GREY)
+        places = len(chosen) + np.linspace(-0.2, 0.2, len(values))
+        axes.plot(places, values, "o", color="black", markersize=3)
+        axes.set_xticks(range(len(chosen) + 1), [*chosen, f"random ({len(values)})"])
+        axes.axhline(0, color="black", linewidth=0.6)
+        name = report["metric"] if what == "metric" else what
+        axes.set_ylabel(f"drop of {name}")
+        axes.set_title(f"unedited {report['baseline'][what]:.3g}", fontsize=9)
+    return figure
+
+
+def layer_curves(counts: Mapping[str, Sequence[int]]) -> Figure:
+    """Selected neurons in each layer, a line a task: the layers that tasks prefer (HONES 3)."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(counts.items(), _cycled(len(counts)), strict=True):
+        axes.plot(range(len(values)), values, marker="o", markersize=3, color=colour, label=name)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("selected neurons")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def matrix(
+    values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str, label: str
+) -> Figure:
+    """A heat map with its numbers; NaN cells stay empty."""
+    figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-reach or -1, vmax=reach or 1, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = abs(value) > 0.6 * reach
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def heat_maps(scores: Mapping[str, NDArray[np.float64]], label: str) -> Figure:
+    """Scores [L, H] of several rankings side by side, each on its own scale, zero in white."""
+    figure = Figure(figsize=(3.4 * len(scores), 3.2), layout="constrained")
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True
+    ):
+        reach = float(np.abs(values).max()) or 1.0
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, origin="lower", aspect="auto")
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.set_title(name, fontsize=9)
+        figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def bars(values: Mapping[str, int], label: str) -> Figure:
+    """Named counts as horizontal bars, the first on top."""
+    figure = Figure(figsize=(5, 0.8 + 0.3 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(values)), list(values.values()), color=BLUE)
+    for place, value in enumerate(values.values()):
+        axes.text(value, place, f" {value}", va="center", fontsize=8)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    return figure
+
+
+def _cycled(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

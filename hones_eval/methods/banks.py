@@ -1,0 +1,75 @@
+"""Banks: the sites that a ranking selects, beside random ones to compare them with."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hones_eval.artefact import ModelShape
+from hones_eval.errors import HonesError, MisfitError
+from hones_eval.ranking import Ranking
+from hones_eval.sites import Head, Neuron, matched_random, top_heads
+
+
+def check_fits(ranking: Ranking, shape: ModelShape, name: str) -> None:
+    """Raise MisfitError, naming both sides, when a ranking has sites that the model `name` does not have."""
+    mine = ranking.provenance.shape
+    differing = [
+        f"{field}: {getattr(mine, field)} here, {getattr(shape, field)} there"
+        for field in ("layers", "heads", "head_width", "neurons", "hidden")
+        if getattr(mine, field) != getattr(shape, field)
+    ]
+    if differing:
+        raise MisfitError(
+            f"the ranking for {ranking.provenance.base_model} does not fit {name} ({'; '.join(differing)})"
+        )
+
+
+def neuron_banks(ranking: Ranking, neurons: float | None, trials: int, seed: int) -> dict[str, list[Neuron]]:
+    """The selected neurons, and `trials` random banks with as many neurons in each layer.
+
+    Args:
+        ranking: with neuron scores.
+        neurons: the share of all neurons; by default the ranking's own.
+        trials: random banks, called `random 1`, `random 2`, ...
+        seed: of the first random bank; each next one adds 1.
+    """
+    selected = ranking.neurons(neurons)
+    width = ranking.provenance.shape.neurons
+    drawn = {f"random {i + 1}": matched_random(selected, width, seed + i) for i in range(trials)}
+    return {"selected": selected, **drawn}
+
+
+def head_banks(ranking: Ranking, count: int, trials: int, seed: int) -> dict[str, list[Head]]:
+    """The top `count` positive and negative heads with a score above 0, and as many random heads (V-SEAM 3).
+
+    A ranking without positive and negative scores (HONES) has one bank, `selected`: its best heads. Random
+    heads are drawn from those in no other bank, where enough are left. A bank may be empty.
+    """
+    if ranking.head_positive is not None and ranking.head_negative is not None:
+        tensors = {"positive": ranking.head_positive, "negative": ranking.head_negative}
+    elif ranking.head_scores is not None:
+        tensors = {"selected": ranking.head_scores}
+    else:
+        raise HonesError("this ranking has no head scores: mask its neurons with --sites neurons")
+    banks = {
+        name: [head for head in top_heads(scores, count) if scores[head] > 0]
+        for name, scores in tensors.items()
+    }
+    if not any(banks.values()):
+        raise HonesError(
+            "no head of this ranking has a score above 0, so there is none to zero; rank again with more "
+            "examples, or on a task that the model can do"
+        )
+    shape = ranking.provenance.shape
+    everything = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+    taken = {head for bank in banks.values() for head in bank}
+    for i in range(trials):
+        banks[f"random {i + 1}"] = _drawn(everything, taken, count, seed + i)
+    return banks
+
+
+def _drawn(everything: Sequence[Head], taken: set[Head], count: int, seed: int) -> list[Head]:
+    others = [head for head in everything if head not in taken]
+    pool = others if len(others) >= count else list(everything)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]
+    return sorted(pool[i] for i in order.tolist())
