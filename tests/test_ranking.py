@@ -1,0 +1,243 @@
+"""Rankings: what they choose, and their files, which load whole or say why not."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hones_eval import artefact
+from hones_eval.artefact import ExampleSet, ModelShape, Provenance, read_json, write_json, write_text
+from hones_eval.errors import HonesError, MisfitError
+from hones_eval.ranking import Ranking
+from hones_eval.sites import Head, Neuron
+
+SHAPE = ModelShape(layers=2, heads=3, head_width=4, hidden=8, neurons=50, vocabulary=99)
+PROVENANCE = Provenance(
+    base_model="org/model",
+    revision="abc",
+    shape=SHAPE,
+    method="hones",
+    settings={"neurons": 0.03, "metric": "vqa_accuracy"},
+    examples=[ExampleSet("vqa", "val", 2, 5, "f00d", [5, 6], ["aa", "bb"])],
+    seed=7,
+)
+
+
+def make() -> Ranking:
+    generator = torch.Generator().manual_seed(0)
+    return Ranking(
+        provenance=PROVENANCE,
+        head_scores=torch.tensor([[0.1, -0.2, 0.5], [0.5, 0.0, 1 / 3]]),
+        head_log_probability=torch.randn(2, 3, generator=generator),
+        neuron_scores=torch.randn(2, 50, generator=generator),
+        report={"examples": 2, "heads": [{"head": [1, 0], "score": 0.5}]},
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    make().save(tmp_path / "runs" / "vqa")
+    return tmp_path / "runs" / "vqa"
+
+
+def test_a_ranking_comes_back_as_it_was(saved: Path) -> None:
+    made, loaded = make(), Ranking.load(saved)
+    assert loaded.provenance == made.provenance
+    assert loaded.report == made.report
+    assert loaded.digest == made.digest
+    for name in ("head_scores", "head_log_probability", "neuron_scores"):
+        assert torch.equal(getattr(loaded, name), getattr(made, name))
+    assert loaded.head_positive is None
+    assert loaded.head_negative is None
+    assert sorted(path.name for path in saved.iterdir()) == ["ranking.json", "ranking.safetensors"]
+
+
+def test_the_header_can_be_read_by_a_person(saved: Path) -> None:
+    text = (saved / "ranking.json").read_text()
+    content = json.loads(text)
+    assert content["format"] == "hones-eval ranking"
+    assert content["format_version"] == 1
+    assert content["base_model"] == "org/model"
+    assert content["revision"] == "abc"
+    assert content["shape"]["head_width"] == 4
+    assert content["examples"][0]["hash"] == "f00d"
+    assert content["tensors"]["neuron_scores"] == [2, 50]
+    assert '\n "base_model": "org/model",\n' in text
+    assert '"doc_ids": [ 5, 6 ]' in text or '"doc_ids": [5, 6]' in text
+
+
+def test_choosing_heads_and_neurons() -> None:
+    ranking = make()
+    assert ranking.heads(3) == [Head(0, 2), Head(1, 0), Head(1, 2)]
+    best = torch.argsort(ranking.neuron_scores.flatten(), descending=True)
+    assert ranking.neurons() == [Neuron(*divmod(int(i), 50)) for i in best[:3]]  # 3 % of 100
+    assert len(ranking.neurons(0.1)) == 10
+
+
+def test_what_a_ranking_has_not_cannot_be_chosen() -> None:
+    empty = Ranking(provenance=PROVENANCE)
+    with pytest.raises(HonesError, match="no head scores"):
+        empty.heads(1)
+    with pytest.raises(HonesError, match="no neuron scores: rank with --method hones and --neurons"):
+        empty.neurons()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("head_scores", (3, 2)), ("head_positive", (2, 50)), ("neuron_scores", (2, 3)), ("head_negative", (6,))],
+)
+def test_scores_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(MisfitError, match=f"{name} has the shape .* the model needs"):
+        Ranking(provenance=PROVENANCE, **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_not_written(value: float, tmp_path: Path) -> None:
+    ranking = make()
+    ranking.head_scores[1, 1] = value
+    with pytest.raises(HonesError, match="ranking tensor head_scores holds values that are not finite"):
+        ranking.save(tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_file_that_is_not_there_is_named(saved: Path) -> None:
+    (saved / "ranking.safetensors").unlink()
+    with pytest.raises(HonesError, match=r"ranking\.safetensors does not exist"):
+        Ranking.load(saved)
+    (saved / "ranking.json").unlink()
+    with pytest.raises(HonesError, match=r"ranking\.json does not exist"):
+        Ranking.load(saved)
+
+
+def test_other_tensors_than_it_was_written_with_are_refused(saved: Path) -> None:
+    other = make()
+    other.head_scores[0, 0] += 1e-6
+    other.save(saved.parent / "other")
+    (saved.parent / "other" / "ranking.safetensors").rename(saved / "ranking.safetensors")
+    with pytest.raises(HonesError, match=r"not the file that ranking\.json was written with"):
+        Ranking.load(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_of_tensors_is_refused(saved: Path, keep: int) -> None:
+    file = saved / "ranking.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(HonesError, match=r"ranking\.safetensors is not a safetensors file"):
+        Ranking.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format_version": 2}, r"has ranking format 2; hones-eval \S+ reads 1: make it again"),
+        ({"format": "hones-eval steering"}, "is not a hones-eval ranking"),
+        ({"shape": {"layers": 2}}, "misses or misnames a field"),
+        ({"examples": [{"task": "x"}]}, "misses or misnames a field"),
+        ({"base_model": None, "shape": None}, "misses or misnames a field"),
+    ],
+)
+def test_a_header_of_another_kind_is_refused(saved: Path, change: dict[str, object], says: str) -> None:
+    write_json(saved / "ranking.json", read_json(saved / "ranking.json") | change)
+    with pytest.raises(HonesError, match=says) as caught:
+        Ranking.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"text"', "\x00"])
+def test_a_header_that_is_not_one_is_refused(saved: Path, text: str) -> None:
+    (saved / "ranking.json").write_text(text)
+    with pytest.raises(HonesError, match=r"ranking\.json is not"):
+        Ranking.load(saved)
+
+
+def test_a_header_that_lost_a_field_is_refused(saved: Path) -> None:
+    content = read_json(saved / "ranking.json")
+    del content["method"]
+    write_json(saved / "ranking.json", content)
+    with pytest.raises(HonesError, match=r"ranking\.json misses or misnames a field"):
+        Ranking.load(saved)
+
+
+def test_tensors_of_another_artefact_are_refused(saved: Path) -> None:
+    artefact.save_artefact(saved, "ranking", PROVENANCE, {"head_scales": torch.ones(2, 3)}, {})
+    with pytest.raises(HonesError, match=r"a ranking has no tensors named .*head_scales"):
+        Ranking.load(saved)
+
+
+# Files are written whole or not at all.
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_write_that_is_cut_off_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], existed: bool
+) -> None:
+    file = tmp_path / "page.md"
+    if existed:
+        write_text(file, "before")
+
+    def cut_off(source: str, target: Path) -> None:
+        raise error("cut off")
+
+    monkeypatch.setattr(artefact.os, "replace", cut_off)
+    with pytest.raises(error):
+        write_text(file, "after" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == (["page.md"] if existed else [])
+    assert not existed or file.read_text() == "before"
+
+
+def test_a_process_that_dies_before_renaming_leaves_the_old_pair(saved: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        artefact.os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
+        artefact.write_text(saved / "ranking.json", "half")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert Ranking.load(saved).digest == make().digest
+
+
+def test_a_new_ranking_that_is_cut_off_between_its_files_is_not_taken_for_whole(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(path: Path, content: object) -> None:
+        raise KeyboardInterrupt
+
+    other = make()
+    other.head_scores[0, 0] = 9.0
+    monkeypatch.setattr(artefact, "write_json", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(saved)
+    with pytest.raises(HonesError, match=r"not the file that ranking\.json was written with"):
+        Ranking.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_without_numbers_that_json_has_not(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="Out of range float values"):
+        write_json(tmp_path / "x.json", {"a": [value]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_keeps_its_content_whatever_the_layout(tmp_path: Path) -> None:
+    content = {
+        "a": [1, -2.5e-7, True, None],
+        "b": [["x", "y"], []],
+        "c": {"d": "[ 1,\n 2 ]", "é": ["a b", '"']},
+    }
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json") == content
+
+
+def test_the_digest_sees_names_types_shapes_and_bytes() -> None:
+    x = torch.tensor([[0.0, 1.0]])
+    variants = [{"a": x}, {"b": x}, {"a": x.T}, {"a": x.bfloat16()}, {"a": -x}, {"a": x, "b": x}]
+    assert len({artefact.digest(one) for one in variants}) == len(variants)
+    assert artefact.digest({"a": x, "b": -x}) == artefact.digest({"b": -x, "a": x})
+    assert artefact.hash_of(["ab", "c"]) != artefact.hash_of(["a", "bc"])
+
+
+def test_shared_images() -> None:
+    other = ExampleSet("vqa", "test", 2, 0, "x", [0, 1], ["bb", "cc"])
+    assert PROVENANCE.examples[0].shared_images(other) == {"bb"}
