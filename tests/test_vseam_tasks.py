@@ -1,14 +1,14 @@
-"""The V-SEAM tasks: released files, edited twins, pictures that are missing, and scores that a constant Yes fails."""
+"""The V-SEAM tasks: released files, edited twins, missing pictures, and scores that a constant Yes fails."""
 
 import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hones_eval.tasks.vseam import data, write
 from loguru import logger
 from PIL import Image
 
@@ -16,7 +16,6 @@ from hones_eval.errors import TaskError
 from hones_eval.examples import TaskExamples, load_lmm
 from hones_eval.examples.tasks import build_task
 from hones_eval.pictures import image_hash
-from hones_eval.tasks.vseam import data, write
 
 GREEDY = "max_new_tokens=4"
 Record = dict[str, Any]
@@ -98,7 +97,8 @@ def test_reads_lists_and_dicts_in_the_released_folders(
         assert one.image_hashes != other.image_hashes == [image_hash(Image.new("RGB", (48, 40), "black"))]
     rows = documents(llava, "vseam_color")
     assert [row["question_id"] for row in rows] == ["0", "1", "2", "3"]
-    assert rows[0]["objects"] == ["cat"] and rows[0]["attributes"] == ["black"]
+    assert rows[0]["objects"] == ["cat"]
+    assert rows[0]["attributes"] == ["black"]
 
 
 def test_the_prompts_are_the_papers(
@@ -174,8 +174,8 @@ def test_bad_files_are_one_line_with_the_place(
         with pytest.raises(TaskError, match=message):
             documents(llava, "vseam_color_edited")
     (tmp_path / "words" / "color.json").write_text("{")
+    monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path / "words"))
     with pytest.raises(TaskError, match=r"color\.json is not valid JSON"):
-        monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path / "words"))
         documents(llava, "vseam_color")
 
 
@@ -192,7 +192,8 @@ def test_splits_share_no_picture(llava: Any, tmp_path: Path, monkeypatch: pytest
         for part in ("", "_edited")
     )  # fmt: skip
     assert clean == edited
-    assert sorted(map(int, set().union(*clean))) == list(range(40)) and sum(map(len, clean)) == 40
+    assert sorted(map(int, set().union(*clean))) == list(range(40))
+    assert sum(map(len, clean)) == 40
 
 
 def test_pope_and_cocoqa_in_the_released_formats(
@@ -225,7 +226,8 @@ def test_pope_and_cocoqa_in_the_released_formats(
         )
     count = examples(llava, "vseam_cocoqa_count")
     results = [count.score(index, answer) for index, answer in enumerate(["2", "Three.", "one", "one"])]
-    assert count.metric == "accuracy" and count.aggregate(results) == 0.75
+    assert count.metric == "accuracy"
+    assert count.aggregate(results) == 0.75
     balanced = examples(llava, "vseam_cocoqa_count", metric="balanced_accuracy")
     assert balanced.aggregate(results) == pytest.approx((0.5 + 1 + 1) / 3)
 
@@ -238,7 +240,8 @@ def test_reads_the_released_annotations_as_they_are(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path))
     for category in data.LEVELS:
         source = data.gqa(category)
-        assert len(source.questions) == 60 and all(one.id and one.objects for one in source.questions)
+        assert len(source.questions) == 60
+        assert all(one.id and one.objects for one in source.questions)
         relational = [one for one in source.questions if one.relations]
         assert bool(relational) == (data.LEVELS[category] == "relation")
         with pytest.raises(TaskError, match="60 of 60 questions lack its picture"):
@@ -249,10 +252,11 @@ def test_reads_the_released_annotations_as_they_are(tmp_path: Path, monkeypatch:
 
 def test_the_real_pairs(photos: Path, llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HONES_EVAL_DATA", str(photos))
-    read: Callable[[str], TaskExamples] = lambda task: examples(llava, task, limit=1)  # noqa: E731
+    lambda task: examples(llava, task, limit=1)
     for category in data.LEVELS:
-        clean, edited = read(f"vseam_{category}")[0], read(f"vseam_{category}_edited")[0]
+        clean, edited = (examples(llava, f"vseam_{category}{twin}", limit=1)[0] for twin in ("", "_edited"))
         assert (clean.target, edited.target) == ("Yes", "No")
         with Image.open(photos / "images" / f"gqa_{category}_edit.jpg") as shown:
             assert edited.image_hashes == [image_hash(shown)]
-        assert clean.image_hashes != edited.image_hashes and clean.text_hash == edited.text_hash
+        assert clean.image_hashes != edited.image_hashes
+        assert clean.text_hash == edited.text_hash

@@ -40,9 +40,9 @@ class Question(NamedTuple):
     question: str
     answer: str
     picture: Path | None
-    objects: list[str] = []
-    attributes: list[str] = []
-    relations: list[str] = []
+    objects: Sequence[str] = ()
+    attributes: Sequence[str] = ()
+    relations: Sequence[str] = ()
     edited_picture: Path | None = None
     edited_answer: str | None = None
 

@@ -54,9 +54,9 @@ def _row(one: data.Question, edited: bool) -> dict[str, Any]:
         "answer": answer,
         "image_path": str(one.edited_picture if edited else one.picture),
         "entry": one.name,
-        "objects": one.objects,
-        "attributes": one.attributes,
-        "relations": one.relations,
+        "objects": list(one.objects),
+        "attributes": list(one.attributes),
+        "relations": list(one.relations),
     }
 
 

@@ -1,4 +1,4 @@
-"""Write the YAML file of every V-SEAM task: `python tasks/vseam/write.py`. A test says when they are stale."""
+"""Write the YAML file of every V-SEAM task: `python tasks/vseam/write.py`. A test finds stale ones."""
 
 from pathlib import Path
 
