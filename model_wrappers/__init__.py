@@ -3,27 +3,29 @@
 Importing this costs no more than lmms-eval's table of model names; torch and the wrappers come when used.
 """
 
-from lmms_eval.models.registry_v2 import ModelManifest
+from typing import TYPE_CHECKING
 
-from . import plugin
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifests() -> list[ModelManifest]:
+def manifests() -> "list[ModelManifest]":
     """What lmms-eval asks the entry point for: one manifest a model. Also installs the plug-in's patches."""
+    # Importing lmms_eval.models calls this function, so a module that comes first must not import it back.
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    from . import plugin
+
+    def family(name: str, *, simple: str, chat: str | None = None) -> ModelManifest:
+        path = f"{__name__}.{name}"
+        chat_path = f"{path}.{chat}" if chat else None
+        return ModelManifest(f"hones_{name}", f"{path}.{simple}", chat_path, aliases=(f"vseam_{name}",))
+
     plugin.install()
-    here = __name__
+    any_base = f"{__name__}.any_base"
     return [
-        _manifest("llava", simple=f"{here}.llava.SimpleLlava", chat=f"{here}.llava.Llava"),
-        _manifest("qwen2_5_vl", simple=f"{here}.qwen2_5_vl.SimpleQwen", chat=f"{here}.qwen2_5_vl.Qwen"),
-        _manifest("instructblip", simple=f"{here}.instructblip.InstructBlip"),
-        ModelManifest(
-            "hones",
-            simple_class_path=f"{here}.any_base.SimpleAnyBase",
-            chat_class_path=f"{here}.any_base.AnyBase",
-            aliases=("vseam",),
-        ),
+        family("llava", simple="SimpleLlava", chat="Llava"),
+        family("qwen2_5_vl", simple="SimpleQwen", chat="Qwen"),
+        family("instructblip", simple="InstructBlip"),
+        ModelManifest("hones", f"{any_base}.SimpleAnyBase", f"{any_base}.AnyBase", aliases=("vseam",)),
     ]
-
-
-def _manifest(family: str, *, simple: str, chat: str | None = None) -> ModelManifest:
-    return ModelManifest(f"hones_{family}", simple, chat, aliases=(f"vseam_{family}",))

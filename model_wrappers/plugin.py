@@ -55,6 +55,12 @@ def own_name_of(base: str) -> str | None:
     return next((name for name, known in BASES.items() if known == base), None)
 
 
+def own_task_folders() -> list[str]:
+    """Where our tasks lie, in a checkout or installed."""
+    spec = find_spec("hones_eval.tasks")
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
 def base_name(model: Any) -> Any:
     """The name whose prompts a model is to see: a steered model's base, and any other model's own."""
     if isinstance(model, str):
@@ -67,8 +73,7 @@ def _patch_tasks(module: ModuleType) -> None:
     if _is_patched(manager):
         return
     build, index, match = manager.__init__, manager.initialize_tasks, manager.match_tasks
-    tasks_spec = find_spec("hones_eval.tasks")
-    own_tasks = list(tasks_spec.submodule_search_locations or []) if tasks_spec else []
+    own_tasks = own_task_folders()
 
     @wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
