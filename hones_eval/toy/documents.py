@@ -1,7 +1,7 @@
 """The examples of the scenes tasks, made on the fly from a split's seeds: no data files, no network.
 
-Example `i` of a task and example `i` of its edited twin have the same prompt; their pictures differ by one edit of
-the scene graph, and so do their answers (the word, box or caption where the task is not a question).
+Example `i` of a task and example `i` of its edited twin have the same prompt; their pictures differ by one
+edit of the scene graph, and so do their answers (the word, box or caption where the task is not a question).
 """
 
 import hashlib
@@ -18,21 +18,23 @@ from hones_eval.toy.drawing import draw
 from hones_eval.toy.scenes import COLORS, Scene, SceneError, Split, check_count, scene
 from hones_eval.toy.shifts import Shift, shift_picture, shift_scene
 
-Task = Literal[
-    "vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding"
-]
+Task = Literal["vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding"]
 Variant = Literal["plain", "edited", "shifted"] | Shift
 
-CANDIDATES = 10  # of a retrieval query: the true caption, that of the edited picture, eight from other pictures
+CANDIDATES = (
+    10  # of a retrieval query: the true caption, that of the edited picture, eight from other pictures
+)
 _POOL = 300  # pictures that a query's hard negatives come from
 
 
 @dataclass(frozen=True)
 class Document:
-    """One example. `prompt` is what a model is asked, `question` the bare question in it. `answer` is the gold answer word for word, `references` all that count as gold.
+    """One example. `answer` is the gold answer word for word, `references` all that count as gold.
 
-    `kind` is the question's kind or the task's name; `query` numbers the retrieval query; `shapes` are the things
-    in the picture in reading order, `about` the shape that the example asks for (empty where there is none).
+    `prompt` is what a model is asked, `question` the bare question in it.
+    `kind` is the question's kind or the task's name; `query` numbers the retrieval query; `shapes` are the
+    things in the picture in reading order, `about` the shape that the example asks for (empty where there is
+    none).
     """
 
     pixels: NDArray[np.uint8]  # [64, 64, 3]
@@ -51,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a task asks about a scene, and the edit of it that changes the answer (shifted scenes have none)."""
+    """What a task asks about a scene, and the edit of it that changes the answer (none if shifted)."""
 
     prompt: str
     clean: tuple[str, ...]  # gold answers on the clean scene, the first one is the answer
@@ -95,7 +97,9 @@ def _shifts(variant: str) -> tuple[Shift | None, ...]:
     if variant == "shifted":
         return every
     if variant not in every:
-        raise SceneError(f"no variant '{variant}' of scenes; there are plain, edited, shifted, {', '.join(every)}")
+        raise SceneError(
+            f"no variant '{variant}' of scenes; there are plain, edited, shifted, {', '.join(every)}"
+        )
     return (variant,)  # type: ignore[return-value]
 
 
@@ -142,7 +146,7 @@ def _asked(task: Task, shown: Scene, index: int, pool: list[Scene], editable: bo
 
 
 def _question(shown: Scene, task: Task, index: int, rng: random.Random, editable: bool) -> _Asked:
-    """The question kinds of a level take turns, and yes and no do; where a kind does not fit, the next one does."""
+    """The question kinds of a level take turns, as do yes and no; one that does not fit is passed over."""
     level: questions.Level = task.removeprefix("vqa_")  # type: ignore[assignment]
     kinds = questions.KINDS[level]
     for turn in range(64):
@@ -171,11 +175,13 @@ def _grounding(shown: Scene, rng: random.Random, editable: bool) -> _Asked:
     edited = edits.swap_places(shown, thing.shape, other.shape) if editable else shown
     moved = edited.thing(thing.shape) or thing
     before, after = prompts.locate(thing), prompts.locate(moved)
-    return _Asked(before.prompt, (before.answer,), (after.answer,), edited, "relation", "grounding", thing.shape)
+    return _Asked(
+        before.prompt, (before.answer,), (after.answer,), edited, "relation", "grounding", thing.shape
+    )
 
 
 def _retrieval(shown: Scene, index: int, pool: list[Scene], rng: random.Random) -> Iterator[_Asked]:
-    """One candidate after the other: the clean caption, the edited one, then hard negatives from other pictures."""
+    """A candidate each: the clean caption, the edited one, then hard negatives from other pictures."""
     edited = _recaptioned(shown, rng)
     clean, other = captions.captions(shown)[0], captions.captions(edited)[0]
     negatives = [n for n in captions.hard_negatives(shown, pool, CANDIDATES) if n not in (clean, other)]

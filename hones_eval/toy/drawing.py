@@ -28,7 +28,7 @@ _GROOVE = 0.3  # brightness of the dark part of a texture
 
 @dataclass(frozen=True)
 class Paper:
-    """What a picture is drawn on and with: background `[64, 64, 3]` or one colour, and the font of the word."""
+    """What a picture is drawn on and with: background `[64, 64, 3]` (or plain), and the font of the word."""
 
     background: NDArray[np.float32] | None = None
     scalable_font: bool = False
@@ -47,7 +47,7 @@ def draw(scene: Scene, paper: Paper | None = None) -> NDArray[np.uint8]:
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
     """A picture `[64, 64, 3]` as an RGB image of Pillow."""
-    return Image.fromarray(pixels, mode=None)
+    return Image.fromarray(pixels)
 
 
 def _paint(canvas: NDArray[np.float32], thing: Thing) -> None:
@@ -58,7 +58,9 @@ def _paint(canvas: NDArray[np.float32], thing: Thing) -> None:
 
 
 @cache
-def _stencil(shape: str, texture: str, width: int, height: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _stencil(
+    shape: str, texture: str, width: int, height: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Coverage and brightness of a shape in its box, each `[height, width, 1]` in 0..1."""
     inside = _inside(shape, *_unit_grid(width, height)).astype(np.float32)
     cover = inside.reshape(height, _SUBPIXELS, width, _SUBPIXELS).mean(axis=(1, 3))
@@ -113,4 +115,4 @@ def _ink(word: str, width: int, height: int, scalable_font: bool) -> NDArray[np.
     left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
     corner = (round((width - right - left) / 2), round((height - bottom - top) / 2))
     pen.text(corner, word, fill=255, font=font)
-    return np.asarray(page, dtype=np.float32) / 255
+    return np.asarray(page).astype(np.float32) / np.float32(255)

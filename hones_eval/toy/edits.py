@@ -1,7 +1,7 @@
 """Edits of a scene graph: exactly one object, attribute, relation or word changed, everything else as it was.
 
-A clean and an edited scene drawn with the same paper differ only inside the boxes of what was changed: perfect
-pairs for causal tracing (V-SEAM, EMNLP 2025, builds such pairs by inpainting).
+A clean and an edited scene drawn with the same paper differ only inside the boxes of what was changed:
+perfect pairs for causal tracing (V-SEAM, EMNLP 2025, builds such pairs by inpainting).
 """
 
 import dataclasses
@@ -25,8 +25,10 @@ def set_attribute(scene: Scene, shape: str, attribute: str, value: str) -> Scene
     known = {"color": COLORS, "texture": TEXTURES}
     if value not in known.get(attribute, ()):
         raise SceneError(f"cannot set {attribute} to '{value}'; an edit sets one of {known}")
-    changed = {"color": value} if attribute == "color" else {"texture": value}
-    return _with(scene, {shape: dataclasses.replace(_find(scene, shape), **changed)})
+    thing = _find(scene, shape)
+    if attribute == "color":
+        return _with(scene, {shape: dataclasses.replace(thing, color=value)})
+    return _with(scene, {shape: dataclasses.replace(thing, texture=value)})
 
 
 def change_size(scene: Scene, shape: str) -> Scene:
@@ -70,7 +72,9 @@ def _find(scene: Scene, shape: str) -> Thing:
 
 def _with(scene: Scene, changed: dict[str, Thing]) -> Scene:
     things = [changed.get(thing.shape, thing) for thing in scene.things]
-    return dataclasses.replace(scene, things=tuple(sorted(things, key=lambda t: (t.box[1] // CELL, t.box[0] // CELL))))
+    return dataclasses.replace(
+        scene, things=tuple(sorted(things, key=lambda t: (t.box[1] // CELL, t.box[0] // CELL)))
+    )
 
 
 def _moved(box: Box, to: Box) -> Box:

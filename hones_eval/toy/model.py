@@ -1,4 +1,4 @@
-"""The small VLM: a standard LLaVA (CLIP vision, Llama decoder) with processor, tokenizer and chat template."""
+"""The small VLM: a standard LLaVA (CLIP vision, Llama decoder), its processor and chat template."""
 
 import re
 
@@ -64,7 +64,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(SIDE // PATCH) ** 2,

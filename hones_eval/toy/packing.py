@@ -1,12 +1,13 @@
 """Training batches: several questions about one picture share its image tokens in one row.
 
-A row is the picture's prefix and then question-and-answer texts that see the prefix and themselves alone, at the
-positions they would have on their own. So a row teaches what as many separate conversations would, and the image
-tower and the image tokens are paid for once.
+A row is the picture's prefix and then question-and-answer texts that see the prefix and themselves alone, at
+the positions they would have on their own. So a row teaches what as many separate conversations would, and
+the image tower and the image tokens are paid for once.
 """
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """`B` rows of `T` tokens. `owner` tells which text a token belongs to (0 prefix, -1 padding), `weights` how
-    much a label counts; `labels` are shifted already: the token that follows, or -1."""
+    """`B` rows of `T` tokens.
+
+    `owner` tells which text a token belongs to (0 prefix, -1 padding), `weights` how much a label counts;
+    `labels` are shifted already: the token that follows, or -1.
+    """
 
     pixels: torch.Tensor  # [B, 3, 64, 64]
     ids: torch.Tensor  # [B, T]
@@ -42,23 +46,28 @@ class Batch:
 
 
 class Packer:
-    """Fills rows of `width` tokens with exchanges about pictures."""
+    """Fills rows of tokens with exchanges about pictures."""
 
-    def __init__(self, processor: LlavaProcessor, width: int = 192) -> None:
-        """Take the chat template and the tokenizer from the processor, so training sees what evaluation sends."""
-        self.width = width
+    def __init__(self, processor: LlavaProcessor) -> None:
+        """Take template and tokenizer from the processor, so that training sees what evaluation sends."""
         self.tokenizer = processor.tokenizer
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question"}]}]
+        message: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question"}]}
+        ]
         whole = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, after = whole.replace("<image>", "<image>" * processor_image_tokens(processor)).split("Question")
+        before, after = whole.replace("<image>", "<image>" * processor_image_tokens(processor)).split(
+            "Question"
+        )
         self.prefix = self.tokenizer(before)["input_ids"]
         self.suffix = self.tokenizer(after)["input_ids"]
         self.end = [self.tokenizer.eos_token_id]
         self._known: dict[str, list[int]] = {}
 
-    def pack(self, scenes: list[Scene], wishes: list[list[str]], rng: random.Random) -> Batch:
-        """One row a scene; its wished topics go in one after the other while they fit."""
-        shape = (len(scenes), self.width)
+    def pack(
+        self, scenes: list[Scene], wishes: list[list[str]], rng: random.Random, width: int = 192
+    ) -> Batch:
+        """One row of `width` tokens a scene; its wished topics go in one after the other while they fit."""
+        shape = (len(scenes), width)
         ids, positions, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED)
         owner, weights = np.full(shape, -1), np.zeros(shape, np.float32)
         topics = []
@@ -69,7 +78,7 @@ class Packer:
             for topic, question, answer in self._texts(scene, wished, rng):
                 text = question + answer
                 stop = at + len(text)
-                if stop > self.width:
+                if stop > width:
                     break
                 packed.append(topic)
                 first = len(self.prefix)
@@ -79,8 +88,15 @@ class Packer:
                 weights[row, stop - len(answer) - 1 : stop - 1] = len(answer) ** -0.5
                 at = stop
             topics.append(packed)
-        arrays = (torch.from_numpy(a) for a in (ids, positions, owner, labels, weights))
-        return Batch(to_pixels([drawing.draw(scene) for scene in scenes]), *arrays, topics)
+        return Batch(
+            pixels=to_pixels([drawing.draw(scene) for scene in scenes]),
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            owner=torch.from_numpy(owner),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            topics=topics,
+        )
 
     def _texts(
         self, scene: Scene, wished: list[str], rng: random.Random

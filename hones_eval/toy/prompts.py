@@ -1,10 +1,11 @@
-"""The prompts of the tasks and the answers to them: what the small model is trained on, and what the tasks ask.
+"""The tasks' prompts and their answers: what the small model is trained on, and what the tasks ask.
 
-VQA, OCR, captioning and retrieval are worded as in HONES (ACL 2026 Findings). Grounding and the description of
-every cell are this package's own; the description serves training alone.
+VQA, OCR, captioning and retrieval are worded as in HONES (ACL 2026 Findings). Grounding and the description
+of every cell are this package's own; the description serves training alone.
 """
 
 import random
+from functools import cache
 from typing import Literal, NamedTuple
 
 from hones_eval.toy import captions, questions, scenes
@@ -15,7 +16,9 @@ Topic = Literal["describe", "ocr", "caption", "retrieval", "grounding"]
 VQA = "Question: {question}\nAnswer the question with a short phrase."
 OCR = "Transcribe the text inside the blue box.\nOutput text only."
 CAPTION = "Describe the image in one sentence."
-RETRIEVAL = "Candidate: {caption}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No."
+RETRIEVAL = (
+    "Candidate: {caption}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No."
+)
 GROUNDING = "Locate the {phrase}.\nAnswer with the box as x1 y1 x2 y2."
 DESCRIBE = "Describe every cell of the image."
 
@@ -28,7 +31,7 @@ class Exchange(NamedTuple):
 
 
 def exchange(scene: Scene, topic: Topic | questions.Kind, rng: random.Random) -> Exchange | None:
-    """A prompt of this topic about a scene with the right answer; None where the scene has no such question."""
+    """A prompt of this topic about a scene, and its answer; None where the scene has no such question."""
     if topic == "describe":
         return Exchange(DESCRIBE, captions.description(scene))
     if topic == "ocr":
@@ -58,14 +61,21 @@ def judge(caption: str, true: bool) -> Exchange:
 def vocabulary_text() -> list[str]:
     """Texts that hold every word the tasks can use, for building the vocabulary."""
 
-
-    words = (*scenes.SHAPES, *scenes.COLORS, *scenes.TEXTURES, *scenes.SIZES, *scenes.PLACES, *scenes.RELATIONS)
+    words = (
+        *scenes.SHAPES,
+        *scenes.COLORS,
+        *scenes.TEXTURES,
+        *scenes.SIZES,
+        *scenes.PLACES,
+        *scenes.RELATIONS,
+    )
     fixed = (VQA, OCR, CAPTION, RETRIEVAL, GROUNDING, DESCRIBE, "a there is and nothing word . Yes No")
     asked = tuple(questions.TEXT.values())
     numbers = (str(number) for number in range(SIDE + 1))
     return [*words, *(text.replace("{", " ").replace("}", " ") for text in (*fixed, *asked)), *numbers]
 
 
+@cache
 def letters() -> list[str]:
     """The letters that words in the blue box are made of."""
     return sorted({letter for words in WORDS.values() for word in words for letter in word})

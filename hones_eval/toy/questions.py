@@ -1,7 +1,7 @@
-"""Questions about a scene graph at three semantic levels, open and yes/no, and the edits that change the answer.
+"""Questions about a scene graph at three semantic levels, open and yes/no, and edits that change the answer.
 
-The levels are those of V-SEAM (EMNLP 2025): object, attribute, relation. A question knows how to be answered on
-any scene, so a clean and an edited picture share one question and the graph itself tells both answers.
+The levels are those of V-SEAM (EMNLP 2025): object, attribute, relation. A question knows how to be answered
+on any scene, so a clean and an edited picture share one question and the graph itself tells both answers.
 """
 
 import random
@@ -12,7 +12,9 @@ from hones_eval.toy import edits
 from hones_eval.toy.scenes import COLORS, PLACES, RELATIONS, SHAPES, TEXTURES, Scene, SceneError, related
 
 Level = Literal["object", "attribute", "relation"]
-Kind = Literal["exists", "shape_at", "color", "texture", "size", "is_color", "is_texture", "is_side", "what_side"]
+Kind = Literal[
+    "exists", "shape_at", "color", "texture", "size", "is_color", "is_texture", "is_side", "what_side"
+]
 
 KINDS: dict[Level, tuple[Kind, ...]] = {
     "object": ("exists", "shape_at"),
@@ -34,7 +36,7 @@ TEXT: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one kind about a `shape`, a `value` (colour, texture, place, relation) and an `other` shape."""
+    """A question about a `shape`, a `value` (colour, texture, place or relation) and an `other` shape."""
 
     kind: Kind
     shape: str = ""
@@ -59,7 +61,7 @@ class Question:
         if self.kind == "shape_at":
             return _only([t.shape for t in scene.things if t.place == self.value])
         if self.kind == "what_side":
-            return other and _only([t.shape for t in scene.things if related(t, self.value, other)])
+            return _only([t.shape for t in scene.things if related(t, self.value, other)]) if other else None
         if self.kind == "is_side":
             return _yes(related(thing, self.value, other)) if thing and other else None
         if thing is None:
@@ -81,7 +83,9 @@ def ask(scene: Scene, kind: Kind, rng: random.Random, yes: bool | None = None) -
     if kind == "shape_at":
         return _answerable(scene, [Question(kind, value=place) for place in PLACES], rng)
     if kind == "what_side":
-        return _answerable(scene, [Question(kind, value=r, other=t.shape) for t in scene.things for r in RELATIONS], rng)
+        return _answerable(
+            scene, [Question(kind, value=r, other=t.shape) for t in scene.things for r in RELATIONS], rng
+        )
     if kind == "is_side":
         true = [related(thing, relation, other) for relation in RELATIONS]
         fitting = [relation for relation, holds in zip(RELATIONS, true, strict=True) if holds == yes]

@@ -1,8 +1,8 @@
 """Scene graphs: what a picture holds, drawn from a seed.
 
-A picture of 64 x 64 pixels has four cells. One holds a word in a blue box, the others hold two or three things
-of different shapes. The word decides the split: every word belongs to exactly one split, so no picture, edited
-or not, can ever appear in two of them.
+A picture of 64 x 64 pixels has four cells. One holds a word in a blue box, the others hold two or three
+things of different shapes. The word decides the split: every word belongs to exactly one split, so no
+picture, edited or not, can ever appear in two of them.
 """
 
 import hashlib
@@ -79,7 +79,9 @@ class Scene:
                 raise SceneError(f"scene {self.seed}: box {box} leaves the {SIDE} x {SIDE} picture")
         for i, box in enumerate(boxes):
             if any(overlap(box, other) for other in boxes[:i]):
-                raise SceneError(f"scene {self.seed}: box {box} covers another one; move it or make it smaller")
+                raise SceneError(
+                    f"scene {self.seed}: box {box} covers another one; move it or make it smaller"
+                )
 
     def thing(self, shape: str) -> Thing | None:
         """The thing of this shape, or None."""
@@ -109,7 +111,8 @@ def check_count(split: str, count: int) -> None:
         raise SceneError(f"no split '{split}' of scenes; there are {', '.join(get_args(Split))}")
     if not 0 <= count <= SPLIT_SIZE[split]:
         raise SceneError(
-            f"asked for {count} pictures of the {split} split of scenes, which has {SPLIT_SIZE[split]}; ask for fewer"
+            f"asked for {count} pictures of the {split} split of scenes, which has {SPLIT_SIZE[split]}; "
+            "ask for fewer"
         )
 
 
@@ -143,7 +146,7 @@ def _box(left: int, top: int, width: int, height: int) -> Box:
 
 def _split_of(word: str) -> Split:
     tenth = hashlib.sha256(f"{_VERSION}/{word}".encode()).digest()[0] % 10
-    return ("discovery", "development", "test")[tenth] if tenth < 3 else "train"  # type: ignore[return-value]
+    return ("discovery", "development", "test")[tenth] if tenth < 3 else "train"
 
 
 _CONSONANTS, _VOWELS = "BCDFGHKLMNPRSTVZ", "AEIOU"

@@ -56,8 +56,8 @@ def iou(prediction: Box | None, answer: Box) -> float:
 def ndcg(scores: Sequence[float], positive: int, k: int = 5) -> float:
     """NDCG@k of one query with one relevant candidate: 1 / log2(1 + rank), or 0 beyond rank k.
 
-    Candidates that score as high as the positive one rank before it, so a model that calls everything true gains
-    nothing.
+    Candidates that score as high as the positive one rank before it, so a model that calls everything true
+    gains nothing.
     """
     rank = sum(score >= scores[positive] for score in scores)
     return 1 / math.log2(1 + rank) if rank <= k else 0.0

@@ -46,13 +46,16 @@ def shift_picture(scene: Scene, shift: Shift) -> NDArray[np.uint8]:
     rng = random.Random(f"{shift}/{scene.seed}")
     if shift == "background":
         return draw(scene, Paper(background=_gradient(rng)))
-    pixels = draw(scene, Paper(scalable_font=shift == "font")).astype(np.float32)
+    pixels = draw(scene, Paper(scalable_font=shift == "font"))
     if shift == "noise":
         unit = np.frombuffer(rng.randbytes(pixels.size), dtype=np.uint8).reshape(pixels.shape) / 127.5 - 1
-        pixels = pixels + _NOISE * unit
-    if shift == "contrast":
-        pixels = 128 + _CONTRAST * (pixels - 128)
-    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+        return _rounded(pixels + _NOISE * unit)
+    return _rounded(128 + _CONTRAST * (pixels - 128.0)) if shift == "contrast" else pixels
+
+
+def _rounded(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    rounded: NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return rounded
 
 
 def _resized(thing: Thing) -> Thing:
@@ -71,7 +74,9 @@ def _with_extra(scene: Scene) -> Scene:
         if free:
             extra = Thing(shape, color, texture, "small", rng.choice(free))
             return dataclasses.replace(scene, things=(*scene.things, extra))
-    raise SceneError(f"scene {scene.seed} has no room for one more object of {_EXTRA_SIDES[-1]} pixels; take another")
+    raise SceneError(
+        f"scene {scene.seed} has no room for one more object of {_EXTRA_SIDES[-1]} pixels; take another"
+    )
 
 
 def _free_boxes(side: int, taken: list[Box]) -> list[Box]:
@@ -83,6 +88,8 @@ def _free_boxes(side: int, taken: list[Box]) -> list[Box]:
 def _gradient(rng: random.Random) -> NDArray[np.float32]:
     """From one muted colour to another across the picture, `[64, 64, 3]`."""
     first, last = (np.array([rng.randrange(20, 130) for _ in range(3)], dtype=np.float32) for _ in range(2))
-    share = np.linspace(0, 1, SIDE, dtype=np.float32)
-    share = (share[:, None] + share[None, :]) / 2 if rng.random() < 0.5 else np.tile(share, (SIDE, 1))
-    return first + share[:, :, None] * (last - first)
+    ramp = np.linspace(0, 1, SIDE, dtype=np.float32)
+    slope = np.float32(rng.choice((0, 0.5)))
+    share = (1 - slope) * ramp[None, :] + slope * ramp[:, None]
+    colors: NDArray[np.float32] = (first + share[:, :, None] * (last - first)).astype(np.float32)
+    return colors

@@ -1,7 +1,8 @@
 """Train the small VLM from a seed: `python -m hones_eval.toy.train --out DIR --seed 0`.
 
-The first part of the training mostly asks for a description of every cell: sparse questions alone leave the
-binding of colour to shape at a plateau for thousands of steps.
+Three parts: the image tower learns to see (`sight.py`); then the decoder learns to read the image tokens,
+each picture with a description of all its cells; then the mixture of all tasks. Sparse questions alone leave
+the binding of colour to shape at a plateau for thousands of steps.
 """
 
 import csv
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from hones_eval.toy import model as small
 from hones_eval.toy.packing import Batch, Packer, answer_logits
 from hones_eval.toy.scenes import scene
+from hones_eval.toy.sight import teach_sight
 
 # How often each topic is asked for, in the first and in the second part.
 DENSE = {
@@ -27,6 +29,7 @@ MIXED = {
     "exists": 1.0, "is_color": 1.0, "is_side": 2.0, "what_side": 1.0, "grounding": 1.5, "retrieval": 3.0,
 }  # fmt: skip
 TOPICS = ("describe", *MIXED)
+_PICTURES = 5_000_000  # of the training split; the image tower alone learns from the rest
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,18 @@ class Settings:
 
     out: Path = Path("runs/toy")
     seed: int = 0
-    steps: int = 5000
-    pictures: int = 16  # a step; each comes with eight or so questions
+    sight_steps: int = 2000  # of the image tower alone, 64 pictures each
+    sight_rate: float = 2e-3
+    steps: int = 4000  # of the whole model
+    tokens: int = 3072  # a step
     rate: float = 1.5e-3
     warmup: int = 200
-    dense_share: float = 0.4  # of the steps that go to the first part
+    dense_share: float = 0.25  # of the steps that ask for a description of every picture
+    dense_width: int = 96  # tokens a picture: a description and two or three questions
+    mixed_width: int = 192  # eight or so questions
     log_every: int = 100
     measure_every: int = 500
+    measured_pictures: int = 256  # of the development split
     start: Path | None = None  # a checkpoint to go on from, with a fresh optimizer
 
 
@@ -52,6 +60,9 @@ def train(settings: Settings) -> Path:
     processor, model = small.build_processor(), small.build_model(settings.seed)
     if settings.start is not None:
         model = LlavaForConditionalGeneration.from_pretrained(settings.start)
+    else:
+        blindness = teach_sight(model, settings.seed, settings.sight_steps, 64, settings.sight_rate)
+        print(f"the image tower sees, loss {blindness:.3f}", flush=True)
     packer, rng = Packer(processor), random.Random(f"training/{settings.seed}")
     optimizer = _optimizer(model, settings)
     schedule = _schedule(optimizer, settings)
@@ -67,7 +78,9 @@ def train(settings: Settings) -> Path:
         schedule.step()
         running += loss.item() / settings.log_every
         if step % settings.measure_every == 0 or step == settings.steps:
-            log.write(step, time.monotonic() - started, running, accuracy(model, packer))
+            log.write(
+                step, time.monotonic() - started, running, accuracy(model, packer, settings.measured_pictures)
+            )
             save(model, processor, settings.out / "checkpoint")
         elif step % settings.log_every == 0:
             log.write(step, time.monotonic() - started, running, {})
@@ -75,7 +88,7 @@ def train(settings: Settings) -> Path:
     return settings.out / "checkpoint"
 
 
-def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int = 256) -> dict[str, float]:
+def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int) -> dict[str, float]:
     """Share of development exchanges of each topic that greedy decoding would answer word for word.
 
     Told by one pass along the right answer: decoding reproduces it if and only if every arg-max agrees.
@@ -92,7 +105,7 @@ def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int
     return {topic: sum(verdicts) / len(verdicts) for topic, verdicts in right.items()}
 
 
-def save(model: LlavaForConditionalGeneration, processor: small.LlavaProcessor, folder: Path) -> None:
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Write the model and all that stock loaders want with it."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -100,13 +113,15 @@ def save(model: LlavaForConditionalGeneration, processor: small.LlavaProcessor, 
 
 def _batch(packer: Packer, settings: Settings, step: int, dense: bool, rng: random.Random) -> Batch:
     table = DENSE if dense else MIXED
-    first = (settings.seed * settings.steps + step) * settings.pictures
+    width = settings.dense_width if dense else settings.mixed_width
+    pictures = settings.tokens // width
+    first = (settings.seed * settings.steps + step) * pictures % _PICTURES
     wishes = []
-    for _ in range(settings.pictures):
+    for _ in range(pictures):
         described = rng.random() < (1.0 if dense else 0.2)
         asked = rng.choices(list(table), list(table.values()), k=12)
         wishes.append((["describe"] if described else []) + asked)
-    return packer.pack([scene("train", first + i) for i in range(settings.pictures)], wishes, rng)
+    return packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, width)
 
 
 def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:

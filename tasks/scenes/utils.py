@@ -63,10 +63,13 @@ def ndcg_at_5(items: list[dict[str, Any]]) -> float:
         queries[item["query"]].append(item)
     whole = [query for query in queries.values() if len(query) == CANDIDATES]
     if not whole:
-        raise SceneError(f"no retrieval query has all its {CANDIDATES} candidates; use a --limit of {CANDIDATES} or more")
+        raise SceneError(
+            f"no retrieval query has all its {CANDIDATES} candidates; use a --limit of {CANDIDATES} or more"
+        )
     if len(whole) < len(queries):
         warnings.warn(
-            f"left out {len(queries) - len(whole)} retrieval queries cut off by --limit; take multiples of {CANDIDATES}",
+            f"left out {len(queries) - len(whole)} retrieval queries cut off by --limit; "
+            f"take multiples of {CANDIDATES}",
             stacklevel=2,
         )
     return sum(map(_ndcg, whole)) / len(whole)

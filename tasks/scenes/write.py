@@ -1,4 +1,4 @@
-"""Write the YAML file of every scenes task: `python tasks/scenes/write.py`. A test says when they are stale."""
+"""Write the YAML file of every scenes task: `python tasks/scenes/write.py`. A test guards them."""
 
 from pathlib import Path
 from typing import get_args
