@@ -30,6 +30,8 @@ class TokenExample:
     """The part of an Example that localization reads."""
 
     index: int
+    task: str
+    doc_id: int
     inputs: dict[str, Tensor]
     settings: dict[str, Any]
     target_ids: list[int]
@@ -39,6 +41,8 @@ class TokenTask:
     """Scores answers by the share of tokens that equal the target's; text is the tokens themselves."""
 
     higher_is_better = True
+    is_mean = True
+    metric = "share"
 
     def __init__(self, examples: list[TokenExample]) -> None:
         self.examples = examples
@@ -99,7 +103,7 @@ def examples_for(model: Any, count: int, new_tokens: int, target_tokens: int) ->
         }
         settings = {"max_new_tokens": new_tokens, "do_sample": False}
         target = torch.randint(WORDS.start, WORDS.stop, (target_tokens,), generator=generator).tolist()
-        made.append(TokenExample(index, inputs, settings, target))
+        made.append(TokenExample(index, "random", index, inputs, settings, target))
     return made
 
 
@@ -144,7 +148,8 @@ def by_log_probability(examples_count: int) -> None:
     heads = localization.heads
 
     def fast() -> Tensor:
-        return sum(localization.log_probability_drop(e)[0] for e in examples)  # type: ignore[arg-type, return-value]
+        drops = torch.stack([localization.log_probability_drop(e)[0] for e in examples])  # type: ignore[arg-type]
+        return drops.sum(0).reshape(8, 8)
 
     def plain() -> Tensor:
         drops = torch.zeros(8, 8, dtype=torch.float64)
@@ -174,7 +179,9 @@ def by_generation(examples_count: int) -> None:
         nonlocal differing
         measured = [localization.measure(e) for e in examples]  # type: ignore[arg-type]
         differing = sum(float(m.sums["differing_answers"]) for m in measured) / (48 * len(examples))
-        return localization.scores(Totals({}, {i: m.record for i, m in enumerate(measured)}))
+        return localization.scores(
+            Totals({name: sum(m.sums[name] for m in measured) for name in measured[0].sums}, {})
+        )
 
     def plain() -> Tensor:
         scores = torch.zeros(6, 8)

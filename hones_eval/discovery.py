@@ -50,7 +50,6 @@ def _hones(job: Discovery) -> Ranking:
     totals = job.loop.run(job.examples, localization, "heads")
     count = totals.sums["examples"]
     head_scores = localization.scores(totals)
-    log_probability = (totals.sums["log_probability"] / count).float()
     chosen = top_heads(head_scores, job.heads)
     weighted = [head for head in chosen if head_scores[head] > 0]
     attribution = NeuronAttribution(job.replayer, weighted, token_weights=_token_weights(job))
@@ -60,7 +59,7 @@ def _hones(job: Discovery) -> Ranking:
         "metric": job.examples.metric,
         "higher_is_better": job.examples.higher_is_better,
         "base_metric": localization.base_metric(totals),
-        "base_log_probability": float(totals.sums["base_log_probability"] / count),
+        "base_log_probability": float(totals.sums["log_probability"] / count),
         "share_of_answers_that_differ": float(
             totals.sums["differing_answers"] / (count * len(localization.heads))
         ),
@@ -72,7 +71,7 @@ def _hones(job: Discovery) -> Ranking:
     return Ranking(
         provenance=job.provenance,
         head_scores=head_scores,
-        head_log_probability=log_probability,
+        head_log_probability=localization.log_probability_scores(totals),
         neuron_scores=attribution.importance(neuron_totals, weights),
         report=report,
     )

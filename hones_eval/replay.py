@@ -33,15 +33,17 @@ NeuronReader = Callable[[int, Tensor, Tensor], None]
 
 
 class SiteEdit(NamedTuple):
-    """One head or neuron, edited at every position: a head becomes the mean of the others, or zero."""
+    """One site, edited at every position: a head becomes the `mean` of the others or `zero`, a neuron is
+    masked (`mask`), which is zero as well. The word also tells heads from neurons, whose tuples can be equal.
+    """
 
     site: Head | Neuron
-    how: Literal["mean", "zero"] = "mean"
+    how: Literal["mean", "zero", "mask"] = "mean"
 
     @property
     def is_head(self) -> bool:
-        """Whether the site is a head; neurons can only be zeroed."""
-        return isinstance(self.site, Head)
+        """Whether the site is a head."""
+        return self.how != "mask"
 
 
 def replaced_by_mean(heads: Sequence[Head]) -> list[SiteEdit]:
@@ -314,12 +316,12 @@ def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Si
 
 def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
     """The input [rows, tokens, width] of one linear layer with each row's own edit, of one kind of site."""
-    for how in ("mean", "zero"):
+    for how in ("mean", "zero", "mask"):
         these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
         if not these:
             continue
         rows, sites = torch.tensor(these, device=x.device).T
-        if not chosen[0][1].is_head:
+        if how == "mask":
             x = edits.zero_neurons_in_rows(x, rows, sites)
         elif how == "mean":
             x = edits.replace_heads_by_mean_in_rows(x, rows, sites, anatomy.shape.heads)
@@ -332,7 +334,7 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     """Why replay is not exact here, or None: one head of the first, a middle and the last layer."""
     shape = replay.anatomy.shape
     heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
-    trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "zero")]
+    trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "mask")]
     expected = torch.cat([rows.logits for rows in full.edited(trial)])
     try:
         found = torch.cat([rows.logits for rows in replay.edited(trial)])

@@ -95,6 +95,7 @@ class TaskExamples(Dataset[Example]):
         self._prints: dict[int, tuple[str, list[str]]] = {}
         self.metric = self._choose_metric(metric)
         self.higher_is_better = self._scorer.metrics()[self.metric]
+        self.is_mean = self._scorer.is_mean(self.metric)
         self._gold = self._choose_target(target)
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from lmms_eval.api.instance import Instance
+from lmms_eval.api.metrics import mean
 from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning_tags
 from lmms_eval.api.task import Task
 from lmms_eval.filters.transformation import StripThinkingFilter
@@ -61,6 +62,10 @@ class Scorer:
         if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
             raise TaskError(f"{name} aggregates to {number!r}, which is not a finite number")
         return float(number)
+
+    def is_mean(self, metric: str) -> bool:
+        """Whether the task aggregates a metric by lmms-eval's plain mean."""
+        return self.task.aggregation()[metric] is mean
 
     def metrics(self) -> dict[str, bool]:
         """Whether higher is better, for every metric of the task, in the task's order."""
