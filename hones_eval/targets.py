@@ -27,10 +27,11 @@ Adapter = Callable[[Mapping[str, Any]], Gold]
 
 
 class Candidate(NamedTuple):
-    """A way to get the gold of a document, with its name for messages."""
+    """A way to get the gold of a document; one that was named for the task need not beat the guesses."""
 
     name: str
     adapter: Adapter
+    named: bool = False
 
 
 def alternatives(column: str) -> Adapter:
@@ -101,20 +102,27 @@ def choose(
     nonsense = score(["~"] * len(docs))
     tried: list[tuple[Candidate, float | str]] = []
     for candidate in candidates:
-        try:
-            answers = [candidate.adapter(doc).references[0] for doc in docs]
-        except (LookupError, TypeError, ValueError) as error:
-            tried.append((candidate, f"no text ({type(error).__name__})"))
-            continue
-        try:
-            tried.append((candidate, score(answers)))
-        except TaskError as error:
-            tried.append((candidate, str(error)))
-    best = max((s for _, s in tried if isinstance(s, float)), default=0.0)
+        value = _tried(candidate, docs, score)
+        tried.append((candidate, value))
+        if candidate.named and isinstance(value, float) and _proves(value, nonsense, value, higher_is_better):
+            return candidate.adapter
+    best = max((value for _, value in tried if isinstance(value, float)), default=0.0)
     for candidate, value in tried:
         if isinstance(value, float) and _proves(value, nonsense, best, higher_is_better):
             return candidate.adapter
     raise TaskError(_unproven(task, metric, tried, nonsense, docs[0], override))
+
+
+def _tried(
+    candidate: Candidate, docs: Sequence[Mapping[str, Any]], score: Callable[[list[str]], float]
+) -> float | str:
+    """The score of a candidate's gold answers, or why there is none."""
+    try:
+        return float(score([candidate.adapter(doc).references[0] for doc in docs]))
+    except (LookupError, TypeError, ValueError) as error:
+        return f"no text ({type(error).__name__})"
+    except TaskError as error:
+        return str(error)
 
 
 def _proves(value: float, nonsense: float, best: float, higher_is_better: bool) -> bool:
@@ -129,8 +137,9 @@ def _candidates(
 ) -> list[Candidate]:
     several = captions if _of_captions(metric) else alternatives
     if override is not None:
-        return [Candidate(override, _template(override) if "{{" in override else several(override))]
-    found = [Candidate(f"the adapter of {name}", one) for name, one in BY_NAME if fnmatch(task, name)][:1]
+        return [Candidate(override, _template(override) if "{{" in override else several(override), True)]
+    known = [Candidate(f"the adapter of {name}", one, True) for name, one in BY_NAME if fnmatch(task, name)]
+    found = known[:1]
     found.append(Candidate("doc_to_target", native))
     return found + [Candidate(f"column {name}", several(name)) for name in COLUMNS if name in doc]
 
