@@ -18,7 +18,7 @@ from hones_eval.steering import Steering
 
 from . import plugin
 from .run_manifest import RunRecord
-from .watch import Failure, WatchedGenerate, WatchedSource
+from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
@@ -113,12 +113,13 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         handed = [self._handed(request) for request in requests]
         self._watched.restart()
         try:
-            answers = getattr(super(), method)(handed)
+            with noticing_logged_errors(self._watched):
+                answers = getattr(super(), method)(handed)
         except Failure as failure:
             raise self._failed(failure.error) from failure.error
         except Exception as error:
             raise self._failed(error) from error
-        if self._watched.failure is not None:  # by a wrapper that swallows even BaseException
+        if self._watched.failure is not None:  # swallowed, and logged at most
             raise self._failed(self._watched.failure) from self._watched.failure
         return cast(list[Any], answers)
 

@@ -1,11 +1,13 @@
 """Watch over the calls that a base wrapper swallows errors of: `generate`, and the loading of pictures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import Instance
+from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -130,6 +132,20 @@ class WatchedGenerate:
     def _next_logits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         logits: Tensor = self._generate(*args, **(dict(kwargs) | ONE_TOKEN)).logits[0]
         return logits
+
+
+@contextmanager
+def noticing_logged_errors(watched: WatchedGenerate) -> Iterator[None]:
+    """Take what is logged as an error within the block for a failure: wrappers log what they swallow."""
+
+    def notice(message: Any) -> None:
+        watched.failed(HonesError(str(message.record["message"])))
+
+    handler = logger.add(notice, level="ERROR")
+    try:
+        yield
+    finally:
+        logger.remove(handler)
 
 
 class WatchedSource:

@@ -13,6 +13,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.models.simple.llava_hf import LlavaHf
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_runs import write_steering, write_task
+from loguru import logger
 
 from hones_eval.errors import EditError, HonesError, MisfitError
 from hones_eval.model_wrappers.any_base import steered_class
@@ -167,6 +168,18 @@ class Skipping(LlavaHf):
         return ["", *super().generate_until(requests[1:])]
 
 
+class Shrugging(LlavaHf):
+    """A wrapper that goes on without a picture that it could not read, and says so in its log."""
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        logger.error("Failed to process visual: truncated file")
+        return super().generate_until(requests)
+
+
+class SteeredShrugging(Steered, Shrugging):
+    base_wrapper = "llava_hf"
+
+
 class SteeredCareless(Steered, Careless):
     base_wrapper = "llava_hf"
 
@@ -230,6 +243,12 @@ def test_a_wrapper_that_swallows_everything_still_fails(build: Build) -> None:
 def test_answers_that_the_model_did_not_give_are_an_error(build: Build) -> None:
     lm, requests = build(SteeredSkipping)
     with pytest.raises(HonesError, match="answered 1 of 2 requests without calling the model"):
+        lm.generate_until(requests)
+
+
+def test_an_error_that_is_only_logged_is_an_error(build: Build) -> None:
+    lm, requests = build(SteeredShrugging)
+    with pytest.raises(HonesError, match="Failed to process visual: truncated file"):
         lm.generate_until(requests)
 
 
