@@ -1,0 +1,249 @@
+"""Masking on held-out examples: against a plain loop with hooks of its own, and through the command."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own_answers
+import plain
+import pytest
+import torch
+from scipy import stats
+
+from hones_eval.__main__ import main
+from hones_eval.anatomy import Anatomy
+from hones_eval.errors import HonesError
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.loops import Loop
+from hones_eval.methods.banks import head_banks, neuron_banks
+from hones_eval.ranking import Ranking
+from hones_eval.resampling import numbered, resample_means, resample_metric, resample_results
+from hones_eval.sites import Head
+from hones_eval.verification import Verification, verify
+
+WRAPPER = own_answers.MODEL
+
+
+@pytest.fixture(scope="module")
+def arguments(llava_checkpoint: Path) -> str:
+    return f"pretrained={llava_checkpoint}"
+
+
+@pytest.fixture(scope="module")
+def own(arguments: str, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), arguments)
+
+
+@pytest.fixture(scope="module")
+def tasks(own: own_answers.Prepared) -> Path:
+    return own.tasks
+
+
+@pytest.fixture(scope="module")
+def rankings(own: own_answers.Prepared) -> Path:
+    return own.rankings
+
+
+@pytest.fixture(scope="module")
+def command(own: own_answers.Prepared) -> Callable[..., list[str]]:
+    return own.command
+
+
+@pytest.fixture(scope="module")
+def lmm(arguments: str) -> Any:
+    return load_lmm(WRAPPER, arguments)
+
+
+def held_out(lmm: Any, tasks: Path, offset: int = 4, limit: int = 8) -> TaskExamples:
+    return TaskExamples(lmm, "own_a", model_name=WRAPPER, include_path=tasks, offset=offset, limit=limit)
+
+
+@contextmanager
+def zeroed(modules: list[Any], places: list[tuple[int, slice | int]]) -> Iterator[None]:
+    """Set some features of the inputs of some modules to zero."""
+
+    def hook(place: slice | int) -> Callable[..., tuple[torch.Tensor]]:
+        def zero(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            x = args[0].clone()
+            x[:, :, place] = 0
+            return (x,)
+
+        return zero
+
+    handles = [modules[layer].register_forward_pre_hook(hook(place)) for layer, place in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain_values(lmm: Any, examples: TaskExamples, modules: list[Any], places: list[Any]) -> list[float]:
+    """Exact match, probability of the first target token, and first-token accuracy."""
+    model = inner_model(lmm)
+    rows = []
+    for i in range(len(examples)):
+        example = examples[i]
+        with zeroed(modules, places), torch.no_grad():
+            tokens = model.generate(**example.inputs, **example.settings)
+            logits = model(**example.inputs).logits[0, -1].float()
+        text = examples.decode(i, tokens[0, example.inputs["input_ids"].shape[1] :].tolist())
+        p = float(logits.softmax(-1)[example.target_ids[0]])
+        rows.append([float(text.strip() == example.target), p, float(logits.argmax() in example.target_ids)])
+    return np.mean(rows, axis=0).tolist()
+
+
+@pytest.mark.parametrize("method", ["hones", "vseam"])
+def test_the_command_reports_what_a_plain_loop_measures(
+    method: str, command: Callable[..., list[str]], rankings: Path, lmm: Any, tasks: Path, tmp_path: Path
+) -> None:
+    chosen = ["--ranking", rankings / method, "--offset", 4, "--heads", 3, "--trials", 2, "--out", tmp_path]
+    assert main(command("verify", *chosen)) == 0
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert (tmp_path / "verify.png").read_bytes().startswith(b"\x89PNG")
+    ranking, examples, model = Ranking.load(rankings / method), held_out(lmm, tasks), inner_model(lmm)
+    layers = plain.layers(model)
+    if method == "hones":
+        modules = [layer.mlp.down_proj for layer in layers]
+        banks: dict[str, Any] = dict(neuron_banks(ranking, None, 2, seed=0))
+        places = {name: [tuple(site) for site in bank] for name, bank in banks.items()}
+    else:
+        modules = [layer.self_attn.o_proj for layer in layers]
+        banks = dict(head_banks(ranking, 3, 2, seed=0))
+        width = ranking.provenance.shape.head_width
+        places = {
+            name: [(layer, slice(head * width, (head + 1) * width)) for layer, head in bank]
+            for name, bank in banks.items()
+        }
+    assert report["bank_sizes"] == {name: len(bank) for name, bank in banks.items()}
+    base = plain_values(lmm, examples, modules, [])
+    names = ("metric", "probability", "accuracy")
+    assert [report["baseline"][name] for name in names] == pytest.approx(base, abs=1e-5)
+    drops = {}
+    for bank, sites in places.items():
+        if not sites:
+            continue
+        values = plain_values(lmm, examples, modules, sites)
+        assert [report["banks"][bank][name] for name in names] == pytest.approx(values, abs=1e-5)
+        drops[bank] = np.array(base) - values
+        found = [report["banks"][bank][f"{name}_drop"]["value"] for name in names]
+        assert found == pytest.approx(drops[bank].tolist(), abs=1e-5)
+        assert report["banks"][bank]["relative_drop"]["value"] == pytest.approx(drops[bank][0] / base[0])
+    random = np.mean([drops["random 1"], drops["random 2"]], axis=0)
+    for bank in report["beyond_random"]:
+        beyond = [report["beyond_random"][bank][name]["value"] for name in names]
+        assert beyond == pytest.approx((drops[bank] - random).tolist(), abs=1e-5)
+    assert any(drop[1] != 0 for drop in drops.values())
+
+
+def test_pictures_of_the_ranking_are_refused_with_their_count(
+    command: Callable[..., list[str]], rankings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["--ranking", rankings / "hones", "--offset", 2, "--limit", 6, "--out", tmp_path]
+    assert main(command("verify", *chosen)) == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("hones-eval:")]
+    assert "2 of the 6 pictures of own_a" in line
+    assert line.endswith("of another split or by --offset and --limit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_question_about_a_known_picture_is_refused_too(
+    command: Callable[..., list[str]], rankings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = command("verify", "--ranking", rankings / "hones", "--limit", 6, "--out", tmp_path)
+    assert main([one if one != "own_a" else "own_b" for one in given]) == 1
+    assert "4 of the 6 pictures of own_b" in capsys.readouterr().err
+
+
+def job(lmm: Any, tasks: Path, ranking: Ranking, **others: Any) -> Verification:
+    anatomy = Anatomy.of(inner_model(lmm))
+    return Verification(ranking, anatomy, held_out(lmm, tasks), Loop("cpu", progress=False), **others)
+
+
+def test_bad_banks_are_refused(lmm: Any, tasks: Path, rankings: Path) -> None:
+    ranking = Ranking.load(rankings / "hones")
+    with pytest.raises(HonesError, match="at least one random bank"):
+        verify(job(lmm, tasks, ranking, trials=0))
+    shape = replace(ranking.provenance.shape, neurons=7)
+    other = replace(
+        ranking, provenance=replace(ranking.provenance, shape=shape), neuron_scores=torch.zeros(4, 7)
+    )
+    with pytest.raises(HonesError, match=r"neurons: 7 here, \d+ there"):
+        verify(job(lmm, tasks, other))
+    with pytest.raises(HonesError, match="no neuron scores"):
+        verify(job(lmm, tasks, Ranking.load(rankings / "vseam"), sites="neurons"))
+    nothing = replace(ranking, head_scores=torch.zeros_like(ranking.head_scores))
+    with pytest.raises(HonesError, match="no head of this ranking has a score above 0"):
+        verify(job(lmm, tasks, nothing, sites="heads"))
+
+
+def test_weights_that_are_not_finite_are_named(lmm: Any, tasks: Path, rankings: Path) -> None:
+    weight = plain.layers(inner_model(lmm))[1].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    try:
+        work = job(lmm, tasks, Ranking.load(rankings / "hones"))
+        weight.data[0, 0] = float("nan")
+        with pytest.raises(HonesError, match=r"own_a, doc_id 4: the logits are not finite under baseline"):
+            verify(work)
+    finally:
+        weight.data.copy_(kept)
+
+
+def test_random_heads_are_others_and_as_many(rankings: Path) -> None:
+    ranking = Ranking.load(rankings / "vseam")
+    banks = head_banks(ranking, 3, 5, seed=0)
+    taken = {*banks.get("positive", []), *banks.get("negative", [])}
+    drawn = [set(banks[f"random {i}"]) for i in range(1, 6)]
+    assert all(len(bank) == 3 and not bank & taken for bank in drawn)
+    assert len({tuple(sorted(bank)) for bank in drawn}) > 1
+    assert all(isinstance(head, Head) for head in banks["random 1"])
+
+
+def test_intervals_of_means_are_those_of_scipy_and_use_whole_pictures() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.random((60, 2))
+    each = resample_means(values, np.arange(60), seed=1)
+    found = each.estimate(lambda v: v[..., 0] - v[..., 1])
+    theirs = stats.bootstrap(
+        (values[:, 0] - values[:, 1],), np.mean, n_resamples=9999, rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert found.value == pytest.approx((values[:, 0] - values[:, 1]).mean())
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.006)
+    doubled = resample_means(np.repeat(values, 2, axis=0), np.repeat(np.arange(60), 2), seed=1)
+    assert doubled.estimate(lambda v: v[..., 0]).low == pytest.approx(
+        each.estimate(lambda v: v[..., 0]).low, abs=1e-9
+    )
+
+
+def test_a_ratio_of_zero_has_no_value_and_says_so() -> None:
+    values = np.zeros((10, 2))
+    ratio = resample_means(values, np.arange(10)).estimate(lambda v: (v[..., 0] - v[..., 1]) / v[..., 0])
+    assert ratio.value is None
+    assert "zero" in ratio.note
+    constant = resample_means(np.ones((10, 2)), np.arange(10)).estimate(lambda v: v[..., 0] - v[..., 1])
+    assert (constant.value, constant.low) == (0, None)
+    assert constant.note
+
+
+def test_a_corpus_metric_is_computed_again_and_agrees_with_the_mean_where_it_is_one() -> None:
+    generator = np.random.default_rng(3)
+    values = generator.random((40, 2))
+    items = [[{"m": float(v)} for v in column] for column in values.T]
+    mean = resample_results("m", lambda rs: float(np.mean([r["m"] for r in rs])), items, np.arange(40))
+    again = resample_metric(
+        lambda rs: float(np.mean([r["m"] for r in rs])), items, np.arange(40), resamples=999
+    )
+    a, b = (one.estimate(lambda v: v[..., 0] - v[..., 1]) for one in (mean, again))
+    assert a.value == pytest.approx(b.value)
+    assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.03)
+    top = resample_results("m", lambda rs: max(r["m"] for r in rs), items, np.arange(40))
+    assert top.observed.tolist() == pytest.approx(values.max(axis=0).tolist())
+    assert len(top.boot) == 199
+
+
+def test_examples_of_the_same_pictures_share_a_number() -> None:
+    assert numbered([["x"], ["y"], ["x"], [], []]).tolist() == [0, 1, 0, 2, 3]
