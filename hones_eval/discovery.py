@@ -1,6 +1,7 @@
 """From a method, a model and a task's examples to a ranking."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,13 +11,15 @@ from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
 from hones_eval.examples import TaskExamples
 from hones_eval.loops import Loop
+from hones_eval.measure import Totals
+from hones_eval.methods import baselines
 from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, inverse_document_frequency
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
-from hones_eval.sites import Head, top_heads
+from hones_eval.sites import Head, neuron_count, top_heads
 
-Method = Literal["hones", "vseam"]
+Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Discovery:
     provenance: Provenance
     heads: int
     neurons: float
+    others: Sequence[TaskExamples] = ()
+    """For `entropy`: the tasks that the first one is told apart from."""
 
 
 class _Discover(Protocol):
@@ -98,7 +103,56 @@ def _vseam(job: Discovery) -> Ranking:
     )
 
 
-_METHODS: dict[str, _Discover] = {"hones": _hones, "vseam": _vseam}
+def _random(job: Discovery) -> Ranking:
+    """Chance: every head and neuron has a random score. No example is run."""
+    heads, neurons = baselines.random(job.provenance.shape, job.provenance.seed)
+    return _neurons(job, neurons, head_scores=heads)
+
+
+def _activation(job: Discovery) -> Ranking:
+    return _neurons(job, baselines.activation(_activity(job)))
+
+
+def _write_norm(job: Discovery) -> Ranking:
+    return _neurons(job, baselines.write_norm(_activity(job), job.replayer.anatomy))
+
+
+def _dvp(job: Discovery) -> Ranking:
+    pass_ = baselines.NeuronActivity(job.replayer.anatomy, projected=True, token_weights=_token_weights(job))
+    return _neurons(job, baselines.dvp(job.loop.run(job.examples, pass_, "neurons")))
+
+
+def _entropy(job: Discovery) -> Ranking:
+    """Neurons that are active in the first task and not in the others."""
+    if not job.others:
+        baselines.entropy([])  # says what is missing before the work
+    totals = [_activity(job)]
+    for examples in job.others:
+        totals.append(job.loop.run(examples, baselines.NeuronActivity(job.replayer.anatomy), examples.task))
+    sets = [*job.provenance.examples, *(examples.example_set() for examples in job.others)]
+    told_apart = dataclasses.replace(job, provenance=dataclasses.replace(job.provenance, examples=sets))
+    return _neurons(told_apart, baselines.entropy(totals))
+
+
+def _activity(job: Discovery) -> Totals:
+    return job.loop.run(job.examples, baselines.NeuronActivity(job.replayer.anatomy), "neurons")
+
+
+def _neurons(job: Discovery, scores: Tensor, head_scores: Tensor | None = None) -> Ranking:
+    neuron_count(scores, job.neurons)  # refuse an impossible share
+    report = {"examples": len(job.examples), "told_apart_from": [one.task for one in job.others]}
+    return Ranking(job.provenance, head_scores=head_scores, neuron_scores=scores, report=report)
+
+
+_METHODS: dict[str, _Discover] = {
+    "hones": _hones,
+    "vseam": _vseam,
+    "random": _random,
+    "activation": _activation,
+    "write_norm": _write_norm,
+    "dvp": _dvp,
+    "entropy": _entropy,
+}
 
 
 def provenance(

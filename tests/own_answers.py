@@ -64,6 +64,12 @@ def prepared(folder: Path, model_args: str) -> Prepared:
     return own
 
 
+def complaint(stderr: str) -> str:
+    """The one line by which a command says why it failed."""
+    (line,) = [one for one in stderr.splitlines() if one.startswith("hones-eval:")]
+    return line
+
+
 def write_tasks(folder: Path, model: str, model_args: str, count: int) -> Path:
     """Write the tasks ``own_a`` and ``own_b``, about the same ``count`` pictures, into ``folder``."""
     folder.mkdir(parents=True)

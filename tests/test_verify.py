@@ -145,7 +145,7 @@ def test_pictures_of_the_ranking_are_refused_with_their_count(
 ) -> None:
     chosen = ["--ranking", rankings / "hones", "--offset", 2, "--limit", 6, "--out", tmp_path]
     assert main(command("verify", *chosen)) == 1
-    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("hones-eval:")]
+    line = own_answers.complaint(capsys.readouterr().err)
     assert "2 of the 6 pictures of own_a" in line
     assert line.endswith("of another split or by --offset and --limit")
     assert not list(tmp_path.iterdir())

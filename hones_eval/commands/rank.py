@@ -30,9 +30,13 @@ def rank(
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
     Args:
-        method: hones (the task's metric; also neurons) or vseam (the answer's probability; heads).
+        method: hones (the task's metric; also neurons) or vseam (the answer's probability; heads); to
+            compare with, by neurons alone: random, activation (mean size), write_norm (the same times the
+            norm of what is written), dvp (what is written towards the answer), entropy (active in this task
+            and not in others).
         model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
-        tasks: the lmms-eval task to discover on, one that generates.
+        tasks: the lmms-eval task to discover on, one that generates; for entropy the tasks to tell it apart
+            from follow it, a,b,c.
         out: the folder to write ranking.json and ranking.safetensors to.
         model_args: as in lmms-eval --model_args.
         include_path: a folder with more task YAML files.
@@ -49,10 +53,13 @@ def rank(
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: recorded, and used by methods that draw at random.
     """
+    task, others = tasks, list[str]()
+    if method == "entropy":
+        task, *others = tasks.split(",")
     job = Job.open(
         model,
         model_args,
-        tasks,
+        task,
         include_path=include_path,
         limit=limit,
         offset=offset,
@@ -66,7 +73,11 @@ def rank(
     )
     settings = job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs)
     source = provenance(job.anatomy, job.examples, method, settings, seed)
-    ranking = discover(Discovery(job.replayer, job.examples, job.loop, source, heads, neurons))
+    contrast = [
+        job.on(other, include_path=include_path, limit=limit, offset=offset, gen_kwargs=gen_kwargs).examples
+        for other in others
+    ]
+    ranking = discover(Discovery(job.replayer, job.examples, job.loop, source, heads, neurons, contrast))
     if job.loop.is_first:
         ranking.save(out)
         _say_ranking(ranking, out)
@@ -74,6 +85,9 @@ def rank(
 
 def _say_ranking(ranking: Ranking, out: Path) -> None:
     report = ranking.report or {}
+    if ranking.provenance.method not in ("hones", "vseam"):
+        say(f"wrote {out}: {report['examples']} examples, neurons by {ranking.provenance.method}")
+        return
     say(f"wrote {out}: {report['examples']} examples, replay {report['replay']}")
     if ranking.provenance.method == "vseam":
         say(
