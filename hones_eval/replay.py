@@ -258,10 +258,17 @@ class Replay:
         if on_neurons is None:
             yield
             return
-        site = self.anatomy.neurons_in[layer]
-        with recording([site], self.read) as kept:
+        parts: list[Tensor] = []  # heads and neurons enter a layer one after the other
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            parts.append(args[0][:, self.read])
+
+        handle = self.anatomy.neurons_in[layer].module.register_forward_pre_hook(keep)
+        try:
             yield
-        on_neurons(layer, torch.tensor(list(rows)), kept[site.name])
+        finally:
+            handle.remove()
+        on_neurons(layer, torch.tensor(list(rows)), torch.cat(parts))
 
     def _added_after(self, layer: int) -> Tensor | None:
         before, after = self._calls[layer].output, self._calls[layer + 1].x
@@ -291,8 +298,8 @@ class FullPasses:
         """See `Passes.edited`."""
         for number, edit in enumerate(edits):
             with (
-                recording(self.anatomy.neurons_in, self.read) as neurons,
                 editing(list(site_edits(self.anatomy, [edit]))),
+                recording(self.anatomy.neurons_in, self.read) as neurons,
             ):
                 logits = self._forward()
             if on_neurons is not None:

@@ -5,19 +5,26 @@ Written from the formulas alone, with loops and with hooks of its own, so that a
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Head = tuple[int, int]
 LANGUAGE_MODELS = {
     "Idefics2ForConditionalGeneration": "model.text_model",
     "Idefics3ForConditionalGeneration": "model.text_model",
     "SmolVLMForConditionalGeneration": "model.text_model",
     "InstructBlipForConditionalGeneration": "language_model.model",
 }
+
+
+class Edit(NamedTuple):
+    """A head replaced by the mean of the others, or a head or a neuron set to zero, at every position."""
+
+    layer: int
+    site: int
+    kind: Literal["mean", "zero head", "zero neuron"] = "mean"
 
 
 class Pass(NamedTuple):
@@ -43,9 +50,13 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(language_model(model).layers)
 
 
-def all_heads(model: PreTrainedModel) -> list[Head]:
-    heads = language_model(model).config.num_attention_heads
-    return [(layer, head) for layer in range(len(layers(model))) for head in range(heads)]
+def head_count(model: PreTrainedModel) -> int:
+    return language_model(model).config.num_attention_heads
+
+
+def all_heads(model: PreTrainedModel) -> list[Edit]:
+    """Every head replaced by the mean of the others."""
+    return [Edit(layer, head) for layer in range(len(layers(model))) for head in range(head_count(model))]
 
 
 def replaced_by_mean(x: Tensor, head: int, heads: int) -> Tensor:
@@ -61,16 +72,22 @@ def replaced_by_mean(x: Tensor, head: int, heads: int) -> Tensor:
 
 
 @contextmanager
-def head_replaced(model: PreTrainedModel, head: Head | None) -> Iterator[None]:
-    if head is None:
+def edited(model: PreTrainedModel, edit: Edit | None) -> Iterator[None]:
+    if edit is None:
         yield
         return
-    heads = language_model(model).config.num_attention_heads
+    layer, heads = layers(model)[edit.layer], head_count(model)
 
     def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (replaced_by_mean(args[0], head[1], heads),)
+        if edit.kind == "mean":
+            return (replaced_by_mean(args[0], edit.site, heads),)
+        width = args[0].shape[-1] // heads if edit.kind == "zero head" else 1
+        kept = torch.ones(args[0].shape[-1], dtype=args[0].dtype)
+        kept[edit.site * width : (edit.site + 1) * width] = 0
+        return (args[0] * kept,)
 
-    handle = layers(model)[head[0]].self_attn.o_proj.register_forward_pre_hook(hook)
+    linear = layer.mlp.down_proj if edit.kind == "zero neuron" else layer.self_attn.o_proj
+    handle = linear.register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -78,26 +95,28 @@ def head_replaced(model: PreTrainedModel, head: Head | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, inputs: Mapping[str, Any], head: Head | None = None) -> Pass:
-    """One item through the whole model, with one head replaced or none."""
+def forward(model: PreTrainedModel, inputs: Mapping[str, Any], edit: Edit | None = None) -> Pass:
+    """One item through the whole model, with one edit or none."""
     kept: list[Tensor] = []
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: kept.append(args[0][0].clone()))
-        for layer in layers(model)
-    ]
-    try:
-        with head_replaced(model, head):
+    handles = []
+
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        kept.append(args[0][0].clone())
+
+    with edited(model, edit):  # its hook comes first, so that a neuron is recorded as it was edited
+        try:
+            handles += [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in layers(model)]
             logits = model(**inputs).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return Pass(logits, kept)
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, item: Item, head: Head | None = None) -> list[int]:
+def answer(model: PreTrainedModel, item: Item, edit: Edit | None = None) -> list[int]:
     """New tokens of `generate`, the end token included."""
-    with head_replaced(model, head):
+    with edited(model, edit):
         output = model.generate(**item.inputs, **item.settings)
     return output[0, item.inputs["input_ids"].shape[1] :].tolist()
 
@@ -116,10 +135,10 @@ def with_answer(model: PreTrainedModel, inputs: Mapping[str, Any], tokens: Seque
     return {**inputs, **longer}
 
 
-def log_probability(model: PreTrainedModel, item: Item, head: Head | None = None) -> float:
+def log_probability(model: PreTrainedModel, item: Item, edit: Edit | None = None) -> float:
     """Natural logarithm of the probability of the target's tokens behind the prompt."""
     prompt = item.inputs["input_ids"].shape[1]
-    logits = forward(model, with_answer(model, item.inputs, item.target), head).logits
+    logits = forward(model, with_answer(model, item.inputs, item.target), edit).logits
     total = 0.0
     for step, token in enumerate(item.target):
         total += float(torch.log_softmax(logits[prompt - 1 + step].float(), -1)[token])
@@ -132,37 +151,37 @@ def hones_heads(
     """Drops [L, H] of the metric over the whole set, and of the mean log-probability (HONES 1)."""
     base = metric([answer(model, item) for item in items])
     sure = [log_probability(model, item) for item in items]
-    heads = all_heads(model)
-    metric_drop, log_drop = (torch.zeros(heads[-1][0] + 1, heads[-1][1] + 1).double() for _ in range(2))
-    for head in heads:
-        metric_drop[head] = base - metric([answer(model, item, head) for item in items])
-        drops = [one - log_probability(model, item, head) for one, item in zip(sure, items, strict=True)]
-        log_drop[head] = sum(drops) / len(drops)
+    metric_drop, log_drop = (torch.zeros(len(layers(model)), head_count(model)).double() for _ in range(2))
+    for edit in all_heads(model):
+        place = edit.layer, edit.site
+        metric_drop[place] = base - metric([answer(model, item, edit) for item in items])
+        drops = [one - log_probability(model, item, edit) for one, item in zip(sure, items, strict=True)]
+        log_drop[place] = sum(drops) / len(drops)
     return metric_drop, log_drop
 
 
-def contributions(model: PreTrainedModel, item: Item, head: Head | None = None) -> Tensor:
+def contributions(model: PreTrainedModel, item: Item, edit: Edit | None = None) -> Tensor:
     """`c = z * <W_down[:, i], u_y>` [L, I] at the last prompt token (HONES 2)."""
     unembedding = model.get_output_embeddings().weight.detach().double()
     direction = torch.zeros(unembedding.shape[1]).double()
     for token in item.target:
         direction += unembedding[token]
     direction /= torch.linalg.vector_norm(direction)
-    neurons = forward(model, item.inputs, head).neurons
+    neurons = forward(model, item.inputs, edit).neurons
     down = [layer.mlp.down_proj.weight.detach().double() for layer in layers(model)]
     rows = [z[-1].double() * (direction[:, None] * w).sum(0) for z, w in zip(neurons, down, strict=True)]
     return torch.stack(rows)
 
 
 def hones_neurons(
-    model: PreTrainedModel, items: Sequence[Item], weights: Mapping[Head, float], per_item: bool = False
+    model: PreTrainedModel, items: Sequence[Item], weights: Mapping[Edit, float], per_item: bool = False
 ) -> Tensor:
     """Importance [L, I]: the weighted mean over heads of the rectified drop of the mean contribution."""
     base = [contributions(model, item) for item in items]
     total = torch.zeros_like(base[0])
-    for head, weight in weights.items():
-        edited = [contributions(model, item, head) for item in items]
-        drops = torch.stack([one - other for one, other in zip(base, edited, strict=True)])
+    for edit, weight in weights.items():
+        others = [contributions(model, item, edit) for item in items]
+        drops = torch.stack([one - other for one, other in zip(base, others, strict=True)])
         drop = drops.clamp(min=0).mean(0) if per_item else drops.mean(0).clamp(min=0)
         total += weight * drop
     return total / sum(weights.values()) if weights else torch.stack(base).mean(0)
@@ -170,8 +189,7 @@ def hones_neurons(
 
 def vseam_heads(model: PreTrainedModel, items: Sequence[Item]) -> dict[str, Any]:
     """Signed, positive and negative head scores [L, H], and how many items are correct (V-SEAM 3)."""
-    heads = all_heads(model)
-    shape = heads[-1][0] + 1, heads[-1][1] + 1
+    shape = len(layers(model)), head_count(model)
     sums = {kind: torch.zeros(shape).double() for kind in ("signed", "positive", "negative")}
     correct = 0
     for item in items:
@@ -179,12 +197,12 @@ def vseam_heads(model: PreTrainedModel, items: Sequence[Item]) -> dict[str, Any]
         right = int(base.argmax()) in list(item.target)
         correct += right
         p = float(torch.softmax(base, -1)[item.target[0]])
-        for head in heads:
-            edited = forward(model, item.inputs, head).logits[-1].float()
-            drop = p - float(torch.softmax(edited, -1)[item.target[0]])
-            sums["signed"][head] += drop
+        for edit in all_heads(model):
+            logits = forward(model, item.inputs, edit).logits[-1].float()
+            drop = p - float(torch.softmax(logits, -1)[item.target[0]])
+            sums["signed"][edit.layer, edit.site] += drop
             kind = "positive" if right else "negative"
-            sums[kind][head] += max(0.0, drop if right else -drop)
+            sums[kind][edit.layer, edit.site] += max(0.0, drop if right else -drop)
     return {
         "signed": sums["signed"] / len(items),
         "positive": sums["positive"] / max(1, correct),

@@ -65,6 +65,19 @@ def test_one_row_can_have_several_of_its_heads_replaced() -> None:
     np.testing.assert_allclose(edited, expected, atol=1e-6)
 
 
+def test_zeroing_heads_and_neurons_by_rows() -> None:
+    x = draw(5, 4, 12)
+    before = x.clone()
+    rows, chosen = torch.tensor([4, 0, 2]), torch.tensor([1, 2, 1])
+    heads, neurons = x.numpy().copy(), x.numpy().copy()
+    for row, site in zip([4, 0, 2], [1, 2, 1], strict=True):
+        heads[row, :, 4 * site : 4 * site + 4] = 0
+        neurons[row, :, site] = 0
+    np.testing.assert_array_equal(edits.zero_heads_in_rows(x, rows, chosen, 3), heads)
+    np.testing.assert_array_equal(edits.zero_neurons_in_rows(x, rows, chosen), neurons)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scales_keep_the_type_of_what_they_scale(dtype: torch.dtype) -> None:
     x, scales = draw(2, 3, 6, dtype=dtype), torch.tensor([1.0, 0.0, 2.0, 0.5, -1.0, 1.0])
@@ -93,6 +106,8 @@ def test_wrong_shapes_and_types_are_refused() -> None:
         lambda: edits.put_back(x, x, torch.tensor([0.0])),
         lambda: edits.replace_heads_by_mean_in_rows(x[0], torch.tensor([0]), torch.tensor([0]), 3),
         lambda: edits.replace_heads_by_mean_in_rows(x, torch.tensor([0, 1]), torch.tensor([0]), 3),
+        lambda: edits.zero_heads_in_rows(x, torch.tensor([0.0]), torch.tensor([0]), 3),
+        lambda: edits.zero_neurons_in_rows(x, torch.tensor([0]), torch.tensor([0, 1])),
     ]
     for call in wrong:
         with pytest.raises(TypeCheckError):
