@@ -6,17 +6,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from drawn_data import write_folder
 from lmms_eval import evaluator
+from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.playback import Playback
+from hones_eval.examples.tasks import _own_tasks
 
 WRAPPERS = {"llava_hf": "llava", "qwen2_5_vl": "qwen2_5_vl", "instructblip": "instructblip"}
 GREEDY = "max_new_tokens=6"
@@ -290,8 +294,11 @@ def own_task(folder: Path, target: str) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "own.yaml").write_text(OWN_TASK % target)
     (folder / "pictures.py").write_text(
-        "from PIL import Image\n\ndef drawn(doc):\n    return [Image.new('RGB', (40, 40), doc['colour'])]\n"
+        "from PIL import Image\n\ndef drawn(doc):\n    return [Image.new('RGB', (40, 40), doc['colour'])]\n\n"
+        "def clip(doc):\n    return ['clip.mp4']\n"
     )
+    clip = OWN_TASK.replace("own_colours", "own_clip").replace("pictures.drawn", "pictures.clip")
+    (folder / "clip.yaml").write_text(clip % target)
     return folder
 
 
@@ -306,6 +313,9 @@ def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
     assert [examples[i].target for i in range(4)] == ["red", "blue", "red", "blue"]
     assert examples[0].image_hashes == examples[2].image_hashes != examples[1].image_hashes
 
+    clips = TaskExamples(llava, "own_clip", model_name="llava_hf", include_path=good)
+    with pytest.raises(TaskError, match="own_clip, doc_id 0: it shows video, not a picture"):
+        clips[0]
     with pytest.raises(TaskError, match="columns are question, colour, gold"):
         build(good, target="{{question}}")
     (good / "more.yaml").write_text("task: other\nmetric_list: [\n")
@@ -313,6 +323,15 @@ def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
         build(good)
     with pytest.raises(TaskError, match="nowhere is not a folder"):
         build(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("task", "judged"), [("llava_in_the_wild", True), ("vqav2_val", False)])
+def test_tasks_that_ask_a_remote_model_are_known_by_their_code(task: str, judged: bool) -> None:
+    config = load_yaml_config(_own_tasks("llava_hf").task_index[task]["yaml_path"], mode="full")
+    aggregation = {one["metric"]: one["aggregation"] for one in config["metric_list"]}
+    judge = remote_judge(SimpleNamespace(config=SimpleNamespace(**config), aggregation=lambda: aggregation))
+    assert (judge is not None) == judged
+    assert not judged or "openai" in judge
 
 
 def test_models_are_found_by_name() -> None:

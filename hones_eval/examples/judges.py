@@ -7,7 +7,7 @@ from typing import Any
 
 from lmms_eval.api.task import Task
 
-JUDGES = ("lmms_eval.llm_judge", "openai", "anthropic", "dashscope")
+JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "dashscope", "requests")
 
 
 def remote_judge(task: Task) -> str | None:

@@ -100,10 +100,17 @@ def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
     return manager
 
 
-@lru_cache(maxsize=4)
 def _own_tasks(model_name: str) -> TaskManager:
-    """The index of lmms-eval's and this package's tasks, which takes seconds to read."""
-    return TaskManager(model_name=model_name)
+    """lmms-eval's and this package's tasks, with the prompts for one model."""
+    manager = copy.copy(_index())
+    manager.model_name = model_name
+    return manager
+
+
+@lru_cache(maxsize=1)
+def _index() -> TaskManager:
+    """Reading two thousand YAML files takes seconds."""
+    return TaskManager()
 
 
 def _blame(folder: Path, error: Exception) -> TaskError:
