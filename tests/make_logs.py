@@ -1,6 +1,8 @@
 """Output folders as lmms-eval 0.7.3 writes them, made quickly; a test holds them to real ones."""
 
+import base64
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,9 +105,11 @@ def write_run(
     manifest: bool = True,
     errors: Sequence[Mapping[str, Any]] = (),
     more_args: str = "",
+    media: bool = False,
 ) -> Path:
     """Write results, samples and manifest of one task; returns the results file.
 
+    With `media`, the samples hold the pictures, as lmms-eval writes those that come as bytes.
     `metrics` maps a metric to what `process_results` gives for an answer; `reported` overrides the aggregated
     values, which are means of the numbers (or of the items' `score`).
     """
@@ -121,6 +125,8 @@ def write_run(
         )
         for k, answer in enumerate(answers)
     ]
+    for row, picture in zip(rows, questions.pictures if media else (), strict=False):
+        row["input_media"] = [data_uri(picture)]
     with (place / f"{date}_samples_{questions.task}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     values = {name: _mean([row[name] for row in rows]) for name in metrics} | dict(reported or {})
@@ -145,6 +151,12 @@ def write_run(
     if manifest:
         _write_manifest(place, questions, len(rows), steered, base, model, date, errors)
     return results
+
+
+def data_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _sample(k: int, questions: Questions, answer: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,10 +306,3 @@ def save_steering(folder: Path, layers: int = 12, heads: int = 8, neurons: int =
     steering = Steering(head_scales, neuron_scales, Provenance("tiny/llava", None, shape, "hones", {}, []))
     steering.save(folder)
     return steering.digest
-
-
-def save_pictures(folder: Path, questions: Questions) -> None:
-    """Put small copies of the pictures beside the results, by hash, where the pages look for them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture, name in zip(questions.pictures, _hashes(tuple(questions.pictures)), strict=True):
-        picture.save(folder / f"{name}.jpg")

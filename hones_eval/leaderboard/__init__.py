@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hones_eval.artefact import write_text
 from hones_eval.leaderboard.board import Board, Row, build_board
+from hones_eval.leaderboard.lmms_tasks import TaskPictures
 from hones_eval.leaderboard.pages import comparison_pages, index_page
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.readme_picture import readme_picture
@@ -22,6 +23,7 @@ def make_board(
     seed: int = 0,
     resamples: int = 9999,
     include_path: Path | None = None,
+    pictures: bool = True,
     title: str = "Steering leaderboard",
 ) -> Board:
     """Read lmms-eval output folders and write a board into `out`.
@@ -33,6 +35,8 @@ def make_board(
         resamples: of each bootstrap and each randomization test.
         include_path: a folder of lmms-eval tasks, as lmms-eval's `--include_path`; needed to compute corpus
             metrics of such tasks again.
+        pictures: show the pictures of examples that changed, from the samples or the task's data set, where
+            that is on this machine.
         title: of the page.
 
     Returns: the board, with `written` and `warnings`.
@@ -40,8 +44,9 @@ def make_board(
     """
     board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
     views = row_views(board)
+    thumbnails = Thumbnails(TaskPictures(include_path) if pictures else None)
     written = []
-    for name, page in comparison_pages(board, views, Thumbnails()):
+    for name, page in comparison_pages(board, views, thumbnails):
         written.append(_write(out / "comparisons" / name, page))
     written.append(_write(out / "leaderboard.csv", csv_table(board, views)))
     written.append(_write(out / "leaderboard.md", markdown_table(board, views)))

@@ -85,10 +85,10 @@
     };
     const words = { gained: "gained", lost: "lost", changed: "answer changed" };
     const show = (flip) => {
-      const item = element("li", pictures[flip.picture] ? "" : "bare");
-      if (pictures[flip.picture]) {
+      const item = element("li", pictures[flip.doc_id] ? "" : "bare");
+      if (pictures[flip.doc_id]) {
         const image = element("img");
-        image.src = pictures[flip.picture];
+        image.src = pictures[flip.doc_id];
         image.alt = `Picture of example ${flip.doc_id}`;
         image.loading = "lazy";
         item.append(image);

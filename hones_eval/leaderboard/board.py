@@ -8,13 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from hones_eval.leaderboard.metrics import (
-    Scores,
-    check_aggregation,
-    corpus_items,
-    find_aggregation,
-    scores_of,
-)
+from hones_eval.leaderboard.lmms_tasks import find_aggregation
+from hones_eval.leaderboard.metrics import Scores, check_aggregation, corpus_items, scores_of
 from hones_eval.leaderboard.pairing import Pair, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Metric, Run, read_logs
 from hones_eval.leaderboard.reuse import reused_examples

@@ -14,7 +14,11 @@ from hones_eval.leaderboard.text import shown
 
 @dataclass(frozen=True)
 class Flip:
-    """One example that the steering changed. `picture` is a key of the page's pictures, or empty."""
+    """One example that the steering changed.
+
+    `picture` is the hash that the run's manifest gives its first picture, `media` what lmms-eval's sample
+    holds of it; both may be empty.
+    """
 
     doc_id: int
     side: Literal["gained", "lost", "changed"]
@@ -24,10 +28,11 @@ class Flip:
     steered: str
     scores: str
     picture: str = ""
+    media: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return asdict(self)
+        """A JSON-ready mapping of what the page needs."""
+        return {name: value for name, value in asdict(self).items() if name not in ("picture", "media")}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,6 @@ def _flips(
         scores = (
             "" if side == "changed" else f"{before.values[name][place]:g} → {after.values[name][place]:g}"
         )
-        pictures = before.pictures or after.pictures
         yield Flip(
             doc_id=int(before.doc_ids[place]),
             side=side,
@@ -83,8 +87,16 @@ def _flips(
             baseline=shown(old.get("filtered_resps")),
             steered=shown(new.get("filtered_resps")),
             scores=scores,
-            picture=pictures[place][0] if pictures and pictures[place] else "",
+            picture=_shown_picture(after, int(place)) or _shown_picture(before, int(place)),
+            media=str(next(iter(new.get("input_media") or old.get("input_media") or ()), "")),
         )
+
+
+def _shown_picture(samples: Samples, place: int) -> str:
+    """The first picture's hash, where a manifest tells it."""
+    if samples.shown is None or samples.pictures is None:
+        return ""
+    return next(iter(samples.pictures[place]), "")
 
 
 def _in_turns(first: Iterator[Flip], second: Iterator[Flip]) -> Iterator[Flip]:

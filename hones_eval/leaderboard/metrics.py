@@ -1,13 +1,9 @@
 """How a metric of lmms-eval is compared: by its value for each example, or over the whole corpus again."""
 
-import contextlib
-import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -70,52 +66,6 @@ def corpus_items(metric: Metric, run: Run) -> list[Any]:
     """What `process_results` returned for the metric, for every example, read again from the samples."""
     samples = run.samples[metric.filter]
     return [row.get(metric.name) for row in read_rows(samples, np.arange(len(samples)))]
-
-
-def find_aggregation(task: str, metric: str, include_path: Path | None) -> Callable[[list[Any]], float] | str:
-    """The function by which an lmms-eval task turns its items into the metric, or why it cannot be had."""
-    try:
-        from lmms_eval.api.registry import get_aggregation
-        from lmms_eval.utils import load_yaml_config
-
-        entry = None if include_path is None else _task_index(str(include_path)).get(task)
-        entry = entry or _task_index(None).get(task)
-    except ImportError as error:
-        return f"lmms-eval cannot be imported to compute {metric} again ({error})"
-    if entry is None or not entry.get("yaml_path") or entry["yaml_path"] == -1:
-        return f"lmms-eval knows no task {task} (is it in a folder to include?)"
-    try:
-        config = load_yaml_config(entry["yaml_path"], mode="full")
-    except ImportError as error:
-        return f"the task {task} cannot be loaded ({error})"
-    for listed in config.get("metric_list") or []:
-        if listed.get("metric") == metric:
-            found = listed.get("aggregation")
-            found = get_aggregation(found) if isinstance(found, str) else found
-            return _quiet(found) if callable(found) else f"the task {task} names no aggregation for {metric}"
-    return f"the task {task} lists no metric {metric}"
-
-
-@lru_cache(maxsize=4)  # lmms-eval's own task files are thousands and take seconds
-def _task_index(folder: str | None) -> Mapping[str, Any]:
-    """The tasks in a folder, or those that lmms-eval finds by itself, ours among them."""
-    import lmms_eval.models  # noqa: F401  (its entry points make our own tasks known)
-    from lmms_eval.tasks import TaskManager
-
-    index: Mapping[str, Any] = TaskManager(include_path=folder, include_defaults=folder is None).task_index
-    return index
-
-
-def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]:
-    def metric(items: list[Any]) -> float:
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                value = float(function(items))
-            except (ArithmeticError, ValueError, LookupError, TypeError):
-                return math.nan  # undefined on these items
-        return value
-
-    return metric
 
 
 def check_aggregation(

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from hones_eval import __version__
 from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
-from hones_eval.leaderboard.flips import Flips, flips_of
+from hones_eval.leaderboard.flips import flips_of
 from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.pictures import Thumbnails
@@ -98,15 +98,10 @@ def _comparison(
         flips=flips,
         flip_list=[one.to_json() for one in flips.listed],
         more=flips.gained + flips.lost + flips.changed > len(flips.listed),
-        pictures=_pictures(flips, pair, thumbnails),
+        pictures=thumbnails.of(pair.steered.task, flips.listed),
         facts=_facts(pair, steering),
         **_figures(steering, pair),
     )
-
-
-def _pictures(flips: Flips, pair: Pair, thumbnails: Thumbnails) -> dict[str, str]:
-    wanted = {one.picture: one.doc_id for one in flips.listed if one.picture}
-    return thumbnails.of(pair, wanted)
 
 
 def _figures(steering: SteeringRef, pair: Pair) -> dict[str, Any]:

@@ -3,50 +3,50 @@
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.flips import Flip
+from hones_eval.leaderboard.lmms_tasks import TaskPictures
+from hones_eval.pictures import image_hash
 
 SIDE, MOST = 160, 200  # pixels of the longer side; pictures on one page
-FOLDER = "hones_pictures"
 
 
 class Thumbnails:
-    """Finds pictures where a run's logs have them, and keeps each small copy once."""
+    """Finds pictures of examples, in the samples or in the task's data set; keeps each small copy once."""
 
-    def __init__(self) -> None:
-        """Start with none."""
+    def __init__(self, tasks: TaskPictures | None) -> None:
+        """`tasks` gives pictures that the samples do not hold; None to do without these."""
+        self._tasks = tasks
         self._kept: dict[str, str] = {}
 
-    def of(self, pair: Pair, wanted: Mapping[str, int]) -> dict[str, str]:
-        """Data URIs by picture, for at most `MOST` of the wanted pictures (name or hash, to `doc_id`).
+    def of(self, task: str, flips: Sequence[Flip]) -> dict[int, str]:
+        """Data URIs by `doc_id`, for the first `MOST` examples that have a picture.
 
-        A picture that cannot be found or read is left out: the page then shows the example without it.
+        A picture that cannot be found or read, or is not the one that the run's manifest tells, is left out:
+        the page then shows the example without it.
         """
-        found: dict[str, str] = {}
-        for name in wanted:
+        found: dict[int, str] = {}
+        for flip in flips[: 2 * MOST]:
             if len(found) == MOST:
                 break
-            if name not in self._kept:
-                self._kept[name] = _thumbnail(name, pair.steered.results_path.parent)
-            if self._kept[name]:
-                found[name] = self._kept[name]
+            key = flip.picture or f"{task} {flip.doc_id}"
+            if key not in self._kept:
+                self._kept[key] = self._thumbnail(task, flip)
+            if self._kept[key]:
+                found[flip.doc_id] = self._kept[key]
         return found
 
-
-def _thumbnail(name: str, folder: Path) -> str:
-    content = _content(name, folder)
-    if content is None:
-        return ""
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            small = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    return data_uri(small)
+    def _thumbnail(self, task: str, flip: Flip) -> str:
+        if flip.media:
+            return _from_media(flip.media)
+        picture = None if self._tasks is None else self._tasks.first(task, flip.doc_id)
+        if picture is None or (flip.picture and image_hash(picture) != flip.picture):
+            return ""
+        return data_uri(picture)
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -58,15 +58,26 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _content(name: str, folder: Path) -> bytes | None:
-    if name.startswith("data:image/"):
+def _from_media(media: str) -> str:
+    """A small copy of what lmms-eval notes of a sample's picture: the picture as a data URI, or its path."""
+    content = _content(media)
+    if content is None:
+        return ""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return data_uri(picture)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+
+
+def _content(media: str) -> bytes | None:
+    if media.startswith("data:image/"):
         try:
-            return base64.b64decode(name.partition(",")[2], validate=True)
+            return base64.b64decode(media.partition(",")[2], validate=True)
         except (binascii.Error, ValueError):
             return None
-    for base in (folder / FOLDER, folder.parent / FOLDER):
-        for suffix in (".jpg", ".png", ".webp"):
-            if name.isalnum() and (base / f"{name}{suffix}").is_file():
-                return (base / f"{name}{suffix}").read_bytes()
-    path = Path(name.removeprefix("file://"))
-    return path.read_bytes() if len(name) < 1000 and path.is_absolute() and path.is_file() else None
+    path = Path(media.removeprefix("file://"))
+    try:
+        return path.read_bytes() if path.is_absolute() and path.is_file() else None
+    except OSError:
+        return None

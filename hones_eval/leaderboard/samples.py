@@ -1,5 +1,6 @@
 """One samples file of lmms-eval as arrays: hashes and scores stay in memory, texts stay on disk."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,15 @@ def _take(line: bytes, offset: int, metrics: Sequence[str], columns: _Columns) -
     columns.empty.append(answer in ("", [""], []))
     columns.values.append([_number(row.get(name), name, columns.corpus) for name in metrics])
     if media := row.get("input_media"):
-        columns.pictures[len(columns.doc_ids) - 1] = tuple(map(str, media))
+        columns.pictures[len(columns.doc_ids) - 1] = _media_key(media)
     return True
+
+
+def _media_key(media: Sequence[object]) -> tuple[str, ...]:
+    """Short names that are equal for equal media, which may be whole pictures as data URIs."""
+    return tuple(
+        hashlib.blake2b(str(one).encode("utf-8", "replace"), digest_size=16).hexdigest() for one in media
+    )
 
 
 def _number(value: object, name: str, corpus: set[str]) -> float:
