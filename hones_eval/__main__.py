@@ -4,10 +4,14 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
 
-import jsonargparse
+import docstring_parser
+from jsonargparse import ArgumentParser
 
+from hones_eval import __version__
 from hones_eval.commands import COMMANDS, command
 from hones_eval.errors import HonesError
 
@@ -25,21 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [one for one in given if one != "--debug"]
     _calm_libraries()
-    names = [given[0]] if given and given[0] in COMMANDS else COMMANDS
     try:
-        jsonargparse.auto_cli(
-            {name: command(name) for name in names},
-            args=given,
-            prog="hones-eval",
-            as_positional=False,
-            description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
-        )
+        chosen = _parser(given).parse_args(given)
+        arguments_of_command = chosen[chosen.subcommand].as_dict()
+        arguments_of_command.pop("config")
+        command(chosen.subcommand)(**arguments_of_command)
     except HonesError as error:
         if debug:
             traceback.print_exc()
         print(f"hones-eval: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parser(given: Sequence[str]) -> ArgumentParser:
+    """Flags from signatures, help from docstrings; several folders stand without a flag."""
+    parser = ArgumentParser(
+        prog="hones-eval",
+        description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
+    )
+    parser.add_argument("--version", action="version", version=f"hones-eval {__version__}")
+    commands = parser.add_subcommands()
+    # Only the command that is asked for is imported: most of them bring torch along.
+    for name in [given[0]] if given and given[0] in COMMANDS else COMMANDS:
+        function = command(name)
+        flags = ArgumentParser(description=(function.__doc__ or "").split("Args:")[0].strip())
+        flags.add_argument("--config", action="config", help="a YAML file with values for these flags")
+        folders = {
+            parameter.name
+            for parameter in signature(function).parameters.values()
+            if parameter.annotation == list[Path]
+        }
+        for folder in folders:
+            flags.add_argument(folder, nargs="+", type=Path, help=_help(function, folder))
+        flags.add_function_arguments(function, as_group=False, skip=folders)
+        commands.add_subcommand(name, flags, help=(function.__doc__ or "").splitlines()[0])
+    return parser
+
+
+def _help(function: Callable[..., None], parameter: str) -> str | None:
+    documented = docstring_parser.parse(function.__doc__ or "").params
+    return next((one.description for one in documented if one.arg_name == parameter), None)
 
 
 def _calm_libraries() -> None:
