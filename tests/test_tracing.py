@@ -69,7 +69,7 @@ def traced(
 
 
 class Plain:
-    """The paper's loop: one forward with hooks that keep, and one with a hook that puts back, for each cell."""
+    """The paper's loop: a forward with hooks that keep, and one with a hook that puts back for each cell."""
 
     def __init__(self, family: Family, one: Pair) -> None:
         self.model = family.model
