@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from hones_eval.anatomy import Anatomy
@@ -216,7 +217,13 @@ def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, An
         seen.append(_Plan(input_ids, logits_processor, stopping_criteria, generation_config))
         return input_ids
 
-    _generate(anatomy, **inputs, **settings, custom_generate=stop)
+    try:
+        _generate(anatomy, **inputs, **_without_tokenizer(settings), custom_generate=stop)
+    except ValueError as error:
+        raise HonesError(
+            f"generate refuses this task's settings: {' '.join(str(error).split())}; "
+            "change them with --gen_kwargs"
+        ) from error
     plan = seen[0]
     if plan.config.do_sample or (plan.config.num_beams or 1) > 1:
         raise HonesError(
@@ -224,6 +231,17 @@ def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, An
             "pass --gen_kwargs do_sample=False,temperature=0,num_beams=1"
         )
     return plan
+
+
+def _without_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with stop strings as a rule; `generate` hands a tokenizer to no function of ours."""
+    rest = dict(settings)
+    tokenizer, strings = rest.pop("tokenizer", None), rest.get("stop_strings")
+    if tokenizer is not None and strings:
+        rules = list(rest.get("stopping_criteria") or [])
+        rest["stopping_criteria"] = StoppingCriteriaList([*rules, StopStringCriteria(tokenizer, strings)])
+        del rest["stop_strings"]
+    return rest
 
 
 def _generate(anatomy: Anatomy, **arguments: Any) -> Any:

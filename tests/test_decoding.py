@@ -1,0 +1,279 @@
+"""Answers under every edit equal plain `generate` under a hook, in every family and under every setting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import families
+import plain
+import pytest
+import torch
+from families import Family
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hones_eval import decoding
+from hones_eval.anatomy import Anatomy
+from hones_eval.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.errors import HonesError
+from hones_eval.replay import FullPasses, Replayer, Rows, SiteEdit, replaced_by_mean
+from hones_eval.sites import Head, Neuron
+
+RED = Image.new("RGB", (64, 48), "white")
+ImageDraw.Draw(RED).ellipse([4, 4, 32, 24], fill="red")
+QUESTION = "What color is it?"
+
+
+def inputs_of(family: Family, text: str = QUESTION, pictures: int = 1) -> dict[str, Tensor]:
+    made = family.inputs(text, [RED, RED.rotate(180)][:pictures])
+    return {name: value for name, value in made.items() if name != "labels"}
+
+
+def means_of(model: PreTrainedModel) -> list[SiteEdit]:
+    return replaced_by_mean([Head(edit.layer, edit.site) for edit in plain.all_heads(model)])
+
+
+def agree(family: Family, inputs: dict[str, Tensor], settings: dict[str, Any]) -> tuple[list[int], int]:
+    """Every answer is the plain one. Returns the unedited answer, and how many of the others differ."""
+    item = plain.Item(inputs, settings, [])
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    assert example.tokens == plain.answer(family.model, item)
+    assert example.passes is not None, "the answer could not be verified by one pass"
+    edits = means_of(family.model)
+    found = dict(example.answers(edits))
+    assert found.keys() == set(edits)
+    for edit, tokens in found.items():
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
+    return example.tokens, sum(tokens != example.tokens for tokens in found.values())
+
+
+def test_short_and_long_answers(family: Family) -> None:
+    inputs = inputs_of(family, pictures=1 + family.several_images)
+    short, few = agree(family, inputs, {"max_new_tokens": 1})
+    assert len(short) == 1
+    long, many = agree(family, inputs, {"max_new_tokens": 8})
+    assert 1 < len(long) <= 8
+    assert few <= many
+    assert many > 0
+
+
+# What a checkpoint or a task may ask `generate` for.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "penalty": {"max_new_tokens": 8, "repetition_penalty": 1.7},
+    "no repeats": {"max_new_tokens": 8, "no_repeat_ngram_size": 1},
+    "at least": {"max_new_tokens": 8, "min_new_tokens": 6},
+    "suppressed": {"max_new_tokens": 6, "suppress_tokens": [151, 219, 143, 423, 142, 282]},
+    "no cache": {"max_new_tokens": 5, "use_cache": False},
+    "greedy in words": {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 0,
+        "top_p": None,
+    },
+    "total length": {"max_length": 30},
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "instructblip"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_generation(
+    build_family: Callable[[str], Family], name: str, settings: dict[str, Any]
+) -> None:
+    family = build_family(name)
+    answer, _ = agree(family, inputs_of(family), settings)
+    if "no_repeat_ngram_size" in settings:
+        assert len(set(answer)) == len(answer)
+    if "min_new_tokens" in settings:
+        assert len(answer) >= 6
+    if "suppress_tokens" in settings:
+        assert not set(answer) & set(settings["suppress_tokens"])
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "instructblip"])
+def test_several_end_tokens(build_family: Callable[[str], Family], name: str) -> None:
+    """Answers end at whichever comes first; what a batch pads behind it is cut off."""
+    family = build_family(name)
+    inputs = inputs_of(family)
+    item = plain.Item(inputs, {"max_new_tokens": 8, "min_new_tokens": 8}, [])
+    every = [plain.answer(family.model, item, plain.Edit(*edit.site)) for edit in means_of(family.model)]
+    ends = sorted({every[0][3], every[5][2], every[9][4], int(family.tokenizer.eos_token_id)})
+    edits = means_of(family.model)
+    settings = {"max_new_tokens": 8, "eos_token_id": ends}
+    agree(family, inputs, settings)
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    lengths = {len(tokens) for _, tokens in example.answers(edits)}
+    assert len(lengths) > 1
+    for _, tokens in example.answers(edits):
+        assert not set(tokens[:-1]) & set(ends)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_stop_strings(build_family: Callable[[str], Family], name: str) -> None:
+    family = build_family(name)
+    inputs = inputs_of(family)
+    edits = means_of(family.model)
+    whole = plain.answer(family.model, plain.Item(inputs, {"max_new_tokens": 8, "min_new_tokens": 8}, []))
+    stop = family.tokenizer.decode(whole[3:5])[:3]
+    settings = {"max_new_tokens": 8, "stop_strings": [stop], "tokenizer": family.tokenizer}
+    answer, _ = agree(family, inputs, settings)
+    assert len(answer) < 8
+    assert stop in family.tokenizer.decode(answer)
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    assert len({tuple(tokens) for _, tokens in example.answers(edits)}) > 1
+
+
+def test_answers_that_end_by_themselves_and_answers_that_are_cut(
+    build_family: Callable[[str], Family],
+) -> None:
+    family = build_family("qwen2_5_vl")
+    inputs = inputs_of(family)
+    whole, _ = agree(family, inputs, {"max_new_tokens": 6, "min_new_tokens": 6})
+    ended, _ = agree(family, inputs, {"max_new_tokens": 6, "eos_token_id": whole[3]})
+    assert ended == whole[: whole.index(whole[3]) + 1]
+    cut, _ = agree(family, inputs, {"max_new_tokens": len(ended) - 1, "eos_token_id": whole[3]})
+    assert cut == ended[:-1]
+
+
+def test_zeroed_heads_and_masked_neurons(build_family: Callable[[str], Family]) -> None:
+    family = build_family("llava")
+    inputs, settings = inputs_of(family), {"max_new_tokens": 6}
+    item = plain.Item(inputs, settings, [])
+    edits = [SiteEdit(Head(1, 2), "zero"), SiteEdit(Neuron(1, 2), "mask"), SiteEdit(Head(1, 2))]
+    edits += [SiteEdit(Neuron(layer, neuron), "mask") for layer in range(4) for neuron in range(0, 96, 12)]
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    found = dict(example.answers(edits))
+    assert found.keys() == set(edits)
+    kinds = {"mean": "mean", "zero": "zero head", "mask": "zero neuron"}
+    for edit, tokens in found.items():
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site, kinds[edit.how])), edit
+    assert sum(tokens != example.tokens for tokens in found.values()) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_however_many_rows_are_decoded_at_once(build_family: Callable[[str], Family], rows: int) -> None:
+    family = build_family("qwen3_vl")
+    inputs, settings = inputs_of(family, pictures=2), {"max_new_tokens": 6}
+    edits = means_of(family.model)
+    anatomy = Anatomy.of(family.model)
+    whole = dict(Decoder(Replayer(anatomy)).greedy(inputs, settings).answers(edits))
+    assert dict(Decoder(Replayer(anatomy, rows)).greedy(inputs, settings).answers(edits)) == whole
+
+
+def test_only_answers_that_differ_are_decoded(
+    build_family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = build_family("llava")
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), {"max_new_tokens": 3})
+    decoded: list[int] = []
+    ours = decoding.GreedyExample._decode_rows
+
+    def counted(self: decoding.GreedyExample, edits: list[SiteEdit]) -> list[list[int]]:
+        decoded.append(len(edits))
+        return ours(self, edits)
+
+    monkeypatch.setattr(decoding.GreedyExample, "_decode_rows", counted)
+    found = list(example.answers(means_of(family.model)))
+    differing = [tokens != example.tokens for _, tokens in found]
+    assert 0 < sum(differing) == sum(decoded) < len(found)
+    assert differing == sorted(differing)  # unchanged answers come first
+
+
+def test_logits_along_the_answer_are_handed_on(build_family: Callable[[str], Family]) -> None:
+    family = build_family("qwen2_vl")
+    inputs = inputs_of(family)
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, {"max_new_tokens": 4})
+    seen: dict[SiteEdit, Tensor] = {}
+
+    def keep(rows: Rows) -> None:
+        seen.update(zip(rows.edits, rows.logits, strict=True))
+
+    edits = means_of(family.model)
+    list(example.answers(edits, keep))
+    assert seen.keys() == set(edits)
+    longer = plain.with_answer(family.model, inputs, example.tokens[:-1])
+    prompt = inputs["input_ids"].shape[1]
+    for edit, logits in seen.items():
+        expected = plain.forward(family.model, longer, plain.Edit(*edit.site)).logits[prompt - 1 :]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert example.covers(example.tokens[:2])
+    assert not example.covers([*example.tokens[:1], 3])
+    assert not example.covers([*example.tokens, 3])
+
+
+def test_what_one_pass_does_not_explain_is_decoded_in_full() -> None:
+    """A model whose cached decoding sees something else than one pass over prompt and answer."""
+    family = families.build("llava")
+    stack = plain.layers(family.model)
+
+    def shifted(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] + 0.5 * (args[0].shape[1] == 1), *args[1:])
+
+    handle = stack[0].register_forward_pre_hook(shifted)
+    inputs, settings = inputs_of(family), {"max_new_tokens": 5, "min_new_tokens": 5}
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    assert example.passes is None
+    assert not example.covers(example.tokens)
+    item = plain.Item(inputs, settings, [])
+    for edit, tokens in example.answers(means_of(family.model)):
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site))
+    handle.remove()
+
+
+def test_a_model_that_cannot_be_replayed_is_verified_by_full_passes() -> None:
+    family = families.build("llava")
+    kind = type(plain.layers(family.model)[1])
+
+    class Layer(kind):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            assert len(hidden_states) == 1, "one row at a time"
+            return super().forward(hidden_states, *args, **kwargs)
+
+    replayer = Replayer(Anatomy.of(family.model), 1)
+    replayer.inexact = "for this test"
+    inputs, settings = inputs_of(family), {"max_new_tokens": 4}
+    for layer in plain.layers(family.model):
+        layer.__class__ = Layer
+    example = Decoder(replayer).greedy(inputs, settings)
+    assert isinstance(example.passes, FullPasses)
+    item = plain.Item(inputs, settings, [])
+    for edit, tokens in example.answers(means_of(family.model)):
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": True, "max_new_tokens": 3}, {"num_beams": 3, "max_new_tokens": 3}]
+)
+def test_answers_that_are_not_greedy_are_refused(
+    build_family: Callable[[str], Family], settings: dict[str, Any]
+) -> None:
+    family = build_family("llava")
+    with pytest.raises(HonesError, match="samples or searches with beams: pass --gen_kwargs do_sample=False"):
+        Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), settings)
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 3}, {"max_new_tokens": 0}, {"top_kk": 3}])
+def test_settings_that_generate_refuses_are_one_line(
+    build_family: Callable[[str], Family], settings: dict[str, Any]
+) -> None:
+    family = build_family("llava")
+    with pytest.raises(HonesError, match=r"generate refuses this task's settings: .*--gen_kwargs") as caught:
+        Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_cutting_at_the_first_end_token() -> None:
+    assert cut_at_end([5, 1, 2, 1, 0], [1, 2]) == [5, 1]
+    assert cut_at_end([5, 6], [1]) == [5, 6]
+    assert cut_at_end([1, 5], [1]) == [1]
+    assert cut_at_end([5, 1], []) == [5, 1]
+
+
+def test_examples_are_repeated_along_the_first_dimension() -> None:
+    patches = torch.arange(6.0).view(3, 2)
+    repeated = repeat_example(
+        {"input_ids": torch.tensor([[1, 2]]), "pixel_values": patches, "sizes": [(4, 5)]}, 2
+    )
+    assert repeated["input_ids"].tolist() == [[1, 2], [1, 2]]
+    assert torch.equal(repeated["pixel_values"], torch.cat([patches, patches]))
+    assert repeated["sizes"] == [(4, 5), (4, 5)]
