@@ -1,6 +1,5 @@
 """The `hones-eval` command."""
 
-import logging
 import os
 import sys
 import traceback
@@ -76,7 +75,6 @@ def _calm_libraries() -> None:
     """Start-up banners, and bars that are no terminal's, would bury the one line that matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

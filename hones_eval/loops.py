@@ -1,5 +1,6 @@
 """The only room that knows Lightning: predict loops over examples, on one device or on many."""
 
+import logging
 import os
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from torchmetrics import Metric
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measure, Totals
+
+# Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 class Loop:
