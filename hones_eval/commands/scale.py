@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from hones_eval.commands.shared import say
+from hones_eval.choosing import GRID, Development, How, choose, said_of
+from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.errors import HonesError
+from hones_eval.fitting import FitSettings
 from hones_eval.methods import scaling
 from hones_eval.ranking import Ranking
 from hones_eval.steering import Steering
@@ -13,7 +15,7 @@ from hones_eval.steering import Steering
 
 def scale(
     ranking: Path,
-    how: Literal["fixed", "signed", "topk"],
+    how: Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "signed", "topk"],
     out: Path,
     factor: float = 2.0,
     neurons: float | None = None,
@@ -22,21 +24,62 @@ def scale(
     heads: int = 10,
     enhance: float = 0.5,
     suppress: float = 0.5,
+    factors: list[float] | None = None,
+    groups: int = 3,
+    beta: float = 0.05,
+    learning_rate: float = 5e-4,
+    epochs: int = 2,
+    model: str | None = None,
+    model_args: str = "",
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    gen_kwargs: str | None = None,
+    metric: str | None = None,
+    target: str | None = None,
+    dtype: DType = "auto",
+    batch_size: Rows = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 0,
 ) -> None:
     """Turn the scores of a ranking into the scales of a steering.
 
     Args:
-        ranking: a folder that rank wrote.
-        how: fixed (one factor for the selected neurons), signed (heads by 1 + strength * score, clipped to
-            0..2) or topk (the best heads times 1 + enhance, the worst times 1 - suppress).
+        ranking: a folder that rank or compare wrote.
+        how: for neurons fixed (one factor), or chosen on development examples by grid (the best factor),
+            search (a factor for each of a few groups of layers), learned (one scale a neuron, kept close to
+            the model), learned_no_kl (not kept close) or random (learned, of a random bank); for heads signed
+            (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
+            1 - suppress).
         out: the folder to write steering.json and steering.safetensors to.
         factor: fixed: what the selected neurons are multiplied by.
-        neurons: fixed: the share of all neurons to scale; by default the share of the ranking.
+        neurons: the share of all neurons to scale; by default the share of the ranking.
         strength: signed: lambda in 1 + lambda * score.
         epsilon: signed: scores smaller than this are ignored.
         heads: topk: how many heads to enhance, and how many to suppress.
         enhance: topk: a in 1 + a.
         suppress: topk: b in 1 - b.
+        factors: grid, search: what is tried; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
+        groups: search: into how many groups of layers the bank is cut.
+        beta: learned, random: the weight of KL(original || scaled).
+        learning_rate: learned, random: of AdamW; it falls to a tenth.
+        epochs: learned, random: passes over the development examples.
+        model: grid, search, learned, random: as in lmms-eval --model.
+        model_args: as in lmms-eval --model_args.
+        tasks: grid, search, learned, random: the development task, with other pictures than the ranking's.
+        include_path: a folder with more task YAML files.
+        limit: use at most so many development examples.
+        offset: skip so many examples first.
+        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
+        metric: which of the task's metrics to use; by default its first that is a number.
+        target: the column, or a template, of the gold answer, where it is not found by itself.
+        dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
+        batch_size: accepted as by rank; examples are run one at a time.
+        devices: processes on this node, one device each.
+        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        seed: of the random bank and of the order of examples.
     """
     scores = Ranking.load(ranking)
     choices: dict[str, Callable[[], Steering]] = {
@@ -44,9 +87,44 @@ def scale(
         "signed": lambda: scaling.signed(scores, strength, epsilon),
         "topk": lambda: scaling.topk(scores, heads, enhance, suppress),
     }
-    steering = choices[how]()
-    if steering.is_noop:
-        raise HonesError("every scale is 1: this steering would change nothing, so it was not written")
+    if how not in get_args(How):
+        steering = choices[how]()
+        if steering.is_noop:
+            raise HonesError("every scale is 1: this steering would change nothing, so it was not written")
+        _save(steering, out)
+        return
+    if model is None or tasks is None:
+        raise HonesError(
+            f"--how {how} chooses scales on development examples: give --model, --model_args and --tasks, a "
+            "task with other pictures than the ranking's"
+        )
+    job = Job.open(
+        model,
+        model_args,
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        offset=offset,
+        gen_kwargs=gen_kwargs,
+        metric=metric,
+        target=target,
+        dtype=dtype,
+        batch_size=batch_size,
+        devices=devices,
+        num_nodes=num_nodes,
+    )
+    fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
+    tried = tuple(factors or GRID)
+    development = Development(scores, job.replayer, job.examples, job.loop, neurons, tried, groups, fit)
+    steering = choose(development, how)  # type: ignore[arg-type]
+    if job.loop.is_first:
+        _save(steering, out)
+        say(said_of(steering.provenance.settings))
+        if steering.is_noop:
+            say("warning: nothing beats leaving the model as it is, so this steering changes nothing")
+
+
+def _save(steering: Steering, out: Path) -> None:
     steering.save(out)
     scaled_heads = int((steering.head_scales != 1).sum())
     scaled_neurons = int((steering.neuron_scales != 1).sum())

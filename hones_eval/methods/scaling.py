@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_eval.artefact import Provenance
+from hones_eval.artefact import ExampleSet, Provenance
 from hones_eval.errors import HonesError
 from hones_eval.ranking import Ranking
 from hones_eval.sites import Head, Neuron, top_heads
@@ -18,6 +18,22 @@ def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Stee
     """One factor for all selected neurons (HONES 4)."""
     bank = ranking.neurons(neurons)
     return scaled_neurons(ranking, bank, factor, {"how": "fixed", "factor": factor, "count": len(bank)})
+
+
+def chosen(ranking: Ranking, scales: Tensor, settings: dict[str, Any], development: ExampleSet) -> Steering:
+    """Neuron scales [L, I] that were chosen on development examples, which the provenance then names too."""
+    steering = _steering(ranking, settings, neuron_scales=scales)
+    sets = [*steering.provenance.examples, development]
+    return dataclasses.replace(steering, provenance=dataclasses.replace(steering.provenance, examples=sets))
+
+
+def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors: Sequence[float]) -> Tensor:
+    """One factor for each of several groups of neurons, and 1 elsewhere [L, I]."""
+    scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
+    for group, factor in zip(groups, factors, strict=True):
+        for neuron in group:
+            scales[neuron] = factor
+    return scales
 
 
 def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Steering:

@@ -1,0 +1,184 @@
+"""Scales of a bank of neurons chosen on development examples: grid, search, learned (HONES 4)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from hones_eval.artefact import ExampleSet
+from hones_eval.errors import HonesError
+from hones_eval.examples import TaskExamples
+from hones_eval.fitting import FitSettings, fit
+from hones_eval.loops import Loop
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
+from hones_eval.methods.banks import check_fits
+from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
+from hones_eval.sites import Neuron, matched_random
+from hones_eval.steering import Steering
+from hones_eval.verification import refuse_shared_pictures
+
+GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+How = Literal["grid", "search", "learned", "learned_no_kl", "random"]
+
+
+@dataclass(frozen=True)
+class Development:
+    """A ranking's bank, and the development examples on which its scales are chosen."""
+
+    ranking: Ranking
+    replayer: Replayer
+    examples: TaskExamples
+    loop: Loop
+    neurons: float | None = None
+    factors: Sequence[float] = GRID
+    groups: int = 3
+    settings: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a ranking of another model, and one made from a development picture."""
+        model = self.replayer.anatomy.model
+        check_fits(self.ranking, self.replayer.anatomy.shape, type(model).__name__)
+        refuse_shared_pictures(self.ranking.provenance, self.examples.example_set(), "choosing scales")
+
+    @property
+    def bank(self) -> list[Neuron]:
+        """The selected neurons."""
+        return self.ranking.neurons(self.neurons)
+
+    @property
+    def example_set(self) -> ExampleSet:
+        """The development examples."""
+        return self.examples.example_set()
+
+
+def choose(job: Development, how: How) -> Steering:
+    """Choose scales; every rank gets the same steering. Its provenance names the development examples."""
+    if how == "grid":
+        return grid(job)
+    if how == "search":
+        return search(job)
+    return learned(job, how)
+
+
+def grid(job: Development) -> Steering:
+    """The one factor for the whole bank that does best on the development examples."""
+    bank = job.bank
+    candidates = {
+        str(factor): scaling.grouped_scales(job.ranking, [bank], [factor]) for factor in job.factors
+    }
+    found = _measure(job, candidates)
+    best = _best(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
+    factor = job.factors[best]
+    settings = {
+        "how": "grid",
+        "factor": factor,
+        "count": len(bank),
+        "metric": job.examples.metric,
+        "baseline": found[BASELINE],
+        "metric_by_factor": {str(one): found[str(one)] for one in job.factors},
+    }
+    return scaling.chosen(job.ranking, candidates[str(factor)], settings, job.example_set)
+
+
+def search(job: Development) -> Steering:
+    """A factor for each of a few groups of neighbouring layers, by coordinate search without gradients.
+
+    Twice over the groups, from the last layers down: of all factors the best one, the others' kept. As many
+    passes as there are groups, times two.
+    """
+    groups = layer_groups(job.bank, job.groups)
+    chosen = [1.0] * len(groups)
+    value = baseline = float("nan")
+    trace = []
+    for group in [*reversed(range(len(groups)))] * 2:
+        tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
+        candidates = {str(one): scaling.grouped_scales(job.ranking, groups, one) for one in tried}
+        found = _measure(job, candidates)
+        baseline = found[BASELINE]
+        steps = [sum(abs(factor - 1) for factor in one) for one in tried]
+        chosen = tried[_best(job, [found[str(one)] for one in tried], steps)]
+        value = found[str(chosen)]
+        trace.append({"group": group, "factors": chosen, "metric": value})
+    settings = {
+        "how": "search",
+        "factors": chosen,
+        "layers": [sorted({neuron.layer for neuron in group}) for group in groups],
+        "count": len(job.bank),
+        "metric": job.examples.metric,
+        "baseline": baseline,
+        "best": value,
+        "trace": trace,
+    }
+    scales = scaling.grouped_scales(job.ranking, groups, chosen)
+    return scaling.chosen(job.ranking, scales, settings, job.example_set)
+
+
+def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
+    """Scales by gradient descent; `random` learns those of a random bank, as large in each layer."""
+    bank, settings = job.bank, job.settings
+    if how == "learned_no_kl":
+        settings = FitSettings(**{**vars(settings), "beta": 0.0})
+    if how == "random":
+        bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
+    fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
+    recorded = {"how": how, "count": len(bank), **fitted.report}
+    return scaling.chosen(job.ranking, fitted.scales, recorded, job.example_set)
+
+
+def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
+    """The bank cut between layers into at most `count` groups of about equal size, from the bottom up."""
+    if count < 1:
+        raise HonesError(f"--groups {count}: the bank is cut into at least one group")
+    layers = sorted({neuron.layer for neuron in bank})
+    groups: dict[int, list[Neuron]] = {}
+    below = 0
+    for layer in layers:
+        members = [neuron for neuron in bank if neuron.layer == layer]
+        # By the middle of the layer's neurons, so that one full layer does not start a group it fills alone.
+        group = int((below + len(members) / 2) / len(bank) * count)
+        groups.setdefault(min(group, count - 1), []).extend(members)
+        below += len(members)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _measure(job: Development, candidates: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The metric under every candidate, and under none."""
+    steerings = {
+        name: scaling.chosen(job.ranking, scales, {}, job.example_set)
+        for name, scales in candidates.items()
+        if not bool((scales == 1).all())
+    }
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer.anatomy, job.examples, steerings), "scale")
+    records = answered(totals)
+    found = {
+        name: job.examples.aggregate([record.answers[name].result for record in records])
+        for name in (BASELINE, *steerings)
+    }
+    return {name: found.get(name, found[BASELINE]) for name in (BASELINE, *candidates)}
+
+
+def _best(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:
+    """The place of the best value; of equal ones, that which changes the model least."""
+    sign = 1.0 if job.examples.higher_is_better else -1.0
+    order = [(sign * value, -distance) for value, distance in zip(values, distances, strict=True)]
+    return order.index(max(order))
+
+
+def said_of(settings: Mapping[str, Any]) -> str:
+    """One line about how scales were chosen."""
+    if settings["how"] == "grid":
+        best = settings["metric_by_factor"][str(settings["factor"])]
+        what = f"factor {settings['factor']:g} is best"
+    elif settings["how"] == "search":
+        best = settings["best"]
+        what = f"factors {', '.join(format(one, 'g') for one in settings['factors'])} are best"
+    else:
+        losses = [one["cross_entropy"] for one in settings["epoch_losses"]]
+        return (
+            f"{settings['steps']} steps; cross-entropy {losses[0]:.4g} in the first epoch, "
+            f"{losses[-1]:.4g} in the last"
+        )
+    return f"{what} on development: {settings['metric']} {settings['baseline']:.4g} without, {best:.4g} with"

@@ -1,0 +1,182 @@
+"""Learning scales with Lightning's `fit`, on one device or on several with the same steps."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hones_eval.decoding import Decoder
+from hones_eval.errors import HonesError
+from hones_eval.examples import Example, TaskExamples
+from hones_eval.loops import Loop
+from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
+from hones_eval.replay import Replayer
+from hones_eval.sites import Neuron
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How scales are learned; the defaults are the paper's (HONES 4)."""
+
+    beta: float = 0.05
+    penalty: float = 1e-5
+    learning_rate: float = 5e-4
+    epochs: int = 2
+    accumulate: int = 4
+    clip_norm: float = 1.0
+    limit: float = 1.5
+    seed: int = 0
+
+
+class Fitted(NamedTuple):
+    """Learned scales [L, I], and the settings and losses to record with them."""
+
+    scales: Tensor
+    report: dict[str, Any]
+
+
+def fit(
+    replayer: Replayer, examples: TaskExamples, bank: Sequence[Neuron], settings: FitSettings, loop: Loop
+) -> Fitted:
+    """Learn one scale for every neuron of a bank; every rank gets the same.
+
+    Raises: HonesError when steps cannot be shared evenly by the processes, or a loss is not finite.
+    """
+    if settings.epochs < 1 or settings.accumulate < 1:
+        raise HonesError("learning scales takes at least one epoch and steps of at least one example")
+    if settings.accumulate % loop.world_size:
+        raise HonesError(
+            f"steps of {settings.accumulate} examples cannot be shared by {loop.world_size} processes: "
+            f"use a number of --devices that divides {settings.accumulate}"
+        )
+    scales = LearnedScales(replayer.anatomy, bank)
+    loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
+    module = _Fit(loss, examples, settings)
+    trainer = _trainer(settings, loop, replayer.anatomy.unembedding.is_cuda)
+    with frozen(replayer.anatomy.model):
+        trainer.fit(module)
+    steps = trainer.global_step
+    if steps != module.steps:
+        raise HonesError(f"learning took {steps} steps where {module.steps} were planned")
+    report = asdict(settings) | {"steps": steps, "last_learning_rate": module.last_rate()}
+    return Fitted(scales.scales(), report | {"epoch_losses": module.history})
+
+
+def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:
+    """A decoder that knows what type id an answer's tokens have, in the families that have types."""
+    decoder, first = Decoder(replayer), examples[0]
+    if "token_type_ids" in first.inputs:
+        decoder.greedy(first.inputs, first.settings)
+    return decoder
+
+
+def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
+    """On the devices of the loop."""
+    return Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=loop.trainer.num_devices,
+        num_nodes=loop.trainer.num_nodes,
+        strategy="ddp" if loop.world_size > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.accumulate // loop.world_size,
+        gradient_clip_val=settings.clip_norm,
+        reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=loop.trainer.progress_bar_callback is not None,
+    )
+
+
+class Slot(NamedTuple):
+    """A place in a step: an example and its weight, or nothing where the last step has fewer examples."""
+
+    example: Example | None
+    weight: float
+
+
+class Slots(Dataset[Slot]):
+    """One rank's share of one epoch, cut into steps of exactly `accumulate` places over all ranks.
+
+    The last step may have fewer examples than places. It is padded with empty ones, and the others' weights
+    make the step the mean over its examples, as every other step is.
+    """
+
+    def __init__(
+        self, examples: TaskExamples, order: Sequence[int], accumulate: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """Share out `order`, the epoch's order of the examples."""
+        self.examples = examples
+        self.places: list[tuple[int | None, float]] = []
+        for start in range(0, len(order), accumulate):
+            step = list(order[start : start + accumulate])
+            weight = accumulate / len(step)
+            padded = [*((index, weight) for index in step), *[(None, 0.0)] * (accumulate - len(step))]
+            self.places += padded[rank::world]
+
+    def __len__(self) -> int:
+        """The number of places."""
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> Slot:
+        """Record the example of a place."""
+        index, weight = self.places[place]
+        return Slot(None if index is None else self.examples[index], weight)
+
+
+class _Fit(LightningModule):  # type: ignore[misc]
+    """Steps of AdamW on `a` alone; the model is no part of this module, so Lightning leaves it alone."""
+
+    def __init__(self, loss: AnswerLoss, examples: TaskExamples, settings: FitSettings) -> None:
+        super().__init__()
+        self.scales = loss.scales
+        self.loss, self.examples, self.settings = loss, examples, settings
+        self.steps = settings.epochs * math.ceil(len(examples) / settings.accumulate)
+        self.history: list[dict[str, float]] = []
+        self._sums = torch.zeros(3)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        # The penalty on `a` is in the loss, so AdamW's own decay is off.
+        optimizer = torch.optim.AdamW([self.scales.a], lr=self.settings.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self) -> DataLoader[Slot]:
+        generator = torch.Generator().manual_seed(self.settings.seed + self.current_epoch)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        trainer = self.trainer
+        slots = Slots(self.examples, order, self.settings.accumulate, self.global_rank, trainer.world_size)
+        return DataLoader(slots, batch_size=None, shuffle=False)
+
+    def transfer_batch_to_device(self, batch: Slot, device: torch.device, dataloader_idx: int) -> Slot:
+        return batch  # the wrapper has already put the inputs where its model wants them
+
+    def on_train_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, device=self.device)
+
+    def training_step(self, batch: Slot, batch_idx: int) -> Tensor:
+        if batch.example is None:
+            return self.scales.a.sum() * 0
+        loss = self.loss(batch.example)
+        self._sums += torch.stack([loss.cross_entropy, loss.divergence, torch.ones_like(loss.divergence)])
+        return loss.total * batch.weight
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.scales.a.clamp_(-self.settings.limit, self.settings.limit)
+
+    def on_train_epoch_end(self) -> None:
+        cross_entropy, divergence, count = self.all_gather(self._sums).reshape(-1, 3).sum(0).tolist()
+        self.history.append({"cross_entropy": cross_entropy / count, "divergence": divergence / count})
+
+    def last_rate(self) -> float:
+        """The learning rate at which the schedule has arrived."""
+        (rate,) = self.lr_schedulers().get_last_lr()
+        return float(rate)

@@ -1,0 +1,197 @@
+"""Scales from scores, and scales chosen by trying them on development examples."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import own_answers
+import plain
+import pytest
+import torch
+
+from hones_eval.__main__ import main
+from hones_eval.anatomy import Anatomy
+from hones_eval.choosing import Development, grid, layer_groups, search
+from hones_eval.errors import HonesError, MisfitError
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.loops import Loop
+from hones_eval.methods import scaling
+from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
+from hones_eval.sites import Neuron
+from hones_eval.steering import Steering
+
+
+@pytest.fixture(scope="module")
+def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def hones(own: own_answers.Prepared) -> Ranking:
+    return Ranking.load(own.rankings / "hones")
+
+
+@pytest.fixture(scope="module")
+def vseam(own: own_answers.Prepared) -> Ranking:
+    return Ranking.load(own.rankings / "vseam")
+
+
+@pytest.fixture(scope="module")
+def development(own: own_answers.Prepared, hones: Ranking) -> Development:
+    lmm = load_lmm(own_answers.MODEL, own.model_args)
+    examples = TaskExamples(
+        lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, offset=4, limit=5
+    )
+    replayer = Replayer(Anatomy.of(inner_model(lmm)))
+    return Development(hones, replayer, examples, Loop("cpu", progress=False), neurons=0.2)
+
+
+def test_fixed_scales_the_bank_and_nothing_else(hones: Ranking) -> None:
+    steering = scaling.fixed(hones, 2.0, 0.05)
+    bank = hones.neurons(0.05)
+    changed = [Neuron(*site) for site in (steering.neuron_scales != 1).nonzero().tolist()]
+    assert sorted(changed) == sorted(bank)
+    assert set(steering.neuron_scales.unique().tolist()) == {1.0, 2.0}
+    assert bool((steering.head_scales == 1).all())
+
+
+def test_signed_clips_and_forgets_what_is_small(vseam: Ranking) -> None:
+    scores = torch.linspace(-3, 3, vseam.head_scores.numel()).reshape(vseam.head_scores.shape)
+    ranking = dataclasses.replace(vseam, head_scores=scores)
+    found = scaling.signed(ranking, strength=0.5, epsilon=0.3).head_scales
+    for score, scale in zip(scores.flatten().tolist(), found.flatten().tolist(), strict=True):
+        expected = 1.0 if abs(score) < 0.3 else min(2.0, max(0.0, 1 + 0.5 * score))
+        assert scale == pytest.approx(expected)
+
+
+def test_topk_leaves_a_head_that_is_both_as_it_is(vseam: Ranking) -> None:
+    up, down = torch.zeros_like(vseam.head_positive), torch.zeros_like(vseam.head_negative)
+    up[0, 0], up[1, 1], down[1, 1], down[2, 3] = 0.5, 0.4, 0.6, 0.2
+    ranking = dataclasses.replace(vseam, head_positive=up, head_negative=down)
+    scales = scaling.topk(ranking, 2, enhance=0.5, suppress=0.25).head_scales
+    expected = torch.ones_like(scales)
+    expected[0, 0], expected[2, 3] = 1.5, 0.75
+    torch.testing.assert_close(scales, expected)
+
+
+def plain_metric(job: Development, scales: torch.Tensor) -> float:
+    """Exact match when every neuron is multiplied by its scale, by hooks written out here."""
+    model = job.replayer.anatomy.model
+
+    def hook(row: torch.Tensor) -> Any:
+        return lambda _, args: (args[0] * row,)
+
+    pairs = zip(plain.layers(model), scales, strict=True)
+    handles = [block.mlp.down_proj.register_forward_pre_hook(hook(row)) for block, row in pairs]
+    try:
+        right = 0
+        for i in range(len(job.examples)):
+            example = job.examples[i]
+            tokens = model.generate(**example.inputs, **example.settings)[0]
+            text = job.examples.decode(i, tokens[example.inputs["input_ids"].shape[1] :].tolist())
+            right += text.strip() == example.target
+    finally:
+        for handle in handles:
+            handle.remove()
+    return right / len(job.examples)
+
+
+def test_grid_takes_the_factor_that_a_plain_loop_finds_best(development: Development) -> None:
+    job = dataclasses.replace(development, factors=(-3.0, 0.0, 1.0, 2.0))
+    steering = grid(job)
+    found = steering.provenance.settings["metric_by_factor"]
+    values = {}
+    for factor in job.factors:
+        scales = torch.ones_like(job.ranking.neuron_scores)
+        for neuron in job.bank:
+            scales[neuron] = factor
+        values[factor] = plain_metric(job, scales)
+    assert found == {str(factor): pytest.approx(value) for factor, value in values.items()}
+    assert len(set(values.values())) > 1
+    best = max(values.values())
+    chosen = steering.provenance.settings["factor"]
+    assert values[chosen] == best
+    assert abs(chosen - 1) == min(abs(f - 1) for f, value in values.items() if value == best)
+    changed = steering.neuron_scales[steering.neuron_scales != 1]
+    assert set(changed.tolist()) <= {chosen}
+
+
+def test_where_lower_is_better_grid_takes_the_lowest(
+    development: Development, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(development.examples, "higher_is_better", False)
+    job = dataclasses.replace(development, factors=(-3.0, 1.0))
+    found = grid(job).provenance.settings
+    assert found["metric_by_factor"][str(found["factor"])] == min(found["metric_by_factor"].values())
+    assert found["factor"] == -3.0
+
+
+def test_search_never_ends_below_where_it_began_and_reports_what_it_measured(
+    development: Development,
+) -> None:
+    job = dataclasses.replace(development, factors=(0.0, 1.0, 3.0), groups=2)
+    steering = search(job)
+    found = steering.provenance.settings
+    values = [found["baseline"], *(step["metric"] for step in found["trace"])]
+    assert values == sorted(values)
+    assert [step["group"] for step in found["trace"]] == [1, 0, 1, 0]
+    assert found["best"] == pytest.approx(plain_metric(job, steering.neuron_scales))
+    for layers, factor in zip(found["layers"], found["factors"], strict=True):
+        for layer in layers:
+            changed = {neuron.neuron for neuron in job.bank if neuron.layer == layer}
+            for neuron in range(steering.neuron_scales.shape[1]):
+                assert steering.neuron_scales[layer, neuron] == (factor if neuron in changed else 1)
+
+
+def test_groups_hold_whole_layers_of_about_equal_numbers() -> None:
+    bank = [Neuron(layer, i) for layer, count in enumerate([2, 2, 1, 3, 6]) for i in range(count)]
+    groups = layer_groups(bank, 3)
+    assert [sorted({neuron.layer for neuron in group}) for group in groups] == [[0, 1, 2], [3], [4]]
+    assert sorted(neuron for group in groups for neuron in group) == sorted(bank)
+    assert layer_groups([Neuron(3, i) for i in range(5)], 3) == [[Neuron(3, i) for i in range(5)]]
+    with pytest.raises(HonesError, match="--groups 0"):
+        layer_groups(bank, 0)
+
+
+def test_a_ranking_of_another_model_is_refused(development: Development, hones: Ranking) -> None:
+    shape = dataclasses.replace(hones.provenance.shape, heads=9)
+    provenance = dataclasses.replace(hones.provenance, shape=shape)
+    other = Ranking(provenance, neuron_scores=hones.neuron_scores)
+    with pytest.raises(MisfitError, match=r"heads: 9 here, \d there"):
+        dataclasses.replace(development, ranking=other)
+
+
+def test_the_commands_write_steerings(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hones, vseam = own.rankings / "hones", own.rankings / "vseam"
+    for how, ranking in (("fixed", hones), ("signed", vseam), ("topk", vseam)):
+        out = tmp_path / how
+        assert main(["scale", "--ranking", str(ranking), "--how", how, "--out", str(out)]) == 0
+        assert not Steering.load(out).is_noop
+    flags = ["--offset", 4, "--limit", 4, "--factors", "[0, 1]", "--groups", 2, "--neurons", 0.2]
+    for how in ("grid", "search"):
+        out = tmp_path / how
+        given = own.command("scale", "--how", how, "--ranking", hones, *flags, "--out", out)
+        assert main(given) == 0
+        content = json.loads((out / "steering.json").read_text())
+        assert content["settings"]["how"] == how
+        assert [one["count"] for one in content["examples"]] == [4, 4]
+    printed = capsys.readouterr().out
+    assert "on development: exact_match" in printed
+    if Steering.load(tmp_path / "grid").is_noop:
+        assert "nothing beats leaving the model as it is" in printed
+
+
+def test_a_steering_that_would_change_nothing_is_refused(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["scale", "--ranking", str(own.rankings / "hones"), "--how", "fixed", "--factor", "1"]
+    assert main([*given, "--out", str(tmp_path)]) == 1
+    assert "every scale is 1" in own_answers.complaint(capsys.readouterr().err)
+    given = ["scale", "--ranking", str(own.rankings / "hones"), "--how", "topk", "--out", str(tmp_path)]
+    assert main(given) == 1
+    assert "rank with --method vseam" in own_answers.complaint(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
