@@ -105,7 +105,7 @@ def compare(model: Any, part: Part, count: int, text: int) -> None:
     print(
         f"{part}: {count} pairs of {len(work[0][2])} cells, plain loop {end - middle:.2f} s, ours "
         f"{middle - start:.2f} s, ratio {(end - middle) / (middle - start):.2f}; replay "
-        f"{patcher.inexact or 'exact'}; largest difference of logits {worst:.1e} (largest effect {effect:.2g})"
+        f"{patcher.inexact or 'exact'}; largest difference of logits {worst:.1e} (effects up to {effect:.1f})"
     )
 
 

@@ -75,7 +75,7 @@ class Pairs(Dataset[Pair]):
             places.append({name: place for place, name in enumerate(names)})
         self.keys = [key for key in keys[0] if key in places[1]][:limit]
         self.unmatched = [key for key in keys[0] if key not in places[1]]
-        self._places = [(places[0][key], places[1][key]) for key in self.keys]
+        self.places = [(places[0][key], places[1][key]) for key in self.keys]
         if not self.keys:
             raise TaskError(
                 f"no document of {clean.task} (the first is {keys[0][0]!r}) has a twin in {edited.task} (the "
@@ -88,7 +88,7 @@ class Pairs(Dataset[Pair]):
 
     def __getitem__(self, index: int) -> Pair:
         """Record both examples of a pair; no forward pass is run."""
-        clean, edited = self._places[index]
+        clean, edited = self.places[index]
         return Pair(index, self.keys[index], self.clean[clean], self.edited[edited], self.roles[clean])
 
 
