@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from hones_eval.toy import captions, questions, scenes
 from hones_eval.toy.scenes import SIDE, WORDS, Scene, Thing
 
-Topic = Literal["describe", "ocr", "caption", "retrieval", "grounding"]
+Topic = Literal["describe", "inventory", "ocr", "caption", "retrieval", "grounding"]
 
 VQA = "Question: {question}\nAnswer the question with a short phrase."
 OCR = "Transcribe the text inside the blue box.\nOutput text only."
@@ -21,6 +21,7 @@ RETRIEVAL = (
 )
 GROUNDING = "Locate the {phrase}.\nAnswer with the box as x1 y1 x2 y2."
 DESCRIBE = "Describe every cell of the image."
+INVENTORY = "Look at the {shapes}."
 
 
 class Exchange(NamedTuple):
@@ -34,6 +35,8 @@ def exchange(scene: Scene, topic: Topic | questions.Kind, rng: random.Random) ->
     """A prompt of this topic about a scene, and its answer; None where the scene has no such question."""
     if topic == "describe":
         return Exchange(DESCRIBE, captions.description(scene))
+    if topic == "inventory":
+        return _inventory(scene, rng)
     if topic == "ocr":
         return Exchange(OCR, scene.word)
     if topic == "caption":
@@ -58,6 +61,23 @@ def judge(caption: str, true: bool) -> Exchange:
     return Exchange(RETRIEVAL.format(caption=caption), "Yes" if true else "No")
 
 
+def _inventory(scene: Scene, rng: random.Random) -> Exchange:
+    """All about each named shape: a lookup by content for every token of a long answer. One may be absent."""
+    absent = [shape for shape in scenes.SHAPES if scene.thing(shape) is None]
+    shapes = [thing.shape for thing in scene.things] + rng.sample(absent, rng.randrange(2))
+    rng.shuffle(shapes)
+    entries = []
+    for shape in shapes:
+        thing = scene.thing(shape)
+        look = (
+            f"{thing.color} {thing.texture} {thing.size} {' '.join(map(str, thing.box))}"
+            if thing
+            else "nothing"
+        )
+        entries.append(f"{shape} {look}")
+    return Exchange(INVENTORY.format(shapes=" and the ".join(shapes)), ". ".join(entries))
+
+
 def vocabulary_text() -> list[str]:
     """Texts that hold every word the tasks can use, for building the vocabulary."""
 
@@ -69,7 +89,16 @@ def vocabulary_text() -> list[str]:
         *scenes.PLACES,
         *scenes.RELATIONS,
     )
-    fixed = (VQA, OCR, CAPTION, RETRIEVAL, GROUNDING, DESCRIBE, "a there is and nothing word . Yes No")
+    fixed = (
+        VQA,
+        OCR,
+        CAPTION,
+        RETRIEVAL,
+        GROUNDING,
+        DESCRIBE,
+        INVENTORY,
+        "a there is and nothing word . Yes No",
+    )
     asked = tuple(questions.TEXT.values())
     numbers = (str(number) for number in range(SIDE + 1))
     return [*words, *(text.replace("{", " ").replace("}", " ") for text in (*fixed, *asked)), *numbers]

@@ -1,8 +1,8 @@
 """Train the small VLM from a seed: `python -m hones_eval.toy.train --out DIR --seed 0`.
 
 Three parts: the image tower learns to see (`sight.py`); then the decoder learns to read the image tokens,
-each picture with a description of all its cells; then the mixture of all tasks. Sparse questions alone leave
-the binding of colour to shape at a plateau for thousands of steps.
+each picture with long answers about its cells and shapes; then the mixture of all tasks. Sparse questions alone
+leave the binding of colour to shape at a plateau for thousands of steps.
 """
 
 import csv
@@ -28,7 +28,7 @@ MIXED = {
     "caption": 1.5, "ocr": 0.7, "shape_at": 0.5, "color": 1.5, "texture": 0.7, "size": 0.3, "is_texture": 0.7,
     "exists": 1.0, "is_color": 1.0, "is_side": 2.0, "what_side": 1.0, "grounding": 1.5, "retrieval": 3.0,
 }  # fmt: skip
-TOPICS = ("describe", *MIXED)
+TOPICS = ("describe", "inventory", *MIXED)
 _PICTURES = 5_000_000  # of the training split; the image tower alone learns from the rest
 
 
@@ -38,15 +38,14 @@ class Settings:
 
     out: Path = Path("runs/toy")
     seed: int = 0
-    sight_steps: int = 2000  # of the image tower alone, 64 pictures each
+    sight_steps: int = 1500  # of the image tower alone, 64 pictures each
     sight_rate: float = 2e-3
-    steps: int = 4000  # of the whole model
-    tokens: int = 3072  # a step
+    steps: int = 3000  # of the whole model
+    tokens: int = 2048  # a step
     rate: float = 1.5e-3
     warmup: int = 200
-    dense_share: float = 0.25  # of the steps that ask for a description of every picture
-    dense_width: int = 96  # tokens a picture: a description and two or three questions
-    mixed_width: int = 192  # eight or so questions
+    dense_share: float = 0.3  # of the steps that ask for description and inventory of every picture
+    width: int = 128  # tokens a picture, for four or so questions
     log_every: int = 100
     measure_every: int = 500
     measured_pictures: int = 256  # of the development split
@@ -113,15 +112,14 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
 
 def _batch(packer: Packer, settings: Settings, step: int, dense: bool, rng: random.Random) -> Batch:
     table = DENSE if dense else MIXED
-    width = settings.dense_width if dense else settings.mixed_width
-    pictures = settings.tokens // width
+    pictures = settings.tokens // settings.width
     first = (settings.seed * settings.steps + step) * pictures % _PICTURES
     wishes = []
     for _ in range(pictures):
-        described = rng.random() < (1.0 if dense else 0.2)
+        long = ["describe"] * (dense or rng.random() < 0.1) + ["inventory"] * (dense or rng.random() < 0.25)
         asked = rng.choices(list(table), list(table.values()), k=12)
-        wishes.append((["describe"] if described else []) + asked)
-    return packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, width)
+        wishes.append(long + asked)
+    return packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, settings.width)
 
 
 def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
