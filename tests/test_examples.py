@@ -75,6 +75,11 @@ class Spied:
         return output
 
 
+def asked_for(examples: TaskExamples) -> list[Any]:
+    """The requests' generation settings, which wrappers write into."""
+    return [one for request in examples._requests for one in request.args if isinstance(one, dict)]
+
+
 def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -85,6 +90,7 @@ def test_records_what_the_stock_wrapper_generates_with_and_decodes_as_it_does(
 ) -> None:
     lmm = lmms(wrapper)
     examples = TaskExamples(lmm, "hones_ocr", model_name=wrapper, limit=3, gen_kwargs=GREEDY)
+    asked = copy.deepcopy(asked_for(examples))
     spied = Spied(inner_model(lmm))
     monkeypatch.setattr(inner_model(lmm), "generate", spied, raising=False)
     stock = lmm.generate_until(copy.deepcopy(examples._requests))
@@ -96,6 +102,7 @@ def test_records_what_the_stock_wrapper_generates_with_and_decodes_as_it_does(
         recorded = example.inputs | example.settings
         assert recorded.keys() == call.keys()
         assert all(same(recorded[key], call[key]) for key in call)
+        assert not example.inputs.keys() & {"use_cache", "max_new_tokens", "do_sample", "eos_token_id"}
         new = output[0, call["input_ids"].shape[1] :].tolist()
         text = getattr(answer, "text", answer)
         decoded = examples.decode(example.index, new)
@@ -106,6 +113,7 @@ def test_records_what_the_stock_wrapper_generates_with_and_decodes_as_it_does(
             assert text != decoded
         else:
             assert decoded == text
+    assert asked_for(examples) == asked
 
 
 def test_inputs_and_settings_are_apart_and_generate_takes_both(vqa: TaskExamples, llava: Any) -> None:
@@ -283,6 +291,7 @@ doc_to_text: "{{question}}"
 doc_to_target: "%s"
 generation_kwargs: {max_new_tokens: 4}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list: [{name: low, filter: [{function: lowercase}, {function: take_first}]}]
 """
 
 
@@ -312,6 +321,8 @@ def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
     examples = build(good)
     assert [examples[i].target for i in range(4)] == ["red", "blue", "red", "blue"]
     assert examples[0].image_hashes == examples[2].image_hashes != examples[1].image_hashes
+
+    assert [examples.score(0, text)["exact_match"] for text in ("RED", "RED.")] == [1.0, 0.0]
 
     clips = TaskExamples(llava, "own_clip", model_name="llava_hf", include_path=good)
     with pytest.raises(TaskError, match="own_clip, doc_id 0: it shows video, not a picture"):

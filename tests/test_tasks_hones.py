@@ -202,6 +202,7 @@ def test_anls_is_lmms_evals() -> None:
         ("STOP", "stop"),
         ("STOP", "st0p"),
         ("STOP", "shops"),
+        ("STOP", "shoes"),
         ("KH", ""),
         ("One  Way", "one way"),
     ):
