@@ -16,16 +16,14 @@ def manifests() -> "list[ModelManifest]":
 
     from . import plugin
 
-    def family(name: str, *, simple: str, chat: str | None = None) -> ModelManifest:
+    def manifest(name: str, family: plugin.Family) -> ModelManifest:
         path = f"{__name__}.{name}"
-        chat_path = f"{path}.{chat}" if chat else None
-        return ModelManifest(f"hones_{name}", f"{path}.{simple}", chat_path, aliases=(f"vseam_{name}",))
+        chat = f"{path}.{family.chat}" if family.chat else None
+        return ModelManifest(f"hones_{name}", f"{path}.{family.simple}", chat, aliases=(f"vseam_{name}",))
 
     plugin.install()
     any_base = f"{__name__}.any_base"
     return [
-        family("llava", simple="SimpleLlava", chat="Llava"),
-        family("qwen2_5_vl", simple="SimpleQwen", chat="Qwen"),
-        family("instructblip", simple="InstructBlip"),
+        *(manifest(name, family) for name, family in plugin.FAMILIES.items()),
         ModelManifest("hones", f"{any_base}.SimpleAnyBase", f"{any_base}.AnyBase", aliases=("vseam",)),
     ]

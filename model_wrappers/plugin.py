@@ -7,28 +7,35 @@ inside a model class, so a few methods are wrapped. Runs of other models pass th
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import wraps
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hones_eval.errors import HonesError
+
+from .after_import import after_import
 
 if TYPE_CHECKING:
     from .run_manifest import RunRecord
 
-BASES = {
-    f"{method}_{family}": base
-    for method in ("hones", "vseam")
-    for family, base in (
-        ("llava", "llava_hf"),
-        ("qwen2_5_vl", "qwen2_5_vl"),
-        ("instructblip", "instructblip"),
-    )
+
+class Family(NamedTuple):
+    """A model of ours: the wrapper of lmms-eval that it steers, and its classes in the module of its name."""
+
+    base: str
+    simple: str
+    chat: str | None = None
+
+
+FAMILIES = {
+    "llava": Family("llava_hf", "SimpleLlava", "Llava"),
+    "qwen2_5_vl": Family("qwen2_5_vl", "SimpleQwen", "Qwen"),
+    "instructblip": Family("instructblip", "InstructBlip"),
 }
+BASES = {f"{method}_{name}": one.base for method in ("hones", "vseam") for name, one in FAMILIES.items()}
 GENERIC = ("hones", "vseam")
 COMMAND = "lmms_eval.__main__"
 
@@ -40,9 +47,9 @@ latest_record: "RunRecord | None" = None
 
 def install() -> None:
     """Patch the modules that are there, and the others when they are imported. Safe to call twice."""
-    _after_import("lmms_eval.tasks", _patch_tasks)
-    _after_import("lmms_eval.caching.response_cache", _patch_cache)
-    _after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
+    after_import("lmms_eval.tasks", _patch_tasks)
+    after_import("lmms_eval.caching.response_cache", _patch_cache)
+    after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
 
 
 def own_names() -> set[str]:
@@ -91,9 +98,7 @@ def _patch_tasks(module: ModuleType) -> None:
         found = match(self, task_list)
         unknown = [n for n in task_list if n not in found and "*" not in n and not Path(n).is_file()]
         if unknown and COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
-            raise _ending(
-                HonesError(f"no task called {', '.join(unknown)}: `lmms-eval tasks list` gives the names")
-            )
+            raise _ending(HonesError(f"no task called {', '.join(unknown)}: --tasks list names them all"))
         return found
 
     manager.__init__ = __init__
@@ -233,37 +238,3 @@ def _is_patched(thing: Any) -> bool:
         return True
     thing._patched_by_hones_eval = True
     return False
-
-
-def _after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
-    module = sys.modules.get(name)
-    if module is None:
-        sys.meta_path.insert(0, _PatchOnImport(name, patch))
-    elif not getattr(module.__spec__, "_initializing", False):
-        patch(module)
-    else:
-        raise HonesError(f"{name} imports the models of lmms-eval while it is being imported itself")
-
-
-class _PatchOnImport:
-    """Lets the usual finders find one module, and patches it when it has run."""
-
-    def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
-        self._name = name
-        self._patch = patch
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self._name:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_patch(module: ModuleType) -> None:
-            run(module)
-            self._patch(module)
-
-        spec.loader.exec_module = run_and_patch  # type: ignore[method-assign]
-        return spec
