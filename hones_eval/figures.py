@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from hones_eval.artefact import write_bytes
 
+Floats = NDArray[np.float64]
+
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8c8c8c"
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 
@@ -58,9 +60,7 @@ def layer_curves(counts: Mapping[str, Sequence[int]]) -> Figure:
     return figure
 
 
-def matrix(
-    values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str, label: str
-) -> Figure:
+def matrix(values: Floats, rows: Sequence[str], columns: Sequence[str], title: str, label: str) -> Figure:
     """A heat map with its numbers; NaN cells stay empty."""
     figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -77,7 +77,7 @@ def matrix(
     return figure
 
 
-def heat_maps(scores: Mapping[str, NDArray[np.float64]], label: str) -> Figure:
+def heat_maps(scores: Mapping[str, Floats], label: str) -> Figure:
     """Scores [L, H] of several rankings side by side, each on its own scale, zero in white."""
     figure = Figure(figsize=(3.4 * len(scores), 3.2), layout="constrained")
     for axes, (name, values) in zip(

@@ -81,7 +81,7 @@ def choose_banks(job: Verification) -> Mapping[str, Sequence[Head] | Sequence[Ne
     return neuron_banks(job.ranking, job.neurons, job.trials, job.seed)
 
 
-def masked(ranking: Ranking, bank: Sequence[Head] | Sequence[Neuron]) -> Steering:
+def masked(ranking: Ranking, bank: Sequence[Head | Neuron]) -> Steering:
     """A steering that sets every site of a bank to zero."""
     heads = [site for site in bank if isinstance(site, Head)]
     neurons = [site for site in bank if isinstance(site, Neuron)]

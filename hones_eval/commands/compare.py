@@ -1,0 +1,86 @@
+"""`hones-eval compare`."""
+
+from pathlib import Path
+from typing import Any
+
+from hones_eval import comparison_report
+from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.comparison import Comparison, Crossing, cross, load_named
+from hones_eval.errors import HonesError
+
+
+def compare(
+    rankings: list[Path],
+    out: Path,
+    neurons: float | None = None,
+    heads: int = 30,
+    model: str | None = None,
+    model_args: str = "",
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    gen_kwargs: str | None = None,
+    dtype: DType = "auto",
+    batch_size: Rows = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 0,
+) -> None:
+    """Compare rankings of one model: layer curves, shared groups, overlaps; with a model, cross-masking.
+
+    Args:
+        rankings: folders that rank wrote, two or more.
+        out: the folder to write compare.json, tables, figures and the groups' rankings to.
+        neurons: the share of all neurons to select; by default each ranking's own.
+        heads: how many heads to compare.
+        model: with tasks, for the matrix "mask one ranking's neurons, measure another's task".
+        model_args: as in lmms-eval --model_args.
+        tasks: tasks to measure on, a,b,c, with other pictures than the rankings'.
+        include_path: a folder with more task YAML files.
+        limit: use at most so many examples of each task.
+        offset: skip so many examples of each task first.
+        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
+        dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
+        batch_size: accepted as by rank; answers are generated one at a time.
+        devices: processes on this node, one device each.
+        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        seed: of the random banks and of the bootstrap.
+    """
+    comparison = Comparison(load_named(rankings), neurons, heads)
+    if (model is None) != (tasks is None):
+        raise HonesError("cross-masking needs --model and --tasks; leave both out to compare scores alone")
+    crossings: list[Crossing] = []
+    first = True
+    if model is not None and tasks is not None:
+        names = tasks.split(",")
+        chosen: dict[str, Any] = {
+            "include_path": include_path,
+            "limit": limit,
+            "offset": offset,
+            "gen_kwargs": gen_kwargs,
+        }
+        machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
+        job = Job.open(model, model_args, names[0], **chosen, **machine)  # type: ignore[arg-type]
+        examples = [job.examples, *(job.on(name, **chosen).examples for name in names[1:])]
+        crossings = cross(comparison, job.anatomy, examples, job.loop, seed)
+        first = job.loop.is_first
+    if first:
+        report = comparison_report.write(comparison, crossings, out)
+        _say_comparison(report, out)
+
+
+def _say_comparison(report: dict[str, Any], out: Path) -> None:
+    say(f"wrote {out}: {len(report['rankings'])} rankings")
+    for one in report["neuron_overlaps"]:
+        chance = f"{one['chance']:.3g} by chance, {one['chance_by_layer']:.3g} by chance in the same layers"
+        say(
+            f"{one['first']} and {one['second']} share {one['shared']} neurons: "
+            f"Jaccard {one['jaccard']:.3g}, {chance}"
+        )
+    for one in report["cross_task"]:
+        drop = one["drop"]["value"]
+        say(
+            f"mask {one['masked']}, measure {one['measured']}: drop {drop:.4g} of {one['baseline']:.4g}, "
+            f"random {one['random_drop']:.4g}"
+        )

@@ -1,0 +1,172 @@
+"""Comparisons of rankings: groups, overlaps beside chance, cross-masking, and what the command writes."""
+
+import csv
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own_answers
+import pytest
+import torch
+
+from hones_eval.__main__ import main
+from hones_eval.comparison import Comparison, chance_of_sharing, group_name, groups, load_named, overlaps
+from hones_eval.errors import HonesError, MisfitError
+from hones_eval.ranking import Ranking
+from hones_eval.sites import Head, Neuron
+from hones_eval.steering import Steering
+
+
+@pytest.fixture(scope="module")
+def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def three(own: own_answers.Prepared) -> dict[str, Ranking]:
+    """One real ranking, and two whose selections are known to share some neurons with it."""
+    real = Ranking.load(own.rankings / "hones")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(real.neuron_scores.shape, generator=generator) * real.neuron_scores.max()
+    near = dataclasses.replace(real, neuron_scores=real.neuron_scores + 0.3 * noise)
+    far = dataclasses.replace(real, neuron_scores=real.neuron_scores + noise)
+    return {"real": real, "near": near, "far": far}
+
+
+def test_groups_are_disjoint_cover_the_banks_and_hold_exactly_what_is_shared() -> None:
+    a, b, c = ([Neuron(0, i) for i in members] for members in ([1, 2, 3, 4], [2, 3, 5], [3, 4, 6]))
+    found = {
+        names: {neuron.neuron for neuron in bank} for names, bank in groups({"a": a, "b": b, "c": c}).items()
+    }
+    assert found == {
+        ("a",): {1},
+        ("b",): {5},
+        ("c",): {6},
+        ("a", "b"): {2},
+        ("a", "c"): {4},
+        ("b", "c"): set(),
+        ("a", "b", "c"): {3},
+    }
+
+
+def test_chance_of_sharing_is_that_of_all_draws() -> None:
+    """Every pair of banks with one and two sites in two layers of four and the same numbers again."""
+    layers = [list(itertools.combinations(range(4), size)) for size in (1, 2)]
+    banks = [{(0, i) for i in one} | {(1, i) for i in two} for one in layers[0] for two in layers[1]]
+    counts = np.bincount([len(a & b) for a in banks for b in banks], minlength=4)
+    found = chance_of_sharing([1, 2], [1, 2], 4)
+    assert found.tolist() == pytest.approx((counts / counts.sum()).tolist())
+
+
+def test_overlaps_tell_crowding_in_a_layer_from_agreement() -> None:
+    width, layers = 50, 4
+    a = [Head(3, i) for i in range(20)]
+    b = [Head(3, i) for i in range(12, 32)]
+    (found,) = overlaps({"a": a, "b": b}, layers, width)
+    assert (found.shared, found.jaccard) == (8, 8 / 32)
+    draws = torch.stack(
+        [torch.randperm(width, generator=torch.Generator().manual_seed(i))[:20] for i in range(4000)]
+    )
+    shared = (draws < 20).sum(1).double()
+    assert found.chance_by_layer == pytest.approx(float((shared / (40 - shared)).mean()), abs=0.005)
+    assert found.p_by_layer == pytest.approx(float((shared >= 8).double().mean()), abs=0.03)
+    assert found.chance < 0.25 * found.chance_by_layer
+    assert overlaps({"a": a, "b": []}, layers, width)[0].jaccard == 0
+
+
+def test_a_group_is_a_ranking_that_selects_the_group(three: dict[str, Ranking]) -> None:
+    comparison = Comparison(three, neurons=0.1)
+    banks = comparison.neuron_banks()
+    seen = []
+    for names, bank in comparison.groups().items():
+        if not bank:
+            with pytest.raises(HonesError, match="no neuron is shared by exactly"):
+                comparison.group_ranking(names, bank)
+            continue
+        selected = comparison.group_ranking(names, bank).neurons()
+        assert set(selected) == set(bank)
+        inside = set.intersection(*(set(banks[name]) for name in names))
+        assert set(bank) == inside - {n for name in banks if name not in names for n in banks[name]}
+        seen += selected
+    assert sorted(seen) == sorted({neuron for bank in banks.values() for neuron in bank})
+
+
+def test_what_cannot_be_compared_is_refused(three: dict[str, Ranking]) -> None:
+    real = three["real"]
+    with pytest.raises(HonesError, match="at least two rankings, not 1"):
+        Comparison({"real": real})
+    shape = dataclasses.replace(real.provenance.shape, heads=5)
+    other = Ranking(dataclasses.replace(real.provenance, shape=shape), neuron_scores=real.neuron_scores)
+    with pytest.raises(
+        MisfitError, match=r"other: the ranking for .* does not fit the model of real \(heads: 5"
+    ):
+        Comparison({"real": real, "other": other})
+
+
+@pytest.fixture(scope="module")
+def folders(own: own_answers.Prepared, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    made = [own.rankings / "hones", own.rankings / "vseam"]
+    for method in ("dvp", "write_norm"):
+        made.append(tmp_path_factory.mktemp("more") / method)
+        chosen = ["--limit", 4, "--neurons", 0.05, "--out", made[-1]]
+        assert main(own.command("rank", "--method", method, *chosen, task="own_b")) == 0
+    return made
+
+
+def test_the_command_writes_tables_figures_and_banks_that_other_commands_take(
+    folders: list[Path], own: own_answers.Prepared, tmp_path: Path
+) -> None:
+    chosen = ["--limit", 4, "--offset", 4, "--heads", 4, "--out", tmp_path]
+    assert main(own.command("compare", *folders, *chosen, task="own_a,own_b")) == 0
+    report = json.loads((tmp_path / "compare.json").read_text())
+    names = ["own_a hones", "own_a vseam", "own_b dvp", "own_b write_norm"]
+    assert list(report["rankings"]) == names
+    assert list(report["neurons_by_layer"]) == [names[0], *names[2:]]
+    assert list(report["heads_by_layer"]) == [names[0], f"{names[1]} +", f"{names[1]} -"]
+    for figure in ("neurons_by_layer", "groups", "neuron_overlaps", "head_overlaps", "heads", "cross_task"):
+        assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "cross_task.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["masked"], row["measured"]) for row in rows] == [
+        (name, task) for task in ("own_a", "own_b") for name in report["neurons_by_layer"]
+    ]
+    assert "## Cross task" in (tmp_path / "compare.md").read_text()
+    _agrees_with_verify(rows[0], own, tmp_path)
+    group = next(path for path in sorted((tmp_path / "groups").iterdir()) if "+" not in path.name)
+    flags = ["--ranking", group, "--offset", 8, "--limit", 3, "--trials", 1, "--out", tmp_path / "verified"]
+    assert main(own.command("verify", *flags)) == 0
+    scaled = ["--how", "fixed", "--out", tmp_path / "scaled"]
+    assert main(["scale", "--ranking", str(group), *map(str, scaled)]) == 0
+    ranking, steering = Ranking.load(group), Steering.load(tmp_path / "scaled")
+    assert int((steering.neuron_scales != 1).sum()) == len(ranking.neurons())
+    assert {one.task for one in ranking.provenance.examples} == {"own_a", "own_b"}
+
+
+def _agrees_with_verify(row: dict[str, Any], own: own_answers.Prepared, folder: Path) -> None:
+    flags = ["--limit", 4, "--offset", 4, "--trials", 1, "--out", folder / "alone"]
+    assert main(own.command("verify", "--ranking", own.rankings / "hones", *flags)) == 0
+    alone = json.loads((folder / "alone" / "verify.json").read_text())
+    assert float(row["baseline"]) == alone["baseline"]["metric"]
+    assert float(row["metric"]) == alone["banks"]["selected"]["metric"]
+    assert float(row["random_drop"]) == alone["banks"]["random 1"]["metric_drop"]["value"]
+
+
+def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
+    folders: list[Path], own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = [str(folder) for folder in folders[::2]]
+    for given, complaint in (
+        ([pair[0], pair[0]], "given twice"),
+        ([*pair, "--tasks", "own_a"], "needs --model and --tasks"),
+    ):
+        assert main(["compare", *given, "--out", str(tmp_path)]) == 1
+        assert complaint in own_answers.complaint(capsys.readouterr().err)
+    given = own.command("compare", *pair, "--limit", 6, "--out", tmp_path)
+    assert main(given) == 1
+    assert "4 of the 6 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+    assert list(load_named(folders[::2])) == ["own_a", "own_b"]
+    assert group_name(("a", "b")) == "a+b"
