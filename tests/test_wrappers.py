@@ -16,8 +16,10 @@ from lmms_runs import write_steering, write_task
 from loguru import logger
 
 from hones_eval.errors import EditError, HonesError, MisfitError
+from hones_eval.model_wrappers import plugin
 from hones_eval.model_wrappers.any_base import steered_class
 from hones_eval.model_wrappers.steered import Steered, inner_model
+from hones_eval.model_wrappers.watch import WatchedGenerate
 
 FAMILIES = ("llava", "qwen", "instructblip")
 ON_CPU = {"llava_hf": ",device=cpu,device_map=cpu", "qwen2_5_vl": ",device=cpu,device_map=cpu"}
@@ -50,7 +52,9 @@ Evaluate = Callable[..., dict[int, Any]]
 def evaluate(tasks_folder: Path) -> Evaluate:
     """Evaluate a model by name as lmms-eval does; gives the samples by document."""
 
-    def run(model: str, model_args: str, *, force_simple: bool = False) -> dict[int, Any]:
+    def run(
+        model: str, model_args: str, *, force_simple: bool = False, use_cache: str | None = None
+    ) -> dict[int, Any]:
         manager = TaskManager(include_path=str(tasks_folder), include_defaults=False, model_name=model)
         results = evaluator.simple_evaluate(
             model=model,
@@ -59,6 +63,7 @@ def evaluate(tasks_folder: Path) -> Evaluate:
             task_manager=manager,
             limit=3,
             force_simple=force_simple,
+            use_cache=use_cache,
             log_samples=True,
             bootstrap_iters=0,
         )
@@ -270,6 +275,25 @@ def test_requests_come_back_as_they_were_given(build: Build, llava: type) -> Non
     before = [next(part.copy() for part in one.args if isinstance(part, dict)) for one in requests]
     lm.generate_until(requests)
     assert [next(part for part in one.args if isinstance(part, dict)) for one in requests] == before
+
+
+@pytest.mark.parametrize("force_simple", [False, True], ids=["chat", "simple"])
+def test_the_cache_answers_a_second_run(
+    evaluate: Evaluate,
+    checkpoints: dict[str, Path],
+    steerings: dict[str, Path],
+    force_simple: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = f"pretrained={checkpoints['llava']},steering={steerings['llava']}"
+    settings: dict[str, Any] = {"force_simple": force_simple, "use_cache": str(tmp_path / "cache")}
+    first = evaluate("hones_llava", arguments, **settings)
+    monkeypatch.setattr(WatchedGenerate, "__call__", failing)
+    # Empty answers are never cached; the second run would fail at the first of them.
+    assert all(texts(first))
+    assert texts(evaluate("hones_llava", arguments, **settings)) == texts(first)
+    assert len(plugin.latest_record._fingerprints()["tiny_colours"]) == 3
 
 
 def test_a_steering_that_changes_no_logit_is_an_error(
