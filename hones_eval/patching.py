@@ -5,20 +5,18 @@ joins at layer `l` of the edited input's recorded pass; see `replay`. Neither th
 patched layer runs again where its recorded output is all that is needed.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hones_eval.anatomy import Anatomy
-from hones_eval.errors import EditError, HonesError
+from hones_eval.errors import HonesError
 from hones_eval.replay import ROUNDING, Replay, Replayer, _returning, _standing_in, _tensor
-
-Part = Literal["stream", "attention", "ffn"]
+from hones_eval.streams import Part, activations, complete, outputs_of
 
 
 class Patch(NamedTuple):
@@ -82,32 +80,6 @@ class Patcher:
         return FullPatches(self.anatomy, clean, edited)
 
 
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """One pass: `streams` has L + 1 tensors [1, tokens, hidden], the others L; `logits` [vocabulary]."""
-
-    streams: list[Tensor]
-    attention: list[Tensor]
-    ffn: list[Tensor]
-    logits: Tensor
-
-    def of(self, part: Part) -> list[Tensor]:
-        """The tensors of a part, by layer."""
-        return {"stream": self.streams, "attention": self.attention, "ffn": self.ffn}[part]
-
-
-@torch.no_grad()
-def activations(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Activations:
-    """Run the model once and keep what can be patched or read."""
-    with (
-        _inputs_of([*anatomy.layers, anatomy.final_norm]) as streams,
-        _outputs_of(anatomy.attentions) as attention,
-        _outputs_of(anatomy.ffns) as ffn,
-    ):
-        logits: Tensor = anatomy.model(**inputs, use_cache=False).logits
-    return Activations(_complete(streams), _complete(attention), _complete(ffn), logits[0, -1])
-
-
 class PatchReplay(Replay):
     """Patched passes as rows of one batch, from one recorded pass over each of the two inputs."""
 
@@ -116,9 +88,9 @@ class PatchReplay(Replay):
     ) -> None:
         """Run and record both passes."""
         self.clean = activations(anatomy, clean)
-        with _outputs_of(anatomy.ffns) as written:
+        with outputs_of(anatomy.ffns) as written:
             super().__init__(anatomy, edited, 1, rows)
-        self._written = _complete(written)
+        self._written = complete(written)
         self.clean_logits = self.clean.logits
         self.edited_logits = self.base_logits[0]
 
@@ -255,49 +227,3 @@ def _difference(replay: PatchReplay, full: FullPatches) -> str | None:
     if not worst <= ROUNDING[expected.dtype]:
         return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"
     return None
-
-
-@contextmanager
-def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The hidden states that modules are called with, by place; the last call counts."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(place: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept[place] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            handle = module.register_forward_pre_hook(keep(place), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield kept
-        _check_ran(kept, len(modules))
-
-
-@contextmanager
-def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The first tensor that modules give, by place."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(place: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept[place] = _tensor(output)
-
-        return hook
-
-    with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            stack.callback(module.register_forward_hook(keep(place)).remove)
-        yield kept
-        _check_ran(kept, len(modules))
-
-
-def _check_ran(kept: Mapping[int, Tensor], count: int) -> None:
-    if len(kept) != count:
-        raise EditError(f"nothing to patch: a forward pass went through {len(kept)} of {count} modules")
-
-
-def _complete(kept: Mapping[int, Tensor]) -> list[Tensor]:
-    return [kept[place] for place in range(len(kept))]

@@ -15,7 +15,8 @@ from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement
-from hones_eval.patching import Part, Patch, Patcher
+from hones_eval.patching import Patch, Patcher
+from hones_eval.streams import Part
 from hones_eval.tokens import MisalignedError, Places, Roles, align, token_roles, token_texts
 
 What = Literal["image", "text", "last", "attention", "ffn"]
