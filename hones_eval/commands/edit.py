@@ -1,0 +1,175 @@
+"""`hones-eval edit`."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from hones_eval.commands.shared import say
+from hones_eval.editing.checks import Bounds
+from hones_eval.editing.editors import EditorName
+from hones_eval.editing.inpaint import DType, InpaintSettings
+from hones_eval.editing.masks import MaskName
+from hones_eval.editing.records import Level, Reading, read_records
+from hones_eval.editing.run import EditSettings, Report, edit_records
+from hones_eval.editing.sheet import contact_sheet
+from hones_eval.errors import HonesError
+
+NAMED = 10
+
+
+def edit(
+    out: Path,
+    editor: EditorName,
+    questions: Path | None = None,
+    images: Path | None = None,
+    task: str | None = None,
+    level: Level | None = None,
+    category: Literal["animal", "indoor", "vehicle", "color", "material", "action", "spatial"] | None = None,
+    limit: int | None = None,
+    scene_graphs: Path | None = None,
+    mask: MaskName = "cut",
+    segmenter: str | None = None,
+    folder: Path | None = None,
+    checkpoint: str | None = None,
+    steps: int = 50,
+    guidance: float = 7.5,
+    negative_prompt: str = "low quality, blurry",
+    longest_side: int = 1024,
+    composite: bool = True,
+    batch: int = 1,
+    device: str = "auto",
+    dtype: DType = "auto",
+    offload: bool = False,
+    min_psnr: float = 30.0,
+    min_ssim: float = 0.95,
+    min_change: float = 3.0,
+    model: str | None = None,
+    model_args: str = "",
+    workers: int = 0,
+    sheet: int = 60,
+    include_path: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Edit pictures so that the answers to their yes/no questions change, and check that it worked.
+
+    Args:
+        out: the folder to write images, masks, vseam_pairs.json, report.json and the contact sheet to; the same
+            command goes on where it stopped.
+        editor: remove (object), recolor, retexture (attribute), move, mirror (relation), auto (the one of
+            these that fits), inpaint (a diffusers checkpoint, any level) or folder (pictures made elsewhere).
+        questions: a JSON file of records, as the V-SEAM release has them.
+        images: the folder of the clean pictures; by default that of the questions.
+        task: an lmms-eval task whose documents are such records, instead of questions and images.
+        level: edit only the records of this semantic level.
+        category: of records that do not say theirs.
+        limit: read at most so many records.
+        scene_graphs: GQA scene graphs with the boxes of records that have none.
+        mask: cut (the thing in the box, by its colours), box, or segmenter.
+        segmenter: a checkpoint of the SAM family, for --mask segmenter.
+        folder: where the editor folder finds the edited pictures; by default the images.
+        checkpoint: a diffusers inpainting checkpoint, for --editor inpaint.
+        steps: inpaint: denoising steps.
+        guidance: inpaint: how strongly the prompt guides.
+        negative_prompt: inpaint: what not to paint.
+        longest_side: inpaint: larger pictures are painted at this size.
+        composite: inpaint: keep the clean picture outside the mask.
+        batch: inpaint: pictures of one size painted at once.
+        device: for inpaint and segmenter: auto, cpu, cuda, cuda:1 ...
+        dtype: inpaint: the checkpoint's floating-point type.
+        offload: inpaint: keep parts of the checkpoint on the CPU until they run.
+        min_psnr: reject edits with a lower PSNR outside the mask, in decibel.
+        min_ssim: reject edits with a lower SSIM outside the mask.
+        min_change: reject edits with a smaller mean colour difference (CIE76) inside the mask.
+        model: an lmms-eval model that answers the clean and the edited question, to count flipped answers.
+        model_args: of that model, as in lmms-eval --model_args.
+        workers: processes for editors that need no weights; 0 edits in this one.
+        sheet: show at most so many edits on the contact sheet.
+        include_path: a folder with more task YAML files.
+        seed: of everything that is drawn.
+    """
+    settings = EditSettings(
+        editor=editor,
+        level=level,
+        mask=mask,
+        segmenter=segmenter,
+        device=device,
+        seed=seed,
+        bounds=Bounds(min_psnr, min_ssim, min_change),
+        folder=str(folder) if folder else None,
+        inpaint=InpaintSettings(
+            checkpoint,
+            steps,
+            guidance,
+            negative_prompt,
+            longest_side,
+            composite,
+            batch,
+            device,
+            dtype,
+            offload,
+        )
+        if checkpoint
+        else None,
+    )
+    reading, pictures = _records(questions, images, task, out, scene_graphs, category, limit, include_path)
+    report = edit_records(reading, pictures, out, settings, workers=workers, progress=sys.stderr.isatty())
+    if model is not None:
+        from hones_eval.commands.edit_answers import count_flips
+
+        report = count_flips(report, out, model, model_args)
+    _say_report(report)
+    if not report.accepted and not report.rejected:
+        first = f": {report.problems[0].question_id}: {report.problems[0].reason}" if report.problems else ""
+        raise HonesError(
+            f"none of {len(reading.records) + len(reading.problems)} records could be edited{first}"
+        )
+    contact_sheet(out, [*report.accepted, *report.rejected], shown=sheet, note=_summary(report))
+    say(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
+
+
+def _records(
+    questions: Path | None,
+    images: Path | None,
+    task: str | None,
+    out: Path,
+    scene_graphs: Path | None,
+    category: str | None,
+    limit: int | None,
+    include_path: Path | None,
+) -> tuple[Reading, Path]:
+    if (questions is None) == (task is None):
+        raise HonesError("give either --questions FILE (with --images DIR) or --task TASK")
+    if task is not None:
+        from hones_eval.commands.edit_task import records_of_task
+
+        return records_of_task(task, out, include_path, scene_graphs, category, limit)
+    assert questions is not None
+    pictures = images or questions.parent
+    if not pictures.is_dir():
+        raise HonesError(f"--images {pictures} is not a folder")
+    reading = read_records(questions, scene_graphs=scene_graphs, category=category)
+    return Reading(reading.records[:limit], reading.problems), pictures
+
+
+def _summary(report: Report) -> str:
+    parts = [
+        f"{level}: {counts['accepted']} accepted, {counts['rejected']} rejected, "
+        f"{counts['not_editable']} not editable"
+        for level, counts in report.by_level().items()
+    ]
+    return "; ".join(parts) + "."
+
+
+def _say_report(report: Report) -> None:
+    if report.resumed:
+        say(f"{report.resumed} edits are kept from an earlier run")
+    say(_summary(report))
+    for row in report.rejected[:NAMED]:
+        say(f"rejected {row['question_id']}: {'; '.join(row['reasons'])}")
+    for problem in report.problems[:NAMED]:
+        say(f"not editable {problem.question_id}: {problem.reason}")
+    more = max(0, len(report.rejected) - NAMED) + max(0, len(report.problems) - NAMED)
+    if more:
+        say(f"and {more} more, in report.json")
+    if report.left_out:
+        say(f"{report.left_out} records of other levels or categories are left out")

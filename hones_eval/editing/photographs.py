@@ -1,0 +1,93 @@
+"""Pictures as folders really hold them, read as upright RGB; and written without loss."""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from hones_eval.editing.problems import RecordError
+
+Pixels = NDArray[np.uint8]
+MOST_PIXELS = 120_000_000
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Photograph(NamedTuple):
+    """A picture as it is seen."""
+
+    pixels: Pixels
+    """[H, W, 3], upright."""
+    plain: bool
+    """Whether the file itself already shows exactly that to any reader: 8-bit RGB, not rotated."""
+
+
+def find(folder: Path, image: str | None, image_id: str) -> Path:
+    """Find a record's picture: by the path that it gives, else by its id with any usual suffix.
+
+    Raises: RecordError saying where it was looked for.
+    """
+    tried = [folder / image, folder / Path(image).name] if image else []
+    tried += [folder / f"{image_id}{suffix}" for suffix in SUFFIXES]
+    found = next((path for path in tried if path.is_file()), None)
+    if found is None:
+        shown = image or f"{image_id}.jpg (or another suffix)"
+        raise RecordError(f"its picture {shown} is not in {folder}")
+    return found
+
+
+def read(path: Path) -> Photograph:
+    """Read a picture: turned as its EXIF says, alpha laid on white, CMYK and greyscale made RGB.
+
+    Raises: RecordError when it is missing, truncated, no picture, or larger than 120 megapixels.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise RecordError(f"{path.name} has {opened.width} x {opened.height} pixels; {_LIMIT}")
+            plain = opened.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            return Photograph(np.asarray(_rgb(upright)), plain)
+    except FileNotFoundError:
+        raise RecordError(f"its picture {path} does not exist") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecordError(f"{path.name} cannot be read as a picture: {reason}") from None
+
+
+_LIMIT = f"at most {MOST_PIXELS // 1_000_000} megapixels can be edited"
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode `[H, W, 3]` as an RGB PNG, or `[H, W]` as a greyscale one."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(white, seen).convert("RGB")
+    if picture.mode in ("I", "I;16", "I;16B", "F"):
+        numbers = np.asarray(picture, dtype=np.float64)
+        top = 65535 if numbers.max(initial=0) > 255 else 255
+        return Image.fromarray((numbers.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    profile = picture.info.get("icc_profile")
+    if picture.mode == "CMYK" and profile:
+        return _through_profile(picture, profile)
+    return picture.convert("RGB")
+
+
+def _through_profile(picture: Image.Image, profile: bytes) -> Image.Image:
+    """CMYK means nothing without its profile; one that cannot be used is left aside."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        made = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return picture.convert("RGB")
+    return made if made is not None else picture.convert("RGB")

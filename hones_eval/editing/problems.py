@@ -1,0 +1,14 @@
+"""What stops one record, and not the run."""
+
+from typing import Literal
+
+from hones_eval.errors import HonesError
+
+
+class RecordError(HonesError):
+    """One record cannot be edited; the run names it with this reason and goes on."""
+
+    def __init__(self, reason: str, level: Literal["object", "attribute", "relation"] | None = None) -> None:
+        """Keep the semantic level too, where it is known, so that problems are counted by level."""
+        super().__init__(reason)
+        self.level = level

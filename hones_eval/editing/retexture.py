@@ -1,0 +1,59 @@
+"""Another material for a thing: a drawn texture under the light that falls on it."""
+
+import cv2
+import numpy as np
+
+from hones_eval.editing.masks import Region
+from hones_eval.editing.photographs import Pixels
+from hones_eval.editing.recolor import blended, lab_to_rgb, rgb_to_lab
+from hones_eval.editing.textures import Field, texture
+
+# How much of the old surface's fine relief still shows through, and how strongly light shapes the new one.
+GLOSS = {"metal": 1.5, "plastic": 1.3, "wood": 0.9, "brick": 0.75, "stone": 0.75, "fabric": 0.85}
+
+
+def retexture(picture: Pixels, region: Region, material: str, seed: int, colour: str | None = None) -> Pixels:
+    """Lay a drawn material over the masked thing, shaded as it was.
+
+    Args:
+        picture: [H, W, 3].
+        region: the thing's soft mask.
+        material: one of those that `texture` draws.
+        seed: of the texture's noise.
+        colour: of a plastic or fabric, where one is asked for.
+    """
+    lab = rgb_to_lab(picture[region.window.slices])
+    rows, columns = np.nonzero(region.alpha > 0.5)
+    unit = float(max(np.ptp(rows), np.ptp(columns)) + 1) if len(rows) else float(max(region.alpha.shape))
+    height, width = region.alpha.shape
+    surface = texture(material, height, width, unit, seed, colour)
+    surface[..., 0] += _light(lab[..., 0], region) * GLOSS[material]
+    if material in ("metal", "plastic"):
+        surface = _shine(surface, lab[..., 0], region)
+    surface[..., 0] = surface[..., 0].clip(2, 99)
+    return blended(picture, region, lab_to_rgb(surface))
+
+
+def _light(lightness: Field, region: Region) -> Field:
+    """Light and shade on the thing without its own pattern: the wide course of its lightness, centred."""
+    wide = max(1.5, 0.03 * max(region.alpha.shape))
+    weight = np.maximum(region.alpha, 1e-3)
+    total = cv2.GaussianBlur(lightness * weight, (0, 0), wide)
+    course = total / np.maximum(cv2.GaussianBlur(weight, (0, 0), wide), 1e-6)
+    centred = course - np.median(course[region.alpha > 0.5]) if (region.alpha > 0.5).any() else course * 0
+    return np.asarray(centred.clip(-30, 30), np.float32)
+
+
+def _shine(surface: Field, lightness: Field, region: Region) -> Field:
+    """A highlight where the thing is lit the most, and along its upper edge, as gloss has it."""
+    inside = region.alpha > 0.5
+    depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
+    reach = max(3.0, 0.06 * max(region.alpha.shape))
+    slope = cv2.Sobel(np.minimum(depth, reach).astype(np.float32), cv2.CV_32F, 0, 1)
+    rim = cv2.GaussianBlur(np.maximum(slope, 0), (0, 0), reach / 3)
+    lower = cv2.GaussianBlur(np.maximum(-slope, 0), (0, 0), reach / 3)
+    strength = rim / max(float(rim.max()), 1e-6) - 0.6 * lower / max(float(lower.max()), 1e-6)
+    lit = surface.copy()
+    lit[..., 0] += 22 * strength
+    lit[..., 1:] *= (1 - 0.5 * strength.clip(0, 1))[..., None]
+    return lit

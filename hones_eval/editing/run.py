@@ -1,0 +1,306 @@
+"""Many records: resumed, in parallel, written whole; what cannot be edited is counted and named."""
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+from tqdm import tqdm
+
+from hones_eval import __version__
+from hones_eval.artefact import read_json, write_bytes, write_json
+from hones_eval.editing import photographs
+from hones_eval.editing.checks import Bounds
+from hones_eval.editing.editors import EDITORS, Edited, EditorName, levels_of
+from hones_eval.editing.inpaint import Inpainter, InpaintSettings, Painting
+from hones_eval.editing.masks import Masker, MaskName, masker
+from hones_eval.editing.problems import RecordError
+from hones_eval.editing.records import Level, Problem, Reading, Record
+from hones_eval.editing.single import Job, Made, file_name, finish, make, prepare, region_of
+from hones_eval.errors import HonesError
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What decides how an edit comes out."""
+
+    editor: EditorName
+    level: Level | None = None
+    mask: MaskName = "cut"
+    segmenter: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    bounds: Bounds = field(default_factory=Bounds)
+    inpaint: InpaintSettings | None = None
+    folder: str | None = None
+    """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
+
+
+class Report(NamedTuple):
+    """What became of the records."""
+
+    accepted: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
+    problems: list[Problem]
+    left_out: int
+    """Records of other levels or categories than were asked for."""
+    resumed: int
+    """Edits of an earlier run that were kept."""
+
+    def by_level(self) -> dict[str, dict[str, int]]:
+        """Accepted, rejected and not editable, by semantic level."""
+        counts: dict[str, Counter[str]] = {}
+        for kind, rows in (("accepted", self.accepted), ("rejected", self.rejected)):
+            for row in rows:
+                counts.setdefault(row["semantic_level"], Counter())[kind] += 1
+        for problem in self.problems:
+            counts.setdefault(problem.level or "unknown", Counter())["not_editable"] += 1
+        kinds = ("accepted", "rejected", "not_editable")
+        return {level: {kind: count[kind] for kind in kinds} for level, count in sorted(counts.items())}
+
+
+def edit_records(
+    reading: Reading,
+    images: Path,
+    out: Path,
+    settings: EditSettings,
+    *,
+    workers: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Edit every record that the settings ask for; the same settings give the same files to the bit.
+
+    Args:
+        reading: records, and those that were found unfit when read.
+        images: the folder of the clean pictures.
+        out: gets `images/`, `masks/`, `rows/`, `vseam_pairs.json` (accepted) and `report.json`. A run that stopped
+            goes on where it was.
+        settings: how to edit.
+        workers: processes beside this one for editors that need no weights; 0 edits in this process.
+        progress: whether to show a bar.
+
+    Raises: HonesError when the editor cannot serve the level, or `out` holds edits of other settings.
+    """
+    _check(settings)
+    wanted = [record for record in reading.records if _wanted(record, settings)]
+    problems = [one for one in reading.problems if settings.level in (None, one.level) or one.level is None]
+    _claim(out, settings)
+    done: dict[str, dict[str, Any]] = {}
+    jobs: list[Job] = []
+    for record in wanted:
+        kept = _kept(record, images, out, settings)
+        if kept is not None:
+            done[record.question_id] = kept
+        else:
+            jobs.append(Job(record, images, settings.editor, settings.seed, settings.bounds))
+    resumed = len(done)
+    for job, made in tqdm(
+        _results(jobs, settings, workers), total=len(jobs), disable=not progress, unit="edit"
+    ):
+        if isinstance(made, Problem):
+            problems.append(made)
+        else:
+            done[job.record.question_id] = _write(made, job.record, images, out, settings)
+    rows = [done[record.question_id] for record in wanted if record.question_id in done]
+    places = {record.question_id: place for place, record in enumerate(wanted)}
+    problems.sort(key=lambda one: places.get(one.question_id, -1))
+    report = Report(
+        [row for row in rows if row["accepted"]],
+        [row for row in rows if not row["accepted"]],
+        problems,
+        len(reading.records) - len(wanted),
+        resumed,
+    )
+    _write_tables(report, out, settings)
+    return report
+
+
+def _check(settings: EditSettings) -> None:
+    served = levels_of(settings.editor)
+    if settings.level is not None and settings.level not in served:
+        able = [name for name, editor in EDITORS.items() if settings.level in levels_of(editor.name)]  # type: ignore[arg-type]
+        raise HonesError(
+            f"the editor {settings.editor} serves {' and '.join(served)}, not {settings.level}; "
+            f"for {settings.level} there are {', '.join(able)}"
+        )
+    if settings.editor == "inpaint" and settings.inpaint is None:
+        raise HonesError(
+            "the editor inpaint needs a checkpoint: --checkpoint runwayml/stable-diffusion-inpainting, say"
+        )
+
+
+def _wanted(record: Record, settings: EditSettings) -> bool:
+    serves = settings.editor == "auto" or EDITORS[settings.editor].serves(record)
+    return serves and settings.level in (None, record.level)
+
+
+def _claim(out: Path, settings: EditSettings) -> None:
+    """Put the settings into the folder, which from then on holds edits made with them alone."""
+    mine = json.loads(json.dumps({"package_version": __version__} | asdict(settings)))
+    path = out / "settings.json"
+    if path.is_file():
+        theirs = read_json(path)
+        differing = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
+        if differing:
+            raise HonesError(
+                f"{out} holds edits made with another {', '.join(differing)}; "
+                "choose another --out, or remove it"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise HonesError(f"{out} holds other files and no settings.json of edits; choose another --out")
+    write_json(path, mine)
+
+
+def _kept(record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any] | None:
+    """The row of an earlier run, if the record and its pictures are still those that it was made from."""
+    path = out / "rows" / f"{file_name(record.question_id)}.json"
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = read_json(path)
+    whole = all((out / row[key]).is_file() for key in ("clean", "edited", "mask"))
+    return row if whole and row.get("made_from") == _made_from(record, images, settings) else None
+
+
+def _made_from(record: Record, images: Path, settings: EditSettings) -> str:
+    """A hash of the record and of the files that its edit is made from."""
+    total = hashlib.sha256(repr(record).encode())
+    try:
+        total.update(photographs.find(images, record.image, record.image_id).read_bytes())
+        if settings.editor == "folder":
+            total.update(_elsewhere(record, images, settings).read_bytes())
+    except RecordError as error:
+        total.update(str(error).encode())
+    return total.hexdigest()
+
+
+def _elsewhere(record: Record, images: Path, settings: EditSettings) -> Path:
+    folder = Path(settings.folder) if settings.folder else images
+    return photographs.find(folder, record.edited, record.question_id)
+
+
+def _results(
+    jobs: Sequence[Job], settings: EditSettings, workers: int
+) -> Iterator[tuple[Job, Made | Problem]]:
+    if settings.editor == "inpaint":
+        return _painted(jobs, settings)
+    if workers > 0 and settings.mask != "segmenter":
+        return _in_parallel(jobs, settings, workers)
+    masks = masker(settings.mask, settings.segmenter, settings.device)
+    return ((job, _guarded(job, lambda job: _make(job, masks, settings))) for job in jobs)
+
+
+def _make(job: Job, masks: Masker, settings: EditSettings) -> Made:
+    if settings.editor == "folder":
+        prepared = prepare(job)
+        mask = region_of(prepared, masks).footprint(*prepared.photograph.pixels.shape[:2])
+        path = _elsewhere(job.record, job.images, settings)
+        return finish(prepared, Edited(photographs.read(path).pixels, mask))
+    return make(job, masks)
+
+
+def _guarded(job: Job, work: Callable[[Job], Made]) -> Made | Problem:
+    """One record's failure is that record's alone."""
+    try:
+        return work(job)
+    except RecordError as error:
+        return _problem(job, str(error))
+    except MemoryError:
+        return _problem(job, "there is no free memory for its picture; use fewer --workers")
+    except cv2.error as error:
+        return _problem(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
+
+
+def _problem(job: Job, reason: str) -> Problem:
+    return Problem(job.record.question_id, job.record.level, reason)
+
+
+def _in_parallel(
+    jobs: Sequence[Job], settings: EditSettings, workers: int
+) -> Iterator[tuple[Job, Made | Problem]]:  # fmt: skip
+    """Results in the order of the jobs, with few of them waiting in memory."""
+    waiting: deque[tuple[Job, Future[Made | Problem]]] = deque()
+    coming = iter(jobs)
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+        try:
+            for job in islice(coming, 2 * workers):
+                waiting.append((job, pool.submit(_in_worker, job, settings)))
+            while waiting:
+                job, future = waiting.popleft()
+                yield job, future.result()
+                for following in islice(coming, 1):
+                    waiting.append((following, pool.submit(_in_worker, following, settings)))
+        except BrokenProcessPool:
+            raise HonesError(
+                "a worker process died, most likely for want of memory: use fewer --workers; "
+                "the same command goes on where this one stopped"
+            ) from None
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+def _in_worker(job: Job, settings: EditSettings) -> Made | Problem:
+    masks = masker(settings.mask, settings.segmenter, settings.device)
+    return _guarded(job, lambda job: _make(job, masks, settings))
+
+
+def _painted(jobs: Sequence[Job], settings: EditSettings) -> Iterator[tuple[Job, Made | Problem]]:
+    """Records in chunks of some batches: read, painted, judged."""
+    assert settings.inpaint is not None
+    if not jobs:
+        return
+    painter = Inpainter(settings.inpaint)
+    masks = masker(settings.mask, settings.segmenter, settings.device)
+    size = 4 * settings.inpaint.batch
+    for start in range(0, len(jobs), size):
+        yield from _chunk(jobs[start : start + size], painter, masks)
+
+
+def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[tuple[Job, Made | Problem]]:
+    ready = []
+    for job in jobs:
+        try:
+            prepared = prepare(job)
+            ready.append((prepared, region_of(prepared, masks)))
+        except RecordError as error:
+            yield job, _problem(job, str(error))
+    ready.sort(key=lambda one: one[0].photograph.pixels.shape)
+    paintings = [
+        Painting(one.photograph.pixels, region, one.change.prompt, one.seed) for one, region in ready
+    ]
+    for (prepared, region), painted in zip(ready, painter.paint(paintings), strict=True):
+        if isinstance(painted, RecordError):
+            yield prepared.job, _problem(prepared.job, str(painted))
+        else:
+            edited = Edited(painted, region.footprint(*prepared.photograph.pixels.shape[:2]))
+            yield prepared.job, finish(prepared, edited)
+
+
+def _write(made: Made, record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any]:
+    """Pictures first, then the row that says they are there."""
+    for name, content in made.files.items():
+        write_bytes(out / name, content)
+    row = made.row | {"made_from": _made_from(record, images, settings)}
+    write_json(out / "rows" / f"{file_name(record.question_id)}.json", row)
+    return row
+
+
+def _write_tables(report: Report, out: Path, settings: EditSettings) -> None:
+    write_json(out / "vseam_pairs.json", report.accepted)
+    content = {
+        "settings": asdict(settings),
+        "by_level": report.by_level(),
+        "left_out": report.left_out,
+        "rejected": [{key: row[key] for key in ("question_id", "reasons")} for row in report.rejected],
+        "not_editable": [one._asdict() for one in report.problems],
+    }
+    write_json(out / "report.json", content)
