@@ -1,7 +1,7 @@
 """The examples whose score changed between two runs, with their texts read again from the samples."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class Flip:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping of what the page needs."""
-        return {name: value for name, value in asdict(self).items() if name not in ("picture", "media")}
+        return {name: value for name, value in vars(self).items() if name not in ("picture", "media")}
 
 
 @dataclass(frozen=True)

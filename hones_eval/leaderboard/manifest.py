@@ -1,17 +1,20 @@
 """The run manifest that our lmms-eval wrappers write beside the results: what lmms-eval does not record."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.text import path_name
 
+Integers = NDArray[np.int64]
 FORMAT = "hones-eval run manifest"
 FORMAT_VERSION = 1
 
@@ -24,6 +27,45 @@ class Shown:
     pictures: tuple[str, ...]
 
 
+class ShownColumns(NamedTuple):
+    """What examples put before the model: a hash each `[n]`, and the pictures of each."""
+
+    content: Integers
+    pictures: tuple[tuple[str, ...], ...]
+
+
+class Requests:
+    """What a task's examples put before the model, by `doc_id`."""
+
+    def __init__(self, shown: Mapping[int, Shown]) -> None:
+        """Keep the examples."""
+        self._shown = shown
+        self._last: tuple[Integers, ShownColumns | None] = (np.empty(0, np.int64), None)
+
+    def columns(self, doc_ids: Integers) -> ShownColumns | None:
+        """The examples in the order of `doc_ids`; None if one of them is not known."""
+        if not np.array_equal(self._last[0], doc_ids):  # the runs of a board mostly have the same examples
+            self._last = (doc_ids, self._columns(doc_ids))
+        return self._last[1]
+
+    def _columns(self, doc_ids: Integers) -> ShownColumns | None:
+        listed = [self._shown.get(doc_id) for doc_id in doc_ids.tolist()]
+        known = [one for one in listed if one is not None]
+        if len(known) < len(listed):
+            return None
+        content = np.array([one.content for one in known], dtype=np.int64)
+        return ShownColumns(content, tuple(one.pictures for one in known))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Requests"]) -> "Requests":
+        """The requests of several processes of one run."""
+        return (
+            parts[0]
+            if len(parts) == 1
+            else cls({doc: one for part in parts for doc, one in part._shown.items()})
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One process's record of one run of lmms-eval; `results` names the results file, if one was written."""
@@ -34,7 +76,7 @@ class Manifest:
     wrapper: str
     base_wrapper: str
     steering: SteeringRef | None
-    requests: Mapping[str, Mapping[int, Shown]]
+    requests: Mapping[str, Requests]
     errors: tuple[tuple[str, str], ...]
     versions: Mapping[str, str]
     created: datetime
@@ -46,7 +88,22 @@ class Manifest:
         return [text for name, text in self.errors if name in (task, "")]
 
 
-def read_manifest(path: Path) -> Manifest:
+class SharedRequests:
+    """Keeps what the last manifest of each task showed: the runs of a board mostly show the same."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._last: dict[str, tuple[Mapping[str, Any], Requests]] = {}
+
+    def of(self, task: str, listed: Mapping[str, Any]) -> Requests:
+        """The requests of one task, the very object of the last time if nothing differs."""
+        last = self._last.get(task)
+        if last is None or last[0] != listed:
+            last = self._last[task] = (listed, Requests(_requests(listed)))
+        return last[1]
+
+
+def read_manifest(path: Path, shared: SharedRequests) -> Manifest:
     """Read one `hones_manifest_*.json`.
 
     Raises: HonesError when the file is not JSON, not a manifest, of another version, or misses a field.
@@ -62,14 +119,14 @@ def read_manifest(path: Path) -> Manifest:
             f"{path_name(path)} has manifest format {content.get('format_version')}, not {FORMAT_VERSION}"
         )
     try:
-        return _manifest(path, content)
+        return _manifest(path, content, shared)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HonesError(
             f"{path_name(path)} misses or misnames a field of a run manifest: {error!r}"
         ) from None
 
 
-def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
+def _manifest(path: Path, content: Mapping[str, Any], shared: SharedRequests) -> Manifest:
     steering = content["steering"]
     versions = ("package_version", "lmms_eval_version", "torch_version", "transformers_version")
     created = datetime.fromisoformat(content["created"])
@@ -80,7 +137,7 @@ def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
         wrapper=str(content["wrapper"]),
         base_wrapper=str(content["base_wrapper"]),
         steering=None if steering is None else _steering(steering),
-        requests={str(task): _requests(listed) for task, listed in content["requests"].items()},
+        requests={task: shared.of(task, listed) for task, listed in content["requests"].items()},
         errors=tuple((str(one.get("task") or ""), _error_text(one)) for one in content["errors"]),
         versions={name: str(content[name]) for name in versions if name in content},
         created=created if created.tzinfo else created.replace(tzinfo=UTC),
@@ -100,15 +157,11 @@ def _steering(content: Mapping[str, Any]) -> SteeringRef:
 
 
 def _requests(listed: Mapping[str, Mapping[str, Any]]) -> dict[int, Shown]:
-    return {
-        int(doc_id): _shown(str(one["prompt_sha256"]), tuple(map(str, one["image_sha256"])))
-        for doc_id, one in listed.items()
-    }
-
-
-@lru_cache(maxsize=1 << 17)  # a thousand runs of one task share their examples: keep each once
-def _shown(prompt: str, pictures: tuple[str, ...]) -> Shown:
-    return Shown(hash((prompt, pictures)), pictures)
+    found = {}
+    for doc_id, one in listed.items():
+        prompt, pictures = str(one["prompt_sha256"]), tuple(map(str, one["image_sha256"]))
+        found[int(doc_id)] = Shown(hash((prompt, pictures)), pictures)
+    return found
 
 
 def _error_text(one: Mapping[str, Any]) -> str:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import numpy as np
-
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.identity import (
     BaseModel,
@@ -19,7 +17,7 @@ from hones_eval.leaderboard.identity import (
     parse_arguments,
     steering_from_arguments,
 )
-from hones_eval.leaderboard.manifest import Manifest, Shown, read_manifest
+from hones_eval.leaderboard.manifest import Manifest, Requests, SharedRequests, read_manifest
 from hones_eval.leaderboard.samples import Samples, read_samples
 from hones_eval.leaderboard.text import path_name
 
@@ -116,9 +114,10 @@ def read_logs(paths: Sequence[Path]) -> Logs:
 
 def _read_manifests(paths: Sequence[Path]) -> tuple[list[Manifest], list[str]]:
     known, unreadable = [], []
+    shared = SharedRequests()
     for path in paths:
         try:
-            known.append(read_manifest(path))
+            known.append(read_manifest(path, shared))
         except HonesError as error:
             unreadable.append(str(error))
     return known, unreadable
@@ -244,7 +243,7 @@ def _run(
     filters = list(dict.fromkeys(one.filter for one in metrics))
     expected = _expected(content, task)
     samples, more = _samples(_samples_path(path, task), metrics, filters, expected)
-    requests = {doc: one for m in manifests for doc, one in m.requests.get(task, {}).items()}
+    shown = [m.requests[task] for m in manifests if task in m.requests]
     problems += more + [f"generation raised: {text}" for m in manifests for text in m.errors_of(task)[:3]]
     if (content.get("usage") or {}).get("budget_exceeded"):
         problems.append("the run stopped early at its token budget (--max_tokens)")
@@ -260,7 +259,7 @@ def _run(
         settings=settings,
         seeds=tuple(config.get(name) for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
         metrics=metrics,
-        samples={name: one if not requests else _with_shown(one, requests) for name, one in samples.items()},
+        samples={n: _with_shown(one, Requests.joined(shown)) if shown else one for n, one in samples.items()},
         expected=expected,
         split=str(options.get("test_split") or options.get("validation_split") or ""),
         versions=manifests[0].versions if manifests else {},
@@ -323,10 +322,6 @@ def _notes(samples: Mapping[str, Samples]) -> tuple[str, ...]:
     return (f"{empty:,} empty answers",) if empty else ()
 
 
-def _with_shown(samples: Samples, requests: Mapping[int, Shown]) -> Samples:
-    listed = [requests.get(int(doc_id)) for doc_id in samples.doc_ids]
-    known = [one for one in listed if one is not None]
-    if len(known) < len(listed):
-        return samples
-    content = np.asarray([one.content for one in known], dtype=np.int64)
-    return replace(samples, pictures=tuple(one.pictures for one in known), shown=content)
+def _with_shown(samples: Samples, requests: Requests) -> Samples:
+    columns = requests.columns(samples.doc_ids)
+    return samples if columns is None else replace(samples, pictures=columns.pictures, shown=columns.content)

@@ -3,16 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-RESERVED = frozenset({"doc_id", "target", "input", "resps", "filtered_resps", "token_counts", "doc_hash"})
+LONG_LINE = 8192  # bytes; longer lines are not remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +42,16 @@ class Samples:
         return len(self.doc_ids)
 
 
-@dataclass
-class _Columns:
-    doc_ids: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-    empty: list[bool] = field(default_factory=list)
-    values: list[list[float]] = field(default_factory=list)
-    corpus: set[str] = field(default_factory=set)
-    pictures: dict[int, tuple[str, ...]] = field(default_factory=dict)
+class _Line(NamedTuple):
+    """What is kept of one line of a samples file."""
+
+    doc_id: int
+    prompt: int
+    answer: int
+    empty: bool
+    values: tuple[float, ...]
+    items: frozenset[str]
+    pictures: tuple[str, ...] | None
 
 
 def read_samples(path: Path, metrics: Sequence[str], filters: int = 1) -> tuple[list[Samples], list[str]]:
@@ -63,52 +64,68 @@ def read_samples(path: Path, metrics: Sequence[str], filters: int = 1) -> tuple[
 
     Returns: one `Samples` a filter, in file order, and what is wrong with the file, in words.
     """
-    columns, problems = _read_columns(path, metrics)
-    order = np.asarray(columns.doc_ids, dtype=np.int64)
-    turn = _occurrence(order)
+    lines, offsets, problems = _read_lines(path, tuple(metrics))
+    ids = np.array([line.doc_id for line in lines], dtype=np.int64)
+    turn = _occurrence(ids)
     blocks = int(turn.max()) + 1 if len(turn) else 0
     if blocks > filters:
         problems.append(
             f"{path.name} holds {int((turn >= filters).sum())} examples more than once: "
             "two runs were written to one file; run them again, apart"
         )
-    return [_block(path, columns, order, turn == k, metrics) for k in range(min(blocks, filters))], problems
+    found = []
+    for k in range(min(blocks, filters)):
+        places = np.flatnonzero(turn == k)
+        places = places[np.argsort(ids[places], kind="stable")]
+        chosen = [lines[place] for place in places.tolist()]
+        found.append(_block(path, chosen, np.array(offsets, dtype=np.int64)[places], metrics))
+    return found, problems
 
 
-def _read_columns(path: Path, metrics: Sequence[str]) -> tuple[_Columns, list[str]]:
-    columns = _Columns()
-    problems: list[str] = []
+def _read_lines(path: Path, metrics: tuple[str, ...]) -> tuple[list[_Line], list[int], list[str]]:
+    """The lines of a file, where each begins, and what is wrong."""
+    lines: list[_Line] = []
+    offsets: list[int] = []
     broken: list[int] = []
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip() and not _take(line, offset, metrics, columns):
-                broken.append(number)
-            offset += len(line)
+        for number, content in enumerate(file, start=1):
+            try:
+                lines.append((_line if len(content) < LONG_LINE else _line.__wrapped__)(content, metrics))
+                offsets.append(offset)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                if content.strip():
+                    broken.append(number)
+            offset += len(content)
+    problems = []
     if broken:
         problems.append(
             f"{path.name} has {len(broken)} lines that are not samples (first: line {broken[0]}): "
             "the file is truncated or damaged"
         )
-    return columns, problems
+    return lines, offsets, problems
 
 
-def _take(line: bytes, offset: int, metrics: Sequence[str], columns: _Columns) -> bool:
-    try:
-        row = json.loads(line)
-        doc_id = int(row["doc_id"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+_decode = json.JSONDecoder().decode
+
+
+@lru_cache(maxsize=1 << 16)  # a steered run repeats most lines of its baseline to the letter
+def _line(content: bytes, metrics: tuple[str, ...]) -> _Line:
+    row = _decode(content.decode())
     answer = row.get("filtered_resps")
-    columns.doc_ids.append(doc_id)
-    columns.offsets.append(offset)
-    columns.prompts.append(hash((str(row.get("input")), str(row.get("target")))))
-    columns.answers.append(hash(answer) if isinstance(answer, str) else hash(json.dumps(answer)))
-    columns.empty.append(answer in ("", [""], []))
-    columns.values.append([_number(row.get(name), name, columns.corpus) for name in metrics])
-    if media := row.get("input_media"):
-        columns.pictures[len(columns.doc_ids) - 1] = _media_key(media)
-    return True
+    media = row.get("input_media")
+    values = [row.get(name) for name in metrics]
+    return _Line(
+        doc_id=int(row["doc_id"]),
+        prompt=hash((str(row.get("input")), str(row.get("target")))),
+        answer=hash(answer if isinstance(answer, str) else json.dumps(answer)),
+        empty=answer in ("", [""], []),
+        values=tuple([_number(value) for value in values]),
+        items=frozenset(
+            n for n, value in zip(metrics, values, strict=True) if isinstance(value, dict | list)
+        ),
+        pictures=_media_key(media) if media else None,
+    )
 
 
 def _media_key(media: Sequence[object]) -> tuple[str, ...]:
@@ -118,18 +135,13 @@ def _media_key(media: Sequence[object]) -> tuple[str, ...]:
     )
 
 
-def _number(value: object, name: str, corpus: set[str]) -> float:
+def _number(value: object) -> float:
     """The score in a metric's entry: a number, a mapping's `score`, or numpy's number that was printed."""
-    if isinstance(value, Mapping):
-        corpus.add(name)
+    if isinstance(value, dict):
         value = value.get("score")
     if isinstance(value, int | float):
         return float(value)
-    if isinstance(value, str):
-        return _printed_number(value)
-    if isinstance(value, list):
-        corpus.add(name)
-    return float("nan")
+    return _printed_number(value) if isinstance(value, str) else float("nan")
 
 
 def _printed_number(text: str) -> float:
@@ -155,25 +167,20 @@ def _occurrence(doc_ids: Integers) -> Integers:
     return turn
 
 
-def _block(
-    path: Path, columns: _Columns, ids: Integers, kept: NDArray[np.bool_], names: Sequence[str]
-) -> Samples:
-    places = np.flatnonzero(kept)
-    places = places[np.argsort(ids[places], kind="stable")]
-    table = np.asarray(columns.values, dtype=np.float64).reshape(len(ids), len(names))
-    pictures = None
-    if len(columns.pictures) == len(ids):
-        pictures = tuple(columns.pictures[int(place)] for place in places)
+def _block(path: Path, lines: Sequence[_Line], offsets: Integers, metrics: Sequence[str]) -> Samples:
+    ids, prompts, answers, empty, values, items, pictures = zip(*lines, strict=True)
+    table = np.array(values, dtype=np.float64).reshape(len(lines), len(metrics))
+    known = [one for one in pictures if one is not None]
     return Samples(
         path=path,
-        doc_ids=ids[places],
-        offsets=np.asarray(columns.offsets, dtype=np.int64)[places],
-        prompts=np.asarray(columns.prompts, dtype=np.int64)[places],
-        answers=np.asarray(columns.answers, dtype=np.int64)[places],
-        empty_answers=int(np.asarray(columns.empty, dtype=bool)[places].sum()),
-        values={name: table[places, k] for k, name in enumerate(names)},
-        items=frozenset(columns.corpus),
-        pictures=pictures,
+        doc_ids=np.array(ids, dtype=np.int64),
+        offsets=offsets,
+        prompts=np.array(prompts, dtype=np.int64),
+        answers=np.array(answers, dtype=np.int64),
+        empty_answers=sum(empty),
+        values={name: table[:, k].copy() for k, name in enumerate(metrics)},
+        items=frozenset().union(*set(items)),
+        pictures=tuple(known) if len(known) == len(lines) else None,
     )
 
 
