@@ -3,6 +3,7 @@
 Written from the formulas alone, with loops and with hooks of its own, so that agreement means something.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -35,11 +36,15 @@ class Pass(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One question: what `forward` takes, the other arguments of `generate`, the answer's tokens."""
+    """One question: what `forward` takes, the other arguments of `generate`, the target's tokens.
+
+    `rarity` weighs the target's tokens; by default each weighs 1.
+    """
 
     inputs: Mapping[str, Any]
     settings: Mapping[str, Any]
     target: Sequence[int]
+    rarity: Mapping[int, float] | None = None
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
@@ -165,7 +170,7 @@ def contributions(model: PreTrainedModel, item: Item, edit: Edit | None = None) 
     unembedding = model.get_output_embeddings().weight.detach().double()
     direction = torch.zeros(unembedding.shape[1]).double()
     for token in item.target:
-        direction += unembedding[token]
+        direction += unembedding[token] * (1.0 if item.rarity is None else item.rarity[token])
     direction /= torch.linalg.vector_norm(direction)
     neurons = forward(model, item.inputs, edit).neurons
     down = [layer.mlp.down_proj.weight.detach().double() for layer in layers(model)]
@@ -185,6 +190,13 @@ def hones_neurons(
         drop = drops.clamp(min=0).mean(0) if per_item else drops.mean(0).clamp(min=0)
         total += weight * drop
     return total / sum(weights.values()) if weights else torch.stack(base).mean(0)
+
+
+def rarities(documents: Sequence[Sequence[int]]) -> dict[int, float]:
+    """Smoothed inverse document frequency `ln((n + 1) / (df + 1)) + 1` of every token that occurs."""
+    tokens = {token for document in documents for token in document}
+    frequency = {token: sum(token in document for document in documents) for token in tokens}
+    return {token: math.log((len(documents) + 1) / (df + 1)) + 1 for token, df in frequency.items()}
 
 
 def vseam_heads(model: PreTrainedModel, items: Sequence[Item]) -> dict[str, Any]:
