@@ -16,7 +16,7 @@ from lmms_eval import evaluator
 from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
-from hones_eval.errors import HonesError, TaskError
+from hones_eval.errors import HonesError, TaskError, UnsupportedModelError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.playback import Playback
@@ -352,6 +352,13 @@ def test_models_are_found_by_name() -> None:
         load_lmm("llava_hf", "pretrained=/nowhere")
     with pytest.raises(HonesError, match="not of the form name=value"):
         load_lmm("llava_hf", "pretrained")
+
+
+def test_a_model_that_cannot_generate_is_refused(llava: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="holds a LlavaModel, which cannot generate"):
+        inner_model(Wrapper(inner_model(llava).model, lambda model: ""))
+    with pytest.raises(UnsupportedModelError, match="no Hugging Face model"):
+        inner_model(Wrapper(None, lambda model: ""))
 
 
 def test_a_launched_process_loads_its_model_alone(

@@ -104,19 +104,18 @@ def _launcher_hidden() -> Iterator[None]:
 def inner_model(lmm: lmms) -> PreTrainedModel:
     """Give the Hugging Face model inside an lmms-eval model.
 
-    Raises: UnsupportedModelError where there is none, as behind an API.
+    Raises: UnsupportedModelError where there is none, as behind an API, or one that does not generate.
     """
-    for name in ("model", "_model"):
-        found = getattr(lmm, name, None)
-        if isinstance(found, PreTrainedModel):
-            return found
-    others = [value for value in vars(lmm).values() if isinstance(value, PreTrainedModel)]
-    if len(others) == 1:
-        return others[0]
-    raise UnsupportedModelError(
-        f"{type(lmm).__name__} holds {len(others) or 'no'} Hugging Face models; hones-eval needs the "
-        "one that it generates with, as `.model`"
-    )
+    named = [getattr(lmm, name, None) for name in ("model", "_model")]
+    found = [one for one in (*named, *vars(lmm).values()) if isinstance(one, PreTrainedModel)]
+    name = type(lmm).__name__
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} holds no Hugging Face model, as `.model`, whose heads could be measured"
+        )
+    if not found[0].can_generate():
+        raise UnsupportedModelError(f"{name} holds a {type(found[0]).__name__}, which cannot generate")
+    return found[0]
 
 
 def tokenizer_of(lmm: lmms) -> PreTrainedTokenizerBase:
