@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hones_eval.artefact import write_bytes
@@ -38,7 +39,7 @@ def drops(report: Mapping[str, Any]) -> Figure:
                 axes.plot([place, place], [drop["low"], drop["high"]], color="black", linewidth=1.2)
         values = [bank[f"{what}_drop"]["value"] for bank in random]
         axes.bar(len(chosen), np.mean(values), 0.6, color=GREY)
-        places = len(chosen) + np.linspace(-0.2, 0.2, len(values))
+        places = len(chosen) + (np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1))
         axes.plot(places, values, "o", color="black", markersize=3)
         axes.set_xticks(range(len(chosen) + 1), [*chosen, f"random ({len(values)})"])
         axes.axhline(0, color="black", linewidth=0.6)
@@ -55,6 +56,7 @@ def layer_curves(counts: Mapping[str, Sequence[int]]) -> Figure:
     for (name, values), colour in zip(counts.items(), _cycled(len(counts)), strict=True):
         axes.plot(range(len(values)), values, marker="o", markersize=3, color=colour, label=name)
     axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("selected neurons")
     axes.legend(fontsize=8)
     return figure
@@ -87,6 +89,8 @@ def heat_maps(scores: Mapping[str, Floats], label: str) -> Figure:
         image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, origin="lower", aspect="auto")
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(name, fontsize=9)
         figure.colorbar(image, ax=axes, label=label)
     return figure
