@@ -17,7 +17,7 @@ from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, invers
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
-from hones_eval.sites import Head, neuron_count, top_heads
+from hones_eval.sites import neuron_count, top_heads
 
 Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 
@@ -84,16 +84,12 @@ def _hones(job: Discovery) -> Ranking:
 
 def _vseam(job: Discovery) -> Ranking:
     """One pass of V-SEAM: signed, positive and negative heads."""
+    shape = job.provenance.shape
+    top_heads(torch.zeros(shape.layers, shape.heads), job.heads)  # refuse an impossible number
     totals = job.loop.run(job.examples, HeadContribution(job.replayer), "heads")
+    found = HeadContribution.report(totals, job.heads)
     scores = HeadContribution.scores(totals)
-    correct, incorrect = int(totals.sums["correct"]), int(totals.sums["incorrect"])
-    report = _report(job, correct + incorrect) | {
-        "correct_examples": correct,
-        "incorrect_examples": incorrect,
-        "base_probability": float(totals.sums["p"] / (correct + incorrect)),
-        "top_positive": _best(scores["positive"], job.heads),
-        "top_negative": _best(scores["negative"], job.heads),
-    }
+    report = _report(job, found["correct_examples"] + found["incorrect_examples"]) | found
     return Ranking(
         provenance=job.provenance,
         head_scores=scores["signed"],
@@ -176,11 +172,6 @@ def _report(job: Discovery, count: float) -> dict[str, Any]:
         "examples": int(count),
         "replay": "exact" if job.replayer.inexact is None else f"full forward passes: {job.replayer.inexact}",
     }
-
-
-def _best(scores: Tensor, count: int) -> list[dict[str, Any]]:
-    chosen: list[Head] = [head for head in top_heads(scores, count) if scores[head] > 0]
-    return [{"head": list(head), "score": float(scores[head])} for head in chosen]
 
 
 def _token_weights(job: Discovery) -> Tensor | None:

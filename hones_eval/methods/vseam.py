@@ -1,13 +1,18 @@
 """V-SEAM: heads that help and heads that hurt the probability of the answer's first token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hones_eval import readouts
+from hones_eval.errors import TaskError
 from hones_eval.examples import Example
 from hones_eval.measure import Measurement, Totals
 from hones_eval.replay import Replayer, replaced_by_mean
-from hones_eval.sites import Head
+from hones_eval.sites import Head, top_heads
+
+KINDS = ("signed", "positive", "negative")
 
 
 class HeadContribution:
@@ -20,18 +25,25 @@ class HeadContribution:
         self.heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
 
     def zeros(self) -> dict[str, Tensor]:
-        """Sums of drops [L, H] by kind, and the numbers of correct and incorrect examples."""
+        """Sums of drops [L, H] by kind and of their squares, and counts of examples."""
         shape = self.replayer.anatomy.shape
-        kinds = ("signed", "positive", "negative")
-        sums = {kind: torch.zeros(shape.layers, shape.heads, dtype=torch.float64) for kind in kinds}
-        return sums | {name: torch.zeros((), dtype=torch.float64) for name in ("correct", "incorrect", "p")}
+        names = [*KINDS, *map(_squares, KINDS)]
+        sums = {name: torch.zeros(shape.layers, shape.heads, dtype=torch.float64) for name in names}
+        counts = ("correct", "incorrect", "without_tokens", "p")
+        return sums | {name: torch.zeros((), dtype=torch.float64) for name in counts}
 
     def measure(self, example: Example) -> Measurement:
-        """Drop of the first answer token's probability with each head replaced."""
+        """Drop of the first answer token's probability with each head replaced.
+
+        An example whose answer has no tokens adds nothing; its record is its name.
+        """
+        sums = self.zeros()
+        if not example.target_ids:
+            sums["without_tokens"] += 1
+            return Measurement(sums, f"{example.task}, doc_id {example.doc_id}")
         passes = self.replayer.record(example.inputs, 1)
         first = torch.tensor(example.target_ids[:1], device=passes.base_logits.device)
         p = readouts.answer_probability(passes.base_logits, first)
-        sums = self.zeros()
         for rows in passes.edited(replaced_by_mean(self.heads)):
             drops = (p - readouts.answer_probability(rows.logits[:, 0], first)).tolist()
             for head, drop in zip(rows.heads, drops, strict=True):
@@ -39,16 +51,80 @@ class HeadContribution:
         # "Correct" as the paper counts it: the likeliest token is one of the answer's tokens.
         correct = int(passes.base_logits[0].argmax()) in example.target_ids
         sums["positive" if correct else "negative"] = (sums["signed"] * (1 if correct else -1)).clamp(min=0)
+        sums |= {_squares(kind): sums[kind].square() for kind in KINDS}
         sums["correct" if correct else "incorrect"] += 1
         sums["p"] += float(p)
         return Measurement(sums)
 
     @staticmethod
     def scores(totals: Totals) -> dict[str, Tensor]:
-        """Means [L, H]: `signed` over all, `positive` over correct and `negative` over incorrect examples."""
-        sums = totals.sums
+        """Means [L, H]: `signed` over all, `positive` over correct and `negative` over incorrect examples.
+
+        A kind without an example is all zeros; `report` says so.
+        """
+        counts = _counts(totals)
+        return {kind: (totals.sums[kind] / max(counts[kind], 1)).float() for kind in KINDS}
+
+    @staticmethod
+    def standard_errors(totals: Totals) -> dict[str, Tensor | None]:
+        """Standard errors [L, H] of `scores`, from the examples' spread; None for fewer than two examples."""
+        errors: dict[str, Tensor | None] = {}
+        for kind, count in _counts(totals).items():
+            total, squares = totals.sums[kind], totals.sums[_squares(kind)]
+            # A sum of squares rounds to just below what it should be where all examples agree.
+            variance = (squares - total.square() / max(count, 1)).clamp(min=0) / max(count - 1, 1)
+            errors[kind] = (variance / count).sqrt() if count > 1 else None
+        return errors
+
+    @staticmethod
+    def report(totals: Totals, heads: int) -> dict[str, Any]:
+        """Subset sizes, base probability, the `heads` best of each kind with standard errors, and warnings.
+
+        Raises: TaskError when no example's answer has a token.
+        """
+        counts = _counts(totals)
+        nameless = [totals.records[i] for i in sorted(totals.records) if totals.records[i] is not None]
+        if not counts["signed"]:
+            raise TaskError(f"no answer of {len(nameless)} examples has a token, the first of {nameless[0]}")
+        scores, errors = HeadContribution.scores(totals), HeadContribution.standard_errors(totals)
+        warnings = [
+            f"no example is {what}, so {kind} scores are not measured and stand as 0"
+            for kind, what in (("positive", "correct"), ("negative", "incorrect"))
+            if not counts[kind]
+        ]
+        if nameless:
+            warnings.append(
+                f"{len(nameless)} examples count for nothing, as their answers have no tokens: {nameless[0]}"
+            )
         return {
-            "signed": (sums["signed"] / (sums["correct"] + sums["incorrect"])).float(),
-            "positive": (sums["positive"] / sums["correct"].clamp(min=1)).float(),
-            "negative": (sums["negative"] / sums["incorrect"].clamp(min=1)).float(),
+            "correct_examples": counts["positive"],
+            "incorrect_examples": counts["negative"],
+            "examples_without_answer_tokens": nameless,
+            "base_probability": float(totals.sums["p"] / counts["signed"]),
+            "top_positive": _best(scores["positive"], errors["positive"], heads),
+            "top_negative": _best(scores["negative"], errors["negative"], heads),
+            "standard_errors": {kind: None if e is None else e.tolist() for kind, e in errors.items()},
+            "warnings": warnings,
         }
+
+
+def _squares(kind: str) -> str:
+    return f"{kind}_squares"
+
+
+def _counts(totals: Totals) -> dict[str, int]:
+    """How many examples each kind of score is a mean over."""
+    correct, incorrect = int(totals.sums["correct"]), int(totals.sums["incorrect"])
+    return {"signed": correct + incorrect, "positive": correct, "negative": incorrect}
+
+
+def _best(scores: Tensor, errors: Tensor | None, count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "head": list(head),
+            "score": float(scores[head]),
+            "standard_error": None if errors is None else float(errors[head]),
+        }
+        for head in top_heads(scores, count)
+        if scores[head] > 0
+    ]

@@ -1,0 +1,100 @@
+"""V-SEAM's head scores: standard errors, subset sizes, and subsets that are empty."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import plain
+import pytest
+import torch
+from families import Family
+from PIL import Image
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.errors import TaskError
+from hones_eval.examples import Example
+from hones_eval.measure import Totals
+from hones_eval.methods.vseam import HeadContribution
+from hones_eval.replay import Replayer
+
+COLOURS = ("red", "green", "blue", "yellow", "white")
+
+
+def examples(family: Family, rights: Sequence[bool | None]) -> list[Example]:
+    """Examples whose target is the likeliest token, another one, or (None) nothing at all."""
+    made = []
+    for index, right in enumerate(rights):
+        inputs = dict(family.inputs("What is it?", [Image.new("RGB", (40, 30), COLOURS[index])]))
+        likeliest = int(plain.forward(family.model, inputs).logits[-1].argmax())
+        ids = [] if right is None else [likeliest if right else (likeliest + 7) % 50 + 20]
+        made.append(Example(index, "drawn", "test", index, inputs, {}, "x", ["x"], ids, [], ""))
+    return made
+
+
+def measured(family: Family, some: Sequence[Example]) -> Totals:
+    method = HeadContribution(Replayer(Anatomy.of(family.model)))
+    sums, records = method.zeros(), {}
+    for one in some:
+        result = method.measure(one)
+        sums = {name: value + result.sums[name] for name, value in sums.items()}
+        records[one.index] = result.record
+    return Totals(sums, records)
+
+
+@pytest.fixture
+def family(build_family: Callable[[str], Family]) -> Family:
+    return build_family("llava")
+
+
+def test_standard_errors_are_those_of_each_subset(family: Family) -> None:
+    some = examples(family, [True, False, True, False, True])
+    totals = measured(family, some)
+    drops: dict[tuple[int, int], list[float]] = {}
+    for one in some:
+        base = torch.softmax(plain.forward(family.model, one.inputs).logits[-1], -1)[one.target_ids[0]]
+        for head in plain.all_heads(family.model):
+            logits = plain.forward(family.model, one.inputs, head).logits[-1]
+            drops.setdefault((head.layer, head.site), []).append(float(base - torch.softmax(logits, -1)[one.target_ids[0]]))
+    errors = HeadContribution.standard_errors(totals)
+    for head, values in drops.items():
+        subsets = {
+            "signed": values,
+            "positive": [max(0.0, values[i]) for i in (0, 2, 4)],
+            "negative": [max(0.0, -values[i]) for i in (1, 3)],
+        }
+        for kind, subset in subsets.items():
+            expected = statistics.stdev(subset) / len(subset) ** 0.5
+            assert float(errors[kind][head]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    report = HeadContribution.report(totals, 3)
+    assert (report["correct_examples"], report["incorrect_examples"]) == (3, 2)
+    assert report["warnings"] == []
+    best = report["top_positive"][0]
+    assert best["standard_error"] == float(errors["positive"][tuple(best["head"])])
+    assert len(report["top_positive"]) == 3
+
+
+@pytest.mark.parametrize(("right", "missing"), [(True, "incorrect"), (False, "correct")])
+def test_a_category_with_no_correct_or_no_incorrect_example_says_so(
+    family: Family, right: bool, missing: str
+) -> None:
+    totals = measured(family, examples(family, [right, right]))
+    report = HeadContribution.report(totals, 3)
+    kind = {"incorrect": "negative", "correct": "positive"}[missing]
+    assert report["warnings"] == [
+        f"no example is {missing}, so {kind} scores are not measured and stand as 0"
+    ]
+    assert report[f"top_{kind}"] == []
+    assert report["standard_errors"][kind] is None
+    assert not HeadContribution.scores(totals)[kind].any()
+
+
+def test_answers_without_tokens_are_counted_and_named(family: Family) -> None:
+    some = examples(family, [True, None, False, None])
+    totals = measured(family, some)
+    report = HeadContribution.report(totals, 3)
+    assert report["examples_without_answer_tokens"] == ["drawn, doc_id 1", "drawn, doc_id 3"]
+    assert "2 examples count for nothing" in report["warnings"][0]
+    with_tokens = measured(family, [some[0], some[2]])
+    for kind, scores in HeadContribution.scores(totals).items():
+        assert torch.equal(scores, HeadContribution.scores(with_tokens)[kind])
+    with pytest.raises(TaskError, match="no answer of 2 examples has a token, the first of drawn, doc_id 1"):
+        HeadContribution.report(measured(family, [some[1], some[3]]), 3)
