@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:
-    """Flags from signatures, help from docstrings; several folders stand without a flag."""
+    """Flags from signatures, help from docstrings; folders need no flag, and switches no value."""
     parser = ArgumentParser(
         prog="hones-eval",
         description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
@@ -54,14 +54,17 @@ def _parser(given: Sequence[str]) -> ArgumentParser:
         function = command(name)
         flags = ArgumentParser(description=(function.__doc__ or "").split("Args:")[0].strip())
         flags.add_argument("--config", action="config", help="a YAML file with values for these flags")
-        folders = {
-            parameter.name
-            for parameter in signature(function).parameters.values()
-            if parameter.annotation == list[Path]
-        }
-        for folder in folders:
-            flags.add_argument(folder, nargs="+", type=Path, help=_help(function, folder))
-        flags.add_function_arguments(function, as_group=False, skip=folders)
+        bare = set()
+        for parameter in signature(function).parameters.values():
+            if parameter.annotation == list[Path]:
+                bare.add(parameter.name)
+                flags.add_argument(parameter.name, nargs="+", type=Path, help=_help(function, parameter.name))
+            elif parameter.default is False:
+                bare.add(parameter.name)
+                flags.add_argument(
+                    f"--{parameter.name}", action="store_true", help=_help(function, parameter.name)
+                )
+        flags.add_function_arguments(function, as_group=False, skip=bare)
         commands.add_subcommand(name, flags, help=(function.__doc__ or "").splitlines()[0])
     return parser
 

@@ -1,7 +1,7 @@
 """What a task's metric and its target's log-probability lose under one edit at a time."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,18 +14,27 @@ from hones_eval.measure import Measurement, Totals
 from hones_eval.replay import Passes, Replayer, Rows, SiteEdit
 
 
-class _Results(NamedTuple):
-    """One example's results: unedited, and under the edits (by number) that change them."""
+class _Answers(NamedTuple):
+    """One example's answers: unedited, and under the edits (by number) that change it."""
 
-    base: Any
-    changed: dict[int, Any]
+    base: str
+    changed: dict[int, str]
+
+    @classmethod
+    def of(cls, record: Any) -> Self:
+        """From a record, which is plain JSON."""
+        return cls(record["base"], {int(number): text for number, text in record["changed"].items()})
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {"base": self.base, "changed": {str(number): text for number, text in self.changed.items()}}
 
 
 class Ablation:
     """One pass over a task's examples under every one of some edits, by the task's own metric.
 
     Where the metric is a mean over examples, running sums suffice. A corpus metric (BLEU-4, F1) is computed
-    again over the whole corpus for every edit, so the results of answers that changed are kept.
+    again over the whole corpus for every edit, so the answers that changed are kept.
     """
 
     def __init__(self, replayer: Replayer, examples: TaskExamples, edits: Sequence[SiteEdit]) -> None:
@@ -55,23 +64,19 @@ class Ablation:
         shared = decoded.passes if decoded.covers(example.target_ids) else None
         if shared is not None:
             target.start(shared)
-        results = _Results(self._score(example, decoded.tokens), {})
-        known = {tuple(decoded.tokens): results.base}
+        answers = _Answers(self.examples.decode(example.index, decoded.tokens), {})
         for edit, tokens in decoded.answers(self.edits, None if shared is None else target.add):
-            if tokens == decoded.tokens:
-                continue
-            sums["differing_answers"] += 1
-            if tuple(tokens) not in known:
-                known[tuple(tokens)] = self._score(example, tokens)
-            results.changed[self._number[edit]] = known[tuple(tokens)]
+            if tokens != decoded.tokens:
+                sums["differing_answers"] += 1
+                answers.changed[self._number[edit]] = self.examples.decode(example.index, tokens)
         if shared is None:
             self._replay_target(example, target)
         sums["log_probability"] += target.base
         sums["examples"] += 1
         sums["plain_examples"] += decoded.passes is None
         if not self.examples.is_mean:
-            return Measurement(sums, results)
-        self._add_mean(results, sums)
+            return Measurement(sums, answers.record())
+        self._add_mean(example.index, answers, sums)
         return Measurement(sums)
 
     def metric_drops(self, totals: Totals) -> Tensor:
@@ -79,11 +84,11 @@ class Ablation:
         sign = 1.0 if self.examples.higher_is_better else -1.0
         if self.examples.is_mean:
             return sign * totals.sums["metric_drop"] / totals.sums["examples"]
-        results: list[_Results] = [totals.records[i] for i in sorted(totals.records)]
-        base = self.base_metric(totals)
+        scored = _Scored(self.examples, totals)
+        base = self.examples.aggregate([scored.result(index, None) for index in scored.answers])
         drops = torch.zeros(len(self.edits), dtype=torch.float64)
-        for number in set().union(*(result.changed for result in results)):
-            edited = self.examples.aggregate([result.changed.get(number, result.base) for result in results])
+        for number in set().union(*(one.changed for one in scored.answers.values())):
+            edited = self.examples.aggregate([scored.result(index, number) for index in scored.answers])
             drops[number] = sign * (base - edited)
         return drops
 
@@ -95,7 +100,8 @@ class Ablation:
         """The metric of the unedited model on these examples."""
         if self.examples.is_mean:
             return float(totals.sums["metric"] / totals.sums["examples"])
-        return self.examples.aggregate([totals.records[i].base for i in sorted(totals.records)])
+        scored = _Scored(self.examples, totals)
+        return self.examples.aggregate([scored.result(index, None) for index in scored.answers])
 
     def log_probability_drop(self, example: Example) -> tuple[Tensor, float]:
         """One example's drop of its target's log-probability [E], and the unedited log-probability."""
@@ -111,14 +117,31 @@ class Ablation:
         for rows in passes.edited(self.edits):
             target.add(rows)
 
-    def _add_mean(self, results: _Results, sums: dict[str, Tensor]) -> None:
-        base = float(results.base[self.examples.metric])
-        sums["metric"] += base
-        for number, result in results.changed.items():
-            sums["metric_drop"][number] = base - float(result[self.examples.metric])
+    def _add_mean(self, index: int, answers: _Answers, sums: dict[str, Tensor]) -> None:
+        def value(text: str) -> float:
+            return float(self.examples.score(index, text)[self.examples.metric])
 
-    def _score(self, example: Example, tokens: list[int]) -> Any:
-        return self.examples.score(example.index, self.examples.decode(example.index, tokens))
+        values = {text: value(text) for text in {answers.base, *answers.changed.values()}}
+        sums["metric"] += values[answers.base]
+        for number, text in answers.changed.items():
+            sums["metric_drop"][number] = values[answers.base] - values[text]
+
+
+class _Scored:
+    """The results of a corpus' answers, each scored once."""
+
+    def __init__(self, examples: TaskExamples, totals: Totals) -> None:
+        self.examples = examples
+        self.answers = {index: _Answers.of(totals.records[index]) for index in sorted(totals.records)}
+        self._known: dict[tuple[int, str], Any] = {}
+
+    def result(self, index: int, number: int | None) -> Any:
+        """One example's result, unedited (None) or under the edit with a number."""
+        answers = self.answers[index]
+        text = answers.base if number is None else answers.changed.get(number, answers.base)
+        if (index, text) not in self._known:
+            self._known[index, text] = self.examples.score(index, text)
+        return self._known[index, text]
 
 
 class _Target:

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measure, Totals
+from hones_eval.partial import Partial, Progress
 
 # Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -53,6 +54,7 @@ class Loop:
             barebones=False,
         )
         self.world_size = devices * num_nodes
+        self.partial: Partial | None = None
 
     @property
     def is_first(self) -> bool:
@@ -69,7 +71,7 @@ class Loop:
                 f"{len(examples)} examples cannot be shared by {self.world_size} processes: "
                 "raise --limit or lower --devices"
             )
-        module = _Pass(examples, measure, name)
+        module = _Pass(examples, measure, name, self.partial)
         self.trainer.predict(module, return_predictions=False)
         sums = {key: value.cpu() for key, value in module.totals.compute().items()}
         records = _gather(module.records)
@@ -79,7 +81,7 @@ class Loop:
         return Totals(sums, records)
 
 
-class SumOverRanks(Metric):
+class SumOverRanks(Metric):  # type: ignore[misc]
     """Named sums of tensors, added up over all ranks when they are read."""
 
     full_state_update = False
@@ -98,30 +100,52 @@ class SumOverRanks(Metric):
             setattr(self, name, state + sums[name].to(state))
 
     def compute(self) -> dict[str, Tensor]:
-        """The sums by name."""
+        """The sums by name, over all ranks."""
+        return self.sums()
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name, of this rank so far."""
         return {name: getattr(self, name) for name in self.names}
 
 
 class _Pass(LightningModule):  # type: ignore[misc]
     """One pass of a measure over the examples that are this rank's."""
 
-    def __init__(self, examples: TaskExamples, measure: Measure, name: str) -> None:
+    def __init__(self, examples: TaskExamples, measure: Measure, name: str, partial: Partial | None) -> None:
         super().__init__()
         self.examples = examples
         self.measure = measure
         self.name = name
+        self.partial = partial
         self.totals = SumOverRanks(measure.zeros())
         self.records: dict[int, Any] = {}
+        self.done = 0
 
     def predict_dataloader(self) -> DataLoader[Example]:
         mine = range(self.global_rank, len(self.examples), self.trainer.world_size)
+        if self.partial is not None:
+            self._go_on(self.partial.load(*self._place))
         # batch_size=None hands over examples one by one: heads, not examples, fill the batch.
-        return DataLoader(Subset(self.examples, mine), batch_size=None, shuffle=False)
+        return DataLoader(Subset(self.examples, mine[self.done :]), batch_size=None, shuffle=False)
 
     def predict_step(self, batch: Example, batch_idx: int) -> None:
         measured = self.measure.measure(batch)
         self.totals.update(measured.sums)
         self.records[batch.index] = measured.record
+        self.done += 1
+        if self.partial is not None:
+            last = batch.index + self.trainer.world_size >= len(self.examples)
+            self.partial.save(*self._place, Progress(self.done, self.totals.sums(), self.records), last)
+
+    @property
+    def _place(self) -> tuple[str, int, int]:
+        return f"{self.name}-{self.examples.task}", self.global_rank, self.trainer.world_size
+
+    def _go_on(self, progress: Progress | None) -> None:
+        if progress is not None:
+            self.totals.update(progress.sums)
+            self.records = dict(progress.records)
+            self.done = progress.done
 
     def transfer_batch_to_device(self, batch: Example, device: torch.device, dataloader_idx: int) -> Example:
         return batch  # the wrapper has already put the inputs where its model wants them

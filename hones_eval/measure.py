@@ -8,7 +8,10 @@ from hones_eval.examples import Example
 
 
 class Measurement(NamedTuple):
-    """What one example adds: tensors to be summed, and a record for what only a whole corpus can tell."""
+    """What one example adds: tensors to be summed, and a record for what only a whole corpus can tell.
+
+    Records are plain JSON where runs are to be resumable.
+    """
 
     sums: dict[str, Tensor]
     record: Any = None

@@ -1,9 +1,13 @@
 """`hones-eval rank`."""
 
+import json
 from pathlib import Path
 
+from hones_eval import __version__
+from hones_eval.artefact import hash_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.discovery import Discovery, Method, discover, provenance
+from hones_eval.partial import Partial
 from hones_eval.ranking import Ranking
 
 
@@ -26,6 +30,7 @@ def rank(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    resume: bool = False,
 ) -> None:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
@@ -52,6 +57,7 @@ def rank(
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: recorded, and used by methods that draw at random.
+        resume: go on from what a killed run of the same command left in OUT/partial.
     """
     task, others = tasks, list[str]()
     if method == "entropy":
@@ -77,9 +83,14 @@ def rank(
         job.on(other, include_path=include_path, limit=limit, offset=offset, gen_kwargs=gen_kwargs).examples
         for other in others
     ]
+    partial = Partial(
+        out / "partial", hash_of([__version__, json.dumps(source.to_json(), sort_keys=True)]), resume
+    )
+    job.loop.partial = partial
     ranking = discover(Discovery(job.replayer, job.examples, job.loop, source, heads, neurons, contrast))
     if job.loop.is_first:
         ranking.save(out)
+        partial.clear()
         _say_ranking(ranking, out)
 
 
@@ -94,6 +105,8 @@ def _say_ranking(ranking: Ranking, out: Path) -> None:
             f"the likeliest first token was right in {report['correct_examples']} of {report['examples']}; "
             f"{len(report['top_positive'])} heads help, {len(report['top_negative'])} hurt"
         )
+        for warning in report["warnings"]:
+            say(f"warning: {warning}")
         return
     say(f"{report['metric']} {report['base_metric']:.4g} unedited")
     if not report["heads_with_positive_score"]:
