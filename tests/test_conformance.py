@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import lmms_eval.models  # noqa: F401 - which loads the plug-in
 import pytest
 from hones_eval.model_wrappers import plugin
 from lmms_eval.api.instance import Instance
