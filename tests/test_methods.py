@@ -199,7 +199,7 @@ def test_a_corpus_metric_is_computed_again_for_every_head(load: Callable[[str, s
     assert task.examples.metric == "bleu_4"
     ranking = task.discover("hones")
     drops, log_drops = plain.hones_heads(task.model, task.items, task.metric)
-    assert len(drops.unique()) > 3
+    assert len(drops.unique()) > 2
     torch.testing.assert_close(ranking.head_scores, drops.float(), atol=1e-6, rtol=0)
     close(ranking.head_log_probability, log_drops, 1e-5)
     rarity = plain.rarities([item.target for item in task.items])
