@@ -170,7 +170,7 @@ def test_the_command_writes_tables_and_figures(
     monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "drawn", 4)))
     steering(build_family("llava"), 0).save(tmp_path / "steering")
     arguments = ["lens", "--model", "llava_hf", "--model_args", f"pretrained={llava_checkpoint}"]
-    arguments += ["--tasks", "hones_vqa", "--limit", "2", "--top", "3", "--positions", "-2,-1"]
+    arguments += ["--tasks", "hones_vqa", "--limit", "2", "--top", "3", "--positions=-2,-1"]
     arguments += ["--against", f"steering={tmp_path / 'steering'}", "--figures_of", "1"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}

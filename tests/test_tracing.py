@@ -1,6 +1,9 @@
 """Causal tracing: replayed patches equal a plain loop with hooks; bad pairs are counted and named."""
 
+import csv
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import plain
@@ -10,13 +13,15 @@ from families import Family
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from hones_eval import patching, tokens
+from hones_eval import patching, tokens, trace_tables
+from hones_eval.__main__ import main
 from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example
-from hones_eval.methods.tracing import WHATS, CausalTrace, Pair, Refused, Traced
+from hones_eval.methods.tracing import WHATS, CausalTrace, Pair, Reading, Refused, Traced
 
 Inputs = dict[str, Tensor]
+Capture = pytest.CaptureFixture[str]
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "instructblip")
 QUESTION = "Is the cat black?"
 
@@ -296,3 +301,115 @@ def test_one_pair_at_a_time(build_family: Callable[[str], Family]) -> None:
     two = dict(family.inputs([QUESTION, QUESTION], [[draw("red")], [draw("blue")]]))
     with pytest.raises(HonesError, match="one pair of inputs at a time"):
         patching.Patcher(Anatomy.of(family.model)).record(two, two)
+
+
+# The command, on drawn pairs
+
+
+def drawn_pairs(root: Path) -> Path:
+    """Six questions of the colour category; one lacks its edited picture, one keeps its answer."""
+    records = []
+    for number in range(6):
+        picture = draw(["red", "green"][number % 2])
+        folder = root / "clean"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"p{number}.png")
+        record = {"question_id": f"q{number}", "imageId": f"p{number}", "answer": ["Yes", "No"][number % 2]}
+        record |= {
+            "question": f"Is the {['cat', 'dog'][number % 2]} black?",
+            "involved_objects": ["cat", "dog"],
+        }
+        if number != 4:
+            (root / "edited").mkdir(exist_ok=True)
+            draw("blue").save(root / "edited" / f"q{number}.png")
+        records.append(record | ({"edited_answer": "Yes"} if number == 2 else {}))
+    (root / "color.json").write_text(json.dumps(records))
+    return root
+
+
+def command(checkpoint: Path, out: Path, *more: str) -> list[str]:
+    model = ["--model", "llava_hf", "--model_args", f"pretrained={checkpoint}", "--out", str(out)]
+    return ["trace", "--clean", "vseam_color", "--edited", "vseam_color_edited", *model, *more]
+
+
+def test_the_command_averages_what_its_tables_hold(
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HONES_EVAL_DATA", str(drawn_pairs(tmp_path / "data")))
+    out = tmp_path / "out"
+    assert main(command(llava_checkpoint, out, "--what", "image,last,ffn", "--examples", "9")) == 0
+    names = {"trace.json", "layers.csv", "tokens.csv", "roles.csv", "layers.png", "vseam_color_ffn_roles.png"}
+    assert {path.name for path in out.iterdir()} == names | {f"vseam_color_ffn_pair{i}.png" for i in range(4)}
+    (found,) = json.loads((out / "trace.json").read_text())["categories"]
+    assert found["pairs"] == 4
+    reasons = {one["key"]: one["reason"] for one in found["left_out"]}
+    assert reasons == {
+        "q2": "its clean and edited answers agree: 'Yes'",
+        "q4": "it has no twin in vseam_color_edited",
+    }
+    said = capsys.readouterr().out
+    assert "4 pairs traced" in said
+    assert "left out 1 pairs, the first is q2: its clean and edited answers agree" in said
+    layers, by_token, roles = (table(out / f"{name}.csv") for name in ("layers", "tokens", "roles"))
+    for what in ("image", "last"):
+        for layer, mean in enumerate(found[what]["logit_change"]):
+            some = [row for row in layers if (row["what"], row["layer"]) == (what, str(layer))]
+            assert [row["pair"] for row in some] == ["q0", "q1", "q3", "q5"]
+            assert mean == pytest.approx(sum(float(row["logit_change"]) for row in some) / 4, abs=1e-5)
+    objects = [row for row in by_token if row["role"] == "object" and row["layer"] == "1"]
+    assert {row["pair"]: row["token"].strip() for row in objects} == {
+        "q0": "cat", "q1": "dog", "q3": "dog", "q5": "dog",
+    }  # fmt: skip
+    mean = sum(float(row["probability_change"]) for row in objects) / 4
+    (averaged,) = [row for row in roles if (row["role"], row["layer"]) == ("object", "1")]
+    assert averaged["pairs"] == "4"
+    assert float(averaged["probability_change"]) == pytest.approx(mean, rel=1e-4, abs=1e-12)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_refuses_in_one_line(
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HONES_EVAL_DATA", str(drawn_pairs(tmp_path / "data")))
+    for more, message in (
+        (["--what", "heads"], "--what 'heads' is unknown; choose from image, text, last, attention, ffn"),
+        (["--roles", "object"], "--roles 'object' is not of the form"),
+        (["--edited", "a,b"], "--clean names 1 tasks and --edited 2"),
+        (["--edited", "vseam_color"], "none of 6 pairs of vseam_color and vseam_color can be traced"),
+    ):
+        assert main(command(llava_checkpoint, tmp_path / "out", *more)) == 1
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("hones-eval:")]
+        assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_averages_by_hand() -> None:
+    """Two pairs, two layers: one has the role object twice, and the other's question is longer."""
+    first = _traced(["Is", "object", "object", tokens.LAST], [[1, 2], [3, 5], [5, 9], [7, 8]], gap=4.0)
+    second = _traced(["Is", "object", "the", tokens.LAST], [[3, 4], [8, 3], [0, 1], [1, 0]], gap=2.0)
+    found = trace_tables.role_map([first, second], "ffn")
+    assert found.roles == ["Is", "object", "the", tokens.LAST]
+    assert found.pairs == [2, 2, 1, 2]
+    assert found.logit_change == [[2, 3], [6, 5], [0, 1], [4, 4]]
+    assert found.recovered == [[4 / 6, 6 / 6], [12 / 6, 10 / 6], [0, 0.5], [8 / 6, 8 / 6]]
+    reverse = _traced(["Is", "object", "the", tokens.LAST], [[1, 1]] * 4, gap=-9.0)
+    assert trace_tables.role_map([first, reverse], "ffn").recovered is None
+    assert trace_tables.recovered(reverse, "ffn") is None
+
+
+def _traced(roles: list[str], logit_changes: list[list[float]], gap: float) -> Traced:
+    changes = torch.tensor(logit_changes, dtype=torch.float64)
+    edited = Reading(0.25, 1.0, -1.0)
+    values = torch.stack([changes * 0 + 0.25, changes + 1.0, changes - 1.0], -1)
+    clean = Reading(0.5, 1.0 + gap, gap - 1.0)
+    return Traced("k", ("Yes", "No"), roles, roles, clean, edited, (True, True), {"ffn": values})

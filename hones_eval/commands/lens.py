@@ -56,7 +56,7 @@ def lens(
         limit: use at most so many examples.
         offset: skip so many examples first.
         gen_kwargs: as in lmms-eval --gen_kwargs.
-        positions: last, text, image, all, or places in the prompt with commas, from 0 or backwards from -1.
+        positions: last, text, image, all, or places in the prompt, from 0 or backwards: --positions=5,-1.
         top: how many of the likeliest tokens to list.
         against: a steering to compare with (a folder or hub id after steering=), or other model_args.
         strength: of that steering.
@@ -65,6 +65,7 @@ def lens(
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
     """
+    steering = _steering(against)
     job = Job.open(
         model,
         model_args,
@@ -78,7 +79,7 @@ def lens(
         num_nodes=num_nodes,
     )
     tokenizer = tokenizer_of(job.lmm)
-    other = None if against is None else _other(job, against, strength)
+    other = None if against is None else _other(job, against, steering, strength)
     method = LogitLens(job.anatomy, tokenizer, positions, top, other)
     totals = job.loop.run(job.examples, cast(Any, method), f"lens {tasks}")
     if job.loop.is_first:
@@ -86,11 +87,16 @@ def lens(
         _write(out, job, tokenizer, totals, settings, figures_of)
 
 
-def _other(job: Job, against: str, strength: float) -> Other:
+def _steering(against: str | None) -> Steering | None:
+    """The steering that `--against steering=...` names, read before the model is."""
+    name, _, value = (against or "").partition("=")
+    return Steering.load(value) if name == "steering" and "," not in value else None
+
+
+def _other(job: Job, against: str, steering: Steering | None, strength: float) -> Other:
     """The same model with a steering, or the model of other model_args."""
-    name, _, value = against.partition("=")
-    if name == "steering" and "," not in value:
-        return Other(job.anatomy, partial(steer, job.anatomy.model, Steering.load(value), strength=strength))
+    if steering is not None:
+        return Other(job.anatomy, partial(steer, job.anatomy.model, steering, strength=strength))
     model: Any = inner_model(load_lmm(job.model, against))
     return Other(Anatomy.of(model.to(job.anatomy.model.dtype)))
 
