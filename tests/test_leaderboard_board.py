@@ -415,6 +415,44 @@ def test_a_run_that_raised_and_left_no_results(tmp_path: Path) -> None:
     assert len(board.rows) == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "offset", "answered", "complete"),
+    [(None, 0, 60, True), (-1, 0, 60, True), (20, 0, 20, True), (20, 0, 19, False), (0.5, 0, 30, True),
+     (100, 0, 60, True), (None, 10, 50, True), (20, 50, 10, True), (20, 50, 9, False)],
+)  # fmt: skip
+def test_limit_and_offset_say_how_many_examples_there_should_be(
+    tmp_path: Path, limit: float | None, offset: int, answered: int, complete: bool
+) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE[:answered], limit=limit, config={"offset": offset})
+    found = reasons(board_of(tmp_path))
+    assert any(one.startswith("incomplete") for one in found) is not complete
+
+
+def test_filters_of_one_task_are_rows_of_their_own(tmp_path: Path) -> None:
+    """lmms-eval writes a block of samples for each filter into one file, and does not say which is which."""
+    strict = QUESTIONS.answers(0.3, 5)
+    for answers, steered, date in ((BEFORE, None, BASE_DATE), (AFTER, Steered(), DATE)):
+        write_run(tmp_path, QUESTIONS, strict, steered=steered, date=date)
+        path = write_run(tmp_path, QUESTIONS, answers, steered=steered, date=date)
+        content = json.loads(path.read_text())
+        found = [sum(map(exact, one, QUESTIONS.golds)) / 60 for one in (strict, answers)]
+        names = ("exact_match,strict", "exact_match,flexible")
+        content["results"]["shapes"] = dict(zip(names, found, strict=True))
+        path.write_text(json.dumps(content))
+    rows = {row.metric.filter: row for row in board_of(tmp_path).rows}
+    assert set(rows) == {"strict", "flexible"}
+    assert (rows["strict"].gained, rows["strict"].lost) == (0, 0)
+    assert (rows["flexible"].gained or 0) > 0
+
+
+def test_a_single_results_file_can_be_given(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    files = sorted(tmp_path.rglob("*_results.json"))
+    board = build_board(files, resamples=199)
+    assert len(board.rows) == 1
+    assert board.rows[0].pair.steered.has_manifest
+
+
 def test_paths_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(HonesError, match="does not exist"):
         make_board([tmp_path / "none"], tmp_path / "out")
