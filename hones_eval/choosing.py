@@ -151,7 +151,7 @@ def _measure(job: Development, candidates: Mapping[str, torch.Tensor]) -> dict[s
         for name, scales in candidates.items()
         if not bool((scales == 1).all())
     }
-    totals = job.loop.run(job.examples, AnswersUnder(job.replayer.anatomy, job.examples, steerings), "scale")
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "scale")
     records = answered(totals)
     found = {
         name: job.examples.aggregate([record.answers[name].result for record in records])

@@ -19,6 +19,7 @@ from hones_eval.loops import Loop
 from hones_eval.methods.answers import AnswersUnder, answered
 from hones_eval.methods.banks import check_fits
 from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron, matched_random, top_heads
 from hones_eval.verification import Measured, masked, refuse_shared_pictures
 
@@ -199,14 +200,14 @@ class Crossing(NamedTuple):
 
 
 def cross(
-    comparison: Comparison, anatomy: Anatomy, tasks: Sequence[TaskExamples], loop: Loop, seed: int = 0
+    comparison: Comparison, replayer: Replayer, tasks: Sequence[TaskExamples], loop: Loop, seed: int = 0
 ) -> list[Crossing]:
     """The cross-task matrix: every bank masked on every task, beside a random bank each (HONES 3).
 
     Raises: HonesError when a task shows a picture that one of the rankings was made from.
     """
     banks: Mapping[str, Sequence[Site]] = comparison.neuron_banks() or comparison.head_banks()
-    rankings = list(comparison.rankings.values())
+    rankings, anatomy = list(comparison.rankings.values()), replayer.anatomy
     for ranking in rankings:
         check_fits(ranking, anatomy.shape, type(anatomy.model).__name__)
         for examples in tasks:
@@ -219,7 +220,7 @@ def cross(
         steerings[f"random {name}"] = masked(rankings[0], _random_like(bank, anatomy, seed))
     found = []
     for examples in tasks:
-        totals = loop.run(examples, AnswersUnder(anatomy, examples, steerings), examples.task)
+        totals = loop.run(examples, AnswersUnder(replayer, examples, steerings), examples.task)
         measured = Measured(examples, answered(totals), seed)
         base = float(measured.values["metric"].observed[0])
         for name in banks:

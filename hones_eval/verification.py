@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 
 from hones_eval import __version__
-from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import ExampleSet, Provenance
 from hones_eval.errors import HonesError
 from hones_eval.examples import TaskExamples
@@ -17,6 +16,7 @@ from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, Answered, AnswersUnder, answered
 from hones_eval.methods.banks import check_fits, head_banks, neuron_banks
 from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
 from hones_eval.resampling import numbered, resample_means, resample_results
 from hones_eval.sites import Head, Neuron
 from hones_eval.steering import Steering
@@ -29,7 +29,7 @@ class Verification:
     """What to mask, where to measure, and beside how many random banks."""
 
     ranking: Ranking
-    anatomy: Anatomy
+    replayer: Replayer
     examples: TaskExamples
     loop: Loop
     sites: Sites = "auto"
@@ -46,12 +46,12 @@ def verify(job: Verification) -> dict[str, Any]:
     """
     if job.trials < 1:
         raise HonesError(f"--trials {job.trials}: at least one random bank is needed to compare with")
-    check_fits(job.ranking, job.anatomy.shape, type(job.anatomy.model).__name__)
+    check_fits(job.ranking, job.replayer.anatomy.shape, type(job.replayer.anatomy.model).__name__)
     held_out = job.examples.example_set()
     refuse_shared_pictures(job.ranking.provenance, held_out, "verifying")
     banks = choose_banks(job)
     steerings = {name: masked(job.ranking, bank) for name, bank in banks.items() if bank}
-    totals = job.loop.run(job.examples, AnswersUnder(job.anatomy, job.examples, steerings), "verify")
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "verify")
     return {
         "format": "hones-eval verification",
         "package_version": __version__,

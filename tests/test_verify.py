@@ -21,6 +21,7 @@ from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.loops import Loop
 from hones_eval.methods.banks import head_banks, neuron_banks
 from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
 from hones_eval.resampling import numbered, resample_means, resample_metric, resample_results
 from hones_eval.sites import Head
 from hones_eval.verification import Verification, verify
@@ -160,8 +161,8 @@ def test_another_question_about_a_known_picture_is_refused_too(
 
 
 def job(lmm: Any, tasks: Path, ranking: Ranking, **others: Any) -> Verification:
-    anatomy = Anatomy.of(inner_model(lmm))
-    return Verification(ranking, anatomy, held_out(lmm, tasks), Loop("cpu", progress=False), **others)
+    replayer = Replayer(Anatomy.of(inner_model(lmm)))
+    return Verification(ranking, replayer, held_out(lmm, tasks), Loop("cpu", progress=False), **others)
 
 
 def test_bad_banks_are_refused(lmm: Any, tasks: Path, rankings: Path) -> None:

@@ -42,7 +42,7 @@ def compare(
         offset: skip so many examples of each task first.
         gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: accepted as by rank; answers are generated one at a time.
+        batch_size: masked answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: of the random banks and of the bootstrap.
@@ -63,7 +63,7 @@ def compare(
         machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
         job = Job.open(model, model_args, names[0], **chosen, **machine)  # type: ignore[arg-type]
         examples = [job.examples, *(job.on(name, **chosen).examples for name in names[1:])]
-        crossings = cross(comparison, job.anatomy, examples, job.loop, seed)
+        crossings = cross(comparison, job.replayer, examples, job.loop, seed)
         first = job.loop.is_first
     if first:
         report = comparison_report.write(comparison, crossings, out)

@@ -76,7 +76,7 @@ def scale(
         metric: which of the task's metrics to use; by default its first that is a number.
         target: the column, or a template, of the gold answer, where it is not found by itself.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: accepted as by rank; examples are run one at a time.
+        batch_size: grid, search: answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: of the random bank and of the order of examples.

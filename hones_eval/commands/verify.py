@@ -52,7 +52,7 @@ def verify(
         heads: how many positive, how many negative and how many random heads to mask.
         trials: random banks to compare with.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: accepted as by rank; answers are generated one at a time.
+        batch_size: masked answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: of the random banks and of the bootstrap.
@@ -74,7 +74,7 @@ def verify(
         num_nodes=num_nodes,
     )
     report = verify_banks(
-        Verification(scores, job.anatomy, job.examples, job.loop, sites, neurons, heads, trials, seed)
+        Verification(scores, job.replayer, job.examples, job.loop, sites, neurons, heads, trials, seed)
     )
     if job.loop.is_first:
         write_json(out / "verify.json", report | {"settings": job.settings(gen_kwargs=gen_kwargs)})

@@ -1,17 +1,18 @@
 """One model's answers with nothing changed and under several steerings, on the same examples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hones_eval import readouts
-from hones_eval.anatomy import Anatomy
+from hones_eval.attach import Edit, Site, editing
+from hones_eval.decoding import cut_at_end, repeat_example
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.steer import attach_to
+from hones_eval.replay import Replayer
 from hones_eval.steering import Steering
 
 BASELINE = "baseline"
@@ -37,19 +38,25 @@ class Answered(NamedTuple):
 
 
 class AnswersUnder:
-    """One pass: every example is answered by the model's own `generate` under every steering in turn."""
+    """One pass: the model's own `generate` answers every example, plainly and under every steering.
 
-    def __init__(self, anatomy: Anatomy, examples: TaskExamples, steerings: Mapping[str, Steering]) -> None:
+    Steerings are the rows of a batch, as many as the replayer runs at once: row `i` has its heads and neurons
+    multiplied by the scales of steering `i`.
+    """
+
+    def __init__(self, replayer: Replayer, examples: TaskExamples, steerings: Mapping[str, Steering]) -> None:
         """Answer with nothing changed, called `baseline`, and under each of `steerings`.
 
         Raises: MisfitError when a steering was made for a model of another shape.
         """
+        self.anatomy, self.limit = replayer.anatomy, replayer.limit
         if BASELINE in steerings:
             raise HonesError(f"a steering cannot be called {BASELINE!r}: that is the model without one")
         for steering in steerings.values():
-            steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
-        self.anatomy, self.examples = anatomy, examples
-        self.steerings: dict[str, Steering | None] = {BASELINE: None, **steerings}
+            steering.check_fits(self.anatomy.shape, type(self.anatomy.model).__name__)
+        self.examples = examples
+        self.steerings = dict(steerings)
+        self._edits: dict[tuple[str, ...], list[tuple[Site, Edit]]] = {}
 
     def zeros(self) -> dict[str, Tensor]:
         """The count of examples."""
@@ -57,13 +64,28 @@ class AnswersUnder:
 
     def measure(self, example: Example) -> Measurement:
         """Answer and score one example; its record is an `Answered`."""
+        said = dict(zip([BASELINE], self._generate(example, [], rows=1), strict=True))
+        names, length = list(self.steerings), int(example.inputs["input_ids"].shape[1])
+        if self._ends_by_token(example):
+            for cut, answers in self.limit.cuts(
+                names, length, lambda cut: (cut, self._generate(example, cut, rows=len(cut)))
+            ):
+                said |= zip(cut, answers, strict=True)
+        else:
+            said |= {name: self._generate(example, [name], rows=1)[0] for name in names}
         results: dict[tuple[int, ...], dict[str, Any]] = {}
-        answers = {name: self._answer(example, name, results) for name in self.steerings}
-        record = Answered(tuple(example.image_hashes), answers)
+        scored = {name: self._scored(example, name, *said[name], results) for name in said}
+        record = Answered(tuple(example.image_hashes), scored)
         return Measurement({"examples": torch.ones((), dtype=torch.float64)}, record)
 
-    def _answer(self, example: Example, name: str, results: dict[tuple[int, ...], dict[str, Any]]) -> Answer:
-        tokens, first = self._generate(example, self.steerings[name])
+    def _scored(
+        self,
+        example: Example,
+        name: str,
+        tokens: list[int],
+        first: Tensor,
+        results: dict[tuple[int, ...], dict[str, Any]],
+    ) -> Answer:
         if not bool(torch.isfinite(first).all()):
             raise HonesError(
                 f"{example.task}, doc_id {example.doc_id}: the logits are not finite under {name}"
@@ -76,21 +98,55 @@ class AnswersUnder:
         return Answer(results[key], probability, int(first.argmax()) in example.target_ids)
 
     @torch.no_grad()
-    def _generate(self, example: Example, steering: Steering | None) -> tuple[list[int], Tensor]:
-        """New tokens, and the logits [vocabulary] that the first of them was chosen from."""
+    def _generate(self, example: Example, names: Sequence[str], rows: int) -> list[tuple[list[int], Tensor]]:
+        """For every row the new tokens, and the logits [vocabulary] that the first was chosen from."""
         model: Any = self.anatomy.model  # every served model mixes in GenerationMixin
-        attached = None if steering is None else attach_to(self.anatomy, steering)
-        try:
+        with editing(self._row_edits(tuple(names))):
             output = model.generate(
-                **example.inputs, **example.settings, return_dict_in_generate=True, output_logits=True
+                **repeat_example(example.inputs, rows),
+                **example.settings,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-            if attached is not None:
-                attached.check_ran()
-        finally:
-            if attached is not None:
-                attached.detach()
         # Counted from the end: some families repeat the prompt in front, some do not.
-        return output.sequences[0, -len(output.logits) :].tolist(), output.logits[0][0]
+        new = output.sequences[:, -len(output.logits) :].tolist()
+        ends = self._end_tokens(example)
+        return [(cut_at_end(row, ends), first) for row, first in zip(new, output.logits[0], strict=True)]
+
+    def _row_edits(self, names: tuple[str, ...]) -> list[tuple[Site, Edit]]:
+        """An edit for every linear layer whose input some of the steerings scale."""
+        if names not in self._edits:
+            chosen = [self.steerings[name] for name in names]
+            edits: list[tuple[Site, Edit]] = []
+            for layer in range(self.anatomy.shape.layers) if chosen else ():
+                heads = torch.stack([one.head_scales[layer] for one in chosen])
+                heads = heads.repeat_interleave(self.anatomy.shape.head_width, dim=1)
+                neurons = torch.stack([one.neuron_scales[layer] for one in chosen])
+                sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
+                edits += [(site, _scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
+            self._edits[names] = edits
+        return self._edits[names]
+
+    def _end_tokens(self, example: Example) -> list[int]:
+        ends = example.settings.get("eos_token_id", self._config("eos_token_id"))
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def _ends_by_token(self, example: Example) -> bool:
+        """Whether rows end by themselves; stop strings and other rules look at the whole batch."""
+        rules = ("stopping_criteria", "stop_strings")
+        return not any(example.settings.get(rule) or self._config(rule) for rule in rules)
+
+    def _config(self, name: str) -> Any:
+        return getattr(self.anatomy.model.generation_config, name, None)
+
+
+def _scaling(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Scale row `i` of a batch [rows, tokens, features] by `rows[i]`."""
+
+    def scale(x: Tensor) -> Tensor:
+        return x * rows[:, None].to(x)
+
+    return scale
 
 
 def answered(totals: Totals) -> list[Answered]:
