@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 # One module a command, imported only when it is asked for: most of them bring torch along.
-COMMANDS = ("demo", "rank", "scale", "verify", "compare", "trace", "lens", "leaderboard")
+COMMANDS = ("demo", "rank", "scale", "verify", "compare", "trace", "lens", "edit", "leaderboard")
 
 
 def command(name: str) -> Callable[..., None]:

@@ -48,6 +48,8 @@ class Change:
     """The thing that a relation relates the target to."""
     colour: str | None = None
     """The colour that a prompt asks of a new material."""
+    was: str | None = None
+    """The colour that the thing has in the clean picture, where the record says so."""
 
 
 def choose_change(record: Record, kind: Kind, seed: int) -> Change:
@@ -103,7 +105,7 @@ def _colour(record: Record, kind: Kind, chance: random.Random) -> Change:
             f"its prompt {record.prompt!r} asks for {value}, which is hard to tell from {asked}"
         )
     question = questions.with_last(record.question, value)
-    return Change(target, value, f"{value} {target.name}", "No", "derived", question, "Yes")
+    return Change(target, value, f"{value} {target.name}", "No", "derived", question, "Yes", was=asked)
 
 
 def _another_colour(asked: str, chance: random.Random) -> str:

@@ -11,10 +11,10 @@ from hones_eval.editing.boxes import Box, Window
 from hones_eval.editing.counterfactual import Change, Kind
 from hones_eval.editing.layout import OPPOSITE, goal_of, mirrored_differ, must_not_hold, place
 from hones_eval.editing.masks import Masker
-from hones_eval.editing.moving import mirror, move, remove
+from hones_eval.editing.moving import best_stretch, mirror, move, remove
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.problems import RecordError
-from hones_eval.editing.recolor import recolor
+from hones_eval.editing.recolor import recolor, spread, toned
 from hones_eval.editing.records import Level, Record
 from hones_eval.editing.retexture import retexture
 
@@ -91,7 +91,8 @@ def _remove(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited
 
 
 def _recolor(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
-    region = masks(picture, window_of(change.target.box, picture))
+    whole = masks(picture, window_of(change.target.box, picture))
+    region = spread(picture, toned(picture, whole, change.was) if change.was else whole)
     return Edited(recolor(picture, region, change.value), region.footprint(*picture.shape[:2]))
 
 
@@ -115,7 +116,12 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
         # Moving the other one the other way makes the same true.
         shift = place(anchor, box, width, height, OPPOSITE[goal])
         box = anchor
-    return Edited(*move(picture, masks(picture, box), box, shift, seed))
+    region = masks(picture, box)
+    if region.rough:
+        raise RecordError(
+            "it cannot be cut out by its colours to be moved; use --mask segmenter, or --mask box to move its box"
+        )
+    return Edited(*move(picture, region, box, shift, seed))
 
 
 def _mirror(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
@@ -124,10 +130,7 @@ def _mirror(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited
     must_not_hold(goal_of(change.value), one, other)
     if not mirrored_differ(one, other):
         raise RecordError("its two boxes lie about above each other, so a mirror swaps nothing")
-    height, width = picture.shape[:2]
-    union = one.joined(other)
-    stretch = union.grown(max(4, round(0.08 * min(union.width, union.height))), width, height)
-    return Edited(*mirror(picture, stretch))
+    return Edited(*mirror(picture, best_stretch(picture, one.joined(other))))
 
 
 OBJECTS = frozenset({"object", "animal", "indoor", "vehicle"})

@@ -1,8 +1,8 @@
 """Fill a hole in a picture with what its surroundings are made of.
 
 OpenCV's inpainting (Telea 2004) continues edges into a hole but leaves a smear where it is wide. So it serves
-only where there is no whole patch to take. Else a small copy is filled patch by patch, edges first
-(Criminisi et al. 2004), and refined up to full size: each patch that touches the hole is matched to the most
+only where there is no whole patch to take. Else a small copy is filled patch by patch from its rim inwards
+(Criminisi et al. 2004, by confidence alone), and refined up to full size: each patch that touches the hole is matched to the most
 alike patch outside it (PatchMatch, Barnes et al. 2009), and the hole takes the colours that those patches
 vote for (Wexler et al. 2007).
 """
@@ -19,9 +19,8 @@ from hones_eval.editing.photographs import Pixels
 RADIUS = 2
 WORK_SIDE = 150
 PEELED = 2500
-ROUNDS = 2
-TRUST = 1.15
-FARE = 75 * 12.0**2  # from one hole's width away: as if every channel of the patch were 12 levels off
+TRUST = 1.3
+FARE = 75 * 30.0**2  # from one hole's width away: as if every channel of the patch were 30 levels off
 Hole = NDArray[np.bool_]
 Grid = NDArray[np.int64]
 Colours = NDArray[np.float32]
@@ -86,15 +85,15 @@ def _solve(picture: Pixels, hole: Hole, chance: np.random.Generator) -> tuple[Pi
     while min(levels[-1][0].shape[:2]) >= 48 and levels[-1][1].sum() > PEELED:
         levels.append(_shrunk(*levels[-1], 0.5))
     image, found = _peel(*levels[-1])
-    for known, gap in reversed(levels):
+    for depth, (known, gap) in reversed(list(enumerate(levels))):
         image = np.asarray(cv2.resize(image, known.shape[1::-1], interpolation=cv2.INTER_LINEAR), np.float32)
         image = np.where(gap[..., None], image, known).astype(np.float32)
-        image, found = _refine(image, gap, found, chance)
+        image, found = _refine(image, gap, found, 3 + 8 * depth, chance)
     return image.round().clip(0, 255).astype(np.uint8), *found
 
 
 def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
-    """Copy whole patches inwards, first where an edge runs into the hole; for small pictures.
+    """Copy whole patches inwards, first where the most is known; for small pictures.
 
     Returns: the filled picture, and where each of its pixels was taken from.
     """
@@ -110,7 +109,7 @@ def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
     patches = _patches(image)[sources[:, 0] * hole.shape[1] + sources[:, 1]].reshape(len(sources), 3, -1)
     open_ = hole.copy()
     while open_.any():
-        y, x = _most_urgent(image, open_, sure)
+        y, x = _most_certain(open_, sure)
         rows, columns = _patch_at(y, x, hole.shape)
         here, blank = image[rows, columns], open_[rows, columns]
         offsets = (rows - y + RADIUS) * (2 * RADIUS + 1) + columns - x + RADIUS
@@ -127,20 +126,11 @@ def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
     return image, (from_y, from_x)
 
 
-def _most_urgent(image: Colours, open_: Hole, sure: Colours) -> tuple[int, int]:
-    """The pixel on the front where most round it is known and the strongest edge runs into the hole."""
-    front = open_ & (cv2.erode(open_.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=1) == 0)
-    confidence = cv2.blur(np.where(open_, 0, sure).astype(np.float32), (2 * RADIUS + 1, 2 * RADIUS + 1))
-    grey = image.mean(2)
-    edge_x, edge_y = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
-    near = cv2.dilate(open_.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    edge_x[near], edge_y[near] = 0, 0  # what borders on unknown pixels is no edge of the picture
-    soft = cv2.GaussianBlur(open_.astype(np.float32), (0, 0), 1.5)
-    normal_x, normal_y = cv2.Sobel(soft, cv2.CV_32F, 1, 0), cv2.Sobel(soft, cv2.CV_32F, 0, 1)
-    along = np.abs(edge_x * normal_y - edge_y * normal_x) / np.maximum(np.hypot(normal_x, normal_y), 1e-6)
-    strength = cv2.dilate(along.astype(np.float32), np.ones((2 * RADIUS + 1, 2 * RADIUS + 1), np.uint8))
-    urgency = np.where(front, confidence * (0.5 + strength / 255), -1)
-    y, x = np.unravel_index(int(urgency.argmax()), urgency.shape)
+def _most_certain(open_: Hole, sure: Colours) -> tuple[int, int]:
+    """The pixel of the hole that has the most known for certain round it."""
+    size = 2 * RADIUS + 1
+    confidence = cv2.blur(np.where(open_, 0, sure).astype(np.float32), (size, size))
+    y, x = np.unravel_index(int(np.where(open_, confidence, -1).argmax()), open_.shape)
     return int(y), int(x)
 
 
@@ -152,7 +142,7 @@ def _patch_at(y: int, x: int, shape: tuple[int, ...]) -> tuple[Grid, Grid]:
 
 
 def _refine(
-    image: Colours, hole: Hole, found: tuple[Grid, Grid], chance: np.random.Generator
+    image: Colours, hole: Hole, found: tuple[Grid, Grid], rounds: int, chance: np.random.Generator
 ) -> tuple[Colours, tuple[Grid, Grid]]:
     """Match and vote by turns at one resolution."""
     search = _prepare(hole)
@@ -161,7 +151,7 @@ def _refine(
         grid = np.indices(hole.shape)
         return image, (grid[0], grid[1])
     y, x = _start(search, found, sources, hole.shape, chance)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         patches = _patches(image)
         cost = _cost(patches, search, y, x)
         y, x, cost = _match(patches, search, y, x, cost, chance)

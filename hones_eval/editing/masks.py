@@ -21,6 +21,8 @@ class Region(NamedTuple):
 
     window: Window
     alpha: Alpha
+    rough: bool = False
+    """Whether the thing itself could not be told from what is behind it."""
 
     def footprint(self, height: int, width: int) -> NDArray[np.bool_]:
         """All pixels of the picture that the mask touches, `[H, W]`."""
@@ -46,7 +48,7 @@ def cut_mask(picture: Pixels, box: Window) -> Region:
     """The thing in the box, cut out by its colours (GrabCut, Rother et al. 2004).
 
     Where that finds next to nothing, as of a bicycle, whatever stands out from the ground behind it counts;
-    where that fails too, the whole box.
+    where that fails too, or finds a part that does not span the box, the whole box.
     """
     context = box.grown(max(12, round(0.35 * max(box.width, box.height))), picture.shape[1], picture.shape[0])
     crop = picture[context.slices]
@@ -54,14 +56,21 @@ def cut_mask(picture: Pixels, box: Window) -> Region:
     small = crop if scale == 1 else _resized(crop, scale)
     area = max(1.0, box.width * box.height * scale * scale)
     found = _grab(small, box, context, scale)
-    if found.sum() < 0.08 * area:
+    rough = bool(found.sum() < 0.08 * area)
+    if rough:
         found = _stand_out(small, box, context, scale)
-    if not 0.08 <= float(found.sum()) / area <= 0.97:
-        return box_mask(picture, box)
+    if not 0.08 <= float(found.sum()) / area <= 0.97 or not _spans(found, box, scale):
+        return box_mask(picture, box)._replace(rough=True)
     alpha = cv2.resize(found.astype(np.float32), crop.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     alpha = cv2.GaussianBlur(alpha, (0, 0), max(0.8, 0.7 / scale))
     alpha[alpha < 0.03] = 0
-    return Region(context, np.clip(alpha, 0, 1).astype(np.float32))
+    return Region(context, np.clip(alpha, 0, 1).astype(np.float32), rough)
+
+
+def _spans(found: NDArray[np.bool_], box: Window, scale: float) -> bool:
+    """Whether what was found reaches over most of the box's width and height, as the thing itself does."""
+    rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
+    return bool(np.ptp(rows) >= 0.75 * box.height * scale and np.ptp(columns) >= 0.6 * box.width * scale)
 
 
 def _grab(small: Pixels, box: Window, context: Window, scale: float) -> NDArray[np.bool_]:

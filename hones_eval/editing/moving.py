@@ -13,16 +13,23 @@ from hones_eval.editing.photographs import Pixels
 Footprint = NDArray[np.bool_]
 
 
-def grown(footprint: Footprint, window: Window) -> Footprint:
-    """A little more than the thing, so that its soft edge goes with it; more for large things."""
-    reach = max(3, round(0.04 * min(window.width, window.height)))
+def grown(footprint: Footprint) -> Footprint:
+    """More than the thing by its soft edge, and by what frames it; the thicker the thing, the more."""
+    thickness = cv2.distanceTransform(np.pad(footprint.astype(np.uint8), 1), cv2.DIST_L2, 3).max()
+    reach = max(3, round(0.18 * float(thickness)))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
     return np.asarray(cv2.dilate(footprint.astype(np.uint8), kernel) > 0)
 
 
 def remove(picture: Pixels, region: Region, box: Window, seed: int) -> tuple[Pixels, Footprint]:
-    """Take a thing out and fill its place; the picture and what was filled."""
-    hole = grown(region.footprint(*picture.shape[:2]), box)
+    """Take a thing out and fill its place; the picture and what was filled.
+
+    A convex thing, such as a mirror, goes with all of its box, frame and all.
+    """
+    thing = region.footprint(*picture.shape[:2])
+    hole = grown(thing)
+    if _is_convex(thing):
+        hole[box.slices] = True
     return fill(picture, hole, seed), hole
 
 
@@ -55,6 +62,52 @@ def mirror(picture: Pixels, stretch: Window) -> tuple[Pixels, Footprint]:
     touched = np.zeros((height, width), bool)
     touched[stretch.slices] = alpha > 0
     return result, touched
+
+
+def best_stretch(picture: Pixels, union: Window) -> Window:
+    """Choose how far beyond two things to mirror: where the two sides of each seam are most alike.
+
+    Up and down it may reach to the picture's edge, where there is no seam; sideways by a fifth of the width.
+    """
+    height, width = picture.shape[:2]
+    small, scale = _seam_copy(picture)
+    steps = [round(share * union.width) for share in (0.03, 0.06, 0.09, 0.12, 0.16, 0.2)]
+    lefts = sorted({max(0, union.left - step) for step in steps})
+    rights = sorted({min(width, union.right + step) for step in steps})
+    tops = sorted({max(0, union.top - round(share * union.height)) for share in (0.04, 0.1, 0.2)} | {0})
+    bottoms = sorted(
+        {min(height, union.bottom + round(s * union.height)) for s in (0.04, 0.1, 0.2)} | {height}
+    )
+    stretches = [Window(a, b, c, d) for a in lefts for b in tops for c in rights for d in bottoms]
+    return min(stretches, key=lambda one: _seam(small, one, scale, width, height))
+
+
+def _seam_copy(picture: Pixels) -> tuple[NDArray[np.float32], float]:
+    scale = min(1.0, 400 / max(picture.shape[:2]))
+    size = max(2, round(picture.shape[1] * scale)), max(2, round(picture.shape[0] * scale))
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.float32), scale
+
+
+def _seam(small: NDArray[np.float32], stretch: Window, scale: float, width: int, height: int) -> float:
+    """Sum of colour differences along the seams, with a little for each pixel that the mirror touches."""
+    left, top = int(stretch.left * scale), int(stretch.top * scale)
+    right = min(small.shape[1], max(left + 2, int(stretch.right * scale))) - 1
+    bottom = min(small.shape[0], max(top + 2, int(stretch.bottom * scale))) - 1
+    upright = np.abs(small[top : bottom + 1, left] - small[top : bottom + 1, right]).sum()
+    total = float(upright) * ((stretch.left > 0) + (stretch.right < width))
+    for row, seen in ((top, stretch.top > 0), (bottom, stretch.bottom < height)):
+        if seen:
+            line = small[row, left : right + 1]
+            total += float(np.abs(line - line[::-1]).sum())
+    return total + 0.1 * (right - left) * (bottom - top)
+
+
+def _is_convex(thing: Footprint) -> bool:
+    rows, columns = np.nonzero(thing)
+    if not len(rows):
+        return False
+    hull = cv2.convexHull(np.stack([columns, rows], axis=1).astype(np.int32))
+    return len(rows) >= 0.95 * float(cv2.contourArea(hull))
 
 
 def _inside(region: Region, shift: Shift, width: int, height: int) -> tuple[Window, NDArray[np.float32]]:

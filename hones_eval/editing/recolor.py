@@ -14,6 +14,7 @@ from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.vocabulary import COLOURS, Colour
 
 Lab = NDArray[np.float32]
+VIVID = 0.85
 
 
 def recolor(picture: Pixels, region: Region, colour: str) -> Pixels:
@@ -29,6 +30,57 @@ def recolor(picture: Pixels, region: Region, colour: str) -> Pixels:
     return blended(picture, region, painted)
 
 
+def toned(picture: Pixels, region: Region, was: str) -> Region:
+    """Only what has the colour that the record says the thing has: the jacket, and not who wears it.
+
+    All of the mask where that leaves less than a tenth of it.
+    """
+    home = COLOURS[was]
+    lab = cv2.GaussianBlur(rgb_to_lab(picture[region.window.slices]), (0, 0), 1)
+    chroma, strength = np.hypot(lab[..., 1], lab[..., 2]), float(np.hypot(home.a, home.b))
+    if strength > 20:
+        angle = np.arctan2(lab[..., 2], lab[..., 1]) - np.arctan2(home.b, home.a)
+        alike = (np.abs((angle + np.pi) % (2 * np.pi) - np.pi) < 0.95) & (chroma > 0.2 * strength)
+    else:
+        alike = (chroma < strength + 16) & (lab[..., 0] > home.dark - 20) & (lab[..., 0] < home.light + 20)
+    small, large = (cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (one, one)) for one in (3, 7))
+    solid = cv2.morphologyEx(alike.astype(np.uint8), cv2.MORPH_OPEN, small)
+    solid = cv2.morphologyEx(solid, cv2.MORPH_CLOSE, large)
+    soft = cv2.GaussianBlur(solid.astype(np.float32), (0, 0), 0.8) * region.alpha
+    soft[soft < 0.03] = 0
+    if (soft > 0.5).sum() < 0.1 * (region.alpha > 0.5).sum():
+        return region
+    return Region(region.window, soft.astype(np.float32))
+
+
+def spread(picture: Pixels, region: Region) -> Region:
+    """The mask with what goes on beyond it in the same colour: a box drawn by hand cuts a sleeve off.
+
+    It reaches at most a third of the thing's size further, and never jumps a gap.
+    """
+    inside = region.alpha > 0.5
+    if not inside.any():
+        return region
+    rows, columns = np.nonzero(inside)
+    reach = max(4, max(np.ptp(rows), np.ptp(columns)) // 3)
+    window = region.window.grown(reach, picture.shape[1], picture.shape[0])
+    alpha = np.zeros((window.height, window.width), np.float32)
+    alpha[region.window.moved(-window.left, -window.top).slices] = region.alpha
+    lab = rgb_to_lab(picture[window.slices])
+    core = lab[alpha > 0.5]
+    middle = np.median(core, axis=0)
+    width = np.maximum(np.median(np.abs(core - middle), axis=0) * 2.5, (5, 3, 3))
+    alike = (np.abs(cv2.GaussianBlur(lab, (0, 0), 1) - middle) <= width).all(-1) | (alpha > 0.5)
+    near = cv2.dilate((alpha > 0.5).astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)) > 0
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    solid = cv2.morphologyEx((alike & near).astype(np.uint8), cv2.MORPH_OPEN, kernel)
+    _, pieces = cv2.connectedComponents(solid)
+    wanted = np.isin(pieces, np.unique(pieces[(alpha > 0.5) & (pieces > 0)])) & (pieces > 0)
+    grown = cv2.GaussianBlur(wanted.astype(np.float32), (0, 0), 1.0)
+    grown[grown < 0.03] = 0
+    return Region(window, np.maximum(alpha, grown).astype(np.float32))
+
+
 def repaint(lab: Lab, alpha: NDArray[np.float32], home: Colour) -> Lab:
     """Give the colour's home to a Lab image `[h, w, 3]`, for what `alpha` masks."""
     inside = alpha > 0.5 if (alpha > 0.5).any() else alpha > 0
@@ -37,13 +89,13 @@ def repaint(lab: Lab, alpha: NDArray[np.float32], home: Colour) -> Lab:
     wanted = float(np.clip(middle, home.dark, home.light))
     span = max(high - low, 1.0)
     # Dark things show their folds in few levels, and bright colours need more of them to look lit.
-    gain = np.clip((6 + 0.35 * wanted) / span, 0.6, 2.2) if abs(wanted - middle) > 5 else 1.0
+    gain = np.clip((6 + 0.5 * wanted) / span, 0.6, 3.0) if abs(wanted - middle) > 5 else 1.0
     shaded = wanted + (lightness - middle) * gain
     shaded = np.where(shaded > 94, 94 + (shaded - 94) * 0.3, shaded).clip(2, 99)
     # In the dark and towards white there is little room for colour.
     room = np.clip(shaded / wanted, 0.25, 1.25) * np.clip((103 - shaded) / (103 - wanted), 0.1, 1.15)
     own = 0.12 * (lab[..., 1:] - np.median(lab[..., 1:][inside], axis=0))
-    hue = np.stack([home.a * room, home.b * room], axis=-1) + own
+    hue = VIVID * np.stack([home.a * room, home.b * room], axis=-1) + own
     return np.concatenate([shaded[..., None], hue], axis=-1).astype(np.float32)
 
 

@@ -1,0 +1,83 @@
+"""Does a model's answer flip from a clean to an edited picture."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import unwrap_generation_output
+from lmms_eval.api.model import lmms
+
+from hones_eval.artefact import write_json
+from hones_eval.commands.documents import document_of
+from hones_eval.editing.run import Report
+from hones_eval.errors import HonesError
+from hones_eval.examples import TaskExamples, load_lmm
+
+CATEGORIES = ("animal", "indoor", "vehicle", "color", "material", "action", "spatial")
+
+
+def count_flips(report: Report, out: Path, model: str, model_args: str) -> Report:
+    """Ask a model every accepted question about both pictures, by the tasks `vseam_*` and their twins.
+
+    An edit stays accepted when the model says the clean answer of the clean picture and the edited answer of
+    the edited one. `vseam_pairs.json` and the rows say what the model said.
+    """
+    lmm = load_lmm(model, model_args)
+    rows = {row["question_id"]: dict(row) for row in report.accepted}
+    categories = [one for one in CATEGORIES if any(row["category"] == one for row in rows.values())]
+    if not categories:
+        raise HonesError(f"no accepted edit is of a category that has a task ({', '.join(CATEGORIES)})")
+    with _data(out):
+        for category in categories:
+            for key, task in (
+                ("model_clean", f"vseam_{category}"),
+                ("model_edited", f"vseam_{category}_edited"),
+            ):
+                for question_id, said in _answers(lmm, task, model):
+                    rows[question_id][key] = said
+    judged = [_judged(row) for row in rows.values()]
+    flipped = report._replace(
+        accepted=[row for row in judged if row["accepted"]],
+        rejected=report.rejected + [row for row in judged if not row["accepted"]],
+    )
+    write_json(out / "vseam_pairs.json", flipped.accepted)
+    return flipped
+
+
+def _answers(lmm: lmms, task: str, model: str) -> Iterator[tuple[str, str]]:
+    """Each question's id and what the model said, by lmms-eval's own prompt and decoding."""
+    examples = TaskExamples(lmm, task, model_name=model)
+    for index in range(len(examples)):
+        output = lmm.generate_until([examples._request(index)])
+        yield str(document_of(examples, index)["question_id"]), str(unwrap_generation_output(output[0])[0])
+
+
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    reasons = []
+    for key, wanted in (("model_clean", row["answer"]), ("model_edited", row["edited_answer"])):
+        if key in row and _word(row[key]) != wanted.lower():
+            shown = "clean" if key == "model_clean" else "edited"
+            reasons.append(f"of the {shown} picture the model says {row[key]!r}, not {wanted}")
+    return row | {"accepted": not reasons, "reasons": reasons}
+
+
+def _word(said: str) -> str:
+    found = re.search(r"[a-z]+", said.lower())
+    return found[0] if found else ""
+
+
+@contextmanager
+def _data(folder: Path) -> Iterator[None]:
+    """Let the tasks read `folder`."""
+    before = os.environ.get("HONES_EVAL_DATA")
+    os.environ["HONES_EVAL_DATA"] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HONES_EVAL_DATA"]
+        else:
+            os.environ["HONES_EVAL_DATA"] = before

@@ -1,0 +1,72 @@
+"""Records to edit from the documents of an lmms-eval task."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from lmms_eval.api.model import lmms
+from PIL import Image
+
+from hones_eval.artefact import read_json, write_bytes
+from hones_eval.editing.photographs import png
+from hones_eval.editing.records import Reading, records_from
+from hones_eval.editing.single import file_name
+from hones_eval.errors import TaskError
+from hones_eval.examples.tasks import build_requests, build_task
+from hones_eval.pictures import image_hash
+
+
+def records_of_task(
+    task: str,
+    out: Path,
+    include_path: Path | None,
+    scene_graphs: Path | None,
+    category: str | None,
+    limit: int | None,
+) -> tuple[Reading, Path]:
+    """Make records of a task's documents and keep its pictures, each once.
+
+    A document is a V-SEAM record itself, or carries one as JSON text in the column `record`.
+
+    Returns: the records, and the folder with their pictures, beside `out`.
+    Raises: TaskError when the task cannot be built or its documents have no picture.
+    """
+    # Only what a task asks of a model when it is built: whether it takes chats, and a place for its data.
+    reader = cast(lmms, SimpleNamespace(is_simple=True, task_dict={}))
+    built = build_task(task, reader, model_name="default", include_path=include_path, gen_kwargs=None)
+    requests = build_requests(built, limit, 0)
+    folder = out.with_name(f"{out.name}_pictures")
+    rows = []
+    for request in requests:
+        doc = reader.task_dict[built.task_name][request.args[-1]][request.doc_id]
+        rows.append(_row(doc, request.doc_id) | {"clean": _keep(request.args[2](doc), folder, task)})
+    graphs = read_json(scene_graphs) if scene_graphs else {}
+    return records_from(rows, scene_graphs=graphs, category=category or _category(task)), folder
+
+
+def _row(doc: Mapping[str, Any], doc_id: int) -> dict[str, Any]:
+    plain = {key: value for key, value in doc.items() if not isinstance(value, Image.Image)}
+    if isinstance(plain.get("record"), str):
+        plain |= json.loads(plain["record"])
+    objects = plain.get("involved_objects") or plain.get("relevant_objects") or plain.get("objects")
+    return {"question_id": str(doc_id)} | plain | {"involved_objects": objects, "edited": None}
+
+
+def _keep(pictures: list[Any], folder: Path, task: str) -> str:
+    if not pictures or not isinstance(pictures[0], Image.Image):
+        raise TaskError(f"task {task} shows no picture, so there is nothing to edit")
+    seen = pictures[0].convert("RGB")
+    name = f"{file_name(image_hash(seen)[:24])}.png"
+    if not (folder / name).is_file():
+        import numpy as np
+
+        write_bytes(folder / name, png(np.asarray(seen)))
+    return name
+
+
+def _category(task: str) -> str | None:
+    """`animal` of `vseam_animal` and `vseam_animal_test`."""
+    words = task.split("_")
+    return words[1] if words[0] == "vseam" and len(words) > 1 and words[1] not in ("pope", "cocoqa") else None
