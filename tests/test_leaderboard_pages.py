@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from make_logs import Questions, Steered, provenance, save_steering, write_run
@@ -115,8 +116,14 @@ def test_hostile_names_do_not_break_the_tables(hostile: Path) -> None:
     (row,) = [line for line in lines if "shapes" in line and line.startswith("|")]
     assert len(re.findall(r"(?<!\\)\|", row)) == 11
     assert not re.search(r"(?<!\\)<", row.replace("&lt;", ""))
-    svg = (hostile / "leaderboard.svg").read_text()
-    assert "<script" not in svg
+
+
+def test_the_readme_picture_is_a_drawing(hostile: Path, board: Path) -> None:
+    for folder, rows in ((hostile, 1), (board, 6)):
+        root = ElementTree.parse(folder / "leaderboard.svg").getroot()
+        kinds = [element.tag.rpartition("}")[2] for element in root.iter()]
+        assert set(kinds) <= {"svg", "title", "style", "rect", "text", "line", "circle"}
+        assert kinds.count("circle") == rows
 
 
 @pytest.mark.parametrize("text", HOSTILE)

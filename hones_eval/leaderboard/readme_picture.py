@@ -48,11 +48,12 @@ def _line(row: Row, view: Mapping[str, Any], top: int) -> str:
         .replace("<circle ", '<circle class="dot" ')
         .replace("<svg ", f'<svg x="520" y="{top}" ')
     )
-    name = escape(one_line(view["steering"], 44))
+    p = probability(row.p_holm).removeprefix("0").replace("<0", "<")
+    name = escape(one_line(view["steering"], 44) + (" (control)" if view["control"] else ""))
     where = escape(one_line(f"{view['task']} · {view['metric']}", 56))
     return (
         f'<text x="24" y="{top + 8}">{name}</text>'
         f'<text class="soft" x="24" y="{top + 23}">{where}</text>{svg}'
         f'<text x="836" y="{top + 16}" text-anchor="end">{number(row.comparison.difference, sign=True)}'
-        f" ({probability(row.p_holm) or 'no p'})</text>"
+        f"{escape(f', p {p}' if p else '')}</text>"
     )
