@@ -65,9 +65,14 @@ def _line(axes: Axes, found: Curve, measure: str, label: str, colour: str) -> No
 
 
 def role_figure(found: RoleMap, title: str) -> Figure:
-    """Heat maps [roles, layers] of the three measures, roles in the order of the prompt."""
-    shown = {name: getattr(found, name) for name in MEASURES if getattr(found, name) is not None}
+    """Heat maps [roles, layers] of the three measures, in the order of the prompt; grey is undefined."""
     layers = len(found.probability_change[0])
+    undefined = [float("nan")] * layers
+    shown = {
+        "probability_change": found.probability_change,
+        "logit_change": found.logit_change,
+        "recovered": [undefined if row is None else row for row in found.recovered],
+    }
     size = (2.2 + len(shown) * max(2.4, 0.28 * layers), 1.3 + 0.24 * len(found.roles))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]

@@ -36,13 +36,14 @@ class RoleMap(NamedTuple):
     """Means over pairs of the means over a role's tokens: [roles, L] each, roles as they stand in the prompt.
 
     `pairs` says how many pairs have the role. Roles that few pairs have are put together as `other words`.
+    `recovered` is None for a role in whose pairs the edit does not lower the logit difference.
     """
 
     roles: list[str]
     pairs: list[int]
     probability_change: list[list[float]]
     logit_change: list[list[float]]
-    recovered: list[list[float]] | None
+    recovered: list[list[float] | None]
 
 
 def changes(pair: Traced, what: What) -> Tensor:
@@ -87,14 +88,13 @@ def role_map(pairs: Sequence[Traced], what: What) -> RoleMap:
             order[role] = order.get(role, 0.0) + sum(places) / len(places) / len(pair.tokens)
     roles = sorted(sums, key=lambda role: (role == LAST, order[role] / counts[role]))
     means = torch.stack([sums[role] / counts[role] for role in roles])
-    defined = all(gaps[role] > 0 for role in roles)
-    fractions = torch.stack([sums[role][:, 2] / gaps[role] for role in roles]) if defined else None
+    fractions = [(sums[role][:, 2] / gaps[role]).tolist() if gaps[role] > 0 else None for role in roles]
     return RoleMap(
         roles=roles,
         pairs=[counts[role] for role in roles],
         probability_change=means[..., 0].tolist(),
         logit_change=means[..., 1].tolist(),
-        recovered=None if fractions is None else fractions.tolist(),
+        recovered=fractions,
     )
 
 
@@ -137,8 +137,9 @@ def token_table(category: str, pairs: Sequence[Traced]) -> Iterable[list[Any]]:
 def role_table(category: str, what: str, found: RoleMap) -> Iterable[list[Any]]:
     """Rows of roles.csv: the averages of a `RoleMap`."""
     for place, (role, count) in enumerate(zip(found.roles, found.pairs, strict=True)):
+        shares = found.recovered[place]
         for layer, p in enumerate(found.probability_change[place]):
-            fraction = "" if found.recovered is None else found.recovered[place][layer]
+            fraction = "" if shares is None else shares[layer]
             yield [category, what, role, count, layer, p, found.logit_change[place][layer], fraction]
 
 

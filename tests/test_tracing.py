@@ -403,7 +403,8 @@ def test_averages_by_hand() -> None:
     assert found.logit_change == [[2, 3], [6, 5], [0, 1], [4, 4]]
     assert found.recovered == [[4 / 6, 6 / 6], [12 / 6, 10 / 6], [0, 0.5], [8 / 6, 8 / 6]]
     reverse = _traced(["Is", "object", "the", tokens.LAST], [[1, 1]] * 4, gap=-9.0)
-    assert trace_tables.role_map([first, reverse], "ffn").recovered is None
+    mixed = trace_tables.role_map([first, reverse], "ffn")
+    assert dict(zip(mixed.roles, mixed.recovered, strict=True)) == dict.fromkeys(mixed.roles)
     assert trace_tables.recovered(reverse, "ffn") is None
 
 
