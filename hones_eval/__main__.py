@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default those of the process. `--debug` anywhere shows the
             trace of an error that is otherwise one line.
 
-    Returns: 0, or 1 when the command failed.
+    Returns: 0, or 1 when the command failed, or 2 when its flags cannot be read.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -33,18 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments_of_command = chosen[chosen.subcommand].as_dict()
         arguments_of_command.pop("config")
         command(chosen.subcommand)(**arguments_of_command)
-    except HonesError as error:
+    except (HonesError, ArgumentError) as error:
         if debug:
             traceback.print_exc()
-        print(f"hones-eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        print(f"hones-eval: {' '.join(str(error).split())}{_way_out(error, given)}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
     return 0
+
+
+def _way_out(error: Exception, given: Sequence[str]) -> str:
+    """Errors of ours name it themselves; for flags it is the help."""
+    if isinstance(error, HonesError):
+        return ""
+    return f" (see hones-eval {given[0]} --help)" if given and given[0] in COMMANDS else " (see --help)"
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:
     """Flags from signatures, help from docstrings; folders need no flag, and switches no value."""
     parser = ArgumentParser(
         prog="hones-eval",
+        exit_on_error=False,
         description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
     )
     parser.add_argument("--version", action="version", version=f"hones-eval {__version__}")
@@ -52,7 +61,8 @@ def _parser(given: Sequence[str]) -> ArgumentParser:
     # Only the command that is asked for is imported: most of them bring torch along.
     for name in [given[0]] if given and given[0] in COMMANDS else COMMANDS:
         function = command(name)
-        flags = ArgumentParser(description=(function.__doc__ or "").split("Args:")[0].strip())
+        description = (function.__doc__ or "").split("Args:")[0].strip()
+        flags = ArgumentParser(exit_on_error=False, description=description)
         flags.add_argument("--config", action="config", help="a YAML file with values for these flags")
         bare = set()
         for parameter in signature(function).parameters.values():

@@ -47,10 +47,7 @@ def discover(job: Discovery) -> Ranking:
 
 def _hones(job: Discovery) -> Ranking:
     """Both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
-    shape = job.provenance.shape
-    top_heads(
-        torch.zeros(shape.layers, shape.heads), job.heads
-    )  # refuse an impossible number before the work
+    _refuse_impossible(job)
     localization = HeadLocalization(job.replayer, job.examples)
     totals = job.loop.run(job.examples, localization, "heads")
     count = totals.sums["examples"]
@@ -84,6 +81,7 @@ def _hones(job: Discovery) -> Ranking:
 
 def _vseam(job: Discovery) -> Ranking:
     """One pass of V-SEAM: signed, positive and negative heads."""
+    _refuse_impossible(job)
     shape = job.provenance.shape
     top_heads(torch.zeros(shape.layers, shape.heads), job.heads)  # refuse an impossible number
     totals = job.loop.run(job.examples, HeadContribution(job.replayer), "heads")
@@ -165,6 +163,13 @@ def provenance(
         examples=[examples.example_set()],
         seed=seed,
     )
+
+
+def _refuse_impossible(job: Discovery) -> None:
+    """Numbers of heads and neurons that the model does not have are an error before the work."""
+    shape = job.provenance.shape
+    top_heads(torch.zeros(shape.layers, shape.heads), job.heads)
+    neuron_count(torch.zeros(shape.layers, shape.neurons), job.neurons)
 
 
 def _report(job: Discovery, count: float) -> dict[str, Any]:

@@ -174,7 +174,13 @@ def _must_generate(manager: TaskManager, name: str) -> None:
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
     """What `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
     if gen_kwargs:
-        task.set_config("generation_kwargs", utils.simple_parse_args_string(gen_kwargs), update=True)
+        try:
+            settings = utils.simple_parse_args_string(gen_kwargs)
+        except ValueError:
+            raise TaskError(
+                f"gen_kwargs {gen_kwargs!r} are not of the form name=value,name=value, as lmms-eval has it"
+            ) from None
+        task.set_config("generation_kwargs", settings, update=True)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)

@@ -1,0 +1,467 @@
+"""Ranking and scaling through the front door, and one clear line for whatever cannot be done."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from drawn_data import write_folder
+from own_answers import write_tasks
+from PIL import Image
+
+from hones_eval import commands
+from hones_eval.__main__ import main
+from hones_eval.artefact import read_json
+from hones_eval.commands import shared
+from hones_eval.examples import load_lmm
+from hones_eval.ranking import Ranking
+from hones_eval.steering import Steering
+
+COUNT = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_are_loaded_once() -> Iterator[None]:
+    """Every command loads the same checkpoint: keep what the real loader gave."""
+    loaded: dict[tuple[str, str], Any] = {}
+
+    def load(model: str, model_args: str) -> Any:
+        if (model, model_args) not in loaded:
+            loaded[model, model_args] = load_lmm(model, model_args)
+        return loaded[model, model_args]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "load_lmm", load)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_args(llava_checkpoint: Path) -> str:
+    return f"pretrained={llava_checkpoint}"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory, model_args: str) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "own", "llava_hf", model_args, COUNT)
+
+
+@pytest.fixture(scope="module")
+def rank(tasks: Path, model_args: str) -> Callable[..., list[str]]:
+    """Arguments of `rank` on `own_a`, to which others can be added or given instead."""
+
+    def arguments(out: Path, **others: Any) -> list[str]:
+        given = {"method": "hones", "model": "llava_hf", "model_args": model_args, "tasks": "own_a"}
+        given |= {"include_path": tasks, "heads": 4, "neurons": 0.02, "out": out} | others
+        return ["rank", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory, rank: Callable[..., list[str]]) -> Path:
+    """A ranking by each method, `hones` and `vseam`."""
+    folder = tmp_path_factory.mktemp("rankings")
+    for method in ("hones", "vseam"):
+        assert main(rank(folder / method, method=method)) == 0
+    return folder
+
+
+@pytest.fixture
+def complains(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Run a command that has to fail; the one line on stderr by which it says why."""
+
+    def run(arguments: list[str]) -> str:
+        capfd.readouterr()
+        assert main(arguments) == 1
+        lines = capfd.readouterr().err.splitlines()
+        (line,) = [one for one in lines if one.startswith("hones-eval:")]
+        assert "Traceback" not in "\n".join(lines)
+        return line
+
+    return run
+
+
+def scale(ranking: Path, how: str, out: Path, **others: Any) -> list[str]:
+    given = {"ranking": ranking, "how": how, "out": out} | others
+    return ["scale", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+
+def test_ranking_by_hones_writes_what_it_says(
+    rank: Callable[..., list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str], tasks: Path
+) -> None:
+    assert main(rank(tmp_path / "runs" / "a", limit=3, offset=1, seed=5)) == 0
+    said = capfd.readouterr().out
+    assert f"wrote {tmp_path / 'runs' / 'a'}: 3 examples, replay exact" in said
+    assert "exact_match 0.6667 unedited" in said
+    files = sorted(path.name for path in (tmp_path / "runs" / "a").iterdir())
+    assert files == ["ranking.json", "ranking.safetensors"]
+    ranking = Ranking.load(tmp_path / "runs" / "a")
+    source = ranking.provenance
+    assert (source.method, source.seed) == ("hones", 5)
+    assert source.settings["heads"] == 4
+    assert source.settings["model"] == "llava_hf"
+    assert source.examples[0].doc_ids == [1, 2, 3]
+    assert len(source.examples[0].image_hashes) == 3
+    assert ranking.head_scores.shape == (4, 4)
+    assert ranking.neuron_scores.shape == (4, 96)
+    assert ranking.report["base_metric"] == pytest.approx(2 / 3)
+    assert (ranking.head_scores > 0).any()
+
+
+def test_ranking_by_vseam(rankings: Path) -> None:
+    ranking = Ranking.load(rankings / "vseam")
+    assert ranking.provenance.method == "vseam"
+    for scores in (ranking.head_positive, ranking.head_negative):
+        assert scores is not None
+        assert (scores >= 0).all()
+    assert ranking.neuron_scores is None
+    assert ranking.report["correct_examples"] + ranking.report["incorrect_examples"] == COUNT
+
+
+def test_scaling_neurons_by_a_factor(
+    rankings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(scale(rankings / "hones", "fixed", tmp_path / "s", factor=1.5)) == 0
+    assert f"wrote {tmp_path / 's'}: 0 heads and 8 neurons are scaled" in capfd.readouterr().out
+    ranking, steering = Ranking.load(rankings / "hones"), Steering.load(tmp_path / "s")
+    expected = torch.ones(4, 96)
+    best = torch.sort(ranking.neuron_scores.flatten(), descending=True, stable=True).indices[:8]
+    expected.view(-1)[best] = 1.5
+    assert torch.equal(steering.neuron_scales, expected)
+    assert (steering.head_scales == 1).all()
+    source = steering.provenance
+    assert source.ranking["digest"] == ranking.digest
+    assert source.settings == {"how": "fixed", "factor": 1.5, "count": 8}
+    assert source.examples == ranking.provenance.examples
+    assert source.shape == ranking.provenance.shape
+
+
+def test_scaling_heads_by_their_signed_scores(rankings: Path, tmp_path: Path) -> None:
+    scores = Ranking.load(rankings / "vseam").head_scores.double()
+    # The largest score is cut off, the smaller half ignored.
+    strength, epsilon = float(1.5 / scores.abs().max()), float(scores.abs().median())
+    assert main(scale(rankings / "vseam", "signed", tmp_path / "s", strength=strength, epsilon=epsilon)) == 0
+    scales = Steering.load(tmp_path / "s").head_scales
+    kept = torch.where(scores.abs() < epsilon, 0.0, scores)
+    torch.testing.assert_close(scales.double(), torch.clip(1 + strength * kept, 0, 2), atol=1e-6, rtol=0)
+    assert 0 < (scales != 1).sum() < 16
+    assert float((scales - 1).abs().max()) == 1
+    assert scales.unique().numel() > 2
+
+
+def test_scaling_the_best_and_the_worst_heads(rankings: Path, tmp_path: Path) -> None:
+    assert main(scale(rankings / "vseam", "topk", tmp_path / "s", heads=3, enhance=0.25, suppress=0.75)) == 0
+    ranking, scales = Ranking.load(rankings / "vseam"), Steering.load(tmp_path / "s").head_scales
+    expected = torch.ones(4, 4)
+    for scores, factor in ((ranking.head_positive, 1.25), (ranking.head_negative, 0.25)):
+        for i in torch.sort(scores.flatten(), descending=True, stable=True).indices[:3]:
+            if scores.flatten()[i] > 0:
+                taken = expected.view(-1)[i] != 1
+                expected.view(-1)[i] = 1.0 if taken else factor
+    assert torch.equal(scales, expected)
+    assert (scales != 1).any()
+
+
+def test_a_config_file_that_is_not_yaml(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("ranking: [\n")
+    assert main(["scale", "--config", str(tmp_path / "bad.yaml")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "config" in line
+
+
+def test_flags_from_a_file_and_the_command_line_wins(
+    rankings: Path, tmp_path: Path, rank: Callable[..., list[str]]
+) -> None:
+    config = tmp_path / "scale.yaml"
+    config.write_text(f"ranking: {rankings / 'hones'}\nhow: fixed\nout: {tmp_path / 's'}\nfactor: 3.0\n")
+    assert main(["scale", "--config", str(config)]) == 0
+    assert Steering.load(tmp_path / "s").neuron_scales.max() == 3
+    assert main(["scale", "--config", str(config), "--factor", "4", "--out", str(tmp_path / "t")]) == 0
+    assert Steering.load(tmp_path / "t").neuron_scales.max() == 4
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_explains_its_flags(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    function = commands.command(name)
+    first = " ".join(str(function.__doc__).split("\n\n")[0].split())
+    assert first in shown
+    assert "--config" in shown
+    for flag in function.__annotations__:
+        assert flag == "return" or flag in shown
+
+
+def test_the_list_of_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in commands.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rank", "--metod", "hones"], "metod"),
+        (["rank", "--method", "magic"], "magic"),
+        (["rank", "--method", "hones"], "model"),
+        (["rnak"], "rnak"),
+        (["scale", "--ranking", "x", "--how", "fixed", "--out", "y", "--factor", "big"], "factor"),
+        (["scale", "--config", "/nowhere.yaml"], "nowhere.yaml"),
+        (["scale", "--ranking", "x", "--how", "fixed", "--out", "y", "--factor", "inf"], "factor"),
+        (["scale", "--ranking", "x", "--out", "y"], "how"),
+        ([], "subcommand"),
+    ],
+)
+def test_flags_that_cannot_be_read(
+    arguments: list[str], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("hones-eval: ")
+    assert says in line
+    assert line.endswith("--help)")
+
+
+# What cannot be done: one line each, and nothing written
+
+
+BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
+    "task": ({"tasks": "own_q"}, "no task named 'own_q': did you mean .*own_a"),
+    "model": ({"model": "lava_hf"}, "no model named 'lava_hf': did you mean llava_hf"),
+    "checkpoint": ({"model_args": "pretrained=/nowhere"}, "llava_hf cannot be built .*/nowhere"),
+    "model_args": ({"model_args": "pretrained"}, "not of the form name=value"),
+    "two tasks": ({"tasks": "own_a,own_b"}, "one task at a time"),
+    "group": ({"tasks": "vqav2"}, "vqav2.* group of several tasks; choose one of: vqav2_test, vqav2_val"),
+    "likelihood": ({"tasks": "seedbench_ppl"}, "only tasks that generate"),
+    "limit": ({"limit": 0}, "limit=0 leaves"),
+    "offset": ({"offset": 4}, "own_a.* 4 examples; offset=4 leaves none"),
+    "metric": ({"metric": "blue"}, "has no metric 'blue'; it has exact_match"),
+    "target": (
+        {"target": "colour"},
+        "shows no gold answer.*--target; the columns are .*answer",
+    ),
+    "include_path": ({"include_path": "/nowhere"}, "/nowhere is not a folder"),
+    "heads": ({"heads": 99}, "cannot choose 99 of 16 sites: ask for 1 to 16"),
+    "no heads": ({"heads": 0}, "cannot choose 0 of 16"),
+    "neurons": ({"neurons": 0}, "share of neurons must lie above 0"),
+    "many neurons": ({"neurons": 2}, "share of neurons must lie above 0 and at most 1, but is 2"),
+    "batch": ({"batch_size": 0}, "at least one row has to be .* at once, not 0"),
+    "sampling": ({"gen_kwargs": "do_sample=True,temperature=0.7"}, "do_sample=True.*--gen_kwargs"),
+    "beams": ({"gen_kwargs": "num_beams=3"}, "num_beams=3|beams"),
+    "no tokens": ({"gen_kwargs": "max_new_tokens=0"}, "max_new_tokens"),
+    "no setting": ({"gen_kwargs": "max_new_tokens"}, "gen_kwargs .max_new_tokens. are not of the form"),
+    "devices": ({"limit": 2, "devices": 3}, "2 examples cannot be shared by 3 processes"),
+}
+
+
+@pytest.mark.parametrize(("others", "says"), BAD_RANKS.values(), ids=BAD_RANKS)
+def test_a_rank_that_cannot_be_done(
+    others: dict[str, Any],
+    says: str,
+    rank: Callable[..., list[str]],
+    complains: Callable[[list[str]], str],
+    tmp_path: Path,
+) -> None:
+    line = complains(rank(tmp_path / "out", **others))
+    assert re.search(says, line), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = write_folder(tmp_path / "drawn", 3)
+    monkeypatch.setenv("HONES_EVAL_DATA", str(folder))
+    return folder
+
+
+def cut_picture(folder: Path) -> None:
+    picture = folder / "images" / "drawn_1.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+
+
+def empty_picture(folder: Path) -> None:
+    (folder / "images" / "drawn_1.png").write_bytes(b"")
+
+
+def no_picture(folder: Path) -> None:
+    (folder / "images" / "drawn_1.png").unlink()
+
+
+def no_answers(folder: Path) -> None:
+    content = json.loads((folder / "drawn.json").read_text())
+    content["data"][1]["vqa"] = {"question": "What?"}
+    (folder / "drawn.json").write_text(json.dumps(content))
+
+
+def no_json(folder: Path) -> None:
+    (folder / "drawn.json").write_text("{")
+
+
+def no_entries(folder: Path) -> None:
+    (folder / "drawn.json").write_text('{"data": []}')
+
+
+def no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut_picture, "drawn_1.png cannot be read"),
+        (empty_picture, "drawn_1.png cannot be read"),
+        (no_picture, "its picture drawn_1.png is neither in"),
+        (no_answers, r"entry 1 \(drawn_1.png\): its vqa has neither answers"),
+        (no_json, "HONES_EVAL_DATA|not valid JSON"),
+        (no_entries, "HONES_EVAL_DATA|at least one entry"),
+        (no_folder, "there is no such file or folder"),
+    ],
+)
+def test_damaged_data(
+    damage: Callable[[Path], None],
+    says: str,
+    drawn: Path,
+    rank: Callable[..., list[str]],
+    complains: Callable[[list[str]], str],
+    tmp_path: Path,
+) -> None:
+    damage(drawn)
+    line = complains(rank(tmp_path / "out", tasks="hones_vqa", gen_kwargs="max_new_tokens=2"))
+    assert re.search(says, line), line
+    assert not (tmp_path / "out" / "ranking.json").exists()
+
+
+def test_a_yaml_error_in_a_task(
+    tasks: Path, rank: Callable[..., list[str]], complains: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    shutil.copytree(tasks, tmp_path / "tasks")
+    (tmp_path / "tasks" / "own_c.yaml").write_text("task: own_c\nmetric_list: [\n")
+    line = complains(rank(tmp_path / "out", include_path=tmp_path / "tasks"))
+    assert "own_c.yaml, line 3: not valid YAML" in line
+
+
+def test_a_task_without_targets(
+    tasks: Path, rank: Callable[..., list[str]], complains: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    shutil.copytree(tasks, tmp_path / "tasks")
+    text = (tasks / "own_a.yaml").read_text().replace("doc_to_target: answer", "doc_to_target: question")
+    text = text.replace("task: own_a", "task: own_untold").replace("exact_match", "strange")
+    text = text.replace("metric_list:", "process_results: !function utils.results\nmetric_list:")
+    (tmp_path / "tasks" / "own_untold.yaml").write_text(text)
+    with (tmp_path / "tasks" / "utils.py").open("a") as utils:
+        utils.write("\n\ndef results(doc, answers):\n    return {'strange': 0.0}\n")
+    line = complains(rank(tmp_path / "out", include_path=tmp_path / "tasks", tasks="own_untold"))
+    assert "own_untold shows no gold answer" in line
+    assert "--target" in line
+
+
+def test_a_model_whose_anatomy_is_refused(
+    rank: Callable[..., list[str]], complains: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    """An InstructBLIP on OPT, as its own stock wrapper loads it."""
+    folder = families.save_checkpoint("instructblip", tmp_path / "opt")
+    model = families.build_refused("instructblip_opt")
+    model.save_pretrained(folder)
+    line = complains(rank(tmp_path / "out", model="instructblip", model_args=f"pretrained={folder}"))
+    assert "InstructBlipForConditionalGeneration: looked for one linear layer called o_proj" in line
+    assert not (tmp_path / "out").exists()
+
+
+BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "nowhere": ("nowhere", "fixed", {}, r"nowhere/ranking\.json does not exist"),
+    "no neurons": ("vseam", "fixed", {}, "no neuron scores: rank with --method hones"),
+    "no signs": ("hones", "topk", {}, "rank with --method vseam"),
+    "nothing": ("hones", "fixed", {"factor": 1}, "every scale is 1.*not written"),
+    "weak": ("vseam", "signed", {"strength": 0}, "every scale is 1"),
+    "share": ("hones", "fixed", {"neurons": 0}, "share of neurons must lie above 0"),
+    "too many": ("vseam", "topk", {"heads": 17}, "cannot choose 17 of 16"),
+    "no model": ("hones", "grid", {}, "give --model, --model_args and --tasks"),
+}
+
+
+@pytest.mark.parametrize(("ranking", "how", "others", "says"), BAD_SCALES.values(), ids=BAD_SCALES)
+def test_a_scale_that_cannot_be_done(
+    ranking: str,
+    how: str,
+    others: dict[str, Any],
+    says: str,
+    rankings: Path,
+    complains: Callable[[list[str]], str],
+    tmp_path: Path,
+) -> None:
+    line = complains(scale(rankings / ranking, how, tmp_path / "out", **others))
+    assert re.search(says, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_ranking(rankings: Path, complains: Callable[[list[str]], str], tmp_path: Path) -> None:
+    shutil.copytree(rankings / "hones", tmp_path / "r")
+    file = tmp_path / "r" / "ranking.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "ranking.safetensors is not a safetensors file" in complains(
+        scale(tmp_path / "r", "fixed", tmp_path / "out")
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_steering_for_another_model(
+    rankings: Path,
+    rank: Callable[..., list[str]],
+    complains: Callable[[list[str]], str],
+    tmp_path: Path,
+    model_args: str,
+) -> None:
+    """Named on both sides, by the steered model that it was given to."""
+    assert main(scale(rankings / "hones", "fixed", tmp_path / "s")) == 0
+    steering = Steering.load(tmp_path / "s")
+    shape = dataclasses.replace(steering.provenance.shape, hidden=65)
+    source = dataclasses.replace(steering.provenance, shape=shape)
+    Steering(steering.head_scales, steering.neuron_scales, source).save(tmp_path / "other")
+    steered = f"{model_args},steering={tmp_path / 'other'}"
+    line = complains(rank(tmp_path / "out", model="hones_llava", model_args=steered))
+    assert "does not fit LlavaForConditionalGeneration (hidden: 65 here, 64 there)" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_trace(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--debug", *scale(tmp_path / "nowhere", "fixed", tmp_path / "out")]) == 1
+    shown = capfd.readouterr().err
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1].startswith("hones-eval: ")
+
+
+def test_an_interrupted_ranking_leaves_no_ranking(
+    rank: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ranking, "save", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(rank(tmp_path / "out"))
+    assert not (tmp_path / "out" / "ranking.json").exists()
+
+
+def test_photographs(
+    photos: Path, rank: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way from real pictures to a steering."""
+    monkeypatch.setenv("HONES_EVAL_DATA", str(photos))
+    settings = {"tasks": "hones_vqa", "limit": 3, "gen_kwargs": "max_new_tokens=4"}
+    assert main(rank(tmp_path / "r", **settings)) == 0
+    assert main(scale(tmp_path / "r", "fixed", tmp_path / "s")) == 0
+    header = read_json(tmp_path / "s" / "steering.json")
+    assert header["scaled_neurons"] == 8
+    assert header["examples"][0]["task"] == "hones_vqa"
+    with Image.open(next((photos / "images").glob("coco_*.jpg"))) as picture:
+        assert picture.size[0] > 100
