@@ -11,7 +11,8 @@ from hones_eval.decoding import Decoder
 from hones_eval.errors import TaskError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.replay import Passes, Replayer, Rows, SiteEdit
+from hones_eval.passes import Passes, Rows, SiteEdit
+from hones_eval.replay import Replayer
 
 
 class _Answers(NamedTuple):

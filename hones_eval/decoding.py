@@ -21,7 +21,8 @@ from transformers import (
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import editing
 from hones_eval.errors import HonesError
-from hones_eval.replay import ROUNDING, Passes, Replayer, Rows, SiteEdit, site_edits
+from hones_eval.passes import ROUNDING, Passes, RowLimit, Rows, SiteEdit, site_edits
+from hones_eval.replay import Replayer
 
 
 class Decoder:
@@ -168,13 +169,13 @@ class GreedyExample:
 
     def _decoded(self, edits: Sequence[SiteEdit]) -> Iterator[tuple[SiteEdit, list[int]]]:
         """Decode under each edit, as rows of one batch where rows end by themselves."""
-        at_once = self._decoder.replayer.rows_for(self._inputs) if self._plan.ends_by_token else 1
-        for start in range(0, len(edits), at_once):
-            cut = list(edits[start : start + at_once])
-            yield from zip(cut, self._decode_rows(cut), strict=True)
+        length = self._plan.prompt.shape[1]
+        limit = self._decoder.replayer.limit if self._plan.ends_by_token else RowLimit(1, length)
+        for cut, answers in limit.cuts(edits, length, lambda cut: (cut, self._decode_rows(cut))):
+            yield from zip(cut, answers, strict=True)
 
     @torch.no_grad()
-    def _decode_rows(self, edits: list[SiteEdit]) -> list[list[int]]:
+    def _decode_rows(self, edits: Sequence[SiteEdit]) -> list[list[int]]:
         anatomy = self._decoder.anatomy
         with editing(list(site_edits(anatomy, edits))):
             output = _generate(anatomy, **repeat_example(self._inputs, len(edits)), **self._settings)
@@ -245,5 +246,6 @@ def _without_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generate(anatomy: Anatomy, **arguments: Any) -> Any:
-    model: Any = anatomy.model  # every served model mixes in GenerationMixin, which the base class hides
-    return model.generate(**arguments)
+    # The class's own: on the instance a wrapper of ours may stand in, which watches over answers.
+    kind: Any = type(anatomy.model)
+    return kind.generate(anatomy.model, **arguments)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.attach import standing_in
 from hones_eval.errors import HonesError
-from hones_eval.replay import ROUNDING, Replay, Replayer, _returning, _standing_in, _tensor
+from hones_eval.passes import ROUNDING, RowLimit
+from hones_eval.replay import Replay, Replayer, returning, tensor_of
 from hones_eval.streams import Part, activations, complete, outputs_of
 
 
@@ -71,7 +73,7 @@ class Patcher:
             if inputs["input_ids"].shape[0] != 1:
                 raise HonesError("patching takes one pair of inputs at a time: patches are the rows")
         if self.inexact is None:
-            replay = PatchReplay(self.anatomy, clean, edited, self._replayer.rows_for(edited))
+            replay = PatchReplay(self.anatomy, clean, edited, self._replayer.limit)
             if not self._proven:
                 self.inexact = _difference(replay, FullPatches(self.anatomy, clean, edited))
                 self._proven = True
@@ -84,12 +86,12 @@ class PatchReplay(Replay):
     """Patched passes as rows of one batch, from one recorded pass over each of the two inputs."""
 
     def __init__(
-        self, anatomy: Anatomy, clean: Mapping[str, Any], edited: Mapping[str, Any], rows: int
+        self, anatomy: Anatomy, clean: Mapping[str, Any], edited: Mapping[str, Any], limit: RowLimit
     ) -> None:
         """Run and record both passes."""
         self.clean = activations(anatomy, clean)
         with outputs_of(anatomy.ffns) as written:
-            super().__init__(anatomy, edited, 1, rows)
+            super().__init__(anatomy, edited, 1, limit)
         self._written = complete(written)
         self.clean_logits = self.clean.logits
         self.edited_logits = self.base_logits[0]
@@ -108,9 +110,11 @@ class PatchReplay(Replay):
             yield PatchedRows(on_top, self.anatomy.logits(self.clean.streams[-1][0, sources]))
         rest = set(range(len(patches))) - {*unread, *on_top}
         order = sorted(rest, key=lambda i: (patches[i].layer, patches[i].part))
-        for start in range(0, len(order), self.rows):
-            cut = order[start : start + self.rows]
-            yield PatchedRows(cut, self._walk_patched([patches[i] for i in cut], cut))
+
+        def run(cut: Sequence[int]) -> PatchedRows:
+            return PatchedRows(list(cut), self._walk_patched([patches[i] for i in cut], list(cut)))
+
+        yield from self.limit.cuts(order, self.length, run)
 
     def _walk_patched(self, patches: list[Patch], numbers: list[int]) -> Tensor:
         def enter(layer: int, members: list[int]) -> Tensor:
@@ -123,18 +127,18 @@ class PatchReplay(Replay):
     def _enter_part(self, part: Part, layer: int, patches: list[Patch]) -> Tensor:
         """Output [rows, tokens, hidden] of a layer for rows with patches of one part in it."""
         call = self._calls[layer]
-        attended, x = _tensor(call.attended), call.x.expand(len(patches), -1, -1)
+        attended, x = tensor_of(call.attended), call.x.expand(len(patches), -1, -1)
         recorded = {"stream": call.x, "attention": attended, "ffn": self._written[layer]}[part]
         patched = _put_back(recorded, self.clean.of(part)[layer], patches)
         if part == "stream":
             return self.call(layer, patched)
         attention, ffn = self.anatomy.attentions[layer], self.anatomy.ffns[layer]
         if part == "attention":
-            with _standing_in(attention, _returning(call.attended, patched)):
+            with standing_in(attention, returning(call.attended, patched)):
                 return self.call(layer, x)
         with (
-            _standing_in(attention, _returning(call.attended, attended)),
-            _standing_in(ffn, lambda *_, **__: patched),
+            standing_in(attention, returning(call.attended, attended)),
+            standing_in(ffn, lambda *_, **__: patched),
         ):
             return self.call(layer, x, narrow=False)
 
@@ -186,7 +190,7 @@ def _patching(anatomy: Anatomy, patch: Patch, clean: Tensor) -> Iterator[None]:
         return args, kwargs | {"hidden_states": _put_back(kwargs["hidden_states"], clean, [patch])}
 
     def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _returning(output, _put_back(_tensor(output), clean, [patch]))()
+        return returning(output, _put_back(tensor_of(output), clean, [patch]))()
 
     if patch.part == "stream":
         module = [*anatomy.layers, anatomy.final_norm][patch.layer]

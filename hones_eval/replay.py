@@ -13,70 +13,26 @@ between layers (deep-stack features, say) is the recorded input of one minus the
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hones_eval import edits
 from hones_eval.anatomy import Anatomy
-from hones_eval.attach import Edit, Site, editing, recording
+from hones_eval.attach import recording, standing_in
 from hones_eval.errors import HonesError
+from hones_eval.passes import (
+    ROUNDING,
+    FullPasses,
+    NeuronReader,
+    Passes,
+    RowLimit,
+    Rows,
+    SiteEdit,
+    edit_rows,
+    replaced_by_mean,
+)
 from hones_eval.sites import Head, Neuron
-
-# Largest difference of logits, relative to their largest size, that rounding explains.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-
-# Called for every layer with the rows that passed it: layer, rows [rows], FFN activations [rows, read, I].
-NeuronReader = Callable[[int, Tensor, Tensor], None]
-
-
-class SiteEdit(NamedTuple):
-    """One site, edited at every position: a head becomes the `mean` of the others or `zero`, a neuron is
-    masked (`mask`), which is zero as well. The word also tells heads from neurons, whose tuples can be equal.
-    """
-
-    site: Head | Neuron
-    how: Literal["mean", "zero", "mask"] = "mean"
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the site is a head."""
-        return self.how != "mask"
-
-
-def replaced_by_mean(heads: Sequence[Head]) -> list[SiteEdit]:
-    """HONES's and V-SEAM's edit for each of some heads."""
-    return [SiteEdit(head) for head in heads]
-
-
-class Rows(NamedTuple):
-    """Some of the edits asked for, and the logits [rows, read, vocabulary] under each of them."""
-
-    edits: list[SiteEdit]
-    logits: Tensor
-
-    @property
-    def heads(self) -> list[Head]:
-        """The edited heads, where all edits are of heads."""
-        return [edit.site for edit in self.edits if isinstance(edit.site, Head)]
-
-
-class Passes(Protocol):
-    """What `Replay` and the plain forward passes both offer for one example."""
-
-    base_logits: Tensor
-
-    def base_neurons(self) -> list[Tensor]:
-        """FFN activations [read, I] of the unedited pass, one a layer."""
-
-    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
-        """Logits under one edit at a time, in cuts of rows.
-
-        `on_neurons` receives, for every layer at or above a row's edit, the row's place among `edits` and
-        its FFN activations at the read positions; layers below an edit are those of `base_neurons`.
-        """
 
 
 class Replayer:
@@ -84,10 +40,8 @@ class Replayer:
 
     def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
         """Replay at most `rows` edited passes at once; by default as many as the device does best with."""
-        if rows is not None and rows < 1:
-            raise HonesError(f"at least one row has to be replayed at once, not {rows}")
         self.anatomy = anatomy
-        self._rows = rows
+        self.limit = RowLimit(rows, _tokens_at_once(anatomy))
         self.inexact: str | None = None
         self._proven = False
 
@@ -101,20 +55,13 @@ class Replayer:
         if inputs["input_ids"].shape[0] != 1:
             raise HonesError("replay takes one example at a time: heads are the rows of its batch")
         if self.inexact is None:
-            replay = Replay(self.anatomy, inputs, read, self.rows_for(inputs))
+            replay = Replay(self.anatomy, inputs, read, self.limit)
             if not self._proven:
                 self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
                 self._proven = True
             if self.inexact is None:
                 return replay
         return FullPasses(self.anatomy, inputs, read)
-
-    def rows_for(self, inputs: Mapping[str, Any]) -> int:
-        """How many edited passes over these inputs are run at once."""
-        if self._rows is not None:
-            return self._rows
-        tokens = int(inputs["input_ids"].shape[-1])
-        return max(1, _tokens_at_once(self.anatomy) // tokens)
 
 
 def _tokens_at_once(anatomy: Anatomy) -> int:
@@ -145,11 +92,12 @@ class _LayerCall:
 class Replay:
     """One recorded pass of one example, from which edited passes restart."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, rows: int) -> None:
+    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, limit: RowLimit) -> None:
         """Run the unedited pass; the logits and activations of the last `read` positions can be read."""
         self.anatomy = anatomy
         self.read = slice(-read, None)
-        self.rows = rows
+        self.limit = limit
+        self.length = int(inputs["input_ids"].shape[-1])
         with _taping(anatomy) as tape:
             logits = anatomy.model(**inputs, use_cache=False).logits
         self._calls = [_LayerCall(**tape[i]) for i in range(len(anatomy.layers))]
@@ -165,15 +113,16 @@ class Replay:
         """See `Passes.edited`."""
         # Within a layer heads come before neurons, so that each kind enters together.
         order = sorted(range(len(edits)), key=lambda i: (edits[i].site.layer, not edits[i].is_head))
-        for start in range(0, len(order), self.rows):
-            cut = order[start : start + self.rows]
+
+        def run(cut: Sequence[int]) -> Rows:
             chosen = [edits[i] for i in cut]
 
-            def enter(layer: int, members: list[int], chosen: list[SiteEdit] = chosen) -> Tensor:
+            def enter(layer: int, members: list[int]) -> Tensor:
                 return self._enter(layer, [chosen[i] for i in members])
 
-            layers = [edit.site.layer for edit in chosen]
-            yield Rows(chosen, self.walk(layers, enter, cut, on_neurons))
+            return Rows(chosen, self.walk([edit.site.layer for edit in chosen], enter, cut, on_neurons))
+
+        yield from self.limit.cuts(order, self.length, run)
 
     def walk(
         self,
@@ -222,7 +171,7 @@ class Replay:
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
         edited = edit_rows(call.heads.expand(len(edits), -1, -1), list(enumerate(edits)), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
-        with _standing_in(self.anatomy.attentions[layer], _returning(call.attended, mixed)):
+        with standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)):
             return self.call(layer, call.x.expand(len(edits), -1, -1))
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
@@ -232,15 +181,15 @@ class Replay:
         written = self._on_read(layer, site.module, edited)
         attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
         with (
-            _standing_in(self.anatomy.attentions[layer], _returning(call.attended, attended)),
-            _standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+            standing_in(self.anatomy.attentions[layer], returning(call.attended, attended)),
+            standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, call.x.expand(len(edits), -1, -1), narrow=False)
 
     def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
         """A position-wise module; in the last layer only the positions that are read."""
         if layer < len(self._calls) - 1:
-            return _tensor(module(x))
+            return tensor_of(module(x))
         return _on_last(module, x, -self.read.start)
 
     def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
@@ -251,7 +200,7 @@ class Replay:
             if narrow and layer == len(self._calls) - 1:
                 for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
                     stack.enter_context(_narrowed(module, -self.read.start))
-            return _tensor(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
+            return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
 
     @contextmanager
     def _reading(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader | None) -> Iterator[None]:
@@ -275,66 +224,6 @@ class Replay:
         if before is after or torch.equal(before, after.to(before.device)):
             return None
         return after - before.to(after.device)
-
-
-class FullPasses:
-    """The same answers by one hooked forward a head: slow, exact for every model, and the reference."""
-
-    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int) -> None:
-        """Run the unedited pass; see `Replay`."""
-        self.anatomy = anatomy
-        self.inputs = inputs
-        self.read = slice(-read, None)
-        with recording(anatomy.neurons_in, self.read) as neurons:
-            self.base_logits: Tensor = self._forward()
-        self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
-
-    def base_neurons(self) -> list[Tensor]:
-        """FFN activations [read, I] of the unedited pass, one a layer."""
-        return self._neurons
-
-    @torch.no_grad()
-    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
-        """See `Passes.edited`."""
-        for number, edit in enumerate(edits):
-            with (
-                editing(list(site_edits(self.anatomy, [edit]))),
-                recording(self.anatomy.neurons_in, self.read) as neurons,
-            ):
-                logits = self._forward()
-            if on_neurons is not None:
-                for layer in range(edit.site.layer, self.anatomy.shape.layers):
-                    on_neurons(layer, torch.tensor([number]), neurons[self.anatomy.neurons_in[layer].name])
-            yield Rows([edit], logits[None])
-
-    def _forward(self) -> Tensor:
-        logits: Tensor = self.anatomy.model(**self.inputs, use_cache=False).logits
-        return logits[0, self.read]
-
-
-def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
-    """For hooks on a batch of rows: edit `edits[i]` in row `i` alone, one hook a linear layer."""
-    places = sorted({(edit.site.layer, edit.is_head) for edit in edits})
-    for layer, is_head in places:
-        here = [(i, e) for i, e in enumerate(edits) if (e.site.layer, e.is_head) == (layer, is_head)]
-        site = (anatomy.heads_in if is_head else anatomy.neurons_in)[layer]
-        yield site, partial(edit_rows, chosen=here, anatomy=anatomy)
-
-
-def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
-    """The input [rows, tokens, width] of one linear layer with each row's own edit, of one kind of site."""
-    for how in ("mean", "zero", "mask"):
-        these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
-        if not these:
-            continue
-        rows, sites = torch.tensor(these, device=x.device).T
-        if how == "mask":
-            x = edits.zero_neurons_in_rows(x, rows, sites)
-        elif how == "mean":
-            x = edits.replace_heads_by_mean_in_rows(x, rows, sites, anatomy.shape.heads)
-        else:
-            x = edits.zero_heads_in_rows(x, rows, sites, anatomy.shape.heads)
-    return x
 
 
 def _difference(replay: Replay, full: FullPasses) -> str | None:
@@ -368,7 +257,7 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
 
     def returned(i: int, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tape[i][name] = _tensor(output) if name == "output" else output
+            tape[i][name] = tensor_of(output) if name == "output" else output
 
         return keep
 
@@ -388,22 +277,7 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
             handle.remove()
 
 
-@contextmanager
-def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another function in place of a module's forward, for one block."""
-    attributes = vars(module)
-    own = attributes.get("forward")  # accelerate puts a wrapped forward on the instance
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = own
-
-
-def _returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
+def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
     """A forward that returns what was recorded, with another first tensor."""
     result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
     return lambda *_, **__: result
@@ -413,7 +287,7 @@ def _returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
 def _narrowed(module: nn.Module, last: int) -> Iterator[None]:
     """A position-wise module that computes only the last positions; the others come out as zeros."""
     forward = module.forward
-    with _standing_in(module, lambda x: _on_last(forward, x, last)):
+    with standing_in(module, lambda x: _on_last(forward, x, last)):
         yield
 
 
@@ -431,7 +305,8 @@ def _per_row(value: Any, rows: int) -> Any:
     return value
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that a module returned, alone or first in a tuple."""
     first = output[0] if isinstance(output, tuple) else output
     assert isinstance(first, Tensor)
     return first

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.attach import standing_in
 from hones_eval.errors import EditError, HonesError
-from hones_eval.replay import ROUNDING, Replay, _returning, _standing_in, _tensor
+from hones_eval.passes import ROUNDING, RowLimit
+from hones_eval.replay import Replay, returning, tensor_of
 
 Part = Literal["stream", "attention", "ffn"]
 View = Literal["attention", "after_attention", "ffn", "block"]
@@ -52,7 +54,7 @@ class LayerViews(Replay):
         Raises: HonesError when a layer called again with the recorded parts does not give what it gave.
         """
         with outputs_of(anatomy.ffns) as written:
-            super().__init__(anatomy, inputs, 1, 1)
+            super().__init__(anatomy, inputs, 1, RowLimit(1, 1))
         self._written = complete(written)
         for layer in (0, len(self._calls) - 1):
             again, once = self._with_ffn(layer, self._written[layer]), self._calls[layer].output
@@ -71,7 +73,7 @@ class LayerViews(Replay):
         if view == "after_attention":
             return self._with_ffn(layer, torch.zeros_like(self._written[layer]))[0]
         call = self._calls[layer]
-        outputs = {"attention": _tensor(call.attended), "ffn": self._written[layer], "block": call.output}
+        outputs = {"attention": tensor_of(call.attended), "ffn": self._written[layer], "block": call.output}
         return outputs[view][0]
 
     @torch.no_grad()
@@ -82,10 +84,10 @@ class LayerViews(Replay):
         leave zeros as they are.
         """
         call = self._calls[layer]
-        attended = _returning(call.attended, _tensor(call.attended))
+        attended = returning(call.attended, tensor_of(call.attended))
         with (
-            _standing_in(self.anatomy.attentions[layer], attended),
-            _standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+            standing_in(self.anatomy.attentions[layer], attended),
+            standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, call.x, narrow=False)
 
@@ -116,7 +118,7 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 
     def keep(place: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept[place] = _tensor(output)
+            kept[place] = tensor_of(output)
 
         return hook
 

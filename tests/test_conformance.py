@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import lmms_eval.models  # noqa: F401 - which loads the plug-in
 import pytest
-from hones_eval.model_wrappers import plugin
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache, compute_cache_key, extract_gen_kwargs
 from lmms_eval.tasks import TaskManager
 from lmms_runs import write_task
+
+from hones_eval.model_wrappers import plugin
 
 THEIR_TESTS = (
     "test/models",

@@ -16,7 +16,8 @@ from hones_eval import decoding
 from hones_eval.anatomy import Anatomy
 from hones_eval.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.errors import HonesError
-from hones_eval.replay import FullPasses, Replayer, Rows, SiteEdit, replaced_by_mean
+from hones_eval.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
+from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron
 
 RED = Image.new("RGB", (64, 48), "white")

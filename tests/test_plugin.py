@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hones_eval.model_wrappers import plugin
 from hub import serving
 from lmms_eval.cli import dispatch
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model_manifest
@@ -27,6 +26,7 @@ from lmms_runs import (
 )
 from PIL import Image
 
+from hones_eval.model_wrappers import plugin
 from hones_eval.steering import Steering
 
 BUILT_IN = ("vqav2_val", "pope", "refcoco_bbox_rec_val")

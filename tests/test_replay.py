@@ -1,7 +1,7 @@
 """Replayed passes equal plain hooked forwards, in every family; where they cannot, full forwards are used."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import families
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from hones_eval import replay as replay_module
 from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
-from hones_eval.replay import FullPasses, Passes, Replay, Replayer, SiteEdit, edit_rows, replaced_by_mean
+from hones_eval.passes import FullPasses, Passes, RowLimit, SiteEdit, edit_rows, replaced_by_mean
+from hones_eval.replay import Replay, Replayer
 from hones_eval.sites import Head, Neuron
 
 
@@ -309,7 +310,7 @@ def test_a_walk_takes_rows_of_any_kind(build_family: Callable[[str], Family]) ->
     """Rows that enter a layer with the input of the pass times two, as hooks on that layer would make it."""
     family = build_family("qwen3_vl")
     anatomy, inputs = Anatomy.of(family.model), example(family)
-    replay = Replay(anatomy, inputs, READ, 8)
+    replay = Replay(anatomy, inputs, READ, RowLimit(8, 0))
     recorded: list[Tensor] = []
     stack = plain.layers(family.model)
     handles = [
@@ -349,3 +350,23 @@ def test_edits_by_row_leave_the_other_rows(build_family: Callable[[str], Family]
     assert torch.equal(edited[0, :, 32:48], torch.zeros(3, 16))
     assert torch.equal(edited[0, :, :32], x[0, :, :32])
     assert torch.equal(edited[1:3], x[1:3])
+
+
+def test_a_cut_that_memory_cannot_hold_is_halved_and_no_item_is_lost() -> None:
+    """Memory is out for more than two rows; every item is still run once, in order."""
+    tried: list[int] = []
+
+    def run(cut: Sequence[int]) -> list[int]:
+        tried.append(len(cut))
+        if len(cut) > 2:
+            raise torch.OutOfMemoryError
+        return list(cut)
+
+    for limit in (RowLimit(8, 0), RowLimit(None, 80)):
+        tried.clear()
+        done = [item for cut in limit.cuts(range(11), 10, run) for item in cut]
+        assert done == list(range(11))
+        assert tried[:3] == [8, 4, 2]
+        assert max(tried[2:]) == 2  # the smaller size is kept
+    with pytest.raises(HonesError, match="cannot hold one edited pass of 10 tokens"):
+        list(RowLimit(1, 0).cuts([0], 10, lambda cut: run([0, 1, 2])))

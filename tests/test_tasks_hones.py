@@ -14,7 +14,6 @@ import lmms_eval.models  # noqa: F401  lets the plug-in register the tasks
 import numpy as np
 import pytest
 from drawn_data import write_folder
-from hones_eval.tasks.hones import data, retrieval, utils
 from lmms_eval.api import task as task_module
 from lmms_eval.api.metrics import anls
 from lmms_eval.tasks import TaskManager, get_task_dict
@@ -23,6 +22,7 @@ from loguru import logger
 from PIL import Image
 
 from hones_eval.errors import TaskError
+from hones_eval.tasks.hones import data, retrieval, utils
 
 NAMES = ("vqa", "ocr", "caption", "retrieval", "grounding")
 SPLITS = ("", "_discovery", "_development", "_test")

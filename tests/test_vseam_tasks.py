@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hones_eval.tasks.vseam import data, write
 from loguru import logger
 from PIL import Image
 
@@ -16,6 +15,7 @@ from hones_eval.errors import TaskError
 from hones_eval.examples import TaskExamples, load_lmm
 from hones_eval.examples.tasks import build_task
 from hones_eval.pictures import image_hash
+from hones_eval.tasks.vseam import data, write
 
 GREEDY = "max_new_tokens=4"
 Record = dict[str, Any]

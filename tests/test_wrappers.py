@@ -7,10 +7,6 @@ from typing import Any
 import lmms_eval.models
 import pytest
 import torch
-from hones_eval.model_wrappers import plugin
-from hones_eval.model_wrappers.any_base import steered_class
-from hones_eval.model_wrappers.steered import Steered, inner_model
-from hones_eval.model_wrappers.watch import WatchedGenerate
 from lmms_eval import evaluator
 from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -20,6 +16,10 @@ from lmms_runs import write_steering, write_task
 from loguru import logger
 
 from hones_eval.errors import EditError, HonesError, MisfitError
+from hones_eval.model_wrappers import plugin
+from hones_eval.model_wrappers.any_base import steered_class
+from hones_eval.model_wrappers.steered import Steered, inner_model
+from hones_eval.model_wrappers.watch import WatchedGenerate
 
 FAMILIES = ("llava", "qwen", "instructblip")
 ON_CPU = {"llava_hf": ",device=cpu,device_map=cpu", "qwen2_5_vl": ",device=cpu,device_map=cpu"}

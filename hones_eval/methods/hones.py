@@ -11,7 +11,8 @@ from hones_eval.ablation import Ablation
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.replay import Replayer, replaced_by_mean
+from hones_eval.passes import replaced_by_mean
+from hones_eval.replay import Replayer
 from hones_eval.sites import Head
 
 

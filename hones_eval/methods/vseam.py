@@ -9,7 +9,8 @@ from hones_eval import readouts
 from hones_eval.errors import TaskError
 from hones_eval.examples import Example
 from hones_eval.measure import Measurement, Totals
-from hones_eval.replay import Replayer, replaced_by_mean
+from hones_eval.passes import replaced_by_mean
+from hones_eval.replay import Replayer
 from hones_eval.sites import Head, top_heads
 
 KINDS = ("signed", "positive", "negative")

@@ -23,7 +23,8 @@ from hones_eval.artefact import digest, read_json, write_bytes, write_json
 from hones_eval.errors import HonesError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.measure import Totals
-from hones_eval.replay import Replayer, SiteEdit
+from hones_eval.passes import SiteEdit
+from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron
 from hones_eval.toy import checkpoint_path
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from hones_eval.tasks.hones import retrieval
-from hones_eval.tasks.hones.data import Entry, annotation_file, entries
 from lmms_eval.api.metrics import levenshtein_distance
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 from loguru import logger
@@ -16,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFile
 from torchmetrics.functional.text import sacre_bleu_score
 
 from hones_eval.errors import TaskError
+from hones_eval.tasks.hones import retrieval
+from hones_eval.tasks.hones.data import Entry, annotation_file, entries
 
 BOX_WIDTH = 3
 _loading = threading.Lock()

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hones_eval.tasks.hones.data import VARIABLE, place
 from loguru import logger
 
 from hones_eval.errors import TaskError
+from hones_eval.tasks.hones.data import VARIABLE, place
 
 EDITED_VARIABLE = "HONES_EVAL_EDITED"
 LEVELS = {
@@ -173,10 +173,11 @@ def _gqa_question(
 ) -> Question:
     name = f"{path}, question {key}"
     text, answer = str(_need(record, "question", name)), str(_need(record, "answer", name))
-    image = str(_need(record, "imageId", name))
-    picture = _first([folder / f"{image}{suffix}" for folder in clean for suffix in SUFFIXES])
     if "clean" in record:
         picture = _first([path.parent / str(record["clean"])])
+    else:
+        image = str(_need(record, "imageId", name))
+        picture = _first([folder / f"{image}{suffix}" for folder in clean for suffix in SUFFIXES])
     changed = record.get("edited_answer") or OPPOSITE.get(answer.strip().lower())
     return Question(
         name=name,

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-from hones_eval.tasks.hones import utils as hones
-from hones_eval.tasks.vseam import data
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 from loguru import logger
 
 from hones_eval.errors import TaskError
+from hones_eval.tasks.hones import utils as hones
+from hones_eval.tasks.vseam import data
 
 picture = hones.picture
 _TEXT = datasets.Value("string")
