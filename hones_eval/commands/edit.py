@@ -53,8 +53,8 @@ def edit(
     """Edit pictures so that the answers to their yes/no questions change, and check that it worked.
 
     Args:
-        out: the folder to write images, masks, vseam_pairs.json, report.json and the contact sheet to; the same
-            command goes on where it stopped.
+        out: the folder to write images, masks, vseam_pairs.json, report.json and the contact sheet to; the
+            same command goes on where it stopped.
         editor: remove (object), recolor, retexture (attribute), move, mirror (relation), auto (the one of
             these that fits), inpaint (a diffusers checkpoint, any level) or folder (pictures made elsewhere).
         questions: a JSON file of records, as the V-SEAM release has them.

@@ -119,7 +119,8 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
     region = masks(picture, box)
     if region.rough:
         raise RecordError(
-            "it cannot be cut out by its colours to be moved; use --mask segmenter, or --mask box to move its box"
+            "it cannot be cut out by its colours to be moved; "
+            "use --mask segmenter, or --mask box to move its box"
         )
     return Edited(*move(picture, region, box, shift, seed))
 

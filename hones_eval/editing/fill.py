@@ -2,9 +2,9 @@
 
 OpenCV's inpainting (Telea 2004) continues edges into a hole but leaves a smear where it is wide. So it serves
 only where there is no whole patch to take. Else a small copy is filled patch by patch from its rim inwards
-(Criminisi et al. 2004, by confidence alone), and refined up to full size: each patch that touches the hole is matched to the most
-alike patch outside it (PatchMatch, Barnes et al. 2009), and the hole takes the colours that those patches
-vote for (Wexler et al. 2007).
+(Criminisi et al. 2004, by confidence alone), and refined up to full size: each patch that touches the hole
+is matched to the most alike patch outside it (PatchMatch, Barnes et al. 2009), and the hole takes the colours
+that those patches vote for (Wexler et al. 2007).
 """
 
 from typing import NamedTuple

@@ -126,7 +126,7 @@ class Inpainter:
         return result
 
 
-_SMALLER = "lower --longest_side or --batch, or use --offload true"
+_SMALLER = "lower --longest_side or --batch, or use --offload"
 
 
 def working_size(width: int, height: int, longest: int) -> tuple[int, int]:

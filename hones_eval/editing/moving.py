@@ -99,7 +99,7 @@ def _seam(small: NDArray[np.float32], stretch: Window, scale: float, width: int,
         if seen:
             line = small[row, left : right + 1]
             total += float(np.abs(line - line[::-1]).sum())
-    return total + 0.1 * (right - left) * (bottom - top)
+    return float(total + 0.1 * (right - left) * (bottom - top))
 
 
 def _is_convex(thing: Footprint) -> bool:

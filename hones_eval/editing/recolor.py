@@ -62,7 +62,7 @@ def spread(picture: Pixels, region: Region) -> Region:
     if not inside.any():
         return region
     rows, columns = np.nonzero(inside)
-    reach = max(4, max(np.ptp(rows), np.ptp(columns)) // 3)
+    reach = max(4, int(max(np.ptp(rows), np.ptp(columns))) // 3)
     window = region.window.grown(reach, picture.shape[1], picture.shape[0])
     alpha = np.zeros((window.height, window.width), np.float32)
     alpha[region.window.moved(-window.left, -window.top).slices] = region.alpha

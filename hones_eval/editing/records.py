@@ -4,7 +4,7 @@ The files of the V-SEAM release (Visual Semantic Editing Augmented Mechanistic i
 are read as they are: a list of GQA questions, or for colour a mapping by question id.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -97,7 +97,7 @@ def read_records(path: Path, *, scene_graphs: Path | None = None, category: str 
 
 
 def records_from(
-    rows: list[Mapping[str, Any]], *, scene_graphs: SceneGraphs | None = None, category: str | None = None
+    rows: Sequence[Mapping[str, Any]], *, scene_graphs: SceneGraphs | None = None, category: str | None = None
 ) -> Reading:
     """Make records of the rows of a file or of a task's documents; see `read_records`."""
     reading = Reading([], [])

@@ -81,8 +81,8 @@ def edit_records(
     Args:
         reading: records, and those that were found unfit when read.
         images: the folder of the clean pictures.
-        out: gets `images/`, `masks/`, `rows/`, `vseam_pairs.json` (accepted) and `report.json`. A run that stopped
-            goes on where it was.
+        out: gets `images/`, `masks/`, `rows/`, `vseam_pairs.json` (accepted) and `report.json`. A run that
+            stopped goes on where it was.
         settings: how to edit.
         workers: processes beside this one for editors that need no weights; 0 edits in this process.
         progress: whether to show a bar.
