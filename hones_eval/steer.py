@@ -60,7 +60,7 @@ def attach_to(
 ) -> AttachedSteering:
     """As `attach_steering`, for a model whose anatomy is known already."""
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
-    scaled = _scaled_sites(anatomy, steering.at_strength(strength))
+    scaled = scaled_sites(anatomy, steering.at_strength(strength))
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))
     if how != "hook":
@@ -81,7 +81,7 @@ def steer(
         attached.detach()
 
 
-def _scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tensor]]:
+def scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tensor]]:
     """The linear layers whose inputs a steering changes, with a scale for every input feature."""
     per_feature = steering.head_scales.repeat_interleave(anatomy.shape.head_width, dim=1)
     everything = [*zip(anatomy.heads_in, per_feature, strict=True)]

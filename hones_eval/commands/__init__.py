@@ -4,7 +4,19 @@ from collections.abc import Callable
 from importlib import import_module
 
 # One module a command, imported only when it is asked for: most of them bring torch along.
-COMMANDS = ("demo", "rank", "scale", "verify", "compare", "trace", "lens", "edit", "leaderboard")
+COMMANDS = (
+    "demo",
+    "rank",
+    "scale",
+    "verify",
+    "compare",
+    "study",
+    "trace",
+    "lens",
+    "edit",
+    "leaderboard",
+    "export",
+)
 
 
 def command(name: str) -> Callable[..., None]:

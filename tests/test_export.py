@@ -1,0 +1,67 @@
+"""What is exported steers without this package: plain transformers and plain PEFT give the steered logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hones_eval.__main__ import main
+from hones_eval.anatomy import Anatomy
+from hones_eval.artefact import Provenance
+from hones_eval.steer import steer
+from hones_eval.steering import Steering
+
+
+@pytest.fixture
+def steering_folder(llava_checkpoint: Path, tmp_path: Path) -> Path:
+    model = AutoModelForImageTextToText.from_pretrained(llava_checkpoint)
+    shape = Anatomy.of(model).shape
+    head_scales, neuron_scales = (
+        torch.ones(shape.layers, shape.heads),
+        torch.ones(shape.layers, shape.neurons),
+    )
+    head_scales[1, 2], neuron_scales[0, 5], neuron_scales[2, 7] = 0.5, 2.0, 0.0
+    source = Provenance(str(llava_checkpoint), None, shape, "hones", {"how": "by hand"}, [])
+    Steering(head_scales, neuron_scales, source).save(tmp_path / "steering")
+    return tmp_path / "steering"
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "ia3"])
+def test_exported_steering_gives_the_hooked_logits(
+    to: str, steering_folder: Path, llava_checkpoint: Path, tmp_path: Path
+) -> None:
+    inputs = build("llava").inputs("what is this?", [Image.new("RGB", (30, 30), "red")])
+    base = AutoModelForImageTextToText.from_pretrained(llava_checkpoint).eval()
+    with torch.no_grad():
+        plain = base(**inputs).logits
+        with steer(base, Steering.load(steering_folder), strength=0.5):
+            expected = base(**inputs).logits
+    out = tmp_path / "exported"
+    assert (
+        main(
+            ["export", "--steering", str(steering_folder), "--to", to, "--out", str(out), "--strength", "0.5"]
+        )
+        == 0
+    )
+    if to == "ia3":
+        exported = PeftModel.from_pretrained(base, out)
+    else:
+        exported = AutoModelForImageTextToText.from_pretrained(out)
+        AutoProcessor.from_pretrained(out)
+    with torch.no_grad():
+        found = exported.eval()(**inputs).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 0.01
+
+
+def test_a_base_that_is_not_there_is_named(
+    steering_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", "--steering", str(steering_folder), "--to", "ia3", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--pretrained", str(tmp_path / "nothing")]) == 1
+    assert "name it with --pretrained" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
