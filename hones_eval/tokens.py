@@ -82,15 +82,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 def token_roles(tokens: Sequence[str], words: Roles) -> list[str]:
     """A role for every token: that of the word it is part of, `last token`, or else its own text.
 
-    Words match as whole words, whatever their case, with a plural's or possessive's ending.
+    Words match as whole words, whatever their case, with a plural's ending; the first role that fits counts.
     """
     text = "".join(tokens)
     ends = [len("".join(tokens[: i + 1])) for i in range(len(tokens))]
-    roles = [token.strip() or repr(token) for token in tokens]
+    roles: dict[int, str] = {}
     for role, some in words.items():
         for word in filter(None, some):
             for found in re.finditer(rf"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)", text, re.IGNORECASE):
                 for i, end in enumerate(ends):
                     if found.start() < end and end - len(tokens[i]) < found.end() and tokens[i].strip():
-                        roles[i] = role
-    return [*roles[:-1], LAST]
+                        roles.setdefault(i, role)
+    named = [roles.get(i, token.strip() or repr(token)) for i, token in enumerate(tokens)]
+    return [*named[:-1], LAST]
