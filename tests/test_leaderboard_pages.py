@@ -226,6 +226,8 @@ def test_sort_by_keyboard(page: Any, board: Path) -> None:
     up = [float(text) for text in seen(page, 6)]
     assert up == sorted(up)
     assert head.get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Enter")
+    assert [float(text) for text in seen(page, 6)] == down
     assert page.locator("th[aria-sort]").count() == 1
 
 

@@ -94,6 +94,24 @@ def slow_bca(differences: list[float], groups: list[int], resamples: int, seed: 
     return ends[0], ends[1]
 
 
+def test_bca_ends_by_the_book() -> None:
+    """Skewed enough for bias and acceleration to matter; the same resamples for both."""
+    values = np.random.default_rng(1).exponential(1.0, 25)
+    boot = np.random.default_rng(2).choice(values, (4000, 25)).mean(axis=1)
+    left = np.array([np.delete(values, k).mean() for k in range(25)])
+    low, high = paired.bca_ends(np.array([values.mean()]), boot[:, None], left[:, None])
+    below = sum(b < values.mean() for b in boot) / 4000
+    z0 = stats.norm.ppf(below)
+    pulls = [left.mean() - one for one in left]
+    a = sum(pull**3 for pull in pulls) / (6 * sum(pull**2 for pull in pulls) ** 1.5)
+    assert a > 0.03
+    book = []
+    for tail in (0.025, 0.975):
+        z = z0 + stats.norm.ppf(tail)
+        book.append(np.quantile(boot, stats.norm.cdf(z0 + z / (1 - a * z))))
+    assert (low[0], high[0]) == pytest.approx(book, rel=1e-9)
+
+
 @pytest.mark.parametrize("clustered", [False, True])
 def test_bca_agrees_with_a_slow_one(clustered: bool) -> None:
     generator = np.random.default_rng(3)
