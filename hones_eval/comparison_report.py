@@ -19,9 +19,9 @@ def write(comparison: Comparison, crossings: Sequence[Crossing], out: Path) -> d
     write_json(out / "compare.json", report)
     tables = _tables(report)
     for name, rows in tables.items():
-        write_text(out / f"{name}.csv", _csv(rows))
+        write_text(out / f"{name}.csv", csv_table(rows))
     titled = [
-        f"## {name.replace('_', ' ').capitalize()}\n\n{_markdown(rows)}" for name, rows in tables.items()
+        f"## {name.replace('_', ' ').capitalize()}\n\n{markdown_table(rows)}" for name, rows in tables.items()
     ]
     write_text(out / "compare.md", "\n".join(titled))
     for names, bank in comparison.groups().items():
@@ -55,7 +55,8 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: rows for name, rows in tables.items() if rows}
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header; at least one row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -63,7 +64,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; at least one row."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -3,11 +3,12 @@
 Every fourth gold answer is another one, so that some answers are wrong.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Image, Value
+from datasets import Dataset, Image, Value
 from lmms_runs import parquet, picture
 
 from hones_eval.__main__ import main
@@ -100,3 +101,15 @@ def _answer(lmm: Any, examples: TaskExamples, index: int) -> str:
     example = examples[index]
     output = inner_model(lmm).generate(**example.inputs, **example.settings)
     return examples.decode(index, output[0, example.inputs["input_ids"].shape[1] :].tolist()).strip()
+
+
+def write_splits(tasks: Path, folder: Path, parts: Mapping[str, tuple[int, int]]) -> None:
+    """Cut both tasks into tasks of their own, called by the task's name and a suffix."""
+    folder.mkdir(parents=True)
+    (folder / "utils.py").write_text(UTILS)
+    for name in QUESTIONS:
+        rows = Dataset.from_parquet(str(tasks / f"{name}_second.parquet"))
+        for suffix, (start, end) in parts.items():
+            data = folder / f"{name}{suffix}.parquet"
+            rows.select(range(start, end)).to_parquet(data)
+            (folder / f"{name}{suffix}.yaml").write_text(YAML.format(name=f"{name}{suffix}", data=data))

@@ -1,0 +1,95 @@
+"""`hones-eval study`."""
+
+from pathlib import Path
+from typing import Any
+
+from hones_eval import study_report
+from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.discovery import Method
+from hones_eval.errors import HonesError
+from hones_eval.study import Study, TaskSplits, run
+
+METHODS: tuple[Method, ...] = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
+
+
+def study(
+    model: str,
+    tasks: str,
+    out: Path,
+    model_args: str = "",
+    shifted: str = "_shifted",
+    methods: list[Method] | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    test_limit: int | None = None,
+    gen_kwargs: str | None = None,
+    heads: int = 30,
+    neurons: float = 0.01,
+    factor: float = 2.0,
+    trials: int = 5,
+    dtype: DType = "auto",
+    batch_size: Rows = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 0,
+) -> None:
+    """Make the paper's table: rank, scale in every way and test on several tasks, as they are and shifted.
+
+    A task called T is tested as T, and has its neurons chosen on T_discovery and its scales on T_development.
+    Rankings and steerings are kept in the folder, and a second run goes on from there.
+
+    Args:
+        model: as in lmms-eval --model.
+        tasks: tasks whose other splits are tasks too, a,b,c.
+        out: the folder to write study.md, study.json, steering.csv and attribution.csv to.
+        model_args: as in lmms-eval --model_args.
+        shifted: what to append to a task's name for its shifted test set; empty for none.
+        methods: rankings to compare by masking their top neurons; by default hones and all of its baselines.
+        include_path: a folder with more task YAML files.
+        limit: use at most so many examples for discovery and as many for development.
+        test_limit: use at most so many examples of each test.
+        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
+        heads: how many heads to condition neurons on.
+        neurons: the share of all neurons to select, 0.01 for one percent.
+        factor: of the fixed scales.
+        trials: random banks, as many neurons in each layer as HONES selects.
+        dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
+        batch_size: edited passes run at once; auto fits them to the device.
+        devices: processes on this node, one device each.
+        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        seed: of everything that is drawn at random.
+    """
+    names = tasks.split(",")
+    if len(set(names)) < len(names):
+        raise HonesError(f"--tasks {tasks}: a task is named twice")
+    chosen: dict[str, Any] = {"include_path": include_path, "gen_kwargs": gen_kwargs}
+    machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
+    job = Job.open(model, model_args, f"{names[0]}_discovery", limit=limit, **chosen, **machine)  # type: ignore[arg-type]
+
+    def splits(name: str) -> TaskSplits:
+        return TaskSplits(
+            name,
+            job.on(f"{name}_discovery", limit=limit, **chosen).examples,
+            job.on(f"{name}_development", limit=limit, **chosen).examples,
+            job.on(name, limit=test_limit, **chosen).examples,
+            job.on(f"{name}{shifted}", limit=test_limit, **chosen).examples if shifted else None,
+        )
+
+    plan = Study(
+        job.replayer,
+        job.loop,
+        [splits(name) for name in names],
+        methods or METHODS,
+        out,
+        job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs),
+        heads,
+        neurons,
+        factor,
+        trials,
+        seed,
+    )
+    report = run(plan)
+    if job.loop.is_first:
+        study_report.write(report, out)
+        say((out / "study.md").read_text(encoding="utf-8"))
+        say(f"wrote {out / 'study.md'}, study.json, steering.csv and attribution.csv")

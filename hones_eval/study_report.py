@@ -1,0 +1,97 @@
+"""What `hones-eval study` writes: the paper's table, side effects, the methods beside each other."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hones_eval.artefact import write_json, write_text
+from hones_eval.comparison_report import csv_table, markdown_table
+from hones_eval.study import WAYS, verdict
+
+Row = Mapping[str, Any]
+
+
+def write(report: Mapping[str, Any], out: Path) -> None:
+    """Write `study.json`, `steering.csv`, `attribution.csv` and `study.md`."""
+    write_json(out / "study.json", report)
+    write_text(out / "steering.csv", csv_table(report["steering"]))
+    write_text(out / "attribution.csv", csv_table(report["attribution"]))
+    write_text(out / "study.md", _page(report))
+
+
+def _page(report: Mapping[str, Any]) -> str:
+    steering, tasks = report["steering"], list(report["examples"])
+    own = [row for row in steering if row["chosen_for"] == row["measured_on"]]
+    others = [row for row in steering if row["chosen_for"] != row["measured_on"]]
+    sizes = ", ".join(f"{name} {size['test']}" for name, size in report["examples"].items())
+    parts = [
+        "# Does scaling the neurons of a task help it?\n",
+        f"Neurons chosen on discovery, scales on development, measured on test ({sizes} examples); intervals "
+        "are 95 %, paired, over pictures. A gain is positive where steering helped.\n",
+    ]
+    for split, title in (("test", "In distribution"), ("shifted", "Shifted")):
+        rows = [row for row in own if row["split"] == split]
+        if rows:
+            parts += [f"## {title}\n", markdown_table(_by_way(rows, tasks)), _conclusion(rows)]
+    if others:
+        parts += [
+            "## Side effects: chosen for one task, measured on the others\n",
+            markdown_table(_side_effects(others)),
+        ]
+    parts += [
+        "## Methods: what masking each one's top neurons costs\n",
+        markdown_table(_masking(report["attribution"])),
+    ]
+    return "\n".join(parts)
+
+
+def _by_way(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:
+    """The paper's table: a row for the model as it is and for every way, a column a task."""
+    base = {row["measured_on"]: row for row in rows}
+    found = [{"scales": "base"} | {task: f"{base[task]['baseline']:.3f}" for task in tasks if task in base}]
+    for how in WAYS:
+        cells = {row["measured_on"]: _gain(row) for row in rows if row["how"] == how}
+        found.append({"scales": how} | {task: cells[task] for task in tasks if task in cells})
+    return found
+
+
+def _gain(row: Row) -> str:
+    interval = "" if row["gain_low"] is None else f" [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+    return f"{row['steered']:.3f} ({row['gain']:+.3f}{interval})"
+
+
+def _conclusion(rows: Sequence[Row]) -> str:
+    lines = []
+    for how in WAYS:
+        verdicts = [verdict(row["gain_low"], row["gain_high"]) for row in rows if row["how"] == how]
+        counts = ", ".join(f"{kind} on {verdicts.count(kind)}" for kind in ("better", "worse", "same"))
+        lines.append(f"- {how}: {counts} of {len(verdicts)} tasks")
+    return "By intervals that exclude zero:\n\n" + "\n".join(lines) + "\n"
+
+
+def _side_effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    found = []
+    for how in WAYS:
+        mine = [row for row in rows if row["how"] == how]
+        worst = min(mine, key=lambda row: row["gain"])
+        verdicts = [verdict(row["gain_low"], row["gain_high"]) for row in mine]
+        found.append(
+            {
+                "scales": how,
+                "pairs": len(mine),
+                "better": verdicts.count("better"),
+                "worse": verdicts.count("worse"),
+                "mean gain": sum(row["gain"] for row in mine) / len(mine),
+                "worst": f"{worst['chosen_for']} on {worst['measured_on']}: {worst['gain']:+.3f}",
+            }
+        )
+    return found
+
+
+def _masking(rows: Sequence[Row]) -> list[dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        interval = "" if row["drop_low"] is None else f" [{row['drop_low']:.3f}, {row['drop_high']:.3f}]"
+        cell = f"{row['drop']:.3f}{interval}; {row['in_last_layer']}/{row['neurons']} in the last layer"
+        found.setdefault(row["method"], {"method": row["method"]})[row["task"]] = cell
+    return list(found.values())

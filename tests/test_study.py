@@ -1,0 +1,96 @@
+"""The whole experiment through the command, on splits of a task that a small model answers itself."""
+
+import csv
+import json
+from pathlib import Path
+
+import own_answers
+import pytest
+
+from hones_eval.__main__ import main
+from hones_eval.ranking import Ranking
+from hones_eval.steering import Steering
+from hones_eval.study import WAYS, verdict
+
+METHODS = ["hones", "dvp", "entropy"]
+
+
+@pytest.fixture(scope="module")
+def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def splits(own: own_answers.Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both tasks cut into three by their pictures."""
+    folder = tmp_path_factory.mktemp("splits") / "tasks"
+    own_answers.write_splits(own.tasks, folder, {"_discovery": (0, 4), "_development": (4, 7), "": (7, 12)})
+    return folder
+
+
+def arguments(own: own_answers.Prepared, splits: Path, out: Path, *others: str) -> list[str]:
+    given = own.command(
+        "study", "--shifted", "", "--methods", json.dumps(METHODS), "--out", out, task="own_a,own_b"
+    )
+    given[given.index("--include_path") + 1] = str(splits)
+    return [*given, "--heads", "4", "--neurons", "0.05", "--trials", "2", *others]
+
+
+def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
+    own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(own, splits, tmp_path)) == 0
+    report = json.loads((tmp_path / "study.json").read_text())
+    with (tmp_path / "steering.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["steering"]) == 2 * 2 * len(WAYS)
+    assert [row["method"] for row in report["attribution"]][: len(METHODS)] == METHODS
+    assert len(report["attribution"]) == 2 * (len(METHODS) + 1)
+    page = (tmp_path / "study.md").read_text()
+    assert "## In distribution" in page
+    assert "## Shifted" not in page
+    _masking_is_that_of_verify(report, own, splits, tmp_path)
+    scores = Ranking.load(tmp_path / "rankings" / "own_a" / "hones")
+    fixed = Steering.load(tmp_path / "steerings" / "own_a" / "fixed")
+    assert sorted(map(tuple, (fixed.neuron_scales != 1).nonzero().tolist())) == sorted(scores.neurons())
+    grid = Steering.load(tmp_path / "steerings" / "own_b" / "grid")
+    assert [one.task for one in grid.provenance.examples] == ["own_b_discovery", "own_b_development"]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/own_a/*/*.json")}
+    assert main(arguments(own, splits, tmp_path)) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads((tmp_path / "study.json").read_text()) == report
+    capsys.readouterr()
+    assert main(arguments(own, splits, tmp_path, "--limit", "3")) == 1
+    assert "was made from something else" in own_answers.complaint(capsys.readouterr().err)
+
+
+def _masking_is_that_of_verify(report: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:
+    ranking = folder / "rankings" / "own_a" / "hones"
+    given = own.command("verify", "--ranking", ranking, "--trials", 2, "--out", folder / "verified")
+    given[given.index("--include_path") + 1] = str(splits)
+    assert main(given) == 0
+    alone = json.loads((folder / "verified" / "verify.json").read_text())
+    mine = report["attribution"][0]
+    assert (mine["task"], mine["method"]) == ("own_a", "hones")
+    assert mine["drop"] == pytest.approx(alone["banks"]["selected"]["metric_drop"]["value"])
+    assert report["attribution"][len(METHODS)]["drop"] == pytest.approx(
+        alone["random"]["metric"]["drop_mean"]
+    )
+
+
+def test_a_study_tests_on_no_picture_that_it_chose_on(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_answers.write_splits(
+        own.tasks, tmp_path / "t", {"_discovery": (0, 4), "_development": (4, 7), "": (6, 12)}
+    )
+    assert main(arguments(own, tmp_path / "t", tmp_path / "out")) == 1
+    assert "1 of the 6 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--methods", '["dvp"]')) == 1
+    assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
+
+
+def test_a_verdict_needs_an_interval_without_zero() -> None:
+    cases = [(0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (None, None), (0.0, 0.3)]
+    assert [verdict(*one) for one in cases] == ["better", "worse", "same", "same", "same"]
