@@ -74,6 +74,10 @@ def choose_change(record: Record, kind: Kind, seed: int) -> Change:
 def _object(record: Record, kind: Kind, chance: random.Random) -> Change:
     name = questions.asked_object(record.question)
     target = _thing(record, name)
+    if record.answer == "Yes" and record.repeated == target.name:
+        raise RecordError(
+            f"its scene graph has more than one {name}, so editing one leaves the answer as it is"
+        )
     if kind == "remove":
         if record.answer == "No":
             raise RecordError(f"it says that there is no {name}, so there is none to remove")

@@ -86,8 +86,8 @@ def window_of(box: Box | None, picture: Pixels) -> Window:
 
 
 def _remove(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
-    box = window_of(change.target.box, picture)
-    return Edited(*remove(picture, masks(picture, box), box, seed))
+    region = masks(picture, window_of(change.target.box, picture))
+    return Edited(*remove(picture, region, seed))
 
 
 def _recolor(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
@@ -122,7 +122,7 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
             "it cannot be cut out by its colours to be moved; "
             "use --mask segmenter, or --mask box to move its box"
         )
-    return Edited(*move(picture, region, box, shift, seed))
+    return Edited(*move(picture, region, shift, seed))
 
 
 def _mirror(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:

@@ -106,19 +106,21 @@ def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
         return np.asarray(smeared.astype(np.float32)), (from_y, from_x)
     image[hole] = 0
     sure = (~hole).astype(np.float32)
-    patches = _patches(image)[sources[:, 0] * hole.shape[1] + sources[:, 1]].reshape(len(sources), 3, -1)
+    patches = _patches(image)[sources[:, 0] * hole.shape[1] + sources[:, 1]]
+    squares = patches**2
     open_ = hole.copy()
     while open_.any():
         y, x = _most_certain(open_, sure)
         rows, columns = _patch_at(y, x, hole.shape)
         here, blank = image[rows, columns], open_[rows, columns]
         offsets = (rows - y + RADIUS) * (2 * RADIUS + 1) + columns - x + RADIUS
-        known = ~blank
-        seen = patches[:, :, offsets[known]] - here[known].T[None]
+        known, seen = np.zeros((2, 3, (2 * RADIUS + 1) ** 2), np.float32)
+        known[:, offsets[~blank]], seen[:, offsets[~blank]] = 1, here[~blank].T
+        # |patch - seen|^2 over what is known, short of |seen|^2, which is the same for all.
+        cost = squares @ known.ravel() - 2 * (patches @ seen.ravel())
         way = (sources[:, 0] - y) ** 2 + (sources[:, 1] - x) ** 2
-        share = known.sum() / (2 * RADIUS + 1) ** 2
-        best = int(np.argmin((seen**2).sum((1, 2)) + way * search.fare * share))
-        image[rows[blank], columns[blank]] = patches[best][:, offsets[blank]].T
+        best = int(np.argmin(cost + way * search.fare * known.mean()))
+        image[rows[blank], columns[blank]] = patches[best].reshape(3, -1)[:, offsets[blank]].T
         from_y[rows[blank], columns[blank]] = sources[best, 0] + rows[blank] - y
         from_x[rows[blank], columns[blank]] = sources[best, 1] + columns[blank] - x
         sure[rows[blank], columns[blank]] = sure[y, x] if sure[y, x] else sure[rows, columns].mean()

@@ -47,10 +47,12 @@ def locate(row: Mapping[str, Any], question: str, graphs: SceneGraphs) -> list[t
     return [(name, found[name]) for name in dict.fromkeys(ordered)]
 
 
-def others_of(name: str, identity: str, graph: Mapping[str, Any]) -> int:
-    """How many other things of a scene graph go by the same name."""
-    objects = graph.get("objects", {})
-    return sum(one.get("name") == name for key, one in objects.items() if key != identity)
+def how_many(name: str, row: Mapping[str, Any], graphs: SceneGraphs) -> int | None:
+    """How many things of that name a record's scene graph has; None where there is no graph."""
+    graph = graphs.get(str(row.get("imageId")))
+    if graph is None:
+        return None
+    return sum(one.get("name") == name for one in graph.get("objects", {}).values())
 
 
 def _nodes(program: object) -> list[Node]:

@@ -14,28 +14,25 @@ Footprint = NDArray[np.bool_]
 
 
 def grown(footprint: Footprint) -> Footprint:
-    """More than the thing by its soft edge, and by what frames it; the thicker the thing, the more."""
+    """More than the thing by its soft edge, the thicker it is the more; and by a frame, where it is framed.
+
+    What has four straight sides, such as a mirror, is cut out without its frame.
+    """
     thickness = cv2.distanceTransform(np.pad(footprint.astype(np.uint8), 1), cv2.DIST_L2, 3).max()
-    reach = max(3, round(0.18 * float(thickness)))
+    reach = max(3, round((0.3 if _is_four_sided(footprint) else 0.18) * float(thickness)))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
     return np.asarray(cv2.dilate(footprint.astype(np.uint8), kernel) > 0)
 
 
-def remove(picture: Pixels, region: Region, box: Window, seed: int) -> tuple[Pixels, Footprint]:
-    """Take a thing out and fill its place; the picture and what was filled.
-
-    A convex thing, such as a mirror, goes with all of its box, frame and all.
-    """
-    thing = region.footprint(*picture.shape[:2])
-    hole = grown(thing)
-    if _is_convex(thing):
-        hole[box.slices] = True
+def remove(picture: Pixels, region: Region, seed: int) -> tuple[Pixels, Footprint]:
+    """Take a thing out and fill its place; the picture and what was filled."""
+    hole = grown(region.footprint(*picture.shape[:2]))
     return fill(picture, hole, seed), hole
 
 
-def move(picture: Pixels, region: Region, box: Window, shift: Shift, seed: int) -> tuple[Pixels, Footprint]:
+def move(picture: Pixels, region: Region, shift: Shift, seed: int) -> tuple[Pixels, Footprint]:
     """Take a thing out, fill its place, and set it down at another; the picture and what was touched."""
-    filled, hole = remove(picture, region, box, seed)
+    filled, hole = remove(picture, region, seed)
     height, width = hole.shape
     window, alpha = _inside(region, shift, width, height)
     thing = picture[window.moved(-shift.dx, -shift.dy).slices].astype(np.float32)
@@ -102,12 +99,13 @@ def _seam(small: NDArray[np.float32], stretch: Window, scale: float, width: int,
     return float(total + 0.1 * (right - left) * (bottom - top))
 
 
-def _is_convex(thing: Footprint) -> bool:
+def _is_four_sided(thing: Footprint) -> bool:
     rows, columns = np.nonzero(thing)
     if not len(rows):
         return False
     hull = cv2.convexHull(np.stack([columns, rows], axis=1).astype(np.int32))
-    return len(rows) >= 0.95 * float(cv2.contourArea(hull))
+    corners = cv2.approxPolyDP(hull, 0.04 * cv2.arcLength(hull, True), True)
+    return len(corners) <= 4 and len(rows) >= 0.95 * float(cv2.contourArea(hull))
 
 
 def _inside(region: Region, shift: Shift, width: int, height: int) -> tuple[Window, NDArray[np.float32]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from hones_eval.artefact import read_json
 from hones_eval.editing.boxes import Box
-from hones_eval.editing.locating import SceneGraphs, locate
+from hones_eval.editing.locating import SceneGraphs, how_many, locate
 from hones_eval.editing.problems import RecordError
 from hones_eval.editing.questions import category_of
 from hones_eval.errors import HonesError
@@ -51,6 +51,8 @@ class Record:
     level: Level
     category: str
     things: tuple[Thing, ...]
+    repeated: str | None = None
+    """A thing of the question that its scene graph has more than once."""
     prompt: str | None = None
     """The record's own prompt of the edit."""
     edited: str | None = None
@@ -150,6 +152,7 @@ def _record(row: object, category: str | None, graphs: SceneGraphs) -> Record:
         level=level,
         category=found,
         things=things,
+        repeated=next((one.name for one in things if (how_many(one.name, row, graphs) or 0) > 1), None),
         prompt=_optional(row, "perturb_prompt"),
         edited=_optional(row, "edited"),
         edited_answer=_answer(row, "edited_answer"),
