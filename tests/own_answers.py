@@ -3,7 +3,7 @@
 Every fourth gold answer is another one, so that some answers are wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,12 +103,16 @@ def _answer(lmm: Any, examples: TaskExamples, index: int) -> str:
     return examples.decode(index, output[0, example.inputs["input_ids"].shape[1] :].tolist()).strip()
 
 
-def write_splits(tasks: Path, folder: Path, parts: Mapping[str, tuple[int, int]]) -> None:
+def write_splits(
+    tasks: Path, folder: Path, parts: Mapping[str, tuple[int, int]], without_answer: Sequence[int] = ()
+) -> None:
     """Cut both tasks into tasks of their own, called by the task's name and a suffix."""
     folder.mkdir(parents=True)
     (folder / "utils.py").write_text(UTILS)
     for name in QUESTIONS:
         rows = Dataset.from_parquet(str(tasks / f"{name}_second.parquet"))
+        golds = ["" if i in without_answer else gold for i, gold in enumerate(rows["answer"])]
+        rows = rows.remove_columns("answer").add_column("answer", golds)
         for suffix, (start, end) in parts.items():
             data = folder / f"{name}{suffix}.parquet"
             rows.select(range(start, end)).to_parquet(data)

@@ -152,6 +152,21 @@ def test_pictures_of_the_ranking_are_refused_with_their_count(
     assert not list(tmp_path.iterdir())
 
 
+def test_examples_without_an_answer_are_counted_and_the_first_is_named(
+    command: Callable[..., list[str]],
+    rankings: Path,
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own_answers.write_splits(tasks, tmp_path / "tasks", {"": (0, 12)}, without_answer=[9, 11])
+    given = command("verify", "--ranking", rankings / "hones", "--out", tmp_path / "out")
+    given[given.index("--include_path") + 1] = str(tmp_path / "tasks")
+    assert main(given) == 1
+    line = own_answers.complaint(capsys.readouterr().err)
+    assert "task own_a: 2 of 12 examples have no gold answer, the first is doc_id 9" in line
+
+
 def test_another_question_about_a_known_picture_is_refused_too(
     command: Callable[..., list[str]], rankings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

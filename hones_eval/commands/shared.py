@@ -66,6 +66,7 @@ class Job:
             metric=metric,
             target=target,
         )
+        examples.check_targets()
         accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.unembedding.is_cuda else "cpu"
         return cls(
             model=model,
@@ -96,6 +97,7 @@ class Job:
             offset=offset,
             gen_kwargs=gen_kwargs,
         )
+        examples.check_targets()
         return replace(self, examples=examples)
 
     @property

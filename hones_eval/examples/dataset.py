@@ -162,6 +162,22 @@ class TaskExamples(Dataset[Example]):
             return None
         return [self._tokenizer.encode(gold.target, add_special_tokens=False) for gold in golds]
 
+    def check_targets(self) -> None:
+        """Raise TaskError when examples have no gold answer, or one without tokens: how many, the first."""
+        missing = []
+        for request in self._requests:
+            try:
+                target = self._gold_of(request).target
+            except TaskError:
+                target = ""
+            if not self._tokenizer.encode(target, add_special_tokens=False):
+                missing.append(request.doc_id)
+        if missing:
+            raise TaskError(
+                f"task {self.task}: {len(missing)} of {len(self)} examples have no gold answer, the first is "
+                f"doc_id {missing[0]}; leave them out with --offset and --limit, or name another --target"
+            )
+
     def _request(self, index: int) -> Instance:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
