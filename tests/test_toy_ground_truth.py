@@ -1,0 +1,98 @@
+"""The stored ground truth is that of the shipped model, and any of its entries can be had by a plain loop."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import rankdata
+
+from hones_eval.errors import HonesError
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.toy import checkpoint_path
+from hones_eval.toy.ground_truth import FOLDER, TASKS, load_ground_truth
+from hones_eval.toy.yardstick import agreement, masking_area
+
+
+def test_it_is_of_the_shipped_model() -> None:
+    truth = load_ground_truth()
+    weights = (checkpoint_path() / "model.safetensors.sha256").read_text().split()[0]
+    assert truth.report["checkpoint_sha256"] == weights
+    assert set(truth.effects) == set(TASKS)
+    assert any(bool(effects["neurons"].metric.any()) for effects in truth.effects.values())
+
+
+def test_entries_equal_a_plain_loop() -> None:
+    """The head and the neuron that matter most, each zeroed by a hook of its own."""
+    task = "vqa_attribute"
+    truth = load_ground_truth()
+    about = truth.report["tasks"][task]
+    lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
+    model = inner_model(lmm)
+    examples = TaskExamples(lmm, about["task"], model_name="llava_hf", limit=about["examples"])
+    assert examples.example_set().hash == about["examples_hash"]
+    items = [examples[i] for i in range(len(examples))]
+    layers = model.get_decoder().layers
+    width = layers[0].self_attn.o_proj.in_features // model.config.text_config.num_attention_heads
+
+    def metric(module: torch.nn.Module | None, part: slice) -> float:
+        def zero(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            x = args[0].clone()
+            x[..., part] = 0
+            return (x,)
+
+        handle = module.register_forward_pre_hook(zero) if module is not None else None
+        results = []
+        for item in items:
+            output = model.generate(**item.inputs, **item.settings)
+            new = output[0, item.inputs["input_ids"].shape[1] :].tolist()
+            results.append(examples.score(item.index, examples.decode(item.index, new)))
+        if handle is not None:
+            handle.remove()
+        return examples.aggregate(results)
+
+    base = metric(None, slice(0))
+    assert base == pytest.approx(about["base_metric"])
+    for kind in ("heads_by_zero", "neurons"):
+        drops = truth.effects[task][kind].metric
+        layer, site = divmod(int(drops.argmax()), drops.shape[1])
+        module = layers[layer].self_attn.o_proj if kind != "neurons" else layers[layer].mlp.down_proj
+        part = slice(site * width, (site + 1) * width) if kind != "neurons" else slice(site, site + 1)
+        assert base - metric(module, part) == pytest.approx(float(drops[layer, site]), abs=1e-6)
+        assert drops[layer, site] > 0
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "truth")
+    header = json.loads((tmp_path / "truth" / "ground_truth.json").read_text())
+    header["digest"] = "0" * 64
+    (tmp_path / "truth" / "ground_truth.json").write_text(json.dumps(header))
+    with pytest.raises(HonesError, match=r"is not the file that ground_truth\.json was written with"):
+        load_ground_truth(tmp_path / "truth")
+
+
+def test_agreement_by_hand() -> None:
+    truth = torch.tensor([[0.0, 0.3, 0.1], [0.2, 0.2, -0.1]])
+    scores = torch.tensor([[0.0, 9.0, 1.0], [5.0, 4.0, 7.0]])
+    found = agreement(scores, truth, 2)
+    # The top two of the truth are 0.3 and either 0.2; the scores choose 0.3 and -0.1.
+    assert found.precision == 0.5
+    ranks = [rankdata(values.flatten()) for values in (scores, truth)]
+    assert found.rank_correlation == pytest.approx(
+        float(torch.corrcoef(torch.tensor([*map(list, ranks)]))[0, 1])
+    )
+    assert agreement(truth, truth, 3).precision == 1.0
+    with pytest.raises(HonesError, match="no order to compare"):
+        agreement(torch.ones(2, 3), truth, 2)
+    with pytest.raises(HonesError, match="other shapes"):
+        agreement(torch.ones(2, 2), truth, 2)
+
+
+def test_masking_area_by_hand() -> None:
+    area, drops = masking_area(torch.zeros(3, 4), lambda count: count / 4, [1, 2, 4])
+    assert drops == [0.25, 0.5, 1.0]
+    # Equal steps of log k: the mean of the two trapezia.
+    assert area == pytest.approx(((0.25 + 0.5) / 2 + (0.5 + 1.0) / 2) / 2)
+    with pytest.raises(HonesError, match="ascend"):
+        masking_area(torch.zeros(3, 4), lambda count: 0.0, [2, 1])
