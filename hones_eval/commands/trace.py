@@ -201,13 +201,12 @@ def _write(
 
 
 def _category(name: str, one: _Category) -> dict[str, Any]:
-    reasons = [refused._asdict() for refused in one.left_out]
     return {
         "clean_task": name,
         "edited_task": one.pairs.edited.task,
         "pairs": len(one.counted),
         "right_on_both": one.right,
-        "left_out": reasons,
+        "left_out": _reasons(one),
     }
 
 
@@ -271,8 +270,13 @@ def _say(one: _Category) -> None:
             f"warning: {one.pairs.clean.task}: on average the edit does not lower the logit difference of "
             "clean and edited answer, so there is no share to recover"
         )
+    for reason, keys in _reasons(one).items():
+        say(f"warning: left out {len(keys)} pairs, the first is {keys[0]}: {reason}")
+
+
+def _reasons(one: _Category) -> dict[str, list[str]]:
+    """The pairs that were left out, by the reason."""
     reasons: dict[str, list[str]] = {}
     for refused in one.left_out:
         reasons.setdefault(refused.reason, []).append(refused.key)
-    for reason, keys in reasons.items():
-        say(f"warning: left out {len(keys)} pairs, the first is {keys[0]}: {reason}")
+    return reasons
