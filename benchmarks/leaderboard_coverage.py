@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.statistics import (
     bca_of_means,
     bonett_price,
     cluster_sums,
-    compare_corpus,
     mcnemar_exact,
     sign_flip_p,
 )

@@ -307,6 +307,26 @@ def test_truncated_results_cost_only_themselves(tmp_path: Path) -> None:
     assert "truncated or not JSON" in line
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"configs": {"shapes": "what?"}},
+        {"results": {"shapes": [1, 2]}},
+        {"n-samples": {"shapes": 3}},
+        {"config": {"model": "hones_llava", "model_args": 7, "offset": "x"}},
+        {"results": []},
+    ],
+)
+def test_results_of_another_shape_cost_only_themselves(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_pair(tmp_path)
+    path = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    (line,) = board.unreadable
+    assert "20260102_040000_results.json: not " in line
+
+
 def test_truncated_samples_mark_the_run(tmp_path: Path) -> None:
     write_pair(tmp_path)
     path = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")

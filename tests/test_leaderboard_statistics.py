@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from hones_eval.leaderboard import statistics as paired
+from hones_eval.leaderboard.corpus import compare_corpus
 
 
 def fair_coin_p(gained: int, lost: int) -> float:
@@ -184,7 +185,7 @@ def test_a_corpus_metric_is_recomputed_on_resamples() -> None:
         return [(gold if ok else flip[gold], gold) for gold, ok in zip(golds, drawn, strict=True)]
 
     baseline, steered = answers(0.6), answers(0.8)
-    found = paired.compare_corpus(f1, baseline, steered, resamples=1500, seed=1)
+    found = compare_corpus(f1, baseline, steered, resamples=1500, seed=1)
     assert found.difference == pytest.approx(f1(steered) - f1(baseline))
     rng = np.random.default_rng(99)
     boot = []
@@ -201,7 +202,7 @@ def test_a_corpus_metric_is_recomputed_on_resamples() -> None:
 
 def test_a_mean_as_corpus_metric_gives_the_interval_of_the_mean() -> None:
     differences = np.random.default_rng(7).gamma(1.0, 0.3, 70) - 0.2
-    found = paired.compare_corpus(np.mean, [0.0] * 70, differences.tolist(), resamples=3000)
+    found = compare_corpus(np.mean, [0.0] * 70, differences.tolist(), resamples=3000)
     (direct,) = paired.compare_graded(differences[:, None], resamples=3000)
     assert found.interval is not None
     assert direct.interval is not None
@@ -211,7 +212,7 @@ def test_a_mean_as_corpus_metric_gives_the_interval_of_the_mean() -> None:
 
 
 def test_an_undefined_corpus_metric_has_no_interval() -> None:
-    found = paired.compare_corpus(lambda items: math.nan, [1, 2, 3], [1, 2, 3], resamples=9)
+    found = compare_corpus(lambda items: math.nan, [1, 2, 3], [1, 2, 3], resamples=9)
     assert found.interval is None
     assert "undefined" in found.note
 

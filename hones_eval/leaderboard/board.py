@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.lmms_tasks import find_aggregation
 from hones_eval.leaderboard.metrics import Scores, check_aggregation, corpus_items, scores_of
 from hones_eval.leaderboard.pairing import Pair, Unpaired, pair_runs
@@ -16,7 +17,6 @@ from hones_eval.leaderboard.reuse import reused_examples
 from hones_eval.leaderboard.samples import Floats, Integers
 from hones_eval.leaderboard.statistics import (
     Comparison,
-    compare_corpus,
     compare_graded,
     compare_right_wrong,
     holm,

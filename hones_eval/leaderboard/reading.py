@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from hones_eval.errors import HonesError
+from hones_eval.leaderboard.files import RESULTS, find_files, load_results, samples_path, stem
 from hones_eval.leaderboard.identity import (
     BaseModel,
     SteeringRef,
@@ -21,7 +22,6 @@ from hones_eval.leaderboard.manifest import Manifest, Requests, SharedRequests, 
 from hones_eval.leaderboard.samples import Samples, read_samples
 from hones_eval.leaderboard.text import path_name
 
-RESULTS, SAMPLES = "_results.json", "_samples_"
 COMPARED_SETTINGS = (
     "dataset_path",
     "dataset_name",
@@ -88,7 +88,7 @@ def read_logs(paths: Sequence[Path]) -> Logs:
 
     Raises: HonesError when a path does not exist or there is not one results file under all of them.
     """
-    results, samples, manifests = _find(paths)
+    results, samples, manifests = find_files(paths)
     if not results and not samples:
         raise HonesError(
             f"no lmms-eval results (*{RESULTS}) under {', '.join(map(str, paths))}: "
@@ -97,15 +97,17 @@ def read_logs(paths: Sequence[Path]) -> Logs:
     known, unreadable = _read_manifests(manifests)
     runs: list[Run] = []
     used: set[Path] = set()
-    for path, content, problem in map(_load_results, results):
+    for path, content, problem in map(load_results, results):
         if content is None:
             unreadable.append(f"{path_name(path)}: {problem}")
-            used.update(one for one in samples if _stem(one) == _stem(path) and one.parent == path.parent)
+            used.update(one for one in samples if stem(one) == stem(path) and one.parent == path.parent)
             continue
         near = [one for one in known if one.path.parent in (path.parent, path.parent.parent)]
-        for run in _runs(path, content, near):
-            used.add(_samples_path(path, run.task))
-            runs.append(run)
+        used.update(samples_path(path, str(task)) for task in content["configs"])
+        try:
+            runs += _runs(path, content, near)
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            unreadable.append(f"{path_name(path)}: not as lmms-eval writes results ({error})")
     unreadable += _failed(known, results)
     lost = [path_name(one) for one in samples if one not in used]
     unreadable += [f"{name}: samples without a results file; the run did not end" for name in lost]
@@ -133,52 +135,7 @@ def _failed(manifests: Sequence[Manifest], results: Sequence[Path]) -> list[str]
     ]
 
 
-def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
-    found: list[set[Path]] = [set(), set(), set()]
-    for given in paths:
-        path = given.resolve()
-        if not path.exists():
-            raise HonesError(f"{given} does not exist: give lmms-eval output folders")
-        files: Iterable[Path] = path.rglob("*") if path.is_dir() else path.parent.glob(f"{_stem(path)}*")
-        for file in files:
-            if file.name.endswith(RESULTS):
-                found[0].add(file)
-            elif SAMPLES in file.name and file.suffix == ".jsonl":
-                found[1].add(file)
-            elif file.name.startswith("hones_manifest_") and file.suffix == ".json":
-                found[2].add(file)
-        if path.is_file():
-            found[2].update(
-                (
-                    *path.parent.glob("hones_manifest_*.json"),
-                    *path.parent.parent.glob("hones_manifest_*.json"),
-                )
-            )
-    return sorted(found[0]), sorted(found[1]), sorted(found[2])
-
-
-def _stem(path: Path) -> str:
-    """The date with which lmms-eval begins the names of the files of one run."""
-    return path.name.split(SAMPLES)[0].removesuffix(RESULTS)
-
-
-def _samples_path(results: Path, task: str) -> Path:
-    return results.parent / f"{_stem(results)}{SAMPLES}{task}.jsonl"
-
-
-def _load_results(path: Path) -> tuple[Path, dict[str, Any] | None, str]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        return path, None, f"truncated or not JSON ({error}); run lmms-eval again"
-    wanted = {"results": dict, "configs": dict, "config": dict}
-    for key, kind in wanted.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            return path, None, f"not lmms-eval results: '{key}' is missing"
-    return path, content, ""
-
-
-def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest]) -> Iterable[Run]:
+def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest]) -> list[Run]:
     config = content["config"]
     wrapper = str(config.get("model"))
     arguments = parse_arguments(config.get("model_args"))
@@ -188,8 +145,7 @@ def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest])
     if mine:
         base = replace(base, revision=mine[0].base_revision, wrapper=mine[0].base_wrapper)
         steering = mine[0].steering
-    for task in content["configs"]:
-        yield _run(path, content, task, base, steering, mine)
+    return [_run(path, content, task, base, steering, mine) for task in content["configs"]]
 
 
 def _matching(
@@ -242,7 +198,7 @@ def _run(
     metrics, problems = _metrics(content, task)
     filters = list(dict.fromkeys(one.filter for one in metrics))
     expected = _expected(content, task)
-    samples, more = _samples(_samples_path(path, task), metrics, filters, expected)
+    samples, more = _samples(samples_path(path, task), metrics, filters, expected)
     shown = [m.requests[task] for m in manifests if task in m.requests]
     problems += more + [f"generation raised: {text}" for m in manifests for text in m.errors_of(task)[:3]]
     if (content.get("usage") or {}).get("budget_exceeded"):
@@ -251,7 +207,7 @@ def _run(
     settings["gen_kwargs"] = json.dumps(config.get("gen_kwargs") or "", sort_keys=True)
     return Run(
         results_path=path,
-        date=_stem(path),
+        date=stem(path),
         wrapper=str(config.get("model")),
         base=base,
         task=task,

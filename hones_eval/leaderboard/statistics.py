@@ -4,9 +4,9 @@ Columns are comparisons: the functions for graded scores take differences `[n, m
 `m` comparisons on the same `n` examples, so that a thousand runs share one set of resamples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +106,7 @@ def compare_graded(
     unit = "examples" if clusters is None else "pictures"
     found = []
     for k, mean in enumerate(means):
-        interval, note = _checked(low[k], high[k], f"BCa bootstrap over {unit}", len(sums))
+        interval, note = checked_interval(low[k], high[k], f"BCa bootstrap over {unit}", len(sums))
         effect = Effect(float(mean / spread[k]), "Cohen's d_z") if spread[k] > 0 else None
         found.append(
             Comparison(float(mean), interval, Test(float(p[k]), f"sign flips of {unit}"), effect, note)
@@ -114,7 +114,8 @@ def compare_graded(
     return found
 
 
-def _checked(low: float, high: float, method: str, units: int) -> tuple[Interval | None, str]:
+def checked_interval(low: float, high: float, method: str, units: int) -> tuple[Interval | None, str]:
+    """An interval from its ends, and what to say of it; none where the ends are not finite."""
     if not np.isfinite(low + high):
         return None, "no interval: every difference is the same"
     note = f"only {units} independent units: the interval is likely too narrow" if units < FEW_UNITS else ""
@@ -214,79 +215,6 @@ def _counts(generator: np.random.Generator, size: int, n: int) -> Floats:
 def _signs(generator: np.random.Generator, size: int, n: int) -> Floats:
     bits = np.unpackbits(generator.integers(0, 256, size=(size, -(-n // 8)), dtype=np.uint8), axis=1)[:, :n]
     return bits.astype(np.float64) * 2 - 1
-
-
-def compare_corpus(
-    metric: Callable[[list[Any]], float],
-    baseline: Sequence[Any],
-    steered: Sequence[Any],
-    clusters: Integers | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = 999,
-    level: float = 0.95,
-) -> Comparison:
-    """Compare a metric of the whole corpus, such as BLEU-4 or F1, by computing it on resampled examples.
-
-    Args:
-        metric: the metric of a list of items; NaN where it is not defined.
-        baseline: the items of the baseline, one an example; `steered` likewise, in the same order.
-        clusters: the picture of each example `[n]`, where examples share pictures.
-
-    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks. Test: approximate
-    randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random. Effect: the
-    difference relative to the baseline.
-    """
-    places = _members(len(baseline), clusters)
-    generator = np.random.default_rng([seed, len(baseline), 2])
-
-    def difference(units: Sequence[int] | Integers) -> float:
-        chosen = np.concatenate([places[unit] for unit in units]).tolist()
-        return metric([steered[k] for k in chosen]) - metric([baseline[k] for k in chosen])
-
-    everything = np.arange(len(places))
-    observed = difference(everything)
-    boot = np.array([difference(generator.integers(0, len(places), len(places))) for _ in range(resamples)])
-    blocks = np.array_split(generator.permutation(everything), min(200, len(places)))
-    left_out = [difference(np.setdiff1d(everything, block)) for block in blocks if len(block) < len(places)]
-    if len(left_out) < 2 or not np.isfinite([observed, *boot, *left_out]).all():
-        return Comparison(
-            observed, None, None, None, "no interval: the metric is undefined on some resamples"
-        )
-    low, high = bca_ends(np.array([observed]), boot[:, None], np.array(left_out)[:, None], level=level)
-    unit = "examples" if clusters is None else "pictures"
-    interval, note = _checked(low[0], high[0], f"BCa bootstrap over {unit}, metric recomputed", len(places))
-    p = _exchange_p(metric, baseline, steered, places, observed, generator, resamples)
-    base = metric(list(baseline))
-    effect = Effect(observed / abs(base), "relative change") if base else None
-    return Comparison(observed, interval, Test(p, f"exchange of {unit}"), effect, note)
-
-
-def _exchange_p(
-    metric: Callable[[list[Any]], float],
-    baseline: Sequence[Any],
-    steered: Sequence[Any],
-    places: Sequence[Integers],
-    observed: float,
-    generator: np.random.Generator,
-    resamples: int,
-) -> float:
-    beyond = 0
-    for _ in range(resamples):
-        first, second = list(baseline), list(steered)
-        for unit in np.flatnonzero(generator.integers(0, 2, len(places))).tolist():
-            for k in places[unit]:
-                first[k], second[k] = second[k], first[k]
-        drawn = metric(second) - metric(first)
-        beyond += not abs(drawn) < abs(observed) - 1e-12  # an undefined draw counts against the difference
-    return (1 + beyond) / (resamples + 1)
-
-
-def _members(n: int, clusters: Integers | None) -> list[Integers]:
-    if clusters is None:
-        return [np.array([place]) for place in range(n)]
-    order = np.argsort(clusters, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
