@@ -12,7 +12,8 @@ from hones_eval.editing.editors import EDITORS, editor_for
 from hones_eval.editing.layout import goal_of, place
 from hones_eval.editing.problems import RecordError
 from hones_eval.editing.questions import category_of
-from hones_eval.editing.records import LEVELS, Record, Thing, read_records, records_from
+from hones_eval.editing.reading import read_records, records_from
+from hones_eval.editing.records import LEVELS, Record, Thing
 
 DATA = os.environ.get("HONES_EVAL_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="HONES_EVAL_TEST_DATA names no folder with the real records")

@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from hones_eval.commands.shared import say
 from hones_eval.editing.checks import Bounds
 from hones_eval.editing.editors import EditorName
 from hones_eval.editing.inpaint import DType, InpaintSettings
 from hones_eval.editing.masks import MaskName
-from hones_eval.editing.records import Level, Reading, read_records
-from hones_eval.editing.run import EditSettings, Report, edit_records
+from hones_eval.editing.reading import Reading, read_records
+from hones_eval.editing.records import Level
+from hones_eval.editing.run import Report, edit_records
 from hones_eval.editing.sheet import contact_sheet
+from hones_eval.editing.work import EditSettings
 from hones_eval.errors import HonesError
 
 NAMED = 10
@@ -124,7 +125,7 @@ def edit(
             f"none of {len(reading.records) + len(reading.problems)} records could be edited{first}"
         )
     contact_sheet(out, [*report.accepted, *report.rejected], shown=sheet, note=_summary(report))
-    say(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
+    _say(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
 
 
 def _records(
@@ -162,14 +163,19 @@ def _summary(report: Report) -> str:
 
 def _say_report(report: Report) -> None:
     if report.resumed:
-        say(f"{report.resumed} edits are kept from an earlier run")
-    say(_summary(report))
+        _say(f"{report.resumed} edits are kept from an earlier run")
+    _say(_summary(report))
     for row in report.rejected[:NAMED]:
-        say(f"rejected {row['question_id']}: {'; '.join(row['reasons'])}")
+        _say(f"rejected {row['question_id']}: {'; '.join(row['reasons'])}")
     for problem in report.problems[:NAMED]:
-        say(f"not editable {problem.question_id}: {problem.reason}")
+        _say(f"not editable {problem.question_id}: {problem.reason}")
     more = max(0, len(report.rejected) - NAMED) + max(0, len(report.problems) - NAMED)
     if more:
-        say(f"and {more} more, in report.json")
+        _say(f"and {more} more, in report.json")
     if report.left_out:
-        say(f"{report.left_out} records of other levels or categories are left out")
+        _say(f"{report.left_out} records of other levels or categories are left out")
+
+
+def _say(line: str) -> None:
+    """As the other commands do, without the models that their module loads."""
+    print(line, flush=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hones_eval.artefact import read_json, write_bytes
 from hones_eval.editing.photographs import png
-from hones_eval.editing.records import Reading, records_from
+from hones_eval.editing.reading import Reading, records_from
 from hones_eval.editing.single import file_name
 from hones_eval.errors import TaskError
 from hones_eval.examples.tasks import build_requests, build_task

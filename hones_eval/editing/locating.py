@@ -52,7 +52,7 @@ def how_many(name: str, row: Mapping[str, Any], graphs: SceneGraphs) -> int | No
     graph = graphs.get(str(row.get("imageId")))
     if graph is None:
         return None
-    return sum(one.get("name") == name for one in graph.get("objects", {}).values())
+    return sum(bool(one.get("name") == name) for one in graph.get("objects", {}).values())
 
 
 def _nodes(program: object) -> list[Node]:

@@ -1,6 +1,6 @@
 """What stops one record, and not the run."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hones_eval.errors import HonesError
 
@@ -12,3 +12,11 @@ class RecordError(HonesError):
         """Keep the semantic level too, where it is known, so that problems are counted by level."""
         super().__init__(reason)
         self.level = level
+
+
+class Problem(NamedTuple):
+    """A record that cannot be edited, and why."""
+
+    question_id: str
+    level: Literal["object", "attribute", "relation"] | None
+    reason: str

@@ -3,45 +3,37 @@
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 from tqdm import tqdm
 
 from hones_eval import __version__
 from hones_eval.artefact import read_json, write_bytes, write_json
 from hones_eval.editing import photographs
-from hones_eval.editing.checks import Bounds
-from hones_eval.editing.editors import EDITORS, Edited, EditorName, levels_of
-from hones_eval.editing.inpaint import Inpainter, InpaintSettings, Painting
-from hones_eval.editing.masks import Masker, MaskName, masker
-from hones_eval.editing.problems import RecordError
-from hones_eval.editing.records import Level, Problem, Reading, Record
-from hones_eval.editing.single import Job, Made, file_name, finish, make, prepare, region_of
+from hones_eval.editing.editors import EDITORS, Edited, levels_of
+from hones_eval.editing.inpaint import Inpainter, Painting
+from hones_eval.editing.masks import Masker, masker
+from hones_eval.editing.problems import Problem, RecordError
+from hones_eval.editing.reading import Reading
+from hones_eval.editing.records import Record
+from hones_eval.editing.single import Job, Made, file_name, finish, prepare, region_of
+from hones_eval.editing.work import (
+    EditSettings,
+    elsewhere,
+    guarded,
+    in_worker,
+    make_one,
+    one_thread,
+    problem_of,
+)
 from hones_eval.errors import HonesError
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """What decides how an edit comes out."""
-
-    editor: EditorName
-    level: Level | None = None
-    mask: MaskName = "cut"
-    segmenter: str | None = None
-    device: str = "auto"
-    seed: int = 0
-    bounds: Bounds = field(default_factory=Bounds)
-    inpaint: InpaintSettings | None = None
-    folder: str | None = None
-    """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
 
 
 class Report(NamedTuple):
@@ -175,15 +167,10 @@ def _made_from(record: Record, images: Path, settings: EditSettings) -> str:
     try:
         total.update(photographs.find(images, record.image, record.image_id).read_bytes())
         if settings.editor == "folder":
-            total.update(_elsewhere(record, images, settings).read_bytes())
+            total.update(elsewhere(record, images, settings).read_bytes())
     except RecordError as error:
         total.update(str(error).encode())
     return total.hexdigest()
-
-
-def _elsewhere(record: Record, images: Path, settings: EditSettings) -> Path:
-    folder = Path(settings.folder) if settings.folder else images
-    return photographs.find(folder, record.edited, record.question_id)
 
 
 def _results(
@@ -194,32 +181,7 @@ def _results(
     if workers > 0 and settings.mask != "segmenter":
         return _in_parallel(jobs, settings, workers)
     masks = masker(settings.mask, settings.segmenter, settings.device)
-    return ((job, _guarded(job, lambda job: _make(job, masks, settings))) for job in jobs)
-
-
-def _make(job: Job, masks: Masker, settings: EditSettings) -> Made:
-    if settings.editor == "folder":
-        prepared = prepare(job)
-        mask = region_of(prepared, masks).footprint(*prepared.photograph.pixels.shape[:2])
-        path = _elsewhere(job.record, job.images, settings)
-        return finish(prepared, Edited(photographs.read(path).pixels, mask))
-    return make(job, masks)
-
-
-def _guarded(job: Job, work: Callable[[Job], Made]) -> Made | Problem:
-    """One record's failure is that record's alone."""
-    try:
-        return work(job)
-    except RecordError as error:
-        return _problem(job, str(error))
-    except MemoryError:
-        return _problem(job, "there is no free memory for its picture; use fewer --workers")
-    except cv2.error as error:
-        return _problem(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
-
-
-def _problem(job: Job, reason: str) -> Problem:
-    return Problem(job.record.question_id, job.record.level, reason)
+    return ((job, guarded(job, lambda job: make_one(job, masks, settings))) for job in jobs)
 
 
 def _in_parallel(
@@ -228,29 +190,20 @@ def _in_parallel(
     """Results in the order of the jobs, with few of them waiting in memory."""
     waiting: deque[tuple[Job, Future[Made | Problem]]] = deque()
     coming = iter(jobs)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread) as pool:
         try:
             for job in islice(coming, 2 * workers):
-                waiting.append((job, pool.submit(_in_worker, job, settings)))
+                waiting.append((job, pool.submit(in_worker, job, settings)))
             while waiting:
                 job, future = waiting.popleft()
                 yield job, future.result()
                 for following in islice(coming, 1):
-                    waiting.append((following, pool.submit(_in_worker, following, settings)))
+                    waiting.append((following, pool.submit(in_worker, following, settings)))
         except BrokenProcessPool:
             raise HonesError(
                 "a worker process died, most likely for want of memory: use fewer --workers; "
                 "the same command goes on where this one stopped"
             ) from None
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
-
-
-def _in_worker(job: Job, settings: EditSettings) -> Made | Problem:
-    masks = masker(settings.mask, settings.segmenter, settings.device)
-    return _guarded(job, lambda job: _make(job, masks, settings))
 
 
 def _painted(jobs: Sequence[Job], settings: EditSettings) -> Iterator[tuple[Job, Made | Problem]]:
@@ -272,14 +225,14 @@ def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[t
             prepared = prepare(job)
             ready.append((prepared, region_of(prepared, masks)))
         except RecordError as error:
-            yield job, _problem(job, str(error))
+            yield job, problem_of(job, str(error))
     ready.sort(key=lambda one: one[0].photograph.pixels.shape)
     paintings = [
         Painting(one.photograph.pixels, region, one.change.prompt, one.seed) for one, region in ready
     ]
     for (prepared, region), painted in zip(ready, painter.paint(paintings), strict=True):
         if isinstance(painted, RecordError):
-            yield prepared.job, _problem(prepared.job, str(painted))
+            yield prepared.job, problem_of(prepared.job, str(painted))
         else:
             edited = Edited(painted, region.footprint(*prepared.photograph.pixels.shape[:2]))
             yield prepared.job, finish(prepared, edited)

@@ -56,13 +56,12 @@ class Made(NamedTuple):
 
 
 def make(job: Job, masks: Masker) -> Made:
-    """Edit one record with an editor that needs no weights, or adopt its picture.
+    """Edit one record with an editor that needs no weights.
 
     Raises: RecordError with the reason why it cannot be done.
     """
     prepared = prepare(job)
-    if prepared.editor.apply is None:
-        return finish(prepared, adopt(prepared, masks))
+    assert prepared.editor.apply is not None
     pixels = prepared.photograph.pixels
     return finish(prepared, prepared.editor.apply(pixels, prepared.change, masks, prepared.seed))
 
@@ -86,17 +85,6 @@ def region_of(prepared: Prepared, masks: Masker) -> Region:
     """The mask of the thing that changes."""
     pixels = prepared.photograph.pixels
     return masks(pixels, window_of(prepared.change.target.box, pixels))
-
-
-def adopt(prepared: Prepared, masks: Masker) -> Edited:
-    """Take the edited picture from the record's own path, or from the folder by its question id.
-
-    Raises: RecordError when there is none, or it cannot be read.
-    """
-    record = prepared.job.record
-    path = photographs.find(prepared.job.images, record.edited, record.question_id)
-    mask = region_of(prepared, masks).footprint(*prepared.photograph.pixels.shape[:2])
-    return Edited(photographs.read(path).pixels, mask)
 
 
 def finish(prepared: Prepared, edited: Edited) -> Made:

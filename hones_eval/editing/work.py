@@ -1,0 +1,82 @@
+"""What one process does with one record, and the settings that decide it; no torch is loaded for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+
+from hones_eval.editing import photographs
+from hones_eval.editing.checks import Bounds
+from hones_eval.editing.editors import Edited, EditorName
+from hones_eval.editing.inpaint import InpaintSettings
+from hones_eval.editing.masks import Masker, MaskName, masker
+from hones_eval.editing.problems import Problem, RecordError
+from hones_eval.editing.records import Level, Record
+from hones_eval.editing.single import Job, Made, finish, make, prepare, region_of
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What decides how an edit comes out."""
+
+    editor: EditorName
+    level: Level | None = None
+    mask: MaskName = "cut"
+    segmenter: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    bounds: Bounds = field(default_factory=Bounds)
+    inpaint: InpaintSettings | None = None
+    folder: str | None = None
+    """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
+
+
+def guarded(job: Job, work: Callable[[Job], Made]) -> Made | Problem:
+    """One record's failure is that record's alone."""
+    try:
+        return work(job)
+    except RecordError as error:
+        return problem_of(job, str(error))
+    except MemoryError:
+        return problem_of(job, "there is no free memory for its picture; use fewer --workers")
+    except cv2.error as error:
+        return problem_of(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
+
+
+def make_one(job: Job, masks: Masker, settings: EditSettings) -> Made:
+    """Edit one record, or take its picture from where it was made.
+
+    Raises: RecordError with the reason why it cannot be done.
+    """
+    if settings.editor == "folder":
+        prepared = prepare(job)
+        mask = region_of(prepared, masks).footprint(*prepared.photograph.pixels.shape[:2])
+        path = elsewhere(job.record, job.images, settings)
+        return finish(prepared, Edited(photographs.read(path).pixels, mask))
+    return make(job, masks)
+
+
+def elsewhere(record: Record, images: Path, settings: EditSettings) -> Path:
+    """Find the picture of an edit that was made elsewhere.
+
+    Raises: RecordError when there is none.
+    """
+    folder = Path(settings.folder) if settings.folder else images
+    return photographs.find(folder, record.edited, record.question_id)
+
+
+def problem_of(job: Job, reason: str) -> Problem:
+    """Name a record with what stopped it."""
+    return Problem(job.record.question_id, job.record.level, reason)
+
+
+def one_thread() -> None:
+    """What a process does first that is one of several."""
+    cv2.setNumThreads(1)
+
+
+def in_worker(job: Job, settings: EditSettings) -> Made | Problem:
+    """One record's work in a process of its own."""
+    masks = masker(settings.mask, settings.segmenter, settings.device)
+    return guarded(job, lambda job: make_one(job, masks, settings))
