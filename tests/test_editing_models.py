@@ -26,11 +26,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inpainting")
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         vae=diffusers.AutoencoderKL(
-            block_out_channels=[16, 32],
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=[8, 8, 8, 8],
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
             latent_channels=4,
-            norm_num_groups=8,
+            norm_num_groups=4,
         ),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 intermediate_size=37,
                 num_attention_heads=4,
                 num_hidden_layers=2,
-                vocab_size=1000,
+                vocab_size=100,
             )
         ),
         tokenizer=_tokenizer(folder),
@@ -117,7 +117,7 @@ def test_what_reaches_the_pipeline(checkpoint: Path, monkeypatch: pytest.MonkeyP
     mask, picture = np.asarray(seen["mask_image"][0]), np.asarray(seen["image"][0])
     assert (picture[mask > 0] == 0).all()
     assert (picture[mask == 0] > 0).any()
-    assert 0.2 < (mask > 0).mean() < 0.35
+    assert 0.15 < (mask > 0).mean() < 0.35
     assert made.shape == (120, 162, 3)
 
 
@@ -164,9 +164,8 @@ def test_what_is_no_inpainting_checkpoint_is_refused(checkpoint: Path, tmp_path:
         Inpainter(InpaintSettings(str(checkpoint / "unet")))
     index = json.loads((checkpoint / "model_index.json").read_text())
     (tmp_path / "video").mkdir()
-    (tmp_path / "video" / "model_index.json").write_text(
-        json.dumps(index | {"_class_name": "DanceDiffusionPipeline"})
-    )
+    index["_class_name"] = "DanceDiffusionPipeline"
+    (tmp_path / "video" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(HonesError, match="DanceDiffusionPipeline"):
         Inpainter(InpaintSettings(str(tmp_path / "video")))
 
@@ -202,6 +201,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mlp_dim=16,
         global_attn_indexes=[0],
         window_size=4,
+        num_pos_feats=8,
     )
     prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
     decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16)
