@@ -6,16 +6,25 @@ from hones_eval.commands.shared import say
 from hones_eval.leaderboard import make_board
 
 
-def leaderboard(logs: list[Path], out: Path, seed: int = 0, resamples: int = 9999) -> None:
+def leaderboard(
+    logs: list[Path],
+    out: Path,
+    include_path: Path | None = None,
+    title: str = "Steering leaderboard",
+    seed: int = 0,
+    resamples: int = 9999,
+) -> None:
     """Compare steered with baseline runs, from the folders that lmms-eval wrote with --log_samples.
 
     Args:
         logs: output folders of lmms-eval, baseline and steered, any number of them.
-        out: the folder to write leaderboard.csv, leaderboard.md and index.html to.
+        out: the folder to write index.html, comparisons/, leaderboard.csv, .md and .svg to.
+        include_path: a folder with more task YAML files, to compute their corpus metrics again.
+        title: of the page.
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
-    board = make_board(logs, out, seed=seed, resamples=resamples)
+    board = make_board(logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title)
     for warning in board.warnings:
         say(f"warning: {warning}")
-    say(f"wrote {out / 'index.html'}, {out / 'leaderboard.csv'} and {out / 'leaderboard.md'}")
+    say(f"wrote {out / 'index.html'}, with leaderboard.csv, .md and .svg beside it")
