@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from localization import examples_for, small_llava
+from localization import small_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -29,15 +29,18 @@ Part = Literal["attention", "ffn"]
 
 def pairs_for(model: Any, count: int, text: int) -> list[tuple[Inputs, Inputs]]:
     """Prompts of two random pictures and the same random words."""
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     made = []
-    for clean in examples_for(model, count, 1, 1):
-        patches = model.config.image_seq_length
-        inputs = clean.inputs | {
-            name: clean.inputs[name][:, : patches + text] for name in ("input_ids", "attention_mask")
-        }
-        generator = torch.Generator().manual_seed(1000 + clean.index)
-        pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
-        made.append((inputs, inputs | {"pixel_values": pixels}))
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        words = torch.randint(20, config.text_config.vocab_size, (1, text), generator=generator)
+        words[words == config.image_token_id] = 10
+        ids = torch.cat([torch.full((1, patches), config.image_token_id), words], dim=1)
+        prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        side = config.vision_config.image_size
+        clean, edited = torch.randn(2, 1, 3, side, side, generator=generator)
+        made.append((prompt | {"pixel_values": clean}, prompt | {"pixel_values": edited}))
     return made
 
 
