@@ -115,7 +115,7 @@ def write_own_answers(file: Path, model: PreTrainedModel, examples: TaskExamples
             [base] * 2 + [b] * 4 + [c] * 4,
         ]
         entry["vqa"]["answers"] = answers[i]
-        captions = [[base, a], [b, c], [base], ["a red plate"], [a]]
+        captions = [[base, a], [base, b], [base], ["a red plate"], [c]]
         entry["captions"] = [{"caption": text} for text in captions[i]]
     file.write_text(json.dumps(content))
 
