@@ -1,0 +1,84 @@
+"""The scenes board: steerings chosen for one task each, measured on all of them by lmms-eval.
+
+    python benchmarks/scenes_board.py --out leaderboards/scenes/board --work runs/scenes_board
+
+Rankings, steerings and logs stay in the work folder; a second run goes on from what is there. HONES banks of
+one percent of the neurons, times 1.5, for four tasks; V-SEAM heads for two, by their signed scores; and a
+random bank of as many neurons as control.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from hones_eval.__main__ import main as hones_eval
+from hones_eval.toy import checkpoint_path
+
+TESTED = (
+    "vqa_object",
+    "vqa_attribute",
+    "vqa_relation",
+    "ocr",
+    "caption",
+    "grounding",
+    "vqa_attribute_shifted",
+)
+MODEL = f"pretrained={checkpoint_path()}"
+
+
+def steering(work: Path, method: str, task: str, examples: int) -> Path:
+    """Rank on the task's discovery split and scale; kept in the work folder."""
+    folder = work / f"{method}-{task}"
+    if not (folder / "ranking" / "ranking.json").is_file():
+        run_ours("rank", "--method", method, *model_flags(), "--tasks", f"scenes_{task}_discovery",
+                 "--limit", str(examples), "--heads", "8", "--out", str(folder / "ranking"))  # fmt: skip
+    if not (folder / "steering" / "steering.json").is_file():
+        how = ("signed", "--strength", "4") if method == "vseam" else ("fixed", "--factor", "1.5")
+        run_ours(
+            "scale", "--ranking", str(folder / "ranking"), "--how", *how, "--out", str(folder / "steering")
+        )
+    return folder / "steering"
+
+
+def model_flags() -> tuple[str, ...]:
+    return "--model", "hones_llava", "--model_args", MODEL
+
+
+def run_ours(*arguments: str) -> None:
+    if hones_eval(list(arguments)):
+        sys.exit(1)
+
+
+def evaluate(work: Path, name: str, steered: Path | None, limit: int) -> None:
+    """One lmms-eval run over all tested tasks, unless its results are there."""
+    logs = work / "logs" / name
+    if list(logs.rglob("*results.json")):
+        return
+    args = MODEL if steered is None else f"{MODEL},steering={steered}"
+    command = [sys.executable, "-m", "lmms_eval", "--model", "hones_llava", "--model_args", args]
+    command += ["--tasks", ",".join(f"scenes_{task}" for task in TESTED), "--limit", str(limit)]
+    command += ["--batch_size", "1", "--log_samples", "--output_path", str(logs)]
+    subprocess.run(command, check=True)
+
+
+def board(out: Path, work: Path, examples: int, limit: int) -> None:
+    chosen = [("hones", task) for task in ("vqa_attribute", "vqa_relation", "ocr", "grounding")]
+    chosen += [("vseam", task) for task in ("vqa_object", "vqa_attribute")]
+    chosen += [("random", "vqa_attribute")]
+    evaluate(work, "baseline", None, limit)
+    for method, task in chosen:
+        evaluate(work, f"{method}-{task}", steering(work, method, task, examples), limit)
+    run_ours(
+        "leaderboard", str(work / "logs"), "--out", str(out), "--title", "Scenes: steering and side effects"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("leaderboards/scenes/board"))
+    parser.add_argument("--work", type=Path, default=Path("runs/scenes_board"))
+    parser.add_argument("--examples", type=int, default=60, help="to discover on, for each steering")
+    parser.add_argument("--limit", type=int, default=200, help="test examples of each task")
+    given = parser.parse_args()
+    board(given.out, given.work, given.examples, given.limit)
