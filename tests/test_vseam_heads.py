@@ -53,7 +53,9 @@ def test_standard_errors_are_those_of_each_subset(family: Family) -> None:
         base = torch.softmax(plain.forward(family.model, one.inputs).logits[-1], -1)[one.target_ids[0]]
         for head in plain.all_heads(family.model):
             logits = plain.forward(family.model, one.inputs, head).logits[-1]
-            drops.setdefault((head.layer, head.site), []).append(float(base - torch.softmax(logits, -1)[one.target_ids[0]]))
+            drops.setdefault((head.layer, head.site), []).append(
+                float(base - torch.softmax(logits, -1)[one.target_ids[0]])
+            )
     errors = HeadContribution.standard_errors(totals)
     for head, values in drops.items():
         subsets = {
