@@ -15,7 +15,7 @@ from localization import answer, examples_for, small_llava
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
 from hones_eval.sites import neuron_count
-from hones_eval.steer import attach_to
+from hones_eval.steer_model import attach_to
 from hones_eval.steering import Steering
 
 WAYS = ("baseline", "hook", "fold")

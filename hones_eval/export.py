@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
-from hones_eval.steer import attach_to, scaled_sites
+from hones_eval.steer_model import attach_to, scaled_sites
 from hones_eval.steering import Steering
 
 

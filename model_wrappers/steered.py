@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError
-from hones_eval.steer import AttachMode, attach_steering
+from hones_eval.steer_model import AttachMode, attach_steering
 from hones_eval.steering import Steering
 
 from . import plugin

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hones_eval.errors import EditError, HonesError
-from hones_eval.steer import AttachedSteering
+from hones_eval.steer_model import AttachedSteering
 
 Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
 

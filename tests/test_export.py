@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hones_eval.__main__ import main
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
-from hones_eval.steer import steer
+from hones_eval.steer_model import steer
 from hones_eval.steering import Steering
 
 

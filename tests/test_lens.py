@@ -20,7 +20,7 @@ from hones_eval.artefact import Provenance
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import Example
 from hones_eval.methods.lens import LogitLens, Other, Seen
-from hones_eval.steer import steer
+from hones_eval.steer_model import steer
 from hones_eval.steering import Steering
 from hones_eval.streams import VIEWS
 

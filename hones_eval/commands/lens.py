@@ -16,7 +16,7 @@ from hones_eval.examples import inner_model, load_lmm
 from hones_eval.examples.models import tokenizer_of
 from hones_eval.measure import Totals
 from hones_eval.methods.lens import LogitLens, Other, Said, Seen
-from hones_eval.steer import steer
+from hones_eval.steer_model import steer
 from hones_eval.steering import Steering
 from hones_eval.streams import VIEWS
 from hones_eval.trace_tables import csv_text
