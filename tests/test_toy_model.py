@@ -86,7 +86,10 @@ def test_a_packed_row_gives_the_logits_of_separate_conversations(processor: Any)
 def test_a_short_training_reproduces_and_logs(tmp_path: Path) -> None:
     settings = {
         "sight_steps": 2,
-        "steps": 4,
+        "cells_steps": 1,
+        "shapes_steps": 1,
+        "mixed_steps": 1,
+        "judging_steps": 1,
         "tokens": 768,
         "warmup": 1,
         "log_every": 2,

@@ -21,7 +21,7 @@ RETRIEVAL = (
 )
 GROUNDING = "Locate the {phrase}.\nAnswer with the box as x1 y1 x2 y2."
 DESCRIBE = "Describe every cell of the image."
-INVENTORY = "Look at the {shapes}."
+INVENTORY = "Describe the {shapes}."
 
 
 class Exchange(NamedTuple):
@@ -96,7 +96,6 @@ def vocabulary_text() -> list[str]:
         RETRIEVAL,
         GROUNDING,
         DESCRIBE,
-        INVENTORY,
         "a there is and nothing word . Yes No",
     )
     asked = tuple(questions.TEXT.values())

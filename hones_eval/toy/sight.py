@@ -2,7 +2,9 @@
 
 Every projected image token has to tell, through linear heads that are thrown away afterwards, all about the
 cell that it lies in: shape or letters, colour, texture, size and box. The decoder then finds tokens worth
-looking at, which spares it the long plateau at the start of end-to-end training.
+looking at, which spares it the long plateau at the start of end-to-end training. For the same reason the
+words start as the directions that tell them: 'circle', as token and as answer, points where the tokens of a
+circle do.
 """
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from hones_eval.toy import drawing
-from hones_eval.toy.model import PATCH
+from hones_eval.toy.model import PATCH, build_tokenizer
 from hones_eval.toy.packing import to_pixels
 from hones_eval.toy.prompts import letters
 from hones_eval.toy.scenes import CELL, COLORS, SHAPES, SIDE, SIZES, TEXTURES, Box, Scene, scene
@@ -23,6 +25,14 @@ _CLASSES = {
     "size": len(SIZES),
     **{f"letter {i}": len(letters()) for i in range(3)},
     **dict.fromkeys(("left", "top", "right", "bottom"), SIDE // 2 + 1),
+}
+_WORDS = {
+    "content": ("nothing", "word", *SHAPES),
+    "color": COLORS,
+    "texture": TEXTURES,
+    "size": SIZES,
+    "letter 0": letters(),
+    "letter 1": [f"##{letter}" for letter in letters()],
 }
 _TOKENS_ACROSS = SIDE // PATCH
 
@@ -46,7 +56,21 @@ def teach_sight(
         optimizer.step()
         schedule.step()
         recent = 0.98 * recent + 0.02 * loss.item() if step else loss.item()
+    _name_directions(model, heads)
     return recent
+
+
+@torch.no_grad()
+def _name_directions(model: LlavaForConditionalGeneration, heads: nn.ModuleDict) -> None:
+    """Give the words of each head its directions, centred and as long as other words, as token and answer."""
+    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    ids = build_tokenizer().get_vocab()
+    for name, words in _WORDS.items():
+        weight = heads[name].weight
+        directions = nn.functional.normalize(weight - weight.mean(0), dim=1)
+        for table in tables:
+            length = table.norm(dim=1).mean()
+            table[[ids[word] for word in words]] = length * directions
 
 
 def _loss(model: LlavaForConditionalGeneration, heads: nn.ModuleDict, scenes: list[Scene]) -> torch.Tensor:

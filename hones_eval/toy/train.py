@@ -1,15 +1,17 @@
 """Train the small VLM from a seed: `python -m hones_eval.toy.train --out DIR --seed 0`.
 
-Three parts: the image tower learns to see (`sight.py`); then the decoder learns to read the image tokens,
-each picture with long answers about its cells and shapes; then the mixture of all tasks. Sparse questions alone
-leave the binding of colour to shape at a plateau for thousands of steps.
+The image tower learns to see (`sight.py`). Then the decoder learns to look at the image tokens by place and
+by content, each picture with long answers about its cells and its shapes; then all tasks follow, and at last
+a round of mostly yes/no questions. Sparse questions alone stay at chance for thousands of steps.
 """
 
 import csv
 import random
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -19,17 +21,31 @@ from hones_eval.toy.packing import Batch, Packer, answer_logits
 from hones_eval.toy.scenes import scene
 from hones_eval.toy.sight import teach_sight
 
-# How often each topic is asked for, in the first and in the second part.
-DENSE = {
+# How often each topic is asked for: while the decoder learns to look, to answer, and to judge.
+LOOKING = {
     "caption": 1.0, "ocr": 1.0, "shape_at": 1.0, "color": 2.0, "texture": 1.0, "size": 0.5,
     "exists": 1.0, "is_color": 1.0, "is_side": 1.0, "what_side": 0.5, "grounding": 1.0, "retrieval": 0.5,
 }  # fmt: skip
-MIXED = {
+ANSWERING = {
     "caption": 1.5, "ocr": 0.7, "shape_at": 0.5, "color": 1.5, "texture": 0.7, "size": 0.3, "is_texture": 0.7,
     "exists": 1.0, "is_color": 1.0, "is_side": 2.0, "what_side": 1.0, "grounding": 1.5, "retrieval": 3.0,
 }  # fmt: skip
-TOPICS = ("describe", "inventory", *MIXED)
+JUDGING = {
+    "exists": 2.5, "is_color": 2.5, "is_texture": 1.0, "is_side": 3.0, "retrieval": 2.5, "ocr": 1.5,
+    "shape_at": 0.4, "what_side": 0.7, "color": 0.5, "texture": 0.4, "size": 0.2, "caption": 0.5, "grounding": 0.6,
+}  # fmt: skip
+TOPICS = ("describe", "inventory", *ANSWERING)
 _PICTURES = 5_000_000  # of the training split; the image tower alone learns from the rest
+
+
+class Part(NamedTuple):
+    """A stretch of training: shares of pictures with the two long answers, mixture, tokens a picture."""
+
+    steps: int
+    described: float
+    listed: float
+    mixture: dict[str, float]
+    width: int
 
 
 @dataclass(frozen=True)
@@ -40,51 +56,88 @@ class Settings:
     seed: int = 0
     sight_steps: int = 1500  # of the image tower alone, 64 pictures each
     sight_rate: float = 2e-3
-    steps: int = 3000  # of the whole model
-    tokens: int = 2048  # a step
+    cells_steps: int = 500  # of the whole model, with a description of every picture's cells
+    shapes_steps: int = 600  # with an inventory of every picture's shapes
+    mixed_steps: int = 2000  # with short questions of all kinds
     rate: float = 1.5e-3
+    judging_steps: int = 2500  # mostly yes/no questions, after a restart of the optimizer
+    judging_rate: float = 1e-3
+    tokens: int = 2304  # a step
     warmup: int = 200
-    dense_share: float = 0.3  # of the steps that ask for description and inventory of every picture
-    width: int = 128  # tokens a picture, for four or so questions
     log_every: int = 100
     measure_every: int = 500
     measured_pictures: int = 256  # of the development split
-    start: Path | None = None  # a checkpoint to go on from, with a fresh optimizer
+    start: Path | None = None  # a checkpoint of the first round, to run the second one alone
 
 
 def train(settings: Settings) -> Path:
     """Train, log and save; returns the folder of the checkpoint. One thread, no accelerator needed."""
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    processor, model = small.build_processor(), small.build_model(settings.seed)
-    if settings.start is not None:
-        model = LlavaForConditionalGeneration.from_pretrained(settings.start)
-    else:
-        blindness = teach_sight(model, settings.seed, settings.sight_steps, 64, settings.sight_rate)
+    run = _Run(settings)
+    if settings.start is None:
+        blindness = teach_sight(run.model, settings.seed, settings.sight_steps, 64, settings.sight_rate)
         print(f"the image tower sees, loss {blindness:.3f}", flush=True)
-    packer, rng = Packer(processor), random.Random(f"training/{settings.seed}")
-    optimizer = _optimizer(model, settings)
-    schedule = _schedule(optimizer, settings)
-    log = _Log(settings.out / "training_log.csv")
-    started, running = time.monotonic(), 0.0
-    for step in range(1, settings.steps + 1):
-        dense = step <= settings.dense_share * settings.steps
-        loss = _loss(model, _batch(packer, settings, step, dense, rng))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running += loss.item() / settings.log_every
-        if step % settings.measure_every == 0 or step == settings.steps:
-            log.write(
-                step, time.monotonic() - started, running, accuracy(model, packer, settings.measured_pictures)
-            )
-            save(model, processor, settings.out / "checkpoint")
-        elif step % settings.log_every == 0:
-            log.write(step, time.monotonic() - started, running, {})
-        running = 0.0 if step % settings.log_every == 0 else running
+        run.round("training", run.first_round, settings.rate)
+    judging = Part(settings.judging_steps, 0.15, 0.1, JUDGING, 192)
+    run.step = sum(part.steps for part in run.first_round)
+    run.round("judging", [judging], settings.judging_rate)
     return settings.out / "checkpoint"
+
+
+class _Run:
+    """A training under way: the model, where it stands and its log."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.processor, self.model = small.build_processor(), small.build_model(settings.seed)
+        if settings.start is not None:
+            self.model = LlavaForConditionalGeneration.from_pretrained(settings.start)
+        self.packer, self.log = Packer(self.processor), _Log(settings.out / "training_log.csv")
+        self.step, self.started = 0, time.monotonic()
+        self.first_round = [
+            Part(settings.cells_steps, 1.0, 0.0, LOOKING, 96),
+            Part(settings.shapes_steps, 0.3, 1.0, LOOKING, 96),
+            Part(settings.mixed_steps, 0.1, 0.3, ANSWERING, 144),
+        ]
+
+    def round(self, name: str, parts: list[Part], rate: float) -> None:
+        """Train through some parts with one optimizer, warm-up and cosine; save at the end."""
+        rng, losses = random.Random(f"{name}/{self.settings.seed}"), list[float]()
+        optimizer = _optimizer(self.model, rate)
+        schedule = _schedule(optimizer, rate, self.settings.warmup, sum(part.steps for part in parts))
+        for part in chain.from_iterable([one] * one.steps for one in parts):
+            self.step += 1
+            loss = _loss(self.model, self._batch(part, rng))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            self._report(losses)
+        save(self.model, self.processor, self.settings.out / "checkpoint")
+
+    def _report(self, losses: list[float]) -> None:
+        measure = self.step % self.settings.measure_every == 0
+        if not measure and self.step % self.settings.log_every:
+            return
+        measured = accuracy(self.model, self.packer, self.settings.measured_pictures) if measure else {}
+        self.log.write(self.step, time.monotonic() - self.started, sum(losses) / len(losses), measured)
+        losses.clear()
+        if measure:
+            save(self.model, self.processor, self.settings.out / "checkpoint")
+
+    def _batch(self, part: Part, rng: random.Random) -> Batch:
+        pictures = self.settings.tokens // part.width
+        first = (self.settings.seed * 10_000 + self.step) * pictures % _PICTURES
+        wishes = []
+        for _ in range(pictures):
+            long = ["describe"] * (rng.random() < part.described) + ["inventory"] * (
+                rng.random() < part.listed
+            )
+            wishes.append(long + rng.choices(list(part.mixture), list(part.mixture.values()), k=8))
+        return self.packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, part.width)
 
 
 def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int) -> dict[str, float]:
@@ -110,18 +163,6 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     processor.save_pretrained(folder)
 
 
-def _batch(packer: Packer, settings: Settings, step: int, dense: bool, rng: random.Random) -> Batch:
-    table = DENSE if dense else MIXED
-    pictures = settings.tokens // settings.width
-    first = (settings.seed * settings.steps + step) * pictures % _PICTURES
-    wishes = []
-    for _ in range(pictures):
-        long = ["describe"] * (dense or rng.random() < 0.1) + ["inventory"] * (dense or rng.random() < 0.25)
-        asked = rng.choices(list(table), list(table.values()), k=12)
-        wishes.append(long + asked)
-    return packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, settings.width)
-
-
 def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of answer tokens; a long answer counts with the root of its length."""
     logits, places = answer_logits(model, batch)
@@ -142,19 +183,19 @@ def _verdicts(model: LlavaForConditionalGeneration, batch: Batch) -> list[tuple[
     ]
 
 
-def _optimizer(model: LlavaForConditionalGeneration, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(model: LlavaForConditionalGeneration, rate: float) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
-def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.LRScheduler:
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=settings.warmup)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, settings.steps - settings.warmup, eta_min=settings.rate / 50
-    )
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [settings.warmup])
+def _schedule(
+    optimizer: torch.optim.Optimizer, rate: float, warmup: int, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - warmup, 1), eta_min=rate / 50)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [warmup])
 
 
 class _Log:
