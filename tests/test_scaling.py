@@ -195,3 +195,12 @@ def test_a_steering_that_would_change_nothing_is_refused(
     assert main(given) == 1
     assert "rank with --method vseam" in own_answers.complaint(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_factors_that_do_equally_well_the_one_that_changes_least_is_taken(
+    development: Development,
+) -> None:
+    job = dataclasses.replace(development, factors=(1.0001, 1.0, 0.9999))
+    settings = grid(job).provenance.settings
+    assert len(set(settings["metric_by_factor"].values())) == 1
+    assert settings["factor"] == 1.0
