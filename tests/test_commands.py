@@ -156,16 +156,17 @@ def test_scaling_heads_by_their_signed_scores(rankings: Path, tmp_path: Path) ->
 
 
 def test_scaling_the_best_and_the_worst_heads(rankings: Path, tmp_path: Path) -> None:
-    assert main(scale(rankings / "vseam", "topk", tmp_path / "s", heads=3, enhance=0.25, suppress=0.75)) == 0
+    assert main(scale(rankings / "vseam", "topk", tmp_path / "s", heads=9, enhance=0.25, suppress=0.75)) == 0
     ranking, scales = Ranking.load(rankings / "vseam"), Steering.load(tmp_path / "s").head_scales
-    expected = torch.ones(4, 4)
+    expected, both = torch.ones(4, 4), 0
     for scores, factor in ((ranking.head_positive, 1.25), (ranking.head_negative, 0.25)):
-        for i in torch.sort(scores.flatten(), descending=True, stable=True).indices[:3]:
+        for i in torch.sort(scores.flatten(), descending=True, stable=True).indices[:9]:
             if scores.flatten()[i] > 0:
-                taken = expected.view(-1)[i] != 1
-                expected.view(-1)[i] = 1.0 if taken else factor
+                both += int(expected.view(-1)[i] != 1)
+                expected.view(-1)[i] = 1.0 if expected.view(-1)[i] != 1 else factor
     assert torch.equal(scales, expected)
-    assert (scales != 1).any()
+    assert set(scales.unique().tolist()) == {0.25, 1.0, 1.25}
+    assert both > 0
 
 
 def test_a_config_file_that_is_not_yaml(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
