@@ -11,7 +11,6 @@ from lmms_eval.api.instance import unwrap_generation_output
 from lmms_eval.api.model import lmms
 
 from hones_eval.artefact import write_json
-from hones_eval.commands.documents import document_of
 from hones_eval.editing.run import Report
 from hones_eval.errors import HonesError
 from hones_eval.examples import TaskExamples, load_lmm
@@ -52,7 +51,7 @@ def _answers(lmm: lmms, task: str, model: str) -> Iterator[tuple[str, str]]:
     examples = TaskExamples(lmm, task, model_name=model)
     for index in range(len(examples)):
         output = lmm.generate_until([examples._request(index)])
-        yield str(document_of(examples, index)["question_id"]), str(unwrap_generation_output(output[0])[0])
+        yield str(examples.document(index)["question_id"]), str(unwrap_generation_output(output[0])[0])
 
 
 def _judged(row: dict[str, Any]) -> dict[str, Any]:

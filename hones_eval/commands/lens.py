@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from hones_eval import __version__, figures, lens_figures, tokens
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance, write_json, write_text
-from hones_eval.commands.documents import pictures_of
 from hones_eval.commands.shared import DType, Job, say
 from hones_eval.examples import inner_model, load_lmm
 from hones_eval.examples.models import tokenizer_of
@@ -182,7 +181,7 @@ def _draw(out: Path, job: Job, seen: Seen, texts: _Texts, tokenizer: PreTrainedT
     inputs = job.examples[seen.index].inputs
     text = inputs["input_ids"][0, tokens.positions(job.anatomy, inputs)[1]].tolist()
     prompt = "".join(tokens.token_texts(tokenizer, text))
-    pictures = pictures_of(job.examples, seen.index)
+    pictures = job.examples.pictures(seen.index)
     likeliest = texts.likeliest(seen.said.top_ids)
     drawn = lens_figures.lens_figure(seen, likeliest, pictures, prompt)
     figures.save(drawn, out / f"example{seen.index}.png")

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from hones_eval import figures, trace_figures, trace_tables
 from hones_eval.artefact import Provenance, write_json, write_text
-from hones_eval.commands.documents import document_of, keys_of, pictures_of
+from hones_eval.commands.documents import keys_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import TaskExamples
@@ -93,7 +93,7 @@ def trace(
             ).examples
         twin = job.on(other, include_path=include_path, gen_kwargs=gen_kwargs).examples
         pairs = Pairs(
-            first, twin, keys_of(first, twin), [read(document_of(first, i)) for i in range(len(first))], limit
+            first, twin, keys_of(first, twin), [read(first.document(i)) for i in range(len(first))], limit
         )
         categories.append(_run(job.loop, method, pairs, only))
     if job.loop.is_first:
@@ -251,7 +251,7 @@ def _write_figures(
             for number, pair in enumerate(one.counted[:examples]):
                 index = one.pairs.keys.index(pair.key)
                 shown = [
-                    pictures_of(task, at)
+                    task.pictures(at)
                     for task, at in zip(
                         (one.pairs.clean, one.pairs.edited), one.pairs.places[index], strict=True
                     )

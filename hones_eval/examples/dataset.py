@@ -142,6 +142,18 @@ class TaskExamples(Dataset[Example]):
         """Give `metric` over the results of `score`, by the task's own aggregation."""
         return self._scorer.aggregate(self.metric, results)
 
+    def doc_id(self, index: int) -> int:
+        """Give an example's place in the task's split."""
+        return int(self._request(index).doc_id)
+
+    def document(self, index: int) -> dict[str, Any]:
+        """Give a copy of the document behind an example, without its pictures."""
+        return document(self._task, self.doc_id(index))
+
+    def pictures(self, index: int) -> list[Image.Image]:
+        """Give the pictures that an example shows."""
+        return self._shown(self._request(index))[1]
+
     def example_set(self) -> ExampleSet:
         """Name these examples: their hash covers task, split, documents, prompts and pictures."""
         prints = [self._print(index) for index in range(len(self))]
