@@ -117,7 +117,7 @@ def edit(
     if model is not None:
         from hones_eval.commands.edit_answers import count_flips
 
-        report = count_flips(report, out, model, model_args)
+        report = count_flips(report, out, settings, model, model_args)
     _say_report(report)
     if not report.accepted and not report.rejected:
         first = f": {report.problems[0].question_id}: {report.problems[0].reason}" if report.problems else ""

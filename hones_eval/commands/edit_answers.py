@@ -10,15 +10,15 @@ from typing import Any
 from lmms_eval.api.instance import unwrap_generation_output
 from lmms_eval.api.model import lmms
 
-from hones_eval.artefact import write_json
-from hones_eval.editing.run import Report
+from hones_eval.editing.run import Report, write_tables
+from hones_eval.editing.work import EditSettings
 from hones_eval.errors import HonesError
 from hones_eval.examples import TaskExamples, load_lmm
 
 CATEGORIES = ("animal", "indoor", "vehicle", "color", "material", "action", "spatial")
 
 
-def count_flips(report: Report, out: Path, model: str, model_args: str) -> Report:
+def count_flips(report: Report, out: Path, settings: EditSettings, model: str, model_args: str) -> Report:
     """Ask a model every accepted question about both pictures, by the tasks `vseam_*` and their twins.
 
     An edit stays accepted when the model says the clean answer of the clean picture and the edited answer of
@@ -42,7 +42,7 @@ def count_flips(report: Report, out: Path, model: str, model_args: str) -> Repor
         accepted=[row for row in judged if row["accepted"]],
         rejected=report.rejected + [row for row in judged if not row["accepted"]],
     )
-    write_json(out / "vseam_pairs.json", flipped.accepted)
+    write_tables(flipped, out, settings)
     return flipped
 
 

@@ -106,9 +106,12 @@ def ssim_outside(clean: Pixels, edited: Pixels, mask: Footprint) -> float | None
         chosen = far[top : top + BAND]
         if not chosen.any():
             continue
+        count += int(chosen.sum()) * 3
+        if np.array_equal(clean[low:high], edited[low:high]):
+            total += int(chosen.sum()) * 3
+            continue
         band = _ssim_map(clean[low:high], edited[low:high])[top - low :][: len(chosen)]
         total += float(band[chosen].sum(dtype=np.float64))
-        count += int(chosen.sum()) * 3
     return total / count if count else None
 
 

@@ -18,10 +18,18 @@ def grown(footprint: Footprint) -> Footprint:
 
     What has four straight sides, such as a mirror, is cut out without its frame.
     """
-    thickness = cv2.distanceTransform(np.pad(footprint.astype(np.uint8), 1), cv2.DIST_L2, 3).max()
-    reach = max(3, round((0.3 if _is_four_sided(footprint) else 0.18) * float(thickness)))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-    return np.asarray(cv2.dilate(footprint.astype(np.uint8), kernel) > 0)
+    rows, columns = np.flatnonzero(footprint.any(1)), np.flatnonzero(footprint.any(0))
+    if not len(rows):
+        return footprint.copy()
+    bounds = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    thing = footprint[bounds.slices]
+    thickness = float(cv2.distanceTransform(np.pad(thing.astype(np.uint8), 1), cv2.DIST_L2, 3).max())
+    reach = max(3, round((0.3 if _is_four_sided(thing) else 0.18) * thickness))
+    window = bounds.grown(reach + 1, footprint.shape[1], footprint.shape[0])
+    away = cv2.distanceTransform((~footprint[window.slices]).astype(np.uint8), cv2.DIST_L2, 5)
+    larger = footprint.copy()
+    larger[window.slices] |= away <= reach
+    return larger
 
 
 def remove(picture: Pixels, region: Region, seed: int) -> tuple[Pixels, Footprint]:

@@ -36,12 +36,23 @@ def retexture(picture: Pixels, region: Region, material: str, seed: int, colour:
 
 def _light(lightness: Field, region: Region) -> Field:
     """Light and shade on the thing without its own pattern: the wide course of its lightness, centred."""
-    wide = max(1.5, 0.03 * max(region.alpha.shape))
     weight = np.maximum(region.alpha, 1e-3)
-    total = cv2.GaussianBlur(lightness * weight, (0, 0), wide)
-    course = total / np.maximum(cv2.GaussianBlur(weight, (0, 0), wide), 1e-6)
+    course = _wide(lightness * weight, 0.03) / np.maximum(_wide(weight, 0.03), 1e-6)
     centred = course - np.median(course[region.alpha > 0.5]) if (region.alpha > 0.5).any() else course * 0
     return np.asarray(centred.clip(-30, 30), np.float32)
+
+
+def _wide(values: Field, share: float) -> Field:
+    """Blur by a share of the longer side, on a copy no larger than the blur needs."""
+    height, width = values.shape
+    scale = min(1.0, 600 / max(height, width))
+    size = max(2, round(width * scale)), max(2, round(height * scale))
+    small = np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA)) if scale < 1 else values
+    blurred = cv2.GaussianBlur(small, (0, 0), max(0.5, share * max(small.shape)))
+    return np.asarray(
+        cv2.resize(blurred, (width, height), interpolation=cv2.INTER_LINEAR) if scale < 1 else blurred,
+        np.float32,
+    )
 
 
 def _shine(surface: Field, lightness: Field, region: Region) -> Field:
@@ -50,8 +61,7 @@ def _shine(surface: Field, lightness: Field, region: Region) -> Field:
     depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
     reach = max(3.0, 0.06 * max(region.alpha.shape))
     slope = cv2.Sobel(np.minimum(depth, reach).astype(np.float32), cv2.CV_32F, 0, 1)
-    rim = cv2.GaussianBlur(np.maximum(slope, 0), (0, 0), reach / 3)
-    lower = cv2.GaussianBlur(np.maximum(-slope, 0), (0, 0), reach / 3)
+    rim, lower = _wide(np.maximum(slope, 0), 0.02), _wide(np.maximum(-slope, 0), 0.02)
     strength = rim / max(float(rim.max()), 1e-6) - 0.6 * lower / max(float(lower.max()), 1e-6)
     lit = surface.copy()
     lit[..., 0] += 22 * strength

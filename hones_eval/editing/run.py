@@ -111,7 +111,7 @@ def edit_records(
         len(reading.records) - len(wanted),
         resumed,
     )
-    _write_tables(report, out, settings)
+    write_tables(report, out, settings)
     return report
 
 
@@ -247,7 +247,8 @@ def _write(made: Made, record: Record, images: Path, out: Path, settings: EditSe
     return row
 
 
-def _write_tables(report: Report, out: Path, settings: EditSettings) -> None:
+def write_tables(report: Report, out: Path, settings: EditSettings) -> None:
+    """Write `vseam_pairs.json`, the accepted edits, and `report.json`, what became of the rest."""
     write_json(out / "vseam_pairs.json", report.accepted)
     content = {
         "settings": asdict(settings),
