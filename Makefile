@@ -7,7 +7,7 @@ PHOTOS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench boards
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)")
@@ -22,6 +22,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/localization.py
+	$(BIN)/python benchmarks/neurons.py
+	$(BIN)/python benchmarks/patching.py --pretrained hones_eval/toy/checkpoint
+	$(BIN)/python benchmarks/steered.py
+
+boards: $(READY)
+	$(BIN)/python benchmarks/scenes_board.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
