@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.recolor import rgb_to_lab
+from hones_eval.pictures import whole_pictures
 
 Footprint = NDArray[np.bool_]
 BAND = 512
@@ -74,7 +75,7 @@ def judge(clean: Pixels, edited: Pixels, mask: Footprint, bounds: Bounds) -> Ver
 def sound(content: bytes, width: int, height: int) -> str | None:
     """Read an encoded picture back; what is wrong with it, or None."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with whole_pictures(), Image.open(io.BytesIO(content)) as opened:
             opened.load()
             mode, size = opened.mode, opened.size
     except (UnidentifiedImageError, OSError, SyntaxError) as error:

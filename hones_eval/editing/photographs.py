@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from hones_eval.editing.problems import RecordError
+from hones_eval.pictures import whole_pictures
 
 Pixels = NDArray[np.uint8]
 MOST_PIXELS = 120_000_000
@@ -44,7 +45,7 @@ def read(path: Path) -> Photograph:
     Raises: RecordError when it is missing, truncated, no picture, or larger than 120 megapixels.
     """
     try:
-        with Image.open(path) as opened:
+        with whole_pictures(), Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise RecordError(f"{path.name} has {opened.width} x {opened.height} pixels; {_LIMIT}")
             plain = opened.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1

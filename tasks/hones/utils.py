@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,15 +9,15 @@ from datasets import Dataset
 from lmms_eval.api.metrics import levenshtein_distance
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 from loguru import logger
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw
 from torchmetrics.functional.text import sacre_bleu_score
 
 from hones_eval.errors import TaskError
+from hones_eval.pictures import whole_pictures
 from hones_eval.tasks.hones import retrieval
 from hones_eval.tasks.hones.data import Entry, annotation_file, entries
 
 BOX_WIDTH = 3
-_loading = threading.Lock()
 
 
 # Documents. Each takes the one-row data set of a file in splits/, which names a share of the pictures.
@@ -126,17 +125,11 @@ def _captions(entry: Entry) -> list[str]:
 
 def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
     """Give the picture; one that is cut short is an error, which lmms-eval would otherwise fill with grey."""
-    with _loading:
-        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            with Image.open(doc["image_path"]) as opened:
-                return [opened.convert("RGB")]
-        except (OSError, SyntaxError) as error:
-            raise TaskError(
-                f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}"
-            ) from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+    try:
+        with whole_pictures(), Image.open(doc["image_path"]) as opened:
+            return [opened.convert("RGB")]
+    except (OSError, SyntaxError) as error:
+        raise TaskError(f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}") from error
 
 
 def picture_with_box(doc: Mapping[str, Any]) -> list[Image.Image]:
