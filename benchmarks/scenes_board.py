@@ -24,7 +24,9 @@ TESTED = (
     "grounding",
     "vqa_attribute_shifted",
 )
-MODEL = f"pretrained={checkpoint_path()}"
+# Relative, since it is written into the board: run this in the repository.
+CHECKPOINT = Path("hones_eval/toy/checkpoint")
+MODEL = f"pretrained={CHECKPOINT}"
 
 
 def steering(work: Path, method: str, task: str, examples: int) -> Path:
@@ -63,6 +65,7 @@ def evaluate(work: Path, name: str, steered: Path | None, limit: int) -> None:
 
 
 def board(out: Path, work: Path, examples: int, limit: int) -> None:
+    checkpoint_path(CHECKPOINT)  # compares the weights with their hash
     chosen = [("hones", task) for task in ("vqa_attribute", "vqa_relation", "ocr", "grounding")]
     chosen += [("vseam", task) for task in ("vqa_object", "vqa_attribute")]
     chosen += [("random", "vqa_attribute")]
@@ -78,7 +81,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("leaderboards/scenes/board"))
     parser.add_argument("--work", type=Path, default=Path("runs/scenes_board"))
-    parser.add_argument("--examples", type=int, default=60, help="to discover on, for each steering")
-    parser.add_argument("--limit", type=int, default=200, help="test examples of each task")
+    parser.add_argument("--examples", type=int, default=48, help="to discover on, for each steering")
+    parser.add_argument("--limit", type=int, default=100, help="test examples of each task")
     given = parser.parse_args()
     board(given.out, given.work, given.examples, given.limit)

@@ -19,7 +19,7 @@ from hones_eval.loops import _Pass
 
 
 def forked(arguments: list[str], example: int | None = None, delay: float = 0.0) -> int:
-    """Run in a forked process, killed some seconds after it has measured so many examples; its wait status."""
+    """Run in a forked process, killed some seconds into an example; its wait status."""
     child = os.fork()
     if child == 0:
         if example is not None:
