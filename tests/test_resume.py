@@ -14,7 +14,7 @@ from hones_eval.errors import HonesError
 from hones_eval.loops import _Pass
 from hones_eval.partial import Partial, Progress
 
-KILLS = 8
+KILLS = 5
 
 
 @pytest.fixture
