@@ -12,7 +12,7 @@ from hones_eval.__main__ import main
 def test_on_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo"), "--examples", "6"]) == 0
     rows = board_of(tmp_path / "demo")
-    assert {row["task"] for row in rows} >= {"scenes_vqa_attribute", "scenes_ocr"}
+    assert {row["task"] for row in rows} >= {"scenes_vqa_relation", "scenes_ocr"}
     assert all(row["n"] == "24" for row in rows)
     assert float(rows[0]["baseline"]) > 0
     assert "index.html" in capsys.readouterr().out

@@ -24,9 +24,9 @@ class _Plan(NamedTuple):
 
 
 SCENES = _Plan(
-    "scenes_vqa_attribute_discovery",
-    "scenes_vqa_attribute_development",
-    ("scenes_vqa_attribute", "scenes_vqa_attribute_shifted", "scenes_vqa_object", "scenes_ocr"),
+    "scenes_vqa_relation_discovery",
+    "scenes_vqa_relation_development",
+    ("scenes_vqa_relation", "scenes_vqa_relation_shifted", "scenes_vqa_object", "scenes_ocr"),
 )
 PHOTOS = _Plan("hones_vqa_discovery", "hones_vqa_development", ("hones_vqa_test",))
 
