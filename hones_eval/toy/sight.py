@@ -17,6 +17,7 @@ from hones_eval.toy.packing import to_pixels
 from hones_eval.toy.prompts import letters
 from hones_eval.toy.scenes import CELL, COLORS, SHAPES, SIDE, SIZES, TEXTURES, Box, Scene, scene
 
+_Heads = dict[str, nn.Linear]
 _NONE = -100
 _CLASSES = {
     "content": len(SHAPES) + 2,  # nothing, a word, or one of the shapes
@@ -41,9 +42,9 @@ def teach_sight(
     model: LlavaForConditionalGeneration, seed: int, steps: int, pictures: int, rate: float
 ) -> float:
     """Train image tower and projector in place; returns the mean loss of the last steps."""
-    heads = nn.ModuleDict({name: nn.Linear(model.lm_head.in_features, n) for name, n in _CLASSES.items()})
+    heads = {name: nn.Linear(model.lm_head.in_features, n) for name, n in _CLASSES.items()}
     tower = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    parameters = [*tower, *heads.parameters()]
+    parameters = [*tower, *(p for head in heads.values() for p in head.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     recent = 0.0
@@ -61,9 +62,9 @@ def teach_sight(
 
 
 @torch.no_grad()
-def _name_directions(model: LlavaForConditionalGeneration, heads: nn.ModuleDict) -> None:
+def _name_directions(model: LlavaForConditionalGeneration, heads: _Heads) -> None:
     """Give the words of each head its directions, centred and as long as other words, as token and answer."""
-    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tables: list[torch.Tensor] = [model.model.language_model.embed_tokens.weight, model.lm_head.weight]
     ids = build_tokenizer().get_vocab()
     for name, words in _WORDS.items():
         weight = heads[name].weight
@@ -73,7 +74,7 @@ def _name_directions(model: LlavaForConditionalGeneration, heads: nn.ModuleDict)
             table[[ids[word] for word in words]] = length * directions
 
 
-def _loss(model: LlavaForConditionalGeneration, heads: nn.ModuleDict, scenes: list[Scene]) -> torch.Tensor:
+def _loss(model: LlavaForConditionalGeneration, heads: _Heads, scenes: list[Scene]) -> torch.Tensor:
     pixels = to_pixels([drawing.draw(scene) for scene in scenes])
     tokens = torch.stack(list(model.model.get_image_features(pixels).pooler_output))  # [B, 16, D]
     targets = torch.tensor([[_facts(scene, cell) for cell in range(4)] for scene in scenes])  # [B, 4, F]

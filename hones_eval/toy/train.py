@@ -32,7 +32,8 @@ ANSWERING = {
 }  # fmt: skip
 JUDGING = {
     "exists": 2.5, "is_color": 2.5, "is_texture": 1.0, "is_side": 3.0, "retrieval": 2.5, "ocr": 1.5,
-    "shape_at": 0.4, "what_side": 0.7, "color": 0.5, "texture": 0.4, "size": 0.2, "caption": 0.5, "grounding": 0.6,
+    "shape_at": 0.4, "what_side": 0.7, "color": 0.5, "texture": 0.4, "size": 0.2, "caption": 0.5,
+    "grounding": 0.6,
 }  # fmt: skip
 TOPICS = ("describe", "inventory", *ANSWERING)
 _PICTURES = 5_000_000  # of the training split; the image tower alone learns from the rest
@@ -100,6 +101,7 @@ class _Run:
             Part(settings.shapes_steps, 0.3, 1.0, LOOKING, 96),
             Part(settings.mixed_steps, 0.1, 0.3, ANSWERING, 144),
         ]
+        self.last = sum(part.steps for part in self.first_round) + settings.judging_steps
 
     def round(self, name: str, parts: list[Part], rate: float) -> None:
         """Train through some parts with one optimizer, warm-up and cosine; save at the end."""
@@ -119,7 +121,7 @@ class _Run:
         save(self.model, self.processor, self.settings.out / "checkpoint")
 
     def _report(self, losses: list[float]) -> None:
-        measure = self.step % self.settings.measure_every == 0
+        measure = self.step % self.settings.measure_every == 0 or self.step == self.last
         if not measure and self.step % self.settings.log_every:
             return
         measured = accuracy(self.model, self.packer, self.settings.measured_pictures) if measure else {}
