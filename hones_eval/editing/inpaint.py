@@ -173,7 +173,7 @@ def _load(settings: InpaintSettings, device: str) -> Any:
 
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "float16")
     try:
-        pipeline: Any = diffusers.AutoPipelineForInpainting.from_pretrained(  # type: ignore[no-untyped-call]
+        pipeline: Any = diffusers.AutoPipelineForInpainting.from_pretrained(
             settings.checkpoint, torch_dtype=getattr(torch, dtype), trust_remote_code=False
         )
         pipeline.set_progress_bar_config(disable=True)
