@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from hones_eval.errors import HonesError
-from hones_eval.toy import card
+from hones_eval.toy import card, scoring
 from hones_eval.toy.documents import Task, documents
 
 
@@ -47,6 +47,15 @@ def test_wrong_answers_lower_every_figure(tmp_path: Path) -> None:
     assert rows["retrieval, NDCG@5"].value == pytest.approx(1 / 4)
     assert rows["grounding, mean IoU"].value == pytest.approx(10 / 40)
     assert 0 < rows["caption, BLEU-4"].value < 0.5
+
+
+def test_summed_counts_give_corpus_bleu() -> None:
+    made = documents("caption", "plain", "test", 30)
+    said = [made[i].answer if i % 3 else made[i - 1].answer + " and more" for i in range(30)]
+    counts = [card.bleu_counts(card.Sample(d, text)) for d, text in zip(made, said, strict=True)]
+    expected = scoring.bleu4(said, [d.references for d in made])
+    assert 0.1 < expected < 0.95
+    assert card.bleu_of_counts(counts) == pytest.approx(expected, abs=1e-6)
 
 
 def test_samples_of_other_scenes_and_missing_ones_are_errors(tmp_path: Path) -> None:
