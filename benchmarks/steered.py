@@ -38,6 +38,7 @@ def run(generations: int) -> None:
     for _ in range(generations + 5):
         for way in WAYS:
             attached = None if way == "baseline" else attach_to(anatomy, steering, way)  # type: ignore[arg-type]
+            answer(model, example)  # not timed: attaching has just touched weights and hooks
             start = time.perf_counter()
             answer(model, example)
             seconds[way].append(time.perf_counter() - start)

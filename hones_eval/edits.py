@@ -57,8 +57,13 @@ def zero_neurons_in_rows(
 
 
 def scale(x: Float[Tensor, "*batch sites"], scales: Float[Tensor, " sites"]) -> Float[Tensor, "*batch sites"]:
-    """Every site times its scale: HONES 4, V-SEAM 4, and masking where the scale is zero."""
-    return x * scales.to(x.dtype)
+    """Every site times its scale: HONES 4, V-SEAM 4, and masking where the scale is zero.
+
+    Multiplied in the wider of the two types and then rounded to that of `x`: in bfloat16 a scale closer to 1
+    than 0.4 percent would itself round to 1 and do nothing.
+    """
+    product = x * scales
+    return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
 def put_back(

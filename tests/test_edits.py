@@ -86,6 +86,14 @@ def test_scales_keep_the_type_of_what_they_scale(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(scaled.double(), x.double().numpy() * scales.numpy())
 
 
+def test_a_scale_close_to_one_acts_in_bfloat16_on_what_it_can_change() -> None:
+    x, scales = draw(1, 200, 6, dtype=torch.bfloat16), torch.full((6,), 1.003)
+    scaled = edits.scale(x, scales)
+    assert scales.bfloat16().eq(1).all()
+    assert torch.equal(scaled, (x.double() * 1.003).to(torch.bfloat16))
+    assert float((scaled != x).float().mean()) > 0.5
+
+
 def test_clean_activations_are_put_back_at_the_chosen_positions_alone() -> None:
     x, clean = draw(2, 6, 4), draw(2, 6, 4) + 9
     before = x.clone()
