@@ -179,6 +179,6 @@ def said_of(settings: Mapping[str, Any]) -> str:
         losses = [one["cross_entropy"] for one in settings["epoch_losses"]]
         return (
             f"{settings['steps']} steps; cross-entropy {losses[0]:.4g} in the first epoch, "
-            f"{losses[-1]:.4g} in the last"
+            f"{losses[-1]:.4g} in the last; no scale moved more than {settings['largest_change']:.2g} from 1"
         )
     return f"{what} on development: {settings['metric']} {settings['baseline']:.4g} without, {best:.4g} with"

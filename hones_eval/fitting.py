@@ -63,8 +63,10 @@ def fit(
     steps = trainer.global_step
     if steps != module.steps:
         raise HonesError(f"learning took {steps} steps where {module.steps} were planned")
+    found = scales.scales()
     report = asdict(settings) | {"steps": steps, "last_learning_rate": module.last_rate()}
-    return Fitted(scales.scales(), report | {"epoch_losses": module.history})
+    report |= {"epoch_losses": module.history, "largest_change": float((found - 1).abs().max())}
+    return Fitted(found, report)
 
 
 def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:

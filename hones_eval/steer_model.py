@@ -1,5 +1,6 @@
 """Attach a steering to a model, by hooks or folded into the weights, and take it off exactly."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -60,7 +61,9 @@ def attach_to(
 ) -> AttachedSteering:
     """As `attach_steering`, for a model whose anatomy is known already."""
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
-    scaled = scaled_sites(anatomy, steering.at_strength(strength))
+    steering = steering.at_strength(strength)
+    _warn_of_swallowed(anatomy, steering)
+    scaled = scaled_sites(anatomy, steering)
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))
     if how != "hook":
@@ -87,6 +90,19 @@ def scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tenso
     everything = [*zip(anatomy.heads_in, per_feature, strict=True)]
     everything += zip(anatomy.neurons_in, steering.neuron_scales, strict=True)
     return [(site, scales) for site, scales in everything if not bool((scales == 1).all())]
+
+
+def _warn_of_swallowed(anatomy: Anatomy, steering: Steering) -> None:
+    dtype = anatomy.model.dtype
+    lost = steering.swallowed(dtype)
+    if lost:
+        scaled = int((steering.head_scales != 1).sum()) + int((steering.neuron_scales != 1).sum())
+        kind = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{lost} of {scaled} scales are within {torch.finfo(dtype).eps / 4:.2g} of 1, where rounding to "
+            f"{kind} undoes them: load the model in float32, or choose larger scales",
+            stacklevel=2,
+        )
 
 
 def _scaling(site: Site, scales: Tensor) -> Edit:

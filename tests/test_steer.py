@@ -1,6 +1,7 @@
 """A steering on a model, by hooks or folded into the weights: the same logits, and taken off exactly."""
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -95,6 +96,36 @@ def test_in_half_precision(how: How) -> None:
     assert (steered - expected).abs().max() < 0.08 * expected.abs().max()
     assert (steered - before).abs().max() > 0.2 * expected.abs().max()
     assert fingerprint(family.model) == weights
+
+
+@pytest.mark.parametrize("how", ["hook", "fold"])
+def test_scales_that_half_precision_undoes_are_counted(how: How) -> None:
+    family = families.build("llava", dtype=torch.bfloat16)
+    shape = Anatomy.of(family.model).shape
+    steering = make(shape)
+    steering.head_scales.fill_(1)
+    steering.neuron_scales.fill_(1)
+    steering.neuron_scales[0, :3] = 1.001
+    steering.neuron_scales[1, 0] = 1.01
+    said = "3 of 4 scales are within 0.002 of 1, where rounding to bfloat16 undoes them"
+    with pytest.warns(UserWarning, match=said), steer(family.model, steering, how=how):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with steer(family.model, steering, how=how, strength=10):
+            pass
+
+
+@pytest.mark.parametrize("how", ["hook", "fold"])
+def test_small_scales_act_in_half_precision_as_much_as_a_number_of_it_can(how: How) -> None:
+    """Scales of 1.003 are 1 in bfloat16, but the products are not what they were."""
+    family = families.build("llava", dtype=torch.bfloat16)
+    steering = make(Anatomy.of(family.model).shape)
+    steering.head_scales.fill_(1)
+    steering.neuron_scales.fill_(1.003)
+    before = logits(family)
+    with steer(family.model, steering, how=how):
+        assert not torch.equal(logits(family), before)
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])

@@ -54,6 +54,22 @@ def test_strength_goes_from_the_baseline_through_the_steering_and_beyond() -> No
     assert not made.is_noop
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_that_rounding_undoes_are_those_that_change_no_number(dtype: torch.dtype) -> None:
+    """Every number of the type from 1 to 2, and from -2 to -1, times every scale."""
+    numbers = torch.arange(1, 2, torch.finfo(dtype).eps, dtype=torch.float64)
+    numbers = torch.cat([numbers, -numbers])
+    reach = torch.tensor([0.1, 0.5, 0.999, 1.01, 1.5, 4.0], dtype=torch.float64)
+    scales = (1 + torch.cat([reach, -reach, torch.zeros(1)]) * torch.finfo(dtype).eps / 4).float()
+    products = (numbers[:, None] * scales.double()).to(dtype).double()
+    unfelt = (products == numbers[:, None]).all(0) & (scales != 1)
+    assert 0 < int(unfelt.sum()) < len(scales) - 1
+    shape = replace(SHAPE, layers=1, neurons=len(scales))
+    made = make(shape=shape, head_scales=torch.ones(1, 3), neuron_scales=scales[None])
+    assert made.swallowed(dtype) == int(unfelt.sum())
+    assert made.swallowed(torch.float32) == 0
+
+
 def test_both_at_once_is_the_product_and_remembers_both() -> None:
     first, second = make(1), make(2)
     both = first.compose(second)

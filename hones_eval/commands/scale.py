@@ -122,6 +122,9 @@ def scale(
         say(said_of(steering.provenance.settings))
         if steering.is_noop:
             say("warning: nothing beats leaving the model as it is, so this steering changes nothing")
+        lost = steering.swallowed(job.anatomy.model.dtype)
+        if lost:
+            say(f"warning: {lost} scales are so near to 1 that rounding to {job.dtype} undoes them")
 
 
 def _save(steering: Steering, out: Path) -> None:

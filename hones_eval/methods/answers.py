@@ -144,7 +144,7 @@ def _scaling(rows: Tensor) -> Callable[[Tensor], Tensor]:
     """Scale row `i` of a batch [rows, tokens, features] by `rows[i]`."""
 
     def scale(x: Tensor) -> Tensor:
-        return x * rows[:, None].to(x)
+        return (x * rows[:, None].to(x.device)).to(x.dtype)  # in float32, as `edits.scale`
 
     return scale
 
