@@ -1,7 +1,7 @@
 """Scales of a bank of neurons chosen on development examples: grid, search, learned (HONES 4)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -118,14 +118,17 @@ def search(job: Development) -> Steering:
 
 def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
     """Scales by gradient descent; `random` learns those of a random bank, as large in each layer."""
-    bank, settings = job.bank, job.settings
-    if how == "learned_no_kl":
-        settings = FitSettings(**{**vars(settings), "beta": 0.0})
+    bank, settings = job.bank, learned_settings(job.settings, how)
     if how == "random":
         bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
     fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
     recorded = {"how": how, "count": len(bank), **fitted.report}
     return scaling.chosen(job.ranking, fitted.scales, recorded, job.example_set)
+
+
+def learned_settings(settings: FitSettings, how: How) -> FitSettings:
+    """The settings with which `how` is learned: `learned_no_kl` is not kept close to the model."""
+    return replace(settings, beta=0.0) if how == "learned_no_kl" else settings
 
 
 def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:

@@ -109,5 +109,63 @@ def bars(values: Mapping[str, int], label: str) -> Figure:
     return figure
 
 
+def gains(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]], label: str) -> Figure:
+    """Changes with their intervals by panel, row and kind: a dot a kind, side by side in its row.
+
+    Every dot is a mapping with `value`, `low` and `high`; the last two may be None.
+    """
+    rows = max(len(panel) for panel in panels.values())
+    kinds = list(dict.fromkeys(kind for panel in panels.values() for row in panel.values() for kind in row))
+    size = (1.6 + 3.6 * len(panels), 1.2 + 0.14 * rows * (len(kinds) + 1))
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    for axes, (title, panel) in zip(every, panels.items(), strict=True):
+        for place, dots in enumerate(panel.values()):
+            for kind, dot in dots.items():
+                number = kinds.index(kind)
+                height = place + 0.8 * ((number + 0.5) / len(kinds) - 0.5)
+                colour = _cycled(len(kinds))[number]
+                if dot["low"] is not None:
+                    axes.plot([dot["low"], dot["high"]], [height, height], color=colour, linewidth=1.2)
+                axes.plot(dot["value"], height, "o", color=colour, markersize=3.5, label=kind)
+        for place in range(1, len(panel)):
+            axes.axhline(place - 0.5, color=GREY, linewidth=0.4)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_yticks(range(len(panel)), list(panel))
+        axes.set_ylim(len(panel) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=9)
+    shown = dict(zip(*reversed(every[0].get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def matrices(
+    values: Mapping[str, Floats], rows: Sequence[str], columns: Sequence[str], label: str, across: int = 3
+) -> Figure:
+    """Heat maps of equal rows and columns on one scale of colours, with their numbers; NaN stays empty."""
+    down = -(-len(values) // across)
+    across = min(across, len(values))
+    size = (1.8 + 0.52 * len(columns) * across, 1.4 + (0.36 * len(rows) + 0.3) * down)
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    reach = max(float(np.nanmax(np.abs(one))) if np.isfinite(one).any() else 0.0 for one in values.values())
+    for axes, (name, one) in zip(every, values.items(), strict=False):
+        image = axes.imshow(one, cmap="RdBu", vmin=-reach or -1, vmax=reach or 1, aspect="auto")
+        for (i, j), value in np.ndenumerate(one):
+            if np.isfinite(value):
+                dark = abs(value) > 0.6 * reach
+                shown = "0" if value == 0 else f"{value:+.2f}"
+                colour = "white" if dark else "black"
+                axes.text(j, i, shown, ha="center", va="center", fontsize=6, color=colour)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        axes.set_title(name, fontsize=9)
+    for axes in every[len(values) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=every.tolist(), label=label, shrink=0.8)
+    return figure
+
+
 def _cycled(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]

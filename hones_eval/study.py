@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 
-from hones_eval.choosing import Development, How, choose
+from hones_eval.choosing import Development, How, choose, learned_settings
 from hones_eval.discovery import Discovery, Method, discover, provenance
 from hones_eval.errors import HonesError
 from hones_eval.examples import TaskExamples
@@ -50,6 +50,7 @@ class Study:
     factor: float = 2.0
     trials: int = 5
     seed: int = 0
+    fit: FitSettings = dataclasses.field(default_factory=FitSettings)
 
     def __post_init__(self) -> None:
         """Refuse a study without HONES, and tests that show pictures of any discovery or development set."""
@@ -96,7 +97,9 @@ def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:
     source = provenance(study.replayer.anatomy, task.discovery, method, study.settings, study.seed)
     if (folder / "ranking.json").exists():
         known = Ranking.load(folder)
-        _same(folder, known.provenance.examples[0].hash, source.examples[0].hash)
+        made, wanted = known.provenance, source
+        _same(folder, [made.examples[0].hash, made.seed], [wanted.examples[0].hash, wanted.seed])
+        _same(folder, made.settings, wanted.settings)
         return known
     others = [one.discovery for one in study.tasks if one is not task] if method == "entropy" else []
     ranking = discover(
@@ -112,6 +115,10 @@ def _scaled(study: Study, task: TaskSplits, ranking: Ranking, how: str) -> Steer
     if (folder / "steering.json").exists():
         known = Steering.load(folder)
         _same(folder, (known.provenance.ranking or {}).get("digest"), ranking.digest)
+        wanted = _settings(study, ranking, how)
+        _same(folder, {name: known.provenance.settings.get(name) for name in wanted}, wanted)
+        if how != "fixed":
+            _same(folder, known.provenance.examples[-1].hash, task.development.example_set().hash)
         return known
     if how == "fixed":
         steering = scaling.fixed(ranking, study.factor, study.neurons)
@@ -122,12 +129,22 @@ def _scaled(study: Study, task: TaskSplits, ranking: Ranking, how: str) -> Steer
             task.development,
             study.loop,
             study.neurons,
-            settings=FitSettings(seed=study.seed),
+            settings=study.fit,
         )
         steering = choose(job, cast(How, how))
     if study.loop.is_first:
         steering.save(folder)
     return steering
+
+
+def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
+    """What a steering made with these settings says of itself."""
+    wanted: dict[str, Any] = {"how": how, "count": len(ranking.neurons(study.neurons))}
+    if how == "fixed":
+        return wanted | {"factor": study.factor}
+    if how in ("grid", "search"):
+        return wanted
+    return wanted | dataclasses.asdict(learned_settings(study.fit, cast(How, how)))
 
 
 def _same(folder: Path, found: object, wanted: object) -> None:

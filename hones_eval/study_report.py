@@ -1,9 +1,13 @@
 """What `hones-eval study` writes: the paper's table, side effects, the methods beside each other."""
 
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hones_eval import figures
 from hones_eval.artefact import write_json, write_text
 from hones_eval.comparison_report import csv_table, markdown_table
 from hones_eval.study import WAYS, verdict
@@ -12,11 +16,12 @@ Row = Mapping[str, Any]
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
-    """Write `study.json`, `steering.csv`, `attribution.csv` and `study.md`."""
+    """Write `study.json`, `steering.csv`, `attribution.csv`, `study.md`, and figures of the gains."""
     write_json(out / "study.json", report)
     write_text(out / "steering.csv", csv_table(report["steering"]))
     write_text(out / "attribution.csv", csv_table(report["attribution"]))
     write_text(out / "study.md", _page(report))
+    _draw(report, out)
 
 
 def _page(report: Mapping[str, Any]) -> str:
@@ -33,6 +38,7 @@ def _page(report: Mapping[str, Any]) -> str:
         rows = [row for row in own if row["split"] == split]
         if rows:
             parts += [f"## {title}\n", markdown_table(_by_way(rows, tasks)), _conclusion(rows)]
+    parts += ["## How far the scales are from 1\n", markdown_table(_moves(own, tasks))]
     if others:
         parts += [
             "## Side effects: chosen for one task, measured on the others\n",
@@ -69,6 +75,12 @@ def _conclusion(rows: Sequence[Row]) -> str:
     return "By intervals that exclude zero:\n\n" + "\n".join(lines) + "\n"
 
 
+def _moves(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:
+    """The largest change of a scale from 1: a way that changes nothing cannot help."""
+    largest = {(row["how"], row["chosen_for"]): row["largest_change_of_a_scale"] for row in rows}
+    return [{"scales": how} | {task: f"{largest[how, task]:.2g}" for task in tasks} for how in WAYS]
+
+
 def _side_effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for how in WAYS:
@@ -95,3 +107,28 @@ def _masking(rows: Sequence[Row]) -> list[dict[str, str]]:
         cell = f"{row['drop']:.3f}{interval}; {row['in_last_layer']}/{row['neurons']} in the last layer"
         found.setdefault(row["method"], {"method": row["method"]})[row["task"]] = cell
     return list(found.values())
+
+
+def _draw(report: Mapping[str, Any], out: Path) -> None:
+    tasks = _short(list(report["examples"]))
+    panels: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    effects = {how: np.full((len(tasks), len(tasks)), np.nan) for how in WAYS}
+    for row in report["steering"]:
+        source, measured = list(tasks).index(row["chosen_for"]), list(tasks).index(row["measured_on"])
+        if row["split"] == "test":
+            effects[row["how"]][source, measured] = row["gain"]
+        if source == measured:
+            title = {"test": "in distribution", "shifted": "shifted"}[row["split"]]
+            dot = {"value": row["gain"], "low": row["gain_low"], "high": row["gain_high"]}
+            panels.setdefault(title, {}).setdefault(tasks[row["measured_on"]], {})[row["how"]] = dot
+    figures.save(figures.gains(panels, "gain by steering"), out / "gains.png")
+    names = list(tasks.values())
+    drawn = figures.matrices(effects, names, names, "gain of the task measured (column)")
+    figures.save(drawn, out / "side_effects.png")
+
+
+def _short(tasks: Sequence[str]) -> dict[str, str]:
+    """Tasks without what all of their names begin with, up to an underscore."""
+    shared = commonprefix(tasks) if len(tasks) > 1 else ""
+    cut = shared.rfind("_") + 1
+    return {task: task[cut:] for task in tasks}

@@ -72,7 +72,7 @@ FLOORS: dict[str, set[str]] = {
     "figures": {*BASE, "ranking"},
     "comparison_report": {*BASE, "comparison", "figures"},
     "study": {*WHOLE, "choosing", "discovery", "fitting", "verification"},
-    "study_report": {*BASE, "comparison_report", "study"},
+    "study_report": {*BASE, "comparison_report", "figures", "study"},
     "trace_tables": {*BASE, "methods", "tokens"},
     "trace_figures": {"figures", "methods", "tokens", "trace_tables"},
     "lens_figures": {"figures", "methods", "streams", "trace_figures"},

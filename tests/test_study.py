@@ -59,9 +59,18 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
     assert main(arguments(own, splits, tmp_path)) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads((tmp_path / "study.json").read_text()) == report
-    capsys.readouterr()
-    assert main(arguments(own, splits, tmp_path, "--limit", "3")) == 1
-    assert "was made from something else" in own_answers.complaint(capsys.readouterr().err)
+    for figure in ("gains", "side_effects"):
+        assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    for other, folder in (
+        (["--limit", "3"], "rankings/own_a/hones"),
+        (["--heads", "5"], "rankings/own_a/hones"),
+        (["--factor", "3"], "steerings/own_a/fixed"),
+        (["--learning_rate", "0.1"], "steerings/own_a/learned"),
+    ):
+        capsys.readouterr()
+        assert main(arguments(own, splits, tmp_path, *other)) == 1
+        said = own_answers.complaint(capsys.readouterr().err)
+        assert f"{folder} was made from something else" in said
 
 
 def _masking_is_that_of_verify(report: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:

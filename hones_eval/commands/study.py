@@ -7,6 +7,7 @@ from hones_eval import study_report
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.discovery import Method
 from hones_eval.errors import HonesError
+from hones_eval.fitting import FitSettings
 from hones_eval.study import Study, TaskSplits, run
 
 METHODS: tuple[Method, ...] = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
@@ -27,6 +28,8 @@ def study(
     neurons: float = 0.01,
     factor: float = 2.0,
     trials: int = 5,
+    learning_rate: float = 5e-4,
+    epochs: int = 2,
     dtype: DType = "auto",
     batch_size: Rows = "auto",
     devices: int = 1,
@@ -41,7 +44,7 @@ def study(
     Args:
         model: as in lmms-eval --model.
         tasks: tasks whose other splits are tasks too, a,b,c.
-        out: the folder to write study.md, study.json, steering.csv and attribution.csv to.
+        out: the folder to write study.md, study.json, steering.csv, attribution.csv and figures to.
         model_args: as in lmms-eval --model_args.
         shifted: what to append to a task's name for its shifted test set; empty for none.
         methods: rankings to compare by masking their top neurons; by default hones and all of its baselines.
@@ -53,6 +56,8 @@ def study(
         neurons: the share of all neurons to select, 0.01 for one percent.
         factor: of the fixed scales.
         trials: random banks, as many neurons in each layer as HONES selects.
+        learning_rate: of the learned scales, for AdamW; it falls to a tenth.
+        epochs: of the learned scales, passes over the development examples.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
@@ -87,9 +92,10 @@ def study(
         factor,
         trials,
         seed,
+        FitSettings(learning_rate=learning_rate, epochs=epochs, seed=seed),
     )
     report = run(plan)
     if job.loop.is_first:
         study_report.write(report, out)
         say((out / "study.md").read_text(encoding="utf-8"))
-        say(f"wrote {out / 'study.md'}, study.json, steering.csv and attribution.csv")
+        say(f"wrote {out / 'study.md'}, study.json, two tables and two figures")
