@@ -98,11 +98,16 @@ class Replay:
         self.read = slice(-read, None)
         self.limit = limit
         self.length = int(inputs["input_ids"].shape[-1])
-        with _taping(anatomy) as tape:
-            logits = anatomy.model(**inputs, use_cache=False).logits
-        self._calls = [_LayerCall(**tape[i]) for i in range(len(anatomy.layers))]
-        self._between = [self._added_after(i) for i in range(len(anatomy.layers) - 1)]
-        self.base_logits: Tensor = logits[0, self.read]
+        output = self._record(lambda: anatomy.model(**inputs, use_cache=False))
+        self.base_logits: Tensor = output.logits[0, self.read]
+
+    def _record(self, run: Callable[[], Any]) -> Any:
+        """Run the model once; keep every layer's call, and what is added between layers."""
+        with _taping(self.anatomy) as tape:
+            output = run()
+        self._calls = [_LayerCall(**entry) for entry in tape]
+        self._between = [self._added_after(i) for i in range(len(tape) - 1)]
+        return output
 
     def base_neurons(self) -> list[Tensor]:
         """FFN activations [read, I] of the unedited pass, one a layer."""
@@ -169,38 +174,72 @@ class Replay:
     def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's attention is not run again: only the mixing of its edited heads is."""
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
-        edited = edit_rows(call.heads.expand(len(edits), -1, -1), list(enumerate(edits)), self.anatomy)
+        edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
         with standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)):
-            return self.call(layer, call.x.expand(len(edits), -1, -1))
+            return self.call(layer, self._rows(call.x, len(edits)))
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """Neither attention nor the FFN's first half are run again."""
         call, site = self._calls[layer], self.anatomy.neurons_in[layer]
-        edited = edit_rows(call.neurons.expand(len(edits), -1, -1), list(enumerate(edits)), self.anatomy)
+        edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
         written = self._on_read(layer, site.module, edited)
         attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
         with (
             standing_in(self.anatomy.attentions[layer], returning(call.attended, attended)),
             standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
-            return self.call(layer, call.x.expand(len(edits), -1, -1), narrow=False)
+            return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
+
+    def _rows(self, recorded: Tensor, count: int) -> Tensor:
+        """What was recorded [1, tokens, width] for each of some edits."""
+        return recorded.expand(count, -1, -1)
+
+    def _by_row(self, edits: Sequence[SiteEdit]) -> list[tuple[int, SiteEdit]]:
+        """Which row gets which edit."""
+        return list(enumerate(edits))
 
     def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
         """A position-wise module; in the last layer only the positions that are read."""
         if layer < len(self._calls) - 1:
             return tensor_of(module(x))
-        return _on_last(module, x, -self.read.start)
+        return self._only_read(module, x)
+
+    def _only_read(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A position-wise function of the positions that are read; the others come out as zeros."""
+        narrow = function(x[:, self.read])
+        wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
+        wide[:, self.read] = narrow
+        return wide
 
     def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
         """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
         call = self._calls[layer]
-        kwargs = {name: _per_row(value, len(hidden)) for name, value in call.kwargs.items()}
+        kwargs = {name: self._argument(value, len(hidden)) for name, value in call.kwargs.items()}
         with ExitStack() as stack:
             if narrow and layer == len(self._calls) - 1:
                 for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
-                    stack.enter_context(_narrowed(module, -self.read.start))
+                    stack.enter_context(self._narrowed(module))
             return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
+
+    def _argument(self, value: Any, rows: int) -> Any:
+        """A recorded argument of a layer, for so many rows."""
+        # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
+        if (
+            isinstance(value, Tensor)
+            and value.ndim == 2
+            and value.shape[0] == 1
+            and value.dtype != torch.long
+        ):
+            return value.expand(rows, -1)
+        return value
+
+    @contextmanager
+    def _narrowed(self, module: nn.Module) -> Iterator[None]:
+        """A position-wise module that computes only the positions that are read."""
+        forward = module.forward
+        with standing_in(module, lambda x: self._only_read(forward, x)):
+            yield
 
     @contextmanager
     def _reading(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader | None) -> Iterator[None]:
@@ -281,28 +320,6 @@ def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
     """A forward that returns what was recorded, with another first tensor."""
     result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
     return lambda *_, **__: result
-
-
-@contextmanager
-def _narrowed(module: nn.Module, last: int) -> Iterator[None]:
-    """A position-wise module that computes only the last positions; the others come out as zeros."""
-    forward = module.forward
-    with standing_in(module, lambda x: _on_last(forward, x, last)):
-        yield
-
-
-def _on_last(function: Callable[[Tensor], Tensor], x: Tensor, last: int) -> Tensor:
-    narrow = function(x[:, -last:])
-    wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
-    wide[:, -last:] = narrow
-    return wide
-
-
-def _per_row(value: Any, rows: int) -> Any:
-    # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
-    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == 1 and value.dtype != torch.long:
-        return value.expand(rows, -1)
-    return value
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -1,0 +1,216 @@
+"""What prompts on one picture share is computed once: their next-token logits, plain and under many edits.
+
+The candidates of a picture, and the questions on it, are equal up to where their words differ. An edit acts
+at all positions, so an edited row has one prefix for all of them. The walk up the layers
+(`hones_eval.replay`) then takes two stretches along: for every row the prefix, which leaves its keys and
+values in each layer, and behind it the prompts' own endings, as one batch, which attend to them.
+
+No family's layer is known here either. Both passes are recorded as the model itself makes them when it goes
+on from a cache; where that is not the pass over the whole prompt (attention in both directions, say), the
+first group shows it, and prompts are measured one at a time from then on.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.passes import ROUNDING, FullPasses, RowLimit, SiteEdit, replaced_by_mean
+from hones_eval.replay import Replayer
+from hones_eval.sites import Head, Neuron
+from hones_eval.stretches import BehindPrefix, KeptByPrefix, Stretch
+
+Inputs = Mapping[str, Any]
+
+# What has the prompt's length; whatever else a model takes has to be the same for all prompts of a group.
+ALONG_THE_PROMPT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+
+
+class NextTokens(NamedTuple):
+    """Logits [edits, members, vocabulary] behind some prompts of a group, by their places in it.
+
+    Of the edits None is the unedited model; `shared` is the length of their shared prefix, 0 for none.
+    """
+
+    members: list[int]
+    edits: list[SiteEdit | None]
+    logits: Tensor
+    shared: int
+
+
+class SharedReplayer:
+    """Next-token logits of groups of prompts, by a shared prefix where that is exact for this model."""
+
+    def __init__(self, replayer: Replayer) -> None:
+        """Share with the replayer's model; prompts that share nothing are replayed one at a time."""
+        self.replayer = replayer
+        self.anatomy = replayer.anatomy
+        self.inexact: str | None = None
+        self._proven = False
+
+    @torch.no_grad()
+    def next_tokens(self, group: Sequence[Inputs], edits: Sequence[SiteEdit]) -> Iterator[NextTokens]:
+        """Logits behind every prompt (each a batch of one), unedited and under each edit, in parts.
+
+        The first group that shares is also the proof: logits under a few edits must equal those of hooked
+        forwards. If they do not, `inexact` says by how much, and nothing is shared from then on.
+        """
+        length = 0 if self.inexact else shared_length(group, self.anatomy)
+        if length and not self._proven:
+            self.inexact = self._difference(group, length)
+            self._proven = True
+        if length and not self.inexact:
+            yield from SharedPrefix(self.anatomy, group, length, self.replayer.limit).next_tokens(edits)
+            return
+        for member, inputs in enumerate(group):
+            passes = self.replayer.record(inputs, 1)
+            yield NextTokens([member], [None], passes.base_logits[None], 0)
+            for rows in passes.edited(edits):
+                yield NextTokens([member], list(rows.edits), rows.logits, 0)
+
+    def _difference(self, group: Sequence[Inputs], length: int) -> str | None:
+        """Why sharing is not exact here, or None: a few edits, behind the shortest and the longest prompt."""
+        trial = _trial(self.anatomy)
+        order = sorted(range(len(group)), key=lambda i: group[i]["input_ids"].shape[1])
+        ends = [order[0], order[-1]]
+        full = [FullPasses(self.anatomy, group[i], 1) for i in ends]
+        expected: dict[tuple[int, SiteEdit | None], Tensor] = {}
+        for i, one in zip(ends, full, strict=True):
+            expected[i, None] = one.base_logits[0]
+            expected |= {(i, rows.edits[0]): rows.logits[0, 0] for rows in one.edited(trial)}
+        try:
+            shared = SharedPrefix(self.anatomy, group, length, self.replayer.limit)
+            found = {
+                (member, edit): logits[place]
+                for part in shared.next_tokens(trial)
+                for edit, logits in zip(part.edits, part.logits, strict=True)
+                for place, member in enumerate(part.members)
+            }
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            return f"its decoder cannot go on from a shared prefix ({str(error).splitlines()[0]})"
+        largest = max(float(logits.abs().max()) for logits in expected.values())
+        worst = max(float((found[key] - logits).abs().max()) for key, logits in expected.items()) / largest
+        if not worst <= ROUNDING[full[0].base_logits.dtype]:
+            return f"logits behind a shared prefix differ from those of the full forward by {worst:.1e}"
+        return None
+
+
+def _trial(anatomy: Anatomy) -> list[SiteEdit]:
+    """Heads of the first, a middle and the last layer, and neurons of the first and the last."""
+    shape = anatomy.shape
+    layers = sorted({0, shape.layers // 2, shape.layers - 1})
+    heads = replaced_by_mean([Head(layer, layer % shape.heads) for layer in layers])
+    return [*heads, *(SiteEdit(Neuron(layer, 0), "mask") for layer in sorted({0, shape.layers - 1}))]
+
+
+def shared_length(group: Sequence[Inputs], anatomy: Anatomy) -> int:
+    """How many tokens all prompts of a group have in common in front, pictures included; 0 for none.
+
+    At least one token of every prompt is its own, and none of those stands for a picture.
+    """
+    first = group[0]
+    same = all(_same_beside_the_prompt(first, other) for other in group[1:])
+    whole = all(bool(inputs.get("attention_mask", torch.ones(1)).all()) for inputs in group)
+    if len(group) < 2 or not same or not whole:
+        return 0
+    length = min(inputs["input_ids"].shape[1] for inputs in group) - 1
+    for name in ALONG_THE_PROMPT & first.keys():
+        for other in group[1:]:
+            differs = (first[name][0, :length] != other[name][0, :length]).nonzero()
+            length = min(length, int(differs[0])) if len(differs) else length
+    own = [inputs["input_ids"][:, length:] for inputs in group]
+    config: Any = anatomy.model.config
+    pictures = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    return 0 if any(bool((ids == token).any()) for ids in own for token in pictures if token) else length
+
+
+def _same_beside_the_prompt(one: Inputs, other: Inputs) -> bool:
+    if one.keys() != other.keys() or one["input_ids"].shape[0] != 1 or other["input_ids"].shape[0] != 1:
+        return False
+    return all(_equal(one[name], other[name]) for name in one.keys() - ALONG_THE_PROMPT)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+class SharedPrefix:
+    """The recorded passes of one group: over what it shares, and over its prompts' own endings."""
+
+    def __init__(self, anatomy: Anatomy, group: Sequence[Inputs], length: int, limit: RowLimit) -> None:
+        """Run the unedited model over the first `length` tokens, and on from there over the endings."""
+        self.anatomy, self.limit, self.length = anatomy, limit, length
+        own = [inputs["input_ids"][:, length:] for inputs in group]
+        shared = {
+            name: value[:, :length] if name in ALONG_THE_PROMPT else value for name, value in group[0].items()
+        }
+        self._prefix = Stretch(anatomy, [length])
+        cache = self._prefix.run(lambda: anatomy.model(**shared, use_cache=True)).past_key_values
+        self._reach = [layer.keys.shape[-2] for layer in cache.layers]  # less than all where windows slide
+        order = sorted(range(len(own)), key=lambda i: own[i].shape[1])
+        self._members = list(_chunks(order, limit.rows(own[order[-1]].shape[1])))
+        self._endings = [_endings(anatomy, [own[i] for i in chunk], cache) for chunk in self._members]
+
+    @torch.no_grad()
+    def next_tokens(self, edits: Sequence[SiteEdit]) -> Iterator[NextTokens]:
+        """See `SharedReplayer.next_tokens`."""
+        for members, ending in zip(self._members, self._endings, strict=True):
+            yield NextTokens(members, [None], ending.base_logits[None], self.length)
+        order = sorted(edits, key=lambda edit: (edit.site.layer, not edit.is_head))
+        tokens = self.length + max(ending.tokens for ending in self._endings)
+        for cut, parts in self.limit.cuts(order, tokens, lambda cut: (cut, self._walk(cut))):
+            for members, logits in zip(self._members, parts, strict=True):
+                yield NextTokens(members, list(cut), logits, self.length)
+
+    def _walk(self, edits: Sequence[SiteEdit]) -> list[Tensor]:
+        """Up the layers once: rows join at the layer of their edit. Logits [rows, members, V] a chunk."""
+        for stretch in (self._prefix, *self._endings):
+            stretch.hidden = None
+        top = self.anatomy.shape.layers - 1
+        for layer in range(edits[0].site.layer, top + 1):
+            joining = [edit for edit in edits if edit.site.layer == layer]
+            kept = KeptByPrefix()
+            # Nobody reads the prefix at the top: only its keys and values there are needed.
+            self._prefix.step(layer, kept, joining if layer < top else [])
+            for ending in self._endings:
+                ending.step(layer, BehindPrefix(kept, self._reach[layer]), joining)
+        return [ending.logits() for ending in self._endings]
+
+
+def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Neighbours together, in as few chunks as the size allows, of about equal size."""
+    count = -(-len(order) // size)
+    for part in range(count):
+        yield list(order[part * len(order) // count : (part + 1) * len(order) // count])
+
+
+def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache) -> Stretch:
+    """Record the model as it goes on from the prefix over some endings, padded on the right."""
+    lengths = [ids.shape[1] for ids in own]
+    batch = torch.cat([_padded(ids, max(lengths)) for ids in own])
+
+    def go_on(ids: Tensor) -> Any:
+        past = copy.deepcopy(cache)
+        past.batch_repeat_interleave(len(ids))
+        return anatomy.model(input_ids=ids, past_key_values=past, use_cache=True)
+
+    stretch = Stretch(anatomy, lengths, padded=max(lengths))
+    stretch.run(lambda: go_on(batch))
+    if len(own) > 1:  # masks and positions, which all endings share, are those of a batch of one
+        one = Stretch(anatomy, lengths[-1:], padded=max(lengths))
+        one.run(lambda: go_on(batch[-1:]))
+        stretch.called_like(one)
+    return stretch
+
+
+def _padded(ids: Tensor, length: int) -> Tensor:
+    # Padding comes after what is read, so that no ending sees any.
+    return torch.cat([ids, ids[:, -1:].expand(-1, length - ids.shape[1])], dim=1)
