@@ -69,7 +69,7 @@ def grid(job: Development) -> Steering:
     candidates = {
         str(factor): scaling.grouped_scales(job.ranking, [bank], [factor]) for factor in job.factors
     }
-    found = _measure(job, candidates)
+    found = _measure(job, candidates, "grid")
     best = _best(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
     factor = job.factors[best]
     settings = {
@@ -93,10 +93,10 @@ def search(job: Development) -> Steering:
     chosen = [1.0] * len(groups)
     value = baseline = float("nan")
     trace = []
-    for group in [*reversed(range(len(groups)))] * 2:
+    for number, group in enumerate([*reversed(range(len(groups)))] * 2):
         tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
         candidates = {str(one): scaling.grouped_scales(job.ranking, groups, one) for one in tried}
-        found = _measure(job, candidates)
+        found = _measure(job, candidates, f"search {number + 1}")
         baseline = found[BASELINE]
         steps = [sum(abs(factor - 1) for factor in one) for one in tried]
         chosen = tried[_best(job, [found[str(one)] for one in tried], steps)]
@@ -147,20 +147,20 @@ def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _measure(job: Development, candidates: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The metric under every candidate, and under none."""
+def _measure(job: Development, candidates: Mapping[str, torch.Tensor], name: str) -> dict[str, float]:
+    """The metric under every candidate, and under none; a job's passes have names of their own."""
     steerings = {
-        name: scaling.chosen(job.ranking, scales, {}, job.example_set)
-        for name, scales in candidates.items()
+        one: scaling.chosen(job.ranking, scales, {}, job.example_set)
+        for one, scales in candidates.items()
         if not bool((scales == 1).all())
     }
-    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "scale")
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), name)
     records = answered(totals)
     found = {
-        name: job.examples.aggregate([record.answers[name].result for record in records])
-        for name in (BASELINE, *steerings)
+        one: job.examples.aggregate([record.answers[one].result for record in records])
+        for one in (BASELINE, *steerings)
     }
-    return {name: found.get(name, found[BASELINE]) for name in (BASELINE, *candidates)}
+    return {one: found.get(one, found[BASELINE]) for one in (BASELINE, *candidates)}
 
 
 def _best(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:

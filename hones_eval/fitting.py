@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from hones_eval.decoding import Decoder
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.loops import Loop
 from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
+from hones_eval.partial import Progress
 from hones_eval.replay import Replayer
 from hones_eval.sites import Neuron
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ def fit(
         )
     scales = LearnedScales(replayer.anatomy, bank)
     loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
-    module = _Fit(loss, examples, settings)
+    module = _Fit(loss, examples, settings, loop)
     trainer = _trainer(settings, loop, replayer.anatomy.unembedding.is_cuda)
     with frozen(replayer.anatomy.model):
         trainer.fit(module)
-    steps = trainer.global_step
+    steps = module.steps_before + trainer.global_step
     if steps != module.steps:
         raise HonesError(f"learning took {steps} steps where {module.steps} were planned")
     found = scales.scales()
@@ -85,10 +88,9 @@ def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
         num_nodes=loop.trainer.num_nodes,
         strategy="ddp" if loop.world_size > 1 else "auto",
         use_distributed_sampler=False,
-        max_epochs=settings.epochs,
+        max_epochs=1,  # the epochs of the settings follow each other in one loader
         accumulate_grad_batches=settings.accumulate // loop.world_size,
         gradient_clip_val=settings.clip_norm,
-        reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -133,52 +135,92 @@ class Slots(Dataset[Slot]):
 
 
 class _Fit(LightningModule):  # type: ignore[misc]
-    """Steps of AdamW on `a` alone; the model is no part of this module, so Lightning leaves it alone."""
+    """Steps of AdamW on `a` alone; the model is no part of this module, so Lightning leaves it alone.
 
-    def __init__(self, loss: AnswerLoss, examples: TaskExamples, settings: FitSettings) -> None:
+    After a step, `a`, the optimizer's moments and the losses are what a killed run goes on from.
+    """
+
+    def __init__(self, loss: AnswerLoss, examples: TaskExamples, settings: FitSettings, loop: Loop) -> None:
         super().__init__()
         self.scales = loss.scales
-        self.loss, self.examples, self.settings = loss, examples, settings
-        self.steps = settings.epochs * math.ceil(len(examples) / settings.accumulate)
+        self.loss, self.examples, self.settings, self.partial = loss, examples, settings, loop.partial
+        self.places_a_step = settings.accumulate // loop.world_size  # of this rank
+        self.steps_an_epoch = math.ceil(len(examples) / settings.accumulate)
+        self.steps = settings.epochs * self.steps_an_epoch
         self.history: list[dict[str, float]] = []
-        self._sums = torch.zeros(3)
+        self.losses = torch.zeros(settings.epochs, 3, dtype=torch.float64)
+        self.done = 0
+        self._left: Progress | None = None
+
+    @property
+    def steps_before(self) -> int:
+        """How many steps a killed run had made."""
+        return 0 if self._left is None else self._left.done // self.places_a_step
+
+    def setup(self, stage: str) -> None:
+        self._left = None if self.partial is None else self.partial.load(*self._place)
+        if self._left is not None:
+            self.done = self._left.done
+            self.losses = self._left.sums["losses"]
+            self.scales.a.data.copy_(self._left.sums["a"])
 
     def configure_optimizers(self) -> dict[str, Any]:
         # The penalty on `a` is in the loss, so AdamW's own decay is off.
         optimizer = torch.optim.AdamW([self.scales.a], lr=self.settings.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(self.steps))
+        if self._left is not None:
+            kept = {name: self._left.sums[name].clone() for name in MOMENTS}
+            device = self.scales.a.device
+            moved = {name: value if name == "step" else value.to(device) for name, value in kept.items()}
+            optimizer.state[self.scales.a] = moved
+        rate, before = cosine(self.steps), self.steps_before
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(before + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader[Slot]:
-        generator = torch.Generator().manual_seed(self.settings.seed + self.current_epoch)
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
-        trainer = self.trainer
-        slots = Slots(self.examples, order, self.settings.accumulate, self.global_rank, trainer.world_size)
-        return DataLoader(slots, batch_size=None, shuffle=False)
+        epochs = []
+        for epoch in range(self.settings.epochs):
+            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            rank, world = self.global_rank, self.trainer.world_size
+            epochs.append(Slots(self.examples, order, self.settings.accumulate, rank, world))
+        places = ConcatDataset[Slot](epochs)
+        return DataLoader(Subset(places, range(self.done, len(places))), batch_size=None, shuffle=False)
 
     def transfer_batch_to_device(self, batch: Slot, device: torch.device, dataloader_idx: int) -> Slot:
         return batch  # the wrapper has already put the inputs where its model wants them
 
-    def on_train_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, device=self.device)
-
     def training_step(self, batch: Slot, batch_idx: int) -> Tensor:
+        epoch = self.done // (self.steps_an_epoch * self.places_a_step)
+        self.done += 1
         if batch.example is None:
             return self.scales.a.sum() * 0
         loss = self.loss(batch.example)
-        self._sums += torch.stack([loss.cross_entropy, loss.divergence, torch.ones_like(loss.divergence)])
+        self.losses[epoch] += torch.tensor([float(loss.cross_entropy), float(loss.divergence), 1.0])
         return loss.total * batch.weight
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.scales.a.clamp_(-self.settings.limit, self.settings.limit)
+        # Of the last step nothing is kept, so that a run that goes on always has a step to make.
+        if self.partial is not None and self.done < self.steps * self.places_a_step:
+            state = self.optimizers().optimizer.state[self.scales.a]
+            sums = {name: state[name] for name in MOMENTS}
+            sums |= {"a": self.scales.a.detach(), "losses": self.losses}
+            self.partial.save(*self._place, Progress(self.done, sums, {}), last=False)
 
     def on_train_epoch_end(self) -> None:
-        cross_entropy, divergence, count = self.all_gather(self._sums).reshape(-1, 3).sum(0).tolist()
-        self.history.append({"cross_entropy": cross_entropy / count, "divergence": divergence / count})
+        together = self.all_gather(self.losses.to(self.device)).reshape(-1, *self.losses.shape).sum(0)
+        self.history = [
+            {"cross_entropy": entropy / count, "divergence": divergence / count}
+            for entropy, divergence, count in together.tolist()
+        ]
 
     def last_rate(self) -> float:
         """The learning rate at which the schedule has arrived."""
         (rate,) = self.lr_schedulers().get_last_lr()
         return float(rate)
+
+    @property
+    def _place(self) -> tuple[str, int, int]:
+        return f"learn-{self.examples.task}", self.global_rank, self.trainer.world_size

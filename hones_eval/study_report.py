@@ -1,7 +1,6 @@
 """What `hones-eval study` writes: the paper's table, side effects, the methods beside each other."""
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,8 @@ def _draw(report: Mapping[str, Any], out: Path) -> None:
 
 def _short(tasks: Sequence[str]) -> dict[str, str]:
     """Tasks without what all of their names begin with, up to an underscore."""
-    shared = commonprefix(tasks) if len(tasks) > 1 else ""
-    cut = shared.rfind("_") + 1
-    return {task: task[cut:] for task in tasks}
+    parts = [task.split("_") for task in tasks]
+    shared = 0
+    while len({tuple(one[: shared + 1]) for one in parts}) == 1 and all(one[shared + 1 :] for one in parts):
+        shared += 1
+    return {task: "_".join(one[shared:]) for task, one in zip(tasks, parts, strict=True)}

@@ -67,7 +67,7 @@ FLOORS: dict[str, set[str]] = {
     "loops": {"errors", "examples", "measure", "partial"},
     "leaderboard": {*BASE, "pictures", "steering"},
     "resampling": {"errors", "leaderboard"},
-    "fitting": {*MODEL, "examples", "methods", "loops"},
+    "fitting": {*MODEL, "examples", "methods", "loops", "partial"},
     # 5: whole jobs, and the figures that they draw
     "discovery": WHOLE,
     "verification": WHOLE,

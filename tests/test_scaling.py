@@ -10,12 +10,14 @@ import plain
 import pytest
 import torch
 
+from hones_eval import partial
 from hones_eval.__main__ import main
 from hones_eval.anatomy import Anatomy
 from hones_eval.choosing import Development, grid, layer_groups, search
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
+from hones_eval.fitting import _Fit
+from hones_eval.loops import Loop, _Pass
 from hones_eval.methods import scaling
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
@@ -204,3 +206,44 @@ def test_of_factors_that_do_equally_well_the_one_that_changes_least_is_taken(
     settings = grid(job).provenance.settings
     assert len(set(settings["metric_by_factor"].values())) == 1
     assert settings["factor"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("how", "module", "method", "stops"),
+    [("learned", _Fit, "training_step", (6, 1, 4)), ("search", _Pass, "predict_step", (3, 7))],
+)
+def test_scales_chosen_in_pieces_are_those_chosen_at_once(
+    own: own_answers.Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    module: type,
+    method: str,
+    stops: tuple[int, ...],
+) -> None:
+    """Six examples, two epochs: steps of four and two examples twice; or four passes of a search."""
+    monkeypatch.setattr(partial, "SECONDS", 0.0)
+    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
+    flags += ["--how", how, "--groups", 2, "--neurons", 0.2, "--factors", "[0, 1, 3]"]
+    assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
+    step, made, allowed = getattr(module, method), [0], [0]
+
+    def counting(self: object, *arguments: object) -> object:
+        made[0] += 1
+        if made[0] > allowed[0]:
+            raise HonesError("the power went")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(module, method, counting)
+    for stop in stops:
+        made[0], allowed[0] = 0, stop
+        assert main(own.command("scale", *flags, "--out", tmp_path / "pieces", "--resume")) == 1
+        assert any((tmp_path / "pieces" / "partial").glob("*.safetensors"))
+    made[0], allowed[0] = 0, 1000
+    assert main(own.command("scale", *flags, "--out", tmp_path / "pieces", "--resume")) == 0
+    assert made[0] < (16 if how == "learned" else 24)  # not from the beginning
+    one, other = ((tmp_path / name / "steering.safetensors").read_bytes() for name in ("whole", "pieces"))
+    assert one == other
+    reports = [json.loads((tmp_path / name / "steering.json").read_text()) for name in ("whole", "pieces")]
+    assert reports[0] == reports[1]
+    assert not (tmp_path / "pieces" / "partial").exists()

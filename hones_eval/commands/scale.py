@@ -1,14 +1,18 @@
 """`hones-eval scale`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+from hones_eval import __version__
+from hones_eval.artefact import hash_of
 from hones_eval.choosing import GRID, Development, How, choose, said_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.errors import HonesError
 from hones_eval.fitting import FitSettings
 from hones_eval.methods import scaling
+from hones_eval.partial import Partial
 from hones_eval.ranking import Ranking
 from hones_eval.steering import Steering
 
@@ -43,6 +47,7 @@ def scale(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    resume: bool = False,
 ) -> None:
     """Turn the scores of a ranking into the scales of a steering.
 
@@ -80,6 +85,7 @@ def scale(
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: of the random bank and of the order of examples.
+        resume: go on from what a killed run of the same command left in OUT/partial.
     """
     scores = Ranking.load(ranking)
     choices: dict[str, Callable[[], Steering]] = {
@@ -116,9 +122,13 @@ def scale(
     fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
     tried = tuple(factors or GRID)
     development = Development(scores, job.replayer, job.examples, job.loop, neurons, tried, groups, fit)
+    pinned = [scores.digest, development.example_set.hash, *map(str, (how, neurons, tried, groups, fit))]
+    pinned.append(json.dumps(job.settings(gen_kwargs=gen_kwargs), sort_keys=True))
+    job.loop.partial = partial = Partial(out / "partial", hash_of([__version__, *pinned]), resume)
     steering = choose(development, how)  # type: ignore[arg-type]
     if job.loop.is_first:
         _save(steering, out)
+        partial.clear()
         say(said_of(steering.provenance.settings))
         if steering.is_noop:
             say("warning: nothing beats leaving the model as it is, so this steering changes nothing")

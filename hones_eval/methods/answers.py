@@ -150,5 +150,9 @@ def _scaling(rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def answered(totals: Totals) -> list[Answered]:
-    """The records of a pass, in the order of the examples."""
-    return [totals.records[index] for index in sorted(totals.records)]
+    """The records of a pass, in the order of the examples; also of one that went on after a kill."""
+    records = [totals.records[index] for index in sorted(totals.records)]
+    return [
+        Answered(tuple(pictures), {name: Answer(*one) for name, one in answers.items()})
+        for pictures, answers in records
+    ]
