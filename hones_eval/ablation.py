@@ -11,7 +11,7 @@ from hones_eval.decoding import Decoder
 from hones_eval.errors import TaskError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.passes import Passes, Rows, SiteEdit
+from hones_eval.passes import Passes, Rows, SiteEdit, check_finite
 from hones_eval.replay import Replayer
 
 
@@ -61,7 +61,7 @@ class Ablation:
             )
         sums = self.zeros()
         decoded = self.decoder.greedy(example.inputs, example.settings)
-        target = _Target(example.target_ids, self._number, sums["log_probability_drop"])
+        target = _Target(example, self._number, sums["log_probability_drop"])
         shared = decoded.passes if decoded.covers(example.target_ids) else None
         if shared is not None:
             target.start(shared)
@@ -106,7 +106,7 @@ class Ablation:
 
     def log_probability_drop(self, example: Example) -> tuple[Tensor, float]:
         """One example's drop of its target's log-probability [E], and the unedited log-probability."""
-        target = _Target(example.target_ids, self._number, self.zeros()["log_probability_drop"])
+        target = _Target(example, self._number, self.zeros()["log_probability_drop"])
         self._replay_target(example, target)
         return target.drops, target.base
 
@@ -148,14 +148,19 @@ class _Scored:
 class _Target:
     """One example's target, teacher-forced behind the prompt, and its drops of log-probability [E]."""
 
-    def __init__(self, target_ids: list[int], number: dict[SiteEdit, int], drops: Tensor) -> None:
-        self.ids = torch.tensor(target_ids)
+    def __init__(self, example: Example, number: dict[SiteEdit, int], drops: Tensor) -> None:
+        self.where = f"{example.task}, doc_id {example.doc_id}"
+        self.ids = torch.tensor(example.target_ids)
         self.number = number
         self.drops = drops
         self.base = 0.0
 
     def start(self, passes: Passes) -> None:
-        """Read the unedited log-probability from a pass whose first read tokens are the target's."""
+        """Read the unedited log-probability from a pass whose first read tokens are the target's.
+
+        Raises: HonesError where it is not finite.
+        """
+        check_finite(passes, self.where)
         self.base = self._read(passes.base_logits[None])[0]
 
     def add(self, rows: Rows) -> None:

@@ -21,6 +21,7 @@ TITLES = {
     "block": "block output",
 }
 MOST_POSITIONS = 16
+SIDE_BY_SIDE = 5  # positions up to which the four views stand in one row
 
 
 def lens_figure(
@@ -82,12 +83,14 @@ def _figure(
 ) -> Figure:
     shown = min(len(seen.positions), MOST_POSITIONS)
     layers = values.shape[1]
-    width = max(1.5, 0.62 * shown)
-    size = (3.6 + len(VIEWS) * width, max(3.6, 1.4 + 0.27 * layers))
+    down = 2 if shown > SIDE_BY_SIDE else 1
+    width, height = max(1.5, 0.62 * shown), max(3.6, 1.4 + 0.27 * layers)
+    size = (3.6 + len(VIEWS) // down * width, down * height)
     figure = Figure(figsize=size, layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[2.6, size[0] - 2.6])
     _picture(halves[0].subplots(), pictures, prompt, seen.answer)
-    grid = halves[1].subplots(1, len(VIEWS), sharey=True, squeeze=False)[0]
+    rows = halves[1].subplots(down, len(VIEWS) // down, sharex=True, sharey=True, squeeze=False)
+    grid = rows.flatten()
     for place, (axes, view) in enumerate(zip(grid, VIEWS, strict=True)):
         image = axes.imshow(
             values[place, :, -shown:], cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto"
@@ -96,8 +99,9 @@ def _figure(
         axes.set_xticks(range(shown), [plain(one) for one in seen.tokens[-shown:]], rotation=90, fontsize=7)
         axes.set_title(TITLES[view], fontsize=9)
     grid[0].set_yticks(range(layers))
-    grid[0].set_ylabel("layer", fontsize=9)
-    halves[1].colorbar(image, ax=grid, label=label, shrink=0.9)
+    for axes in rows[:, 0]:
+        axes.set_ylabel("layer", fontsize=9)
+    halves[1].colorbar(image, ax=rows, label=label, shrink=0.9)
     return figure
 
 

@@ -73,6 +73,19 @@ class Passes(Protocol):
         """
 
 
+def check_finite(passes: Passes, where: str) -> None:
+    """Raise HonesError with the first layer whose FFN activations are not finite, if the logits are not.
+
+    `where` names the example.
+    """
+    if bool(torch.isfinite(passes.base_logits).all()):
+        return
+    for layer, z in enumerate(passes.base_neurons()):
+        if not bool(torch.isfinite(z).all()):
+            raise HonesError(f"{where}: the FFN activations of layer {layer} are not finite")
+    raise HonesError(f"{where}: the model's logits are not finite")
+
+
 class FullPasses:
     """The same answers by one hooked forward a head: slow, exact for every model, and the reference."""
 

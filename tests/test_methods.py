@@ -282,12 +282,14 @@ def test_activations_that_are_not_finite_are_an_error(
     task = load("llava_hf", "hones_vqa")
     weight = plain.layers(task.model)[1].mlp.up_proj.weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight, float("inf")))
-    replayer = task.replayer
-    replayer.inexact = "for this test"
+    (replayer := task.replayer).inexact = "for this test"
     with pytest.raises(
         HonesError, match="hones_vqa document 0: the FFN activations of layer 1 are not finite"
     ):
         NeuronAttribution(replayer, []).measure(task.examples[0])
+    for measure in (HeadLocalization(replayer, task.examples), HeadContribution(replayer)):
+        with pytest.raises(HonesError, match="hones_vqa, doc_id 0: the FFN activations of layer 1 are not"):
+            measure.measure(task.examples[0])
 
 
 def test_inverse_document_frequencies() -> None:

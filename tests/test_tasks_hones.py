@@ -149,6 +149,11 @@ def write(
         ("vqa", lambda rows: rows[5]["image_info"].update(file_name="x.jpg"), "picture x.jpg is neither"),
         ("ocr", lambda rows: rows[1]["ocr"].update(bbox=[1, 2, 0, 4]), "entry 1 .*ocr.bbox is not a box"),
         ("caption", lambda rows: rows[7].update(captions=["a"]), "entry 7 .*not of the form"),
+        (
+            "caption",
+            lambda rows: [rows[one].update(captions=[]) for one in (3, 4)],
+            r"entry 3 .*it has no captions; so it is with 2 of \d+ entries",
+        ),
         ("retrieval", lambda rows: rows.__delitem__(slice(1, None)), "captions of at least two pictures"),
     ],
 )

@@ -9,7 +9,7 @@ from hones_eval import readouts
 from hones_eval.errors import TaskError
 from hones_eval.examples import Example
 from hones_eval.measure import Measurement, Totals
-from hones_eval.passes import replaced_by_mean
+from hones_eval.passes import check_finite, replaced_by_mean
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head, top_heads
 
@@ -43,6 +43,7 @@ class HeadContribution:
             sums["without_tokens"] += 1
             return Measurement(sums, f"{example.task}, doc_id {example.doc_id}")
         passes = self.replayer.record(example.inputs, 1)
+        check_finite(passes, f"{example.task}, doc_id {example.doc_id}")
         first = torch.tensor(example.target_ids[:1], device=passes.base_logits.device)
         p = readouts.answer_probability(passes.base_logits, first)
         for rows in passes.edited(replaced_by_mean(self.heads)):

@@ -88,7 +88,21 @@ def retrieval_docs(split: Dataset) -> Dataset:
 
 def _rows(split: Dataset, row: Callable[[Entry], dict[str, Any] | None]) -> Dataset:
     chosen = entries(split[0]["low"], split[0]["high"])
-    rows = [_base(entry) | content for entry in chosen if (content := row(entry)) is not None]
+    rows, faults = [], []
+    for entry in chosen:
+        try:
+            content = row(entry)
+        except TaskError as error:
+            faults.append(str(error))
+            continue
+        if content is not None:
+            rows.append(_base(entry) | content)
+    if len(faults) == 1:
+        raise TaskError(faults[0])
+    if faults:
+        raise TaskError(
+            f"{faults[0]}; so it is with {len(faults)} of {len(chosen)} entries: mend or remove them"
+        )
     if len(rows) < len(chosen):
         logger.warning(
             f"{annotation_file()}: {len(chosen) - len(rows)} of {len(chosen)} entries have no such annotation"
