@@ -45,16 +45,18 @@ class Ablation:
         self.examples = examples
         self.edits = list(edits)
         self._number = {edit: number for number, edit in enumerate(self.edits)}
+        self.in_play: Sequence[int] = range(len(self.edits))
+        """Numbers of the edits that `measure` runs; racing and screening run fewer than all."""
 
     def zeros(self) -> dict[str, Tensor]:
-        """Sums over examples: drops by edit [E], unedited values, and counts."""
-        by_edit = ("metric_drop", "log_probability_drop")
+        """Sums over examples: drops and examples by edit [E], unedited values, and counts."""
+        by_edit = ("metric_drop", "log_probability_drop", "measured")
         single = ("metric", "log_probability", "examples", "differing_answers", "plain_examples")
         sums = {name: torch.zeros(len(self.edits), dtype=torch.float64) for name in by_edit}
         return sums | {name: torch.zeros((), dtype=torch.float64) for name in single}
 
     def measure(self, example: Example) -> Measurement:
-        """Decode, verify under every edit, and score the answers that differ."""
+        """Decode, verify under every edit in play, and score the answers that differ."""
         if not example.target_ids:
             raise TaskError(
                 f"{example.task}, doc_id {example.doc_id}: its target {example.target!r} has no tokens"
@@ -66,12 +68,14 @@ class Ablation:
         if shared is not None:
             target.start(shared)
         answers = _Answers(self.examples.decode(example.index, decoded.tokens), {})
-        for edit, tokens in decoded.answers(self.edits, None if shared is None else target.add):
+        edits = [self.edits[number] for number in self.in_play]
+        for edit, tokens in decoded.answers(edits, None if shared is None else target.add):
             if tokens != decoded.tokens:
                 sums["differing_answers"] += 1
                 answers.changed[self._number[edit]] = self.examples.decode(example.index, tokens)
         if shared is None:
-            self._replay_target(example, target)
+            self._replay_target(example, target, edits)
+        sums["measured"][list(self.in_play)] = 1
         sums["log_probability"] += target.base
         sums["examples"] += 1
         sums["plain_examples"] += decoded.passes is None
@@ -81,10 +85,13 @@ class Ablation:
         return Measurement(sums)
 
     def metric_drops(self, totals: Totals) -> Tensor:
-        """What the metric loses under every edit [E], float64; the sign is flipped where lower is better."""
+        """What the metric loses under every edit [E], float64; the sign is flipped where lower is better.
+
+        A mean over the examples that an edit was measured on; 0 where there is none.
+        """
         sign = 1.0 if self.examples.higher_is_better else -1.0
         if self.examples.is_mean:
-            return sign * totals.sums["metric_drop"] / totals.sums["examples"]
+            return sign * totals.sums["metric_drop"] / totals.sums["measured"].clamp(min=1)
         scored = _Scored(self.examples, totals)
         base = self.examples.aggregate([scored.result(index, None) for index in scored.answers])
         drops = torch.zeros(len(self.edits), dtype=torch.float64)
@@ -95,7 +102,7 @@ class Ablation:
 
     def log_probability_drops(self, totals: Totals) -> Tensor:
         """Mean drop of the target's log-probability under every edit [E], float64."""
-        return totals.sums["log_probability_drop"] / totals.sums["examples"]
+        return totals.sums["log_probability_drop"] / totals.sums["measured"].clamp(min=1)
 
     def base_metric(self, totals: Totals) -> float:
         """The metric of the unedited model on these examples."""
@@ -107,15 +114,15 @@ class Ablation:
     def log_probability_drop(self, example: Example) -> tuple[Tensor, float]:
         """One example's drop of its target's log-probability [E], and the unedited log-probability."""
         target = _Target(example, self._number, self.zeros()["log_probability_drop"])
-        self._replay_target(example, target)
+        self._replay_target(example, target, self.edits)
         return target.drops, target.base
 
-    def _replay_target(self, example: Example, target: "_Target") -> None:
-        """Replay all edits on prompt and target, where the pass over the answer does not read the target."""
+    def _replay_target(self, example: Example, target: "_Target", edits: Sequence[SiteEdit]) -> None:
+        """Replay edits on prompt and target, where the pass over the answer does not read the target."""
         inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
         passes = self.replayer.record(inputs, len(example.target_ids))
         target.start(passes)
-        for rows in passes.edited(self.edits):
+        for rows in passes.edited(edits):
             target.add(rows)
 
     def _add_mean(self, index: int, answers: _Answers, sums: dict[str, Tensor]) -> None:

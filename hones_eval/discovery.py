@@ -10,6 +10,7 @@ from torch import Tensor
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
 from hones_eval.examples import TaskExamples
+from hones_eval.localizing import Savings, localize
 from hones_eval.loops import Loop
 from hones_eval.measure import Totals
 from hones_eval.methods import baselines
@@ -34,6 +35,8 @@ class Discovery:
     neurons: float
     others: Sequence[TaskExamples] = ()
     """For `entropy`: the tasks that the first one is told apart from."""
+    savings: Savings = dataclasses.field(default_factory=Savings)
+    """For `hones`: whether heads are raced or screened."""
 
 
 class _Discover(Protocol):
@@ -49,21 +52,20 @@ def _hones(job: Discovery) -> Ranking:
     """Both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
     _refuse_impossible(job)
     localization = HeadLocalization(job.replayer, job.examples)
-    totals = job.loop.run(job.examples, localization, "heads")
-    count = totals.sums["examples"]
-    head_scores = localization.scores(totals)
-    chosen = top_heads(head_scores, job.heads)
+    located = localize(localization, job.loop, job.heads, job.savings, job.provenance.seed)
+    totals, head_scores = located.totals, located.scores
+    chosen = located.top(job.heads)
     weighted = [head for head in chosen if head_scores[head] > 0]
     attribution = NeuronAttribution(job.replayer, weighted, token_weights=_token_weights(job))
     neuron_totals = job.loop.run(job.examples, attribution, "neurons")
     weights = torch.stack([head_scores[head] for head in weighted]) if weighted else torch.ones(0)
-    report = _report(job, float(count)) | {
+    report = _report(job, len(job.examples)) | {
         "metric": job.examples.metric,
         "higher_is_better": job.examples.higher_is_better,
         "base_metric": localization.base_metric(totals),
-        "base_log_probability": float(totals.sums["log_probability"] / count),
+        "base_log_probability": float(totals.sums["log_probability"] / totals.sums["examples"]),
         "share_of_answers_that_differ": float(
-            totals.sums["differing_answers"] / (count * len(localization.heads))
+            totals.sums["differing_answers"] / totals.sums["measured"].sum()
         ),
         "examples_decoded_in_full": int(totals.sums["plain_examples"]),
         "heads": [{"head": list(head), "score": float(head_scores[head])} for head in chosen],
@@ -73,9 +75,10 @@ def _hones(job: Discovery) -> Ranking:
     return Ranking(
         provenance=job.provenance,
         head_scores=head_scores,
-        head_log_probability=localization.log_probability_scores(totals),
+        head_log_probability=located.log_probability,
+        head_examples=located.measured,
         neuron_scores=attribution.importance(neuron_totals, weights),
-        report=report,
+        report=report | located.report,
     )
 
 
@@ -170,6 +173,7 @@ def _refuse_impossible(job: Discovery) -> None:
     shape = job.provenance.shape
     top_heads(torch.zeros(shape.layers, shape.heads), job.heads)
     neuron_count(torch.zeros(shape.layers, shape.neurons), job.neurons)
+    job.savings.check(shape.layers * shape.heads, job.heads, job.loop.world_size)
 
 
 def _report(job: Discovery, count: float) -> dict[str, Any]:

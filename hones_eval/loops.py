@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
-from hones_eval.measure import Measure, Totals
+from hones_eval.measure import Measure, Staged, Totals
 from hones_eval.partial import Partial, Progress
 
 # Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
@@ -79,6 +79,16 @@ class Loop:
         if missing:
             raise HonesError(f"{missing} of {len(examples)} examples were not measured in {name}")
         return Totals(sums, records)
+
+    def run_in_stages(self, examples: TaskExamples, measure: Staged, name: str) -> Totals:
+        """Measure stage after stage until `measure` has finished; every rank gets the same totals.
+
+        Ranks share a stage and meet after it. Everything is added up in the order of the stages, so that
+        the number of ranks changes no bit of the result.
+        """
+        module = _StagedPass(examples, measure, name, self.partial)
+        self.trainer.predict(module, return_predictions=False)
+        return Totals({key: value.cpu() for key, value in module.totals.sums().items()}, module.records)
 
 
 class SumOverRanks(Metric):  # type: ignore[misc]
@@ -151,6 +161,68 @@ class _Pass(LightningModule):  # type: ignore[misc]
         return batch  # the wrapper has already put the inputs where its model wants them
 
 
+class _StagedPass(LightningModule):  # type: ignore[misc]
+    """One pass in stages; the first rank keeps what was measured so far, for all."""
+
+    def __init__(self, examples: TaskExamples, measure: Staged, name: str, partial: Partial | None) -> None:
+        super().__init__()
+        self.examples = examples
+        self.measure = measure
+        self.name = name
+        self.partial = partial
+        self.totals = SumOverRanks(measure.zeros())
+        self.records: dict[int, Any] = {}
+        self.stages = measure.stages()
+        self.done = 0
+
+    def predict_dataloader(self) -> DataLoader[list[int]]:
+        self._go_on()
+        # Never empty, as Lightning refuses a loader that is; a finished pass passes over what is left.
+        left: Any = self.stages[min(self.done, len(self.stages) - 1) :]
+        return DataLoader(left, batch_size=None, shuffle=False)
+
+    def predict_step(self, batch: list[int], batch_idx: int) -> None:
+        if self.measure.finished:
+            return
+        mine = batch[self.global_rank :: self.trainer.world_size]
+        measured = _gather({index: self.measure.measure(self.examples[index]) for index in mine})
+        stage = [measured[index] for index in batch]
+        for index, one in zip(batch, stage, strict=True):
+            self.totals.update(one.sums)
+            self.records[index] = one.record
+        self.measure.look(stage)
+        self.done += 1
+        if self.partial is not None and self.global_rank == 0:
+            sums = self.totals.sums() | {_STATE + key: one for key, one in self.measure.state().items()}
+            progress = Progress(self.done, sums, self.records)
+            self.partial.save(*self._place, progress, last=self.measure.finished)
+
+    @property
+    def _place(self) -> tuple[str, int, int]:
+        # The same for any number of ranks: a run can go on with more of them, or with fewer.
+        return f"{self.name}-{self.examples.task}", 0, 1
+
+    def _go_on(self) -> None:
+        found = None
+        if self.partial is not None and self.global_rank == 0:
+            found = self.partial.load(*self._place)
+        progress = _from_first(found)
+        if progress is None:
+            return
+        self.totals.update({key: progress.sums[key] for key in self.totals.names})
+        self.measure.restore(
+            {key.removeprefix(_STATE): one for key, one in progress.sums.items() if key.startswith(_STATE)}
+        )
+        self.records = dict(progress.records)
+        self.done = progress.done
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+
+_STATE = "state."
+
+
 class _Bar(TQDMProgressBar):  # type: ignore[misc]
     """Names the pass instead of 'Predicting DataLoader 0'."""
 
@@ -161,7 +233,7 @@ class _Bar(TQDMProgressBar):  # type: ignore[misc]
 
 def _gather(records: dict[int, Any]) -> dict[int, Any]:
     """The records of all ranks; an index that two ranks measured is an error."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _several():
         return records
     shares: list[dict[int, Any]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, records)
@@ -172,6 +244,19 @@ def _gather(records: dict[int, Any]) -> dict[int, Any]:
             raise HonesError(f"examples {sorted(twice)[:3]} were measured on two ranks")
         together |= share
     return together
+
+
+def _from_first(progress: Progress | None) -> Progress | None:
+    """What the first rank has, on every rank."""
+    if not _several():
+        return progress
+    shared = [progress]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def local_rank() -> int:

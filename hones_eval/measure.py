@@ -1,5 +1,6 @@
 """What one pass over examples gives: sums that add up over examples and ranks, and records that do not."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -25,6 +26,26 @@ class Measure(Protocol):
 
     def measure(self, example: Example) -> Measurement:
         """What one example adds."""
+
+
+class Staged(Measure, Protocol):
+    """A pass in stages: what one stage measured, on whichever rank, can change what the next ones measure."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to measure; later stages are then passed over."""
+
+    def stages(self) -> list[list[int]]:
+        """Every example's index once, in stages."""
+
+    def look(self, stage: Sequence[Measurement]) -> None:
+        """Take in a stage: what its examples added, in its order; every rank calls this with the same."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learned from the stages so far, beside the sums."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
 
 
 class Totals(NamedTuple):

@@ -10,7 +10,13 @@ from hones_eval.artefact import Provenance, digest, load_artefact, save_artefact
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.sites import Head, Neuron, neuron_count, top_heads, top_neurons
 
-_HEAD_TENSORS = ("head_scores", "head_log_probability", "head_positive", "head_negative")
+_HEAD_TENSORS = (
+    "head_scores",
+    "head_log_probability",
+    "head_positive",
+    "head_negative",
+    "head_examples",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +25,9 @@ class Ranking:
 
     `head_scores`: HONES, the drop of the task's metric; V-SEAM, the signed mean drop of the answer's
     probability. `head_log_probability`: the mean drop of the target's log-probability (HONES).
-    `head_positive`, `head_negative`: V-SEAM only. `neuron_scores`: importance, when asked for.
+    `head_positive`, `head_negative`: V-SEAM only. `head_examples`: on how many examples each head was
+    measured, where heads were raced or screened; a head with 0 has no score, and stands as 0.
+    `neuron_scores`: importance, when asked for.
     `report`: counts and figures that a reader of the ranking should see.
     """
 
@@ -29,6 +37,7 @@ class Ranking:
     head_positive: Tensor | None = None
     head_negative: Tensor | None = None
     neuron_scores: Tensor | None = None
+    head_examples: Tensor | None = None
     report: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -45,10 +54,11 @@ class Ranking:
         return digest(self._tensors())
 
     def heads(self, count: int) -> list[Head]:
-        """The `count` best heads by `head_scores`, ties by (layer, head)."""
+        """The `count` best heads that were measured by `head_scores`, ties by (layer, head)."""
         if self.head_scores is None:
             raise HonesError("this ranking has no head scores")
-        return top_heads(self.head_scores, count)
+        measured = None if self.head_examples is None else self.head_examples > 0
+        return top_heads(self.head_scores, count, measured)
 
     def neurons(self, fraction: float | None = None) -> list[Neuron]:
         """The best share of all neurons (default: the share that the ranking was made with, else 1 %)."""

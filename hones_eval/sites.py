@@ -22,9 +22,17 @@ class Neuron(NamedTuple):
     neuron: int
 
 
-def top_heads(scores: Tensor, count: int) -> list[Head]:
-    """The `count` heads with the highest scores [L, H]; ties go to the lower (layer, head)."""
-    return [Head(*site) for site in _top(scores, count)]
+def top_heads(scores: Tensor, count: int, among: Tensor | None = None) -> list[Head]:
+    """The `count` heads with the highest scores [L, H]; ties go to the lower (layer, head).
+
+    Where only some were measured, `among` [L, H] says which: no other is chosen.
+    """
+    if among is None:
+        return [Head(*site) for site in _top(scores, count)]
+    measured = int(among.sum())
+    if not 1 <= count <= measured:
+        raise HonesError(f"cannot choose {count} of the {measured} heads that were measured")
+    return [Head(*site) for site in _top(scores.masked_fill(~among, -torch.inf), count)]
 
 
 def top_neurons(scores: Tensor, count: int) -> list[Neuron]:

@@ -26,7 +26,7 @@ MODEL = {
     "streams",
     "tokens",
 }
-MEASURING = {*MODEL, "examples", "measure", "ablation", "patching"}
+MEASURING = {*MODEL, "examples", "measure", "ablation", "patching", "racing"}
 WHOLE = {*MEASURING, "methods", "loops", "leaderboard", "resampling"}
 
 # A room (a module or a folder of hones_eval) and the rooms that it may import.
@@ -40,6 +40,7 @@ FLOORS: dict[str, set[str]] = {
     "sites": {"errors"},
     "attach": {"errors"},
     "partial": BASE,
+    "racing": {"errors"},
     # 1: one model, or one result
     "anatomy": {*BASE, "attach"},
     "ranking": {*BASE, "sites"},
@@ -69,7 +70,8 @@ FLOORS: dict[str, set[str]] = {
     "resampling": {"errors", "leaderboard"},
     "fitting": {*MODEL, "examples", "methods", "loops", "partial"},
     # 5: whole jobs, and the figures that they draw
-    "discovery": WHOLE,
+    "localizing": WHOLE,
+    "discovery": {*WHOLE, "localizing"},
     "verification": WHOLE,
     "comparison": {*WHOLE, "verification"},
     "choosing": {*WHOLE, "fitting", "verification"},

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hones_eval import __version__
 from hones_eval.artefact import hash_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.discovery import Discovery, Method, discover, provenance
+from hones_eval.errors import HonesError
+from hones_eval.localizing import Savings, Screen
 from hones_eval.partial import Partial
+from hones_eval.racing import Bound
 from hones_eval.ranking import Ranking
 
 
@@ -31,6 +35,11 @@ def rank(
     num_nodes: int = 1,
     seed: int = 0,
     resume: bool = False,
+    race: float | None = None,
+    race_bound: Bound = "betting",
+    race_span: float = 1.0,
+    screen: Screen | None = None,
+    screen_share: float = 0.25,
 ) -> None:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
@@ -56,9 +65,20 @@ def rank(
         batch_size: edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
-        seed: recorded, and used by methods that draw at random.
+        seed: recorded, and used by methods that draw at random and for the order of a race.
         resume: go on from what a killed run of the same command left in OUT/partial.
+        race: for hones with a metric that is a mean over examples: the risk, such as 0.05, that the best
+            heads differ from the exact ones (up to ties). Examples come in random order, and a head is no
+            longer measured once a bound shows that it is, or is not, among the best.
+        race_bound: the bound that a race goes by, betting or the wider bernstein (empirical Bernstein).
+        race_span: the largest difference of the metric between two answers, 1 for metrics from 0 to 1.
+        screen: first_order (for hones) estimates all heads by one backward pass an example, which needs
+            gradients and their memory, and measures only the best of them. What it leaves out is not known.
+        screen_share: the share of all heads that is measured after a screen.
     """
+    savings = Savings(race, race_bound, race_span, screen, screen_share)
+    if savings.settings() and method != "hones":
+        raise HonesError(f"--race and --screen save work of --method hones; {method} has nothing to save")
     task, others = tasks, list[str]()
     if method == "entropy":
         task, *others = tasks.split(",")
@@ -77,7 +97,7 @@ def rank(
         devices=devices,
         num_nodes=num_nodes,
     )
-    settings = job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs)
+    settings = job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs, **savings.settings())
     source = provenance(job.anatomy, job.examples, method, settings, seed)
     contrast = [
         job.on(other, include_path=include_path, limit=limit, offset=offset, gen_kwargs=gen_kwargs).examples
@@ -87,7 +107,9 @@ def rank(
         out / "partial", hash_of([__version__, json.dumps(source.to_json(), sort_keys=True)]), resume
     )
     job.loop.partial = partial
-    ranking = discover(Discovery(job.replayer, job.examples, job.loop, source, heads, neurons, contrast))
+    ranking = discover(
+        Discovery(job.replayer, job.examples, job.loop, source, heads, neurons, contrast, savings)
+    )
     if job.loop.is_first:
         ranking.save(out)
         partial.clear()
@@ -109,8 +131,25 @@ def _say_ranking(ranking: Ranking, out: Path) -> None:
             say(f"warning: {warning}")
         return
     say(f"{report['metric']} {report['base_metric']:.4g} unedited")
+    _say_savings(report)
     if not report["heads_with_positive_score"]:
         say(
             "warning: no head's replacement lowers the metric, so neurons are ranked by their contribution "
             "alone; more examples, or a task that the model can do, give heads a score"
+        )
+
+
+def _say_savings(report: dict[str, Any]) -> None:
+    if "screen" in report:
+        one = report["screen"]
+        say(
+            f"screened by first-order estimates (with gradients): {one['heads_measured']} heads measured, "
+            f"{one['heads_not_measured']} not, which stand as 0 and are never chosen"
+        )
+    if "race" in report:
+        one = report["race"]
+        say(
+            f"raced at risk {one['delta']:g}: {one['work_saved']:.0%} of the work saved, "
+            f"{one['examples_run']} of {report['examples']} examples run, "
+            f"{len(one['undecided'])} heads measured on all of them"
         )
