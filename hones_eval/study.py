@@ -1,7 +1,7 @@
 """The whole experiment on several tasks: which neurons matter by which method, and does scaling them help."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -89,7 +89,17 @@ def run(study: Study) -> dict[str, Any]:
     sizes = {
         task.name: {"test": len(task.test), "development": len(task.development)} for task in study.tasks
     }
-    return {"attribution": attribution, "steering": steering, "examples": sizes}
+    notes = fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks})
+    return {"attribution": attribution, "steering": steering, "examples": sizes, "notes": notes}
+
+
+def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
+    """What HONES ranked neurons by where no chosen head has a positive score."""
+    without = [name for name, one in rankings.items() if not (one.report or {})["heads_with_positive_score"]]
+    return [
+        f"{name}: no head's replacement lowers the metric, so neurons are ranked by contribution alone"
+        for name in without
+    ]
 
 
 def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:

@@ -33,6 +33,7 @@ def _page(report: Mapping[str, Any]) -> str:
         f"Neurons chosen on discovery, scales on development, measured on test ({sizes} examples); intervals "
         "are 95 %, paired, over pictures. A gain is positive where steering helped.\n",
     ]
+    parts += [f"- {note}\n" for note in report.get("notes", [])]
     for split, title in (("test", "In distribution"), ("shifted", "Shifted")):
         rows = [row for row in own if row["split"] == split]
         if rows:

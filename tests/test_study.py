@@ -1,6 +1,7 @@
 """The whole experiment through the command, on splits of a task that a small model answers itself."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hones_eval.__main__ import main
 from hones_eval.ranking import Ranking
 from hones_eval.steering import Steering
-from hones_eval.study import WAYS, verdict
+from hones_eval.study import WAYS, fallbacks, verdict
 
 METHODS = ["hones", "dvp", "entropy"]
 
@@ -98,6 +99,13 @@ def test_a_study_tests_on_no_picture_that_it_chose_on(
     assert not (tmp_path / "out").exists()
     assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--methods", '["dvp"]')) == 1
     assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
+
+
+def test_a_task_without_a_helpful_head_is_named(own: own_answers.Prepared) -> None:
+    ranking = Ranking.load(own.rankings / "hones")
+    none = dataclasses.replace(ranking, report=ranking.report | {"heads_with_positive_score": 0})
+    (note,) = fallbacks({"own_a": ranking, "own_b": none})
+    assert note.startswith("own_b: no head's replacement lowers the metric")
 
 
 def test_a_verdict_needs_an_interval_without_zero() -> None:

@@ -1,0 +1,183 @@
+"""Rankings of neurons beside the exhaustive ground truth, and why projection without heads rivals HONES.
+
+    python benchmarks/scenes_methods.py --study runs/scenes_study --out leaderboards/scenes/methods
+
+takes the rankings of `scenes_study.py`, measures every bank below on each task's test split in one pass (kept
+in the work folder), and writes tables and figures. Banks: every method's top 0.25 to 5 percent; without the
+last layer; the same number in each layer; one method's order with the other's numbers in each layer; HONES
+with other numbers and weights of heads. `truth` is the order of the ground truth itself: each neuron masked
+alone, by the drop of the target's log-probability.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import scenes_methods_report
+import torch
+from safetensors.torch import load_file, save_file
+from scenes_board import CHECKPOINT
+from torch import Tensor
+
+from hones_eval.anatomy import Anatomy
+from hones_eval.artefact import write_json
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.loops import Loop
+from hones_eval.measure import Totals
+from hones_eval.methods.answers import AnswersUnder, answered
+from hones_eval.methods.hones import NeuronAttribution, inverse_document_frequency
+from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
+from hones_eval.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
+from hones_eval.toy import checkpoint_path
+from hones_eval.toy.ground_truth import Effects, load_ground_truth
+from hones_eval.verification import Measured, masked
+
+TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding")
+METHODS = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
+SIZES = (0.0025, 0.005, 0.01, 0.02, 0.05)
+HEADS = 8  # that the study's rankings are conditioned on
+RANDOM = 5
+
+
+class Task(NamedTuple):
+    """What is known of a task before any bank is masked: scores [L, I] by name, and the truth."""
+
+    name: str
+    ranking: Ranking
+    scores: dict[str, Tensor]
+    truth: Effects
+
+
+def scores_of(lmm: Any, replayer: Replayer, name: str, study: Path, work: Path) -> Task:
+    """The study's rankings, HONES with other heads and weights, and the ground truth."""
+    folder = study / "rankings" / f"scenes_{name}"
+    rankings = {method: Ranking.load(folder / method) for method in METHODS}
+    truth = load_ground_truth().effects[name]["neurons"]
+    hones = rankings["hones"]
+    scores = {method: one.neuron_scores for method, one in rankings.items()}
+    scores |= {"truth": truth.log_probability}
+    drops = head_drops(lmm, replayer, name, hones, work)
+    assert hones.head_scores is not None
+    assert hones.head_log_probability is not None
+    metric, log_p = hones.head_scores, hones.head_log_probability
+    again = importance(drops, metric, top_heads(metric, HEADS))
+    torch.testing.assert_close(again, hones.neuron_scores)  # the variants start from what HONES is
+    everything = top_heads(metric, metric.numel())
+    scores |= {f"hones, {count} heads": importance(drops, metric, everything[:count]) for count in (2, 4, 16)}
+    scores["hones, all heads alike"] = importance(drops, torch.ones_like(metric), everything)
+    chosen = [head for head in everything[:HEADS] if metric[head] > 0]
+    scores["hones, 8 heads alike"] = importance(drops, torch.ones_like(metric), chosen)
+    scores["hones, heads by log-probability"] = importance(drops, log_p, top_heads(log_p, HEADS))
+    return Task(name, hones, scores, truth)  # type: ignore[arg-type]
+
+
+def head_drops(lmm: Any, replayer: Replayer, name: str, hones: Ranking, work: Path) -> Tensor:
+    """Every neuron's drop of its mean write-in contribution under every head's replacement [L, H, L, I]."""
+    shape, path = replayer.anatomy.shape, work / f"{name}_head_drops.safetensors"
+    if not path.is_file():
+        source = hones.provenance.examples[0]
+        examples = TaskExamples(lmm, source.task, model_name="llava_hf", limit=source.count)
+        assert examples.example_set().hash == source.hash
+        heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+        references = examples.caption_references()
+        weights = None if references is None else inverse_document_frequency(references, shape.vocabulary)
+        found = Loop("cpu", progress=False).run(
+            examples, NeuronAttribution(replayer, heads, token_weights=weights), name
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        save_file({"drop": found.sums["drop"] / found.sums["examples"]}, path)
+    return load_file(path)["drop"].unflatten(0, (shape.layers, shape.heads))
+
+
+def importance(drops: Tensor, weights: Tensor, heads: Sequence[Head]) -> Tensor:
+    """HONES 2: rectified drops, weighted by what heads score; heads without a positive weight are skipped."""
+    kept = [head for head in heads if weights[head] > 0]
+    total = sum(float(weights[head]) * drops[head].clamp(min=0) for head in kept)
+    return (total / sum(float(weights[head]) for head in kept)).float()  # type: ignore[union-attr]
+
+
+def banks_of(task: Task, seed: int) -> dict[str, list[Neuron]]:
+    """Every bank that is masked, by name."""
+    scores = task.scores
+    layers, width = task.truth.metric.shape
+    whole = {name: top_neurons(one, neuron_count(one, 0.01)) for name, one in scores.items()}
+    banks = {
+        f"{name} {size:.2%}": top_neurons(scores[name], neuron_count(scores[name], size))
+        for name in (*METHODS, "truth")
+        for size in SIZES
+    }
+    banks |= {name: bank for name, bank in whole.items() if name.startswith("hones,")}
+    count = len(whole["hones"])
+    for name in ("hones", "dvp", "random", "truth"):
+        lower = scores[name].clone()
+        lower[-1] = float("-inf")
+        banks[f"{name}, no last layer"] = top_neurons(lower, count)
+        banks[f"{name}, alike in all layers"] = by_layer(scores[name], shares(count, layers))
+    numbers = {
+        name: [sum(n.layer == layer for n in bank) for layer in range(layers)] for name, bank in whole.items()
+    }
+    banks["hones, numbers of dvp"] = by_layer(scores["hones"], numbers["dvp"])
+    banks["dvp, numbers of hones"] = by_layer(scores["dvp"], numbers["hones"])
+    banks["truth, numbers of hones"] = by_layer(scores["truth"], numbers["hones"])
+    for name in ("hones", "dvp"):
+        banks |= {
+            f"random like {name} {i + 1}": matched_random(whole[name], width, seed + i) for i in range(RANDOM)
+        }
+    return banks
+
+
+def by_layer(scores: Tensor, counts: Sequence[int]) -> list[Neuron]:
+    """The best `counts[l]` neurons of every layer `l`."""
+    orders = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return [Neuron(layer, int(i)) for layer, count in enumerate(counts) for i in orders[layer, :count]]
+
+
+def shares(count: int, layers: int) -> list[int]:
+    """`count` shared out over the layers as evenly as can be, the last layers first."""
+    return [(count + layer) // layers for layer in range(layers)]
+
+
+def measured(
+    lmm: Any, replayer: Replayer, task: Task, banks: dict[str, list[Neuron]], work: Path, limit: int
+) -> tuple[Measured, str]:
+    """All banks masked on the task's test split, and the metric; answers are kept in the work folder."""
+    examples = TaskExamples(lmm, f"scenes_{task.name}", model_name="llava_hf", limit=limit)
+    path = work / f"{task.name}_answers.json"
+    key = {"banks": {name: [list(n) for n in bank] for name, bank in banks.items()}}
+    key["examples"] = examples.example_set().hash  # type: ignore[assignment]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {name: known.get(name) for name in key} != key:
+        steerings = {name: masked(task.ranking, bank) for name, bank in banks.items()}
+        totals = Loop("cpu", progress=False).run(
+            examples, AnswersUnder(replayer, examples, steerings), task.name
+        )
+        known = key | {"answers": {str(index): one for index, one in totals.records.items()}}
+        write_json(path, known)
+    records = {int(index): one for index, one in known["answers"].items()}
+    return Measured(examples, answered(Totals({}, records)), 0), examples.metric
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--study", type=Path, default=Path("runs/scenes_study"))
+    parser.add_argument("--work", type=Path, default=Path("runs/scenes_methods"))
+    parser.add_argument("--out", type=Path, default=Path("leaderboards/scenes/methods"))
+    parser.add_argument("--limit", type=int, default=200, help="test examples of each task")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path(CHECKPOINT)}", device="cpu")
+    replayer = Replayer(Anatomy.of(inner_model(lmm)))
+    rows: list[dict[str, Any]] = []
+    for name in TASKS:
+        task = scores_of(lmm, replayer, name, given.study, given.work)
+        banks = banks_of(task, seed=0)
+        found, metric = measured(lmm, replayer, task, banks, given.work, given.limit)
+        rows.append(scenes_methods_report.task_report(task, banks, found, metric))
+    scenes_methods_report.write(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The embedded model's neurons, task by task: found, scaled in every way, masked, compared.
+
+    python benchmarks/scenes_study.py --out leaderboards/scenes/study --work runs
+
+1. `study`: six tasks, scales chosen on pictures as they are, tested on others as they are and shifted.
+2. `study` on shifted pictures alone, with scales that are chosen on shifted ones and learned a hundred times
+   faster: the most favourable case, since only there the model has something left to learn.
+3. `compare`: which neurons in which layers, groups that tasks share, the cross-task matrix.
+4. `verify` of every task's bank, and of the group that most tasks share.
+5. `lens` of one example, baseline against its task's neurons masked.
+
+Rankings, steerings and groups stay in the work folder; a second run goes on from what is there.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from scenes_board import CHECKPOINT, run_ours
+
+from hones_eval.ranking import Ranking
+from hones_eval.toy import checkpoint_path
+
+TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding")
+SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr")
+MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
+KEPT = ("*.md", "*.json", "*.csv", "*.png")
+
+
+def study(work: Path, out: Path, examples: int, test: int) -> Path:
+    """Both studies; where their rankings are."""
+    sizes = ("--heads", "8", "--limit", str(examples), "--test_limit", str(test))
+    plain, shifted = work / "scenes_study", work / "scenes_study_shifted"
+    names = ",".join(f"scenes_{task}" for task in TASKS)
+    run_ours("study", *MODEL, "--tasks", names, *sizes, "--out", str(plain))
+    names = ",".join(f"scenes_{task}_shifted" for task in SHIFTED)
+    fast = ("--shifted=", "--methods", '["hones"]', "--learning_rate", "0.05")
+    run_ours("study", *MODEL, "--tasks", names, *sizes, *fast, "--out", str(shifted))
+    keep(plain, out)
+    keep(shifted, out / "shifted")
+    return plain / "rankings"
+
+
+def ranking(rankings: Path, task: str) -> Path:
+    return rankings / f"scenes_{task}" / "hones"
+
+
+def compare(work: Path, out: Path, rankings: Path, test: int) -> None:
+    folders = [str(ranking(rankings, task)) for task in TASKS]
+    names = ",".join(f"scenes_{task}" for task in TASKS)
+    made = work / "scenes_compare"
+    flags = ("--heads", "8", "--limit", str(test), "--out", str(made))
+    run_ours("compare", *folders, *MODEL, "--tasks", names, *flags)
+    keep(made, out / "compare")
+
+
+def verify(work: Path, out: Path, rankings: Path, test: int) -> None:
+    """Every task's own bank; and what most tasks share, on the two tasks with most to lose."""
+    for task in TASKS:
+        verified(ranking(rankings, task), task, out / "verify" / task, test)
+    groups = [path for path in sorted((work / "scenes_compare" / "groups").iterdir()) if path.is_dir()]
+    shared = max(groups, key=lambda path: (path.name.count("+"), len(Ranking.load(path).neurons())))
+    for task in ("vqa_attribute", "vqa_relation"):
+        verified(shared, task, out / "verify" / f"shared_on_{task}", test)
+
+
+def verified(bank: Path, task: str, out: Path, test: int) -> None:
+    flags = ("--tasks", f"scenes_{task}", "--limit", str(test), "--out", str(out))
+    run_ours("verify", "--ranking", str(bank), *MODEL, *flags)
+
+
+def lens(work: Path, out: Path, rankings: Path) -> None:
+    """An attribute question that masking turns wrong: the model minus itself without the task's neurons."""
+    masked = work / "scenes_masked"
+    how = ("--how", "fixed", "--factor", "0")
+    run_ours("scale", "--ranking", str(ranking(rankings, "vqa_attribute")), *how, "--out", str(masked))
+    flags = ("--tasks", "scenes_vqa_attribute", "--offset", "11", "--limit", "1", "--positions", "text")
+    run_ours("lens", *MODEL, *flags, "--against", f"steering={masked}", "--out", str(out / "lens"))
+
+
+def keep(made: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for pattern in KEPT:
+        for path in made.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("leaderboards/scenes/study"))
+    parser.add_argument("--work", type=Path, default=Path("runs"))
+    parser.add_argument("--examples", type=int, default=96, help="for discovery, and for development")
+    parser.add_argument("--test", type=int, default=200, help="test examples of each task")
+    given = parser.parse_args()
+    checkpoint_path(CHECKPOINT)  # compares the weights with their hash
+    found = study(given.work, given.out, given.examples, given.test)
+    compare(given.work, given.out, found, given.test // 2)
+    verify(given.work, given.out, found, given.test // 2)
+    lens(given.work, given.out, found)
