@@ -21,7 +21,8 @@ def write(comparison: Comparison, crossings: Sequence[Crossing], out: Path) -> d
     for name, rows in tables.items():
         write_text(out / f"{name}.csv", csv_table(rows))
     titled = [
-        f"## {name.replace('_', ' ').capitalize()}\n\n{markdown_table(rows)}" for name, rows in tables.items()
+        f"## {name.replace('_', ' ').capitalize()}\n\n{markdown_table(rows)}"
+        for name, rows in _shown(tables).items()
     ]
     write_text(out / "compare.md", "\n".join(titled))
     for names, bank in comparison.groups().items():
@@ -55,6 +56,33 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: rows for name, rows in tables.items() if rows}
 
 
+def _shown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The tables for people: of the groups, which double with every ranking, those that have members."""
+    groups = tables.get("groups", [])
+    members = [row for row in groups if row["neurons"]]
+    empty = {"group": f"({len(groups) - len(members)} other combinations)", "neurons": 0}
+    return {**tables, "groups": [*members, empty]} if groups else dict(tables)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the words, between underscores, that all of them begin or end with."""
+    parts = [name.split("_") for name in names]
+    first, last = _common(parts), _common([one[::-1] for one in parts])
+    if any(first + last >= len(one) for one in parts):
+        last = 0
+    return {name: "_".join(one[first : len(one) - last]) for name, one in zip(names, parts, strict=True)}
+
+
+def _common(parts: Sequence[Sequence[str]]) -> int:
+    """How many first words all share, leaving each at least one."""
+    count = 0
+    while len({*map(tuple, parts)}) > 1 and all(one[count + 1 :] for one in parts):
+        if len({one[count] for one in parts}) > 1:
+            break
+        count += 1
+    return count
+
+
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV with a header; at least one row."""
     text = io.StringIO()
@@ -74,7 +102,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, float):
+        return f"{0.0 if abs(value) < 1e-12 else value:.3g}"  # what rounding leaves of a zero
+    return str(value).replace("|", "\\|")
 
 
 def _folder(names: Sequence[str]) -> str:
@@ -83,27 +113,37 @@ def _folder(names: Sequence[str]) -> str:
 
 
 def _draw(comparison: Comparison, report: Mapping[str, Any], out: Path) -> None:
+    short = short_names(list(comparison.rankings))
     if report["neurons_by_layer"]:
-        figures.save(figures.layer_curves(report["neurons_by_layer"]), out / "neurons_by_layer.png")
-        figures.save(figures.bars(report["groups"], "neurons in exactly these"), out / "groups.png")
+        curves = {_short(name, short): counts for name, counts in report["neurons_by_layer"].items()}
+        figures.save(figures.layer_curves(curves), out / "neurons_by_layer.png")
+        members = {names: len(bank) for names, bank in comparison.groups().items() if bank}
+        sizes = {group_name([_short(name, short) for name in names]): size for names, size in members.items()}
+        figures.save(figures.bars(sizes, "neurons in exactly these"), out / "groups.png")
     for sites in ("neuron", "head"):
         found = report[f"{sites}_overlaps"]
         if found:
             names = list(report[f"{sites}s_by_layer"])
             values = _square(names, found)
             title = f"{sites}s: Jaccard index (upper right), by chance in the same layers (lower left)"
-            figures.save(
-                figures.matrix(values, names, names, title, "Jaccard"), out / f"{sites}_overlaps.png"
-            )
+            labels = [_short(name, short) for name in names]
+            drawn = figures.matrix(values, labels, labels, title, "Jaccard")
+            figures.save(drawn, out / f"{sites}_overlaps.png")
     scores = {
-        name: one.head_scores.double().numpy()
+        _short(name, short): one.head_scores.double().numpy()
         for name, one in comparison.rankings.items()
         if one.head_scores is not None
     }
     if scores:
         figures.save(figures.heat_maps(scores, "head score"), out / "heads.png")
     if report["cross_task"]:
-        _draw_crossings(report["cross_task"], out)
+        _draw_crossings(report["cross_task"], short, out)
+
+
+def _short(name: str, short: Mapping[str, str]) -> str:
+    """A bank's short name; heads that help and heads that hurt have a sign after their ranking's."""
+    ranking = name if name in short else name[:-2]
+    return short[ranking] + name[len(ranking) :]
 
 
 def _square(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> figures.Floats:
@@ -114,7 +154,7 @@ def _square(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> figures
     return values
 
 
-def _draw_crossings(crossings: Sequence[Mapping[str, Any]], out: Path) -> None:
+def _draw_crossings(crossings: Sequence[Mapping[str, Any]], short: Mapping[str, str], out: Path) -> None:
     rows = list(dict.fromkeys(one["masked"] for one in crossings))
     columns = list(dict.fromkeys(one["measured"] for one in crossings))
     values = np.full((len(rows), len(columns)), np.nan)
@@ -124,4 +164,5 @@ def _draw_crossings(crossings: Sequence[Mapping[str, Any]], out: Path) -> None:
             np.nan if relative is None else relative
         )
     title = "mask the neurons of (row), measure (column)"
-    figures.save(figures.matrix(values, rows, columns, title, "relative drop"), out / "cross_task.png")
+    labels = [_short(name, short) for name in rows], list(short_names(columns).values())
+    figures.save(figures.matrix(values, *labels, title, "relative drop"), out / "cross_task.png")

@@ -57,6 +57,7 @@ def layer_curves(counts: Mapping[str, Sequence[int]]) -> Figure:
         axes.plot(range(len(values)), values, marker="o", markersize=3, color=colour, label=name)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("selected neurons")
     axes.legend(fontsize=8)
     return figure
@@ -71,7 +72,8 @@ def matrix(values: Floats, rows: Sequence[str], columns: Sequence[str], title: s
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = abs(value) > 0.6 * reach
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+            shown = f"{0.0 if abs(value) < 0.005 else value:.2f}"
+            axes.text(j, i, shown, ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=9)
@@ -80,11 +82,14 @@ def matrix(values: Floats, rows: Sequence[str], columns: Sequence[str], title: s
 
 
 def heat_maps(scores: Mapping[str, Floats], label: str) -> Figure:
-    """Scores [L, H] of several rankings side by side, each on its own scale, zero in white."""
-    figure = Figure(figsize=(3.4 * len(scores), 3.2), layout="constrained")
-    for axes, (name, values) in zip(
-        figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True
-    ):
+    """Scores [L, H] of several rankings, three in a row, each on its own scale, zero in white."""
+    across = min(3, len(scores))
+    down = -(-len(scores) // across)
+    figure = Figure(figsize=(3.4 * across, 3.0 * down), layout="constrained")
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in every[len(scores) :]:
+        axes.set_axis_off()
+    for axes, (name, values) in zip(every, scores.items(), strict=False):
         reach = float(np.abs(values).max()) or 1.0
         image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, origin="lower", aspect="auto")
         axes.set_xlabel("head")

@@ -8,7 +8,7 @@ import numpy as np
 
 from hones_eval import figures
 from hones_eval.artefact import write_json, write_text
-from hones_eval.comparison_report import csv_table, markdown_table
+from hones_eval.comparison_report import csv_table, markdown_table, short_names
 from hones_eval.study import WAYS, verdict
 
 Row = Mapping[str, Any]
@@ -34,7 +34,8 @@ def _page(report: Mapping[str, Any]) -> str:
         "are 95 %, paired, over pictures. A gain is positive where steering helped.\n",
     ]
     parts += [f"- {note}\n" for note in report.get("notes", [])]
-    for split, title in (("test", "In distribution"), ("shifted", "Shifted")):
+    has_shifted = any(row["split"] == "shifted" for row in own)
+    for split, title in (("test", "In distribution" if has_shifted else "Test"), ("shifted", "Shifted")):
         rows = [row for row in own if row["split"] == split]
         if rows:
             parts += [f"## {title}\n", markdown_table(_by_way(rows, tasks)), _conclusion(rows)]
@@ -110,7 +111,7 @@ def _masking(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _draw(report: Mapping[str, Any], out: Path) -> None:
-    tasks = _short(list(report["examples"]))
+    tasks = short_names(list(report["examples"]))
     panels: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     effects = {how: np.full((len(tasks), len(tasks)), np.nan) for how in WAYS}
     for row in report["steering"]:
@@ -118,19 +119,10 @@ def _draw(report: Mapping[str, Any], out: Path) -> None:
         if row["split"] == "test":
             effects[row["how"]][source, measured] = row["gain"]
         if source == measured:
-            title = {"test": "in distribution", "shifted": "shifted"}[row["split"]]
+            title = row["split"]
             dot = {"value": row["gain"], "low": row["gain_low"], "high": row["gain_high"]}
             panels.setdefault(title, {}).setdefault(tasks[row["measured_on"]], {})[row["how"]] = dot
     figures.save(figures.gains(panels, "gain by steering"), out / "gains.png")
     names = list(tasks.values())
     drawn = figures.matrices(effects, names, names, "gain of the task measured (column)")
     figures.save(drawn, out / "side_effects.png")
-
-
-def _short(tasks: Sequence[str]) -> dict[str, str]:
-    """Tasks without what all of their names begin with, up to an underscore."""
-    parts = [task.split("_") for task in tasks]
-    shared = 0
-    while len({tuple(one[: shared + 1]) for one in parts}) == 1 and all(one[shared + 1 :] for one in parts):
-        shared += 1
-    return {task: "_".join(one[shared:]) for task, one in zip(tasks, parts, strict=True)}

@@ -14,6 +14,7 @@ import torch
 
 from hones_eval.__main__ import main
 from hones_eval.comparison import Comparison, chance_of_sharing, group_name, groups, load_named, overlaps
+from hones_eval.comparison_report import short_names
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.ranking import Ranking
 from hones_eval.sites import Head, Neuron
@@ -170,3 +171,15 @@ def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
     assert not list(tmp_path.iterdir())
     assert list(load_named(folders[::2])) == ["own_a", "own_b"]
     assert group_name(("a", "b")) == "a+b"
+
+
+def test_short_names_lose_what_all_share_and_stay_different() -> None:
+    cases = {
+        ("s_vqa_a_disc", "s_vqa_b_disc", "s_ocr_disc"): ["vqa_a", "vqa_b", "ocr"],
+        ("own_a hones", "own_b dvp"): ["a hones", "b dvp"],
+        ("t", "t_x"): ["t", "t_x"],
+        ("a_x_a", "a_a"): ["x_a", "a"],
+        ("one",): ["one"],
+    }
+    for names, expected in cases.items():
+        assert list(short_names(names).values()) == expected

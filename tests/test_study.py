@@ -48,7 +48,7 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
     assert [row["method"] for row in report["attribution"]][: len(METHODS)] == METHODS
     assert len(report["attribution"]) == 2 * (len(METHODS) + 1)
     page = (tmp_path / "study.md").read_text()
-    assert "## In distribution" in page
+    assert "## Test" in page
     assert "## Shifted" not in page
     _masking_is_that_of_verify(report, own, splits, tmp_path)
     scores = Ranking.load(tmp_path / "rankings" / "own_a" / "hones")
