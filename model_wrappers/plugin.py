@@ -34,6 +34,7 @@ FAMILIES = {
     "llava": Family("llava_hf", "SimpleLlava", "Llava"),
     "qwen2_5_vl": Family("qwen2_5_vl", "SimpleQwen", "Qwen"),
     "instructblip": Family("instructblip", "InstructBlip"),
+    "hf": Family("hones_hf", "SimpleHf", "Hf"),
 }
 BASES = {f"{method}_{name}": one.base for method in ("hones", "vseam") for name, one in FAMILIES.items()}
 GENERIC = ("hones", "vseam")

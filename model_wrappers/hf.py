@@ -1,0 +1,280 @@
+"""`--model hones_hf`: any Hugging Face vision-language model that transformers can prompt by itself, steered.
+
+For families whose wrapper lmms-eval lacks, or has only for versions of transformers that are gone: whatever
+`AutoModelForImageTextToText` loads and whose processor has a chat template. PaliGemma needs none.
+"""
+
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from hones_eval.errors import HonesError
+
+from .hf_requests import (
+    Asked,
+    Messages,
+    alike,
+    as_part,
+    cut,
+    generation,
+    medium,
+    parts,
+    pictures,
+    texts,
+    until,
+)
+from .steered import Steered
+
+WITHOUT_TEMPLATE = ("paligemma",)
+"""Families that are asked in one turn without a chat template: pictures, then the text."""
+
+
+class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
+    """A chat model of lmms-eval over transformers' own prompting, in batches padded on the left."""
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        revision: str = "main",
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        attn_implementation: str | None = None,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> None:
+        """Load model and processor.
+
+        Args:
+            pretrained: a folder or a hub id.
+            revision: of the hub's repository.
+            device: where the model goes when there is no `device_map`.
+            device_map: as transformers has it; `auto` spreads one model over several GPUs.
+            dtype: `auto` is the checkpoint's own, or the name of one of torch's.
+            batch_size: questions asked at once.
+            attn_implementation: `eager`, `sdpa`, `flash_attention_2`; by default transformers' choice.
+            chat_template: a Jinja file to use in place of the processor's template.
+            trust_remote_code: run code that comes with the checkpoint.
+            unknown: anything else is an error.
+
+        Raises: HonesError for what cannot be loaded or prompted.
+        """
+        super().__init__()
+        _refuse_unknown(unknown)
+        if not pretrained:
+            raise HonesError("pretrained= is missing: a folder or a Hugging Face hub id")
+        self.batch_size_per_gpu = _count(batch_size)
+        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+        place = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
+        try:
+            model: Any = AutoModelForImageTextToText.from_pretrained(pretrained, **shared, **place)
+            self.processor = AutoProcessor.from_pretrained(pretrained, **shared)
+        except (OSError, ValueError, ImportError) as error:
+            raise HonesError(f"{pretrained} cannot be loaded: {' '.join(str(error).split())}") from error
+        if not device_map:
+            model.to(_own_device(device))
+        self._model: Any = model.eval()
+        self._prepare_tokenizer()
+        self._prompted_plainly = self._prompts_plainly(pretrained, chat_template)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The Hugging Face model."""
+        return cast(PreTrainedModel, self._model)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.device
+
+    @property
+    def batch_size(self) -> int:
+        """Questions asked at once."""
+        return self.batch_size_per_gpu
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer every request; answers end before the first of the task's `until` strings."""
+        answers: dict[int, GenerationResult] = {}
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
+            for places in alike(requests):
+                for start in range(0, len(places), self.batch_size_per_gpu):
+                    batch = places[start : start + self.batch_size_per_gpu]
+                    asked = [self._read(place, requests[place]) for place in batch]
+                    for one, answer in self._batch(asked):
+                        answers[one.place] = answer
+                    bar.update(len(batch))
+        return [answers[place] for place in range(len(requests))]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
+        """Not served."""
+        raise HonesError("hones_hf asks once; tasks of several rounds need a wrapper that has them")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not served."""
+        raise HonesError("hones_hf generates; tasks of log-likelihoods need a wrapper that has them")
+
+    def inputs_of(self, conversations: Sequence[Messages]) -> dict[str, Any]:
+        """What `generate` takes for a batch of conversations, all with pictures or all without."""
+        if self._prompted_plainly:
+            made = self._plain_inputs(conversations)
+        else:
+            made = self.processor.apply_chat_template(
+                list(conversations),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+        placed = made.to(self.device, self._model.dtype)
+        return {name: value for name, value in placed.items() if name != "labels"}
+
+    def _read(self, place: int, request: Instance) -> Asked:
+        _, source, settings, doc_id, task, split = request.args
+        messages = [
+            {"role": message["role"], "content": [as_part(one) for one in parts(message["content"])]}
+            for message in source(self.task_dict[task][split][doc_id])
+        ]
+        return Asked(place, messages, settings)
+
+    def _batch(self, asked: list[Asked]) -> Iterable[tuple[Asked, GenerationResult]]:
+        # Processors take a batch in which every row shows something, or in which none does.
+        for showing in (True, False):
+            rows = [one for one in asked if bool(pictures(one.messages)) == showing]
+            if rows:
+                yield from zip(rows, self._generate(rows), strict=True)
+
+    def _generate(self, asked: list[Asked]) -> list[GenerationResult]:
+        inputs = self.inputs_of([one.messages for one in asked])
+        settings = {"pad_token_id": self.tokenizer.pad_token_id} | generation(asked[0].settings)
+        output = self._model.generate(**inputs, **settings)
+        prompt: Tensor = inputs["input_ids"]
+        if not torch.equal(output[:, : prompt.shape[1]], prompt.to(output.device)):
+            raise HonesError(
+                f"{type(self._model).__name__} does not repeat its prompt in front of its answer, as "
+                "decoder-only models of transformers do: hones_hf cannot tell where the answer begins"
+            )
+        new = output[:, prompt.shape[1] :]
+        decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        ends = until(asked[0].settings)
+        counts = (new != self.tokenizer.pad_token_id).sum(1).tolist()
+        return [
+            GenerationResult(cut(text, ends), TokenCounts(output_tokens=count))
+            for text, count in zip(decoded, counts, strict=True)
+        ]
+
+    def _plain_inputs(self, conversations: Sequence[Messages]) -> Any:
+        """A picture's token for each picture, then all that is said: the processor does the rest."""
+        shown = [pictures(messages) for messages in conversations]
+        if not all(shown):
+            raise HonesError(f"{type(self._model).__name__} wants a picture with every question")
+        said = [
+            self.processor.image_token * len(own) + "\n".join(texts(messages))
+            for own, messages in zip(shown, conversations, strict=True)
+        ]
+        return self.processor(text=said, images=shown, padding=True, padding_side="left", return_tensors="pt")
+
+    def _prepare_tokenizer(self) -> None:
+        if getattr(self._model.config, "is_encoder_decoder", False):
+            raise HonesError(
+                f"{type(self._model).__name__} is an encoder with a decoder; hones_hf takes decoders"
+            )
+        if getattr(self.processor, "tokenizer", None) is None:
+            raise HonesError(f"{type(self.processor).__name__} holds no tokenizer to prompt with")
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _prompts_plainly(self, pretrained: str, chat_template: str | None) -> bool:
+        """Whether the model is asked without a chat template; a template that was given takes its place."""
+        if chat_template is not None:
+            path = Path(chat_template).expanduser()
+            if not path.is_file():
+                raise HonesError(f"chat_template={chat_template}: there is no such file")
+            self.processor.chat_template = path.read_text(encoding="utf-8")
+        if self.processor.chat_template is not None:
+            return False
+        if self._model.config.model_type in WITHOUT_TEMPLATE:
+            return True
+        raise HonesError(
+            f"{pretrained} ({self._model.config.model_type}) has no chat template: give chat_template=<a "
+            "Jinja file>, or take lmms-eval's wrapper of the family: --model hones --model_args base=..."
+        )
+
+
+class SimpleHfModel(HfModel):
+    """The same under `--force_simple`: pictures first, then the task's text."""
+
+    is_simple = True
+
+    def _read(self, place: int, request: Instance) -> Asked:
+        text, settings, source, doc_id, task, split = request.args
+        shown = source(self.task_dict[task][split][doc_id]) or []
+        content = [as_part(medium(one)) for one in shown]
+        said = {"type": "text", "text": text}
+        return Asked(place, [{"role": "user", "content": [*content, said]}], settings)
+
+
+class Hf(Steered, HfModel):
+    """Steered, prompted through the chat template."""
+
+    base_wrapper = "hones_hf"
+
+
+class SimpleHf(Steered, SimpleHfModel):
+    """Steered, under `--force_simple`."""
+
+    base_wrapper = "hones_hf"
+
+
+def _own_device(device: str | None) -> torch.device:
+    """This process's own GPU where several processes share a node, and otherwise what was asked for."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and chosen.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return chosen
+
+
+def _dtype(name: str) -> Any:
+    if name == "auto":
+        return name
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise HonesError(f"dtype={name!r} is not known: use auto, bfloat16, float16 or float32")
+    return found
+
+
+def _count(batch_size: int | str) -> int:
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise HonesError(f"batch_size={batch_size!r} is not a whole number from 1 on")
+    return int(batch_size)
+
+
+def _refuse_unknown(unknown: dict[str, Any]) -> None:
+    known = [name for cls in (HfModel, Steered) for name in inspect.signature(cls.__init__).parameters]
+    known = [name for name in known if name not in ("self", "unknown", "kwargs")]
+    unknown = {name: value for name, value in unknown.items() if name != "max_batch_size"}
+    if unknown:
+        name = next(iter(unknown))
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise HonesError(f"hones_hf has no argument {name!r}: {hint}")
