@@ -130,6 +130,8 @@ class _Pass(LightningModule):  # type: ignore[misc]
         self.totals = SumOverRanks(measure.zeros())
         self.records: dict[int, Any] = {}
         self.done = 0
+        # A rank of a run that goes on may have measured all of its share when another has not.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[Example]:
         mine = range(self.global_rank, len(self.examples), self.trainer.world_size)

@@ -70,10 +70,12 @@ class Partial:
         self._written = time.monotonic()
 
     def clear(self) -> None:
-        """Remove the folder: the run has ended well."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            path.unlink(missing_ok=True)
-        if self.folder.is_dir():
+        """Remove the folder: the run has ended well. Files that are none of its own stay."""
+        # A kill in the middle of a write leaves the file under its temporary name, which starts with a dot.
+        for pattern in ("*.safetensors", ".*.safetensors.*"):
+            for path in sorted(self.folder.glob(pattern)):
+                path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _path(self, name: str, rank: int, ranks: int) -> Path:

@@ -2,44 +2,78 @@
 
 The forks are of a process that has read no data set yet: its file locks do not outlive a fork. Usage:
 
-    python killed_runs.py WHOLE KILLED KILLS rank --method ...
+    python killed_runs.py WHOLE KILLED KILLS rank --method ... [--devices 2]
 """
 
 import itertools
 import os
 import random
 import signal
+import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from hones_eval import partial
 from hones_eval.__main__ import main
 from hones_eval.commands import command
-from hones_eval.loops import _Pass
+from hones_eval.examples import TaskExamples
+from hones_eval.examples.tasks import _index
 
 
-def forked(arguments: list[str], example: int | None = None, delay: float = 0.0) -> int:
-    """Run in a forked process, killed some seconds into an example; its wait status."""
+class Kill(NamedTuple):
+    """A rank is killed some seconds after it has asked for its so-manieth example."""
+
+    rank: int
+    example: int
+    delay: float
+
+
+def forked(arguments: list[str], kill: Kill | None = None) -> int:
+    """Run in a forked process a device; the first wait status that is not 0, and 0 if all are.
+
+    Where one process ends badly the others are killed, as a launcher does.
+    """
+    devices = int(arguments[arguments.index("--devices") + 1]) if "--devices" in arguments else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = {_start(arguments, rank, devices, port, kill): rank for rank in range(devices)}
+    worst = 0
+    while running:
+        child, status = os.wait()
+        del running[child]
+        if status and not worst:
+            worst = status
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return worst
+
+
+def _start(arguments: list[str], rank: int, devices: int, port: int, kill: Kill | None) -> int:
     child = os.fork()
-    if child == 0:
-        if example is not None:
-            kill_after(example, delay)
-        status = main(arguments)
-        sys.stderr.flush()
-        os._exit(status)
-    return os.waitpid(child, 0)[1]
+    if child:
+        return child
+    if devices > 1:  # what a launcher tells the processes that it starts
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= address | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    if kill is not None and kill.rank % devices == rank:
+        arm(kill)
+    status = main(arguments)
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def kill_after(example: int, delay: float) -> None:
-    step, count = _Pass.predict_step, itertools.count(1)
+def arm(kill: Kill) -> None:
+    get, count = TaskExamples.__getitem__, itertools.count(1)
 
-    def armed(self: _Pass, *arguments: object) -> None:
-        if next(count) == example:
-            signal.setitimer(signal.ITIMER_REAL, delay)
-        step(self, *arguments)
+    def armed(self: TaskExamples, index: int) -> object:
+        if next(count) == kill.example:
+            signal.setitimer(signal.ITIMER_REAL, kill.delay)
+        return get(self, index)
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process on the spot
-    _Pass.predict_step = armed
+    TaskExamples.__getitem__ = armed
 
 
 def assert_same_files(one: Path, other: Path) -> None:
@@ -54,7 +88,9 @@ def run(whole: Path, killed: Path, wanted: int, arguments: list[str]) -> int:
     chance, kills, useful = random.Random(0), 0, 0
     resumed = [*arguments, "--out", str(killed), "--resume"]
     while kills < wanted:
-        status = forked(resumed, chance.randint(1, 8), chance.uniform(1e-4, 0.05))
+        status = forked(
+            resumed, Kill(chance.randint(0, 1), chance.randint(1, 12), chance.uniform(1e-4, 0.05))
+        )
         if os.WIFSIGNALED(status):
             kills += 1
             useful += any((killed / "partial").glob("*.safetensors"))
@@ -70,5 +106,6 @@ def run(whole: Path, killed: Path, wanted: int, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     command("rank")  # imports once what every fork then has
+    _index()  # and reads the names of all tasks once
     partial.SECONDS = 0.0  # write after every example
     print("useful kills:", run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))

@@ -14,24 +14,37 @@ from hones_eval.errors import HonesError
 from hones_eval.loops import _Pass
 from hones_eval.partial import Partial, Progress
 
-KILLS = 5
+CAPTIONS = ["--tasks", "hones_caption", "--gen_kwargs", "max_new_tokens=3", "--heads", "4"]
+RACE = ["--tasks", "hones_vqa", "--gen_kwargs", "max_new_tokens=3", "--heads", "3", "--race", "0.9"]
+SCREEN = ["--screen", "first_order", "--screen_share", "0.7"]
+TWO = ["--devices", "2"]
 
 
 @pytest.fixture
 def rank_arguments(tmp_path: Path, llava_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "data", 9)))
+    monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "data", 11)))
     return [
-        *("rank", "--method", "hones", "--model", "llava_hf", "--tasks", "hones_caption"),
-        *("--model_args", f"pretrained={llava_checkpoint}", "--gen_kwargs", "max_new_tokens=3"),
-        *("--heads", "4", "--neurons", "0.05"),
+        *("rank", "--method", "hones", "--model", "llava_hf", "--neurons", "0.05"),
+        *("--model_args", f"pretrained={llava_checkpoint}"),
     ]
 
 
-def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, rank_arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("kills", "others"),
+    [(6, CAPTIONS), (5, [*CAPTIONS, *TWO]), (5, [*RACE, *SCREEN]), (4, [*RACE, *TWO])],
+    ids=["one process", "two processes", "race after a screen", "race of two processes"],
+)
+def test_killed_runs_end_with_the_same_bytes(
+    tmp_path: Path, rank_arguments: list[str], kills: int, others: list[str]
+) -> None:
     script = [sys.executable, str(Path(__file__).parent / "killed_runs.py")]
     folders = [str(tmp_path / "whole"), str(tmp_path / "killed")]
     done = subprocess.run(
-        [*script, *folders, str(KILLS), *rank_arguments], capture_output=True, text=True, check=False
+        [*script, *folders, str(kills), *rank_arguments, *others],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     useful = re.search(r"useful kills: (\d+)", done.stdout)
@@ -55,9 +68,9 @@ def test_other_settings_are_not_gone_on_with(
 
     with monkeypatch.context() as broken:
         broken.setattr(_Pass, "predict_step", interrupted)
-        assert main([*rank_arguments, "--out", str(out)]) == 1
+        assert main([*rank_arguments, *CAPTIONS, "--out", str(out)]) == 1
     assert any((out / "partial").glob("*.safetensors"))
-    assert main([*rank_arguments, "--out", str(out), "--resume", "--heads", "5"]) == 1
+    assert main([*rank_arguments, *CAPTIONS, "--out", str(out), "--resume", "--heads", "5"]) == 1
     assert "other examples, settings or versions" in capsys.readouterr().err
     assert not (out / "ranking.json").exists()
 
@@ -69,3 +82,12 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(HonesError, match=r"heads-0-of-1\.safetensors cannot be read"):
         kept.load("heads", 0, 1)
+
+
+def test_what_a_kill_left_half_written_is_cleared_with_the_rest(tmp_path: Path) -> None:
+    kept = Partial(tmp_path / "partial", "print", resume=True)
+    kept.save("heads", 0, 1, Progress(1, {}, {0: None}), last=True)
+    (whole,) = kept.folder.iterdir()
+    (kept.folder / f".{whole.name}.k1ll3d").write_bytes(b"half")
+    kept.clear()
+    assert not kept.folder.exists()
