@@ -114,7 +114,7 @@ def _screen(localization: HeadLocalization, loop: Loop, savings: Savings) -> dic
     left = top_heads(estimates, savings.screened(estimates.numel()))
     localization.in_play = [head.layer * anatomy.shape.heads + head.head for head in sorted(left)]
     return {
-        "by": "first-order estimates of the drop of the target's log-probability; needs gradients",
+        "by": "first-order estimates of how far the target's margin moves; needs gradients",
         "share": savings.screen_share,
         "heads_measured": len(left),
         "heads_not_measured": estimates.numel() - len(left),

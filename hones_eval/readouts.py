@@ -18,6 +18,18 @@ def sequence_log_probability(
     return logs.gather(-1, target.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
+def target_margin(
+    logits: Float[Tensor, "tokens vocabulary"], target: Int[Tensor, " tokens"]
+) -> Float[Tensor, ""]:
+    """Sum over a target's tokens of their logit minus the largest other one, in float32.
+
+    Unlike the log-probability it does not flatten where a model is sure of the target.
+    """
+    logits, chosen = logits.float(), target.unsqueeze(-1)
+    others = logits.scatter(-1, chosen, -torch.inf).amax(-1)
+    return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
+
+
 def answer_probability(
     logits: Float[Tensor, "rows vocabulary"], answer_ids: Int[Tensor, " ids"]
 ) -> Float[Tensor, " rows"]:

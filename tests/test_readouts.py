@@ -73,6 +73,11 @@ def test_the_write_in_contribution_is_activation_times_gain() -> None:
     np.testing.assert_allclose(found, z.double().numpy() * gain.double().numpy(), rtol=1e-6)
 
 
+def test_the_margin_of_a_target_is_over_the_best_other_token() -> None:
+    logits = torch.tensor([[1.0, 5.0, 2.0], [4.0, 0.0, 1.5]])
+    assert float(readouts.target_margin(logits, torch.tensor([1, 2]))) == (5.0 - 2.0) + (1.5 - 4.0)
+
+
 def test_wrong_shapes_and_types_are_refused() -> None:
     wrong = [
         lambda: readouts.sequence_log_probability(draw(3, 4, 9), torch.tensor([1, 2])),

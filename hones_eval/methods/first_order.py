@@ -18,11 +18,13 @@ Append = Callable[[Mapping[str, Any], list[int]], dict[str, Any]]
 
 
 class FirstOrder:
-    """One pass: every head's estimated drop of the target's log-probability under mean replacement.
+    """One pass: by how much replacing every head moves the target's margin, to first order.
 
-    `-<gradient of log p at the input of o_proj, mean of the other heads - head>`, summed over positions: the
-    first-order term of what replacing the head does (Nanda, "Attribution Patching", 2023; Syed et al.,
-    "Attribution Patching Outperforms Automated Circuit Discovery", 2023).
+    `|<gradient of the margin at the input of o_proj, mean of the other heads - head>|`, summed over positions
+    and averaged over examples (Nanda, "Attribution Patching", 2023; Syed et al., "Attribution Patching
+    Outperforms Automated Circuit Discovery", 2023). The margin is that of the target's logits over the
+    largest others: a log-probability has no slope where the model is sure. Sizes, since to first order the
+    same head helps in one example and hurts in the next, and both would cancel.
     """
 
     def __init__(self, anatomy: Anatomy, append: Append) -> None:
@@ -30,10 +32,10 @@ class FirstOrder:
         self.anatomy, self.append = anatomy, append
 
     def zeros(self) -> dict[str, Tensor]:
-        """Sums of estimated drops [L, H], and the count of examples."""
+        """Sums of estimated changes [L, H], and the count of examples."""
         shape = self.anatomy.shape
         return {
-            "drop": torch.zeros(shape.layers, shape.heads, dtype=torch.float64),
+            "change": torch.zeros(shape.layers, shape.heads, dtype=torch.float64),
             "examples": torch.zeros((), dtype=torch.float64),
         }
 
@@ -43,35 +45,34 @@ class FirstOrder:
             raise TaskError(
                 f"{example.task}, doc_id {example.doc_id}: its target {example.target!r} has no tokens"
             )
-        drop = self._drop(self.append(example.inputs, example.target_ids[:-1]), example.target_ids)
-        if not bool(torch.isfinite(drop).all()):
+        change = self._change(self.append(example.inputs, example.target_ids[:-1]), example.target_ids)
+        if not bool(torch.isfinite(change).all()):
             raise HonesError(
                 f"{example.task}, doc_id {example.doc_id}: the gradient at the heads is not finite; "
                 "run in float32 or bfloat16 with --dtype, or without --screen"
             )
-        return Measurement({"drop": drop, "examples": torch.ones((), dtype=torch.float64)})
+        return Measurement({"change": change.abs(), "examples": torch.ones((), dtype=torch.float64)})
 
     @staticmethod
     def scores(totals: Totals) -> Tensor:
-        """Mean estimated drop [L, H]."""
-        return (totals.sums["drop"] / totals.sums["examples"]).float()
+        """Mean size of the estimated change [L, H]."""
+        return (totals.sums["change"] / totals.sums["examples"]).float()
 
-    def _drop(self, inputs: Mapping[str, Any], target_ids: list[int]) -> Tensor:
+    def _change(self, inputs: Mapping[str, Any], target_ids: list[int]) -> Tensor:
         # Loops run without gradients, and on tensors that cannot have any; copies can.
         with torch.inference_mode(False), torch.enable_grad(), _frozen(self.anatomy.model):
             with _leaves(self.anatomy.heads_in) as heads:
                 logits = self.anatomy.model(**_copied(inputs), use_cache=False).logits
             target = torch.tensor(target_ids, device=logits.device)
-            value = readouts.sequence_log_probability(logits[:, -len(target) :], target)[0]
+            value = readouts.target_margin(logits[0, -len(target) :], target)
             layers = [heads[site.name] for site in self.anatomy.heads_in]
             gradients = torch.autograd.grad(value, layers)
-        drops = [self._of_layer(x, g) for x, g in zip(layers, gradients, strict=True)]
-        return torch.stack(drops)
+        return torch.stack([self._of_layer(x, g) for x, g in zip(layers, gradients, strict=True)])
 
     def _of_layer(self, x: Tensor, gradient: Tensor) -> Tensor:
         count = self.anatomy.shape.heads
         x, gradient = (one.detach().float().unflatten(-1, (count, -1)) for one in (x, gradient))
-        return (gradient * (x - edits.mean_of_others(x))).sum((0, 1, 3)).double().cpu()
+        return (gradient * (edits.mean_of_others(x) - x)).sum((0, 1, 3)).double().cpu()
 
 
 def _copied(value: Any) -> Any:
