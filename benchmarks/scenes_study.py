@@ -6,7 +6,7 @@
 2. `study` on shifted pictures alone, with scales that are chosen on shifted ones and learned a hundred times
    faster: the most favourable case, since only there the model has something left to learn.
 3. `compare`: which neurons in which layers, groups that tasks share, the cross-task matrix.
-4. `verify` of every task's bank, and of the group that most tasks share.
+4. `verify` of every task's bank, and of what the three kinds of questions share.
 5. `lens` of one example, baseline against its task's neurons masked.
 
 Rankings, steerings and groups stay in the work folder; a second run goes on from what is there.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scenes_board import CHECKPOINT, run_ours
 
-from hones_eval.ranking import Ranking
+from hones_eval.comparison import group_name
 from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding")
@@ -55,12 +55,12 @@ def compare(work: Path, out: Path, rankings: Path, test: int) -> None:
 
 
 def verify(work: Path, out: Path, rankings: Path, test: int) -> None:
-    """Every task's own bank; and what most tasks share, on the two tasks with most to lose."""
+    """Every task's own bank; and what exactly the three kinds of questions share, on each of them."""
     for task in TASKS:
         verified(ranking(rankings, task), task, out / "verify" / task, test)
-    groups = [path for path in sorted((work / "scenes_compare" / "groups").iterdir()) if path.is_dir()]
-    shared = max(groups, key=lambda path: (path.name.count("+"), len(Ranking.load(path).neurons())))
-    for task in ("vqa_attribute", "vqa_relation"):
+    names = [f"scenes_{task}_discovery" for task in TASKS[:3]]
+    for task in TASKS[:3]:
+        shared = work / "scenes_compare" / "groups" / group_name(names)
         verified(shared, task, out / "verify" / f"shared_on_{task}", test)
 
 

@@ -110,6 +110,7 @@ def bars(values: Mapping[str, int], label: str) -> Figure:
         axes.text(value, place, f" {value}", va="center", fontsize=8)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the numbers
     axes.set_xlabel(label)
     return figure
 
@@ -138,6 +139,7 @@ def gains(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]], l
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_yticks(range(len(panel)), list(panel))
         axes.set_ylim(len(panel) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_xlabel(label)
         axes.set_title(title, fontsize=9)
     shown = dict(zip(*reversed(every[0].get_legend_handles_labels()), strict=True))
@@ -160,7 +162,7 @@ def matrices(
         for (i, j), value in np.ndenumerate(one):
             if np.isfinite(value):
                 dark = abs(value) > 0.6 * reach
-                shown = "0" if value == 0 else f"{value:+.2f}"
+                shown = "0" if abs(value) < 5e-4 else f"{value:+.3f}"
                 colour = "white" if dark else "black"
                 axes.text(j, i, shown, ha="center", va="center", fontsize=6, color=colour)
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=7)

@@ -124,5 +124,5 @@ def _draw(report: Mapping[str, Any], out: Path) -> None:
             panels.setdefault(title, {}).setdefault(tasks[row["measured_on"]], {})[row["how"]] = dot
     figures.save(figures.gains(panels, "gain by steering"), out / "gains.png")
     names = list(tasks.values())
-    drawn = figures.matrices(effects, names, names, "gain of the task measured (column)")
+    drawn = figures.matrices(effects, names, names, "gain of the column by scales chosen for the row")
     figures.save(drawn, out / "side_effects.png")

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
-
 from hones_eval.artefact import write_text
 from hones_eval.errors import HonesError
 from hones_eval.toy import scoring
@@ -84,8 +82,9 @@ def figures(logs: Path, variant: str) -> list[Row]:
     ocr = read_samples(logs, "ocr", variant)
     rows.append(_proportion("ocr, exact match", [_exact(sample) for sample in ocr]))
     rows.append(_resampled("ocr, ANLS", [scoring.anls(s.said, s.document.answer) for s in ocr], _mean))
-    counts = [bleu_counts(sample) for sample in read_samples(logs, "caption", variant)]
-    rows.append(_resampled("caption, BLEU-4", counts, bleu_of_counts))
+    captions = read_samples(logs, "caption", variant)
+    counts = [scoring.bleu_counts(one.said, tuple(one.document.references)) for one in captions]
+    rows.append(_resampled("caption, BLEU-4", counts, scoring.bleu_of_counts))
     queries = _queries(read_samples(logs, "retrieval", variant))
     rows.append(_resampled("retrieval, NDCG@5", [_ndcg(query) for query in queries], _mean))
     overlaps = [_iou(sample) for sample in read_samples(logs, "grounding", variant)]
@@ -117,23 +116,6 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     z, share = 1.959964, right / n
     middle, spread = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     return (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
-
-
-def bleu_counts(sample: Sample) -> torch.Tensor:
-    """What BLEU-4 adds up over captions, `[10]`: matches and n-grams for n of 1 to 4, both lengths."""
-    from torchmetrics.text import BLEUScore
-
-    metric = BLEUScore(n_gram=4)
-    metric.update([sample.said], [sample.document.references])
-    lengths = torch.stack([metric.preds_len, metric.target_len])
-    return torch.cat([metric.numerator, metric.denominator, lengths])
-
-
-def bleu_of_counts(counts: Sequence[torch.Tensor]) -> float:
-    """Corpus BLEU-4 of captions given by their counts; equals `scoring.bleu4`, and is quick to resample."""
-    total = torch.stack(list(counts)).double().sum(0)
-    precision = (total[:4] / total[4:8]).log().mean().exp()
-    return float(precision * torch.exp((1 - total[9] / total[8]).clamp(max=0)))
 
 
 def draw_curve(log: Path, picture: Path) -> None:
