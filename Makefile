@@ -7,7 +7,7 @@ PHOTOS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench boards
+.PHONY: demo test lint bench boards study
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)")
@@ -30,6 +30,10 @@ bench: $(READY)
 
 boards: $(READY)
 	$(BIN)/python benchmarks/scenes_board.py
+
+study: $(READY)
+	$(BIN)/python benchmarks/scenes_study.py
+	$(BIN)/python benchmarks/scenes_methods.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
