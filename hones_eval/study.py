@@ -220,6 +220,7 @@ def _steering_rows(
                 "how": how,
                 "measured_on": task.name,
                 "split": where,
+                "tested_on": examples.task if examples else "",
                 "metric": examples.metric if examples else "",
                 BASELINE: float(metric.observed[0]),
                 "steered": float(metric.observed[place]),

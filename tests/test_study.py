@@ -60,6 +60,7 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
     assert main(arguments(own, splits, tmp_path)) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads((tmp_path / "study.json").read_text()) == report
+    _transfers_to_another_task(report, own, splits, tmp_path)
     for figure in ("gains", "side_effects"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     for other, folder in (
@@ -72,6 +73,18 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
         assert main(arguments(own, splits, tmp_path, *other)) == 1
         said = own_answers.complaint(capsys.readouterr().err)
         assert f"{folder} was made from something else" in said
+
+
+def _transfers_to_another_task(before: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:
+    assert main(arguments(own, splits, folder, "--shifted", "own_a=own_b")) == 0
+    report = json.loads((folder / "study.json").read_text())
+    found = {row["how"]: row for row in report["steering"] if row["split"] == "shifted"}
+    assert {row["tested_on"] for row in found.values()} == {"own_b"}
+    known = [
+        row for row in before["steering"] if (row["chosen_for"], row["measured_on"]) == ("own_a", "own_b")
+    ]
+    assert {row["how"]: row["gain"] for row in known} == {how: row["gain"] for how, row in found.items()}
+    assert "## Shifted" in (folder / "study.md").read_text()
 
 
 def _masking_is_that_of_verify(report: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:
@@ -97,6 +110,8 @@ def test_a_study_tests_on_no_picture_that_it_chose_on(
     assert main(arguments(own, tmp_path / "t", tmp_path / "out")) == 1
     assert "1 of the 6 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+    assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--shifted", "own_c=own_b")) == 1
+    assert "--shifted own_c=own_b: give TASK=OTHER" in own_answers.complaint(capsys.readouterr().err)
     assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--methods", '["dvp"]')) == 1
     assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
 

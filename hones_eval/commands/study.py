@@ -46,7 +46,8 @@ def study(
         tasks: tasks whose other splits are tasks too, a,b,c.
         out: the folder to write study.md, study.json, steering.csv, attribution.csv and figures to.
         model_args: as in lmms-eval --model_args.
-        shifted: what to append to a task's name for its shifted test set; empty for none.
+        shifted: what to append to a task's name for its shifted test set; or other tasks to transfer to, as
+            in hones_vqa=gqa,hones_ocr=textvqa_val; empty for none.
         methods: rankings to compare by masking their top neurons; by default hones and all of its baselines.
         include_path: a folder with more task YAML files.
         limit: use at most so many examples for discovery and as many for development.
@@ -69,6 +70,7 @@ def study(
         raise HonesError(f"--tasks {tasks}: a task is named twice")
     chosen: dict[str, Any] = {"include_path": include_path, "gen_kwargs": gen_kwargs}
     machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
+    elsewhere = _elsewhere(names, shifted)
     job = Job.open(model, model_args, f"{names[0]}_discovery", limit=limit, **chosen, **machine)  # type: ignore[arg-type]
 
     def splits(name: str) -> TaskSplits:
@@ -77,7 +79,7 @@ def study(
             job.on(f"{name}_discovery", limit=limit, **chosen).examples,
             job.on(f"{name}_development", limit=limit, **chosen).examples,
             job.on(name, limit=test_limit, **chosen).examples,
-            job.on(f"{name}{shifted}", limit=test_limit, **chosen).examples if shifted else None,
+            job.on(elsewhere[name], limit=test_limit, **chosen).examples if name in elsewhere else None,
         )
 
     plan = Study(
@@ -99,3 +101,14 @@ def study(
         study_report.write(report, out)
         say((out / "study.md").read_text(encoding="utf-8"))
         say(f"wrote {out / 'study.md'}, study.json, two tables and two figures")
+
+
+def _elsewhere(names: list[str], shifted: str) -> dict[str, str]:
+    """Where scales are tested too, by the task that they are chosen for."""
+    if "=" not in shifted:
+        return {name: f"{name}{shifted}" for name in names} if shifted else {}
+    pairs = [one.partition("=") for one in shifted.split(",")]
+    wrong = [f"{name}{sign}{other}" for name, sign, other in pairs if name not in names or not other]
+    if wrong:
+        raise HonesError(f"--shifted {wrong[0]}: give TASK=OTHER, with TASK one of {', '.join(names)}")
+    return {name: other for name, _, other in pairs}
