@@ -5,7 +5,7 @@ second time in a hook on the FFN, as the code released with HONES does. All thre
 thread, over the same examples of the same model; printed are ratios of this thread's time, which other work
 on the machine disturbs less than wall time, and the largest differences. Usage:
 
-    python benchmarks/neurons.py [--examples 4] [--heads 10] [--repeats 3]
+    python benchmarks/neurons.py [--examples 16] [--heads 10] [--repeats 3]
 """
 
 import argparse
@@ -124,7 +124,7 @@ def main(count: int, heads: int, repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
