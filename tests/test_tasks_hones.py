@@ -277,6 +277,25 @@ def test_ndcg_counts_ties_against_the_positive() -> None:
         retrieval.ndcg_at_5([result(0, False, 1.0)])
 
 
+def test_a_query_that_a_resample_draws_twice_counts_twice() -> None:
+    rng = np.random.default_rng(2)
+    queries = [
+        [
+            {"query": query, "positive": i == 0, "score": score}
+            for i, score in enumerate(rng.integers(0, 9, 12))
+        ]
+        for query in range(6)
+    ]
+    alone = [retrieval.ndcg_at_5(query) for query in queries]
+    drawn = [0, 3, 3, 5, 0, 0, 2]
+    together = [one for query in drawn for one in queries[query]]
+    expected = pytest.approx(sum(alone[query] for query in drawn) / len(drawn))
+    assert len(set(alone)) > 2
+    assert retrieval.ndcg_at_5(together) == expected
+    rng.shuffle(together)
+    assert retrieval.ndcg_at_5(together) == expected
+
+
 def test_yes_is_read_as_a_word() -> None:
     for said, score in (("Yes", 1), (" yes.", 1), ("Yesterday", 0), ("No, yes", 0), ("", 0)):
         found = utils.retrieval_results({"query": 0, "positive": True}, [said])["ndcg_at_5"]

@@ -140,6 +140,23 @@ def test_a_limit_that_cuts_every_query_is_an_error(manager: TaskManager) -> None
         score(task, "test", ["No"] * (CANDIDATES + 1))
 
 
+def test_a_query_that_a_resample_draws_twice_counts_twice() -> None:
+    rng = random.Random(5)
+    queries = [
+        [{"query": query, "positive": i == 4, "score": rng.randrange(9)} for i in range(CANDIDATES)]
+        for query in range(6)
+    ]
+    ndcg_at_5 = load("utils").ndcg_at_5
+    alone = [ndcg_at_5(query) for query in queries]
+    drawn = [0, 3, 3, 5, 0, 0, 2]
+    together = [one for query in drawn for one in queries[query]]
+    expected = pytest.approx(sum(alone[query] for query in drawn) / len(drawn))
+    assert len(set(alone)) > 2
+    assert ndcg_at_5(together) == expected
+    rng.shuffle(together)
+    assert ndcg_at_5(together) == expected
+
+
 def slow_distance(a: str, b: str) -> int:
     @functools.cache
     def rest(i: int, j: int) -> int:

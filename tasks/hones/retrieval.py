@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,13 +64,20 @@ def ndcg_at_5(results: Sequence[Mapping[str, Any]]) -> float:
 
     Each result has a `query`, whether it is the `positive`, and its `score`. With the one relevant candidate
     at rank r, NDCG@5 is 1/log2(1 + r) for r <= 5, else 0. Queries whose positive
-    was cut off by a limit do not count.
+    was cut off by a limit do not count. A query that is there several times, as in a resample of pictures,
+    counts as often.
     """
     positives = {one["query"]: one["score"] for one in results if one["positive"]}
+    times = Counter(one["query"] for one in results if one["positive"])
     if not positives:
         raise ValueError("no query has its positive candidate among the results; candidates come 50 a query")
-    ranks = dict.fromkeys(positives, 1)
+    above = dict.fromkeys(positives, 0)
     for one in results:
         if not one["positive"] and one["query"] in positives:
-            ranks[one["query"]] += one["score"] >= positives[one["query"]]
-    return sum(1 / math.log2(1 + rank) if rank <= 5 else 0.0 for rank in ranks.values()) / len(ranks)
+            above[one["query"]] += one["score"] >= positives[one["query"]]
+    gains = {query: _gain(1 + count / times[query]) for query, count in above.items()}
+    return sum(times[query] * gain for query, gain in gains.items()) / times.total()
+
+
+def _gain(rank: float) -> float:
+    return 1 / math.log2(1 + rank) if rank <= 5 else 0.0

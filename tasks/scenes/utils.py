@@ -57,11 +57,19 @@ def bleu4(items: list[dict[str, Any]]) -> float:
 
 
 def ndcg_at_5(items: list[dict[str, Any]]) -> float:
-    """Mean NDCG@5 over the queries whose candidates are all there."""
+    """Mean NDCG@5 over the queries whose candidates are all there.
+
+    A query that is there several times, as in a resample of pictures, counts as often.
+    """
     queries: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for item in items:
         queries[item["query"]].append(item)
-    whole = [query for query in queries.values() if len(query) == CANDIDATES]
+    times = {number: sum(item["positive"] for item in query) for number, query in queries.items()}
+    whole = {
+        number: query
+        for number, query in queries.items()
+        if times[number] and len(query) == times[number] * CANDIDATES
+    }
     if not whole:
         raise SceneError(
             f"no retrieval query has all its {CANDIDATES} candidates; use a --limit of {CANDIDATES} or more"
@@ -72,12 +80,14 @@ def ndcg_at_5(items: list[dict[str, Any]]) -> float:
             f"take multiples of {CANDIDATES}",
             stacklevel=2,
         )
-    return sum(map(_ndcg, whole)) / len(whole)
+    gains = {number: _ndcg(query, times[number]) for number, query in whole.items()}
+    return sum(times[number] * gain for number, gain in gains.items()) / sum(times[n] for n in whole)
 
 
-def _ndcg(query: list[dict[str, Any]]) -> float:
-    positive = [item["positive"] for item in query].index(True)
-    return scoring.ndcg([item["score"] for item in query], positive)
+def _ndcg(query: list[dict[str, Any]], times: int) -> float:
+    positive = next(item["score"] for item in query if item["positive"])
+    once = sorted(item["score"] for item in query)[::times]  # every candidate is there as often
+    return scoring.ndcg(once, once.index(positive))
 
 
 def _row(document: Document) -> Doc:
