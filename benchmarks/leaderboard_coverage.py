@@ -13,16 +13,20 @@ from numpy.typing import NDArray
 
 from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.statistics import (
+    FEW_UNITS,
     bca_of_means,
     bonett_price,
+    both,
     cluster_sums,
     mcnemar_exact,
     sign_flip_p,
+    t_of_means,
 )
 
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int, int], Floats]
 RESAMPLES = 1999
+METHOD = {False: "BCa", True: "BCa and t"}
 
 
 def right_wrong(gained: float, lost: float) -> Draw:
@@ -50,22 +54,22 @@ def skewed(generator: np.random.Generator, n: int, sets: int) -> Floats:
 def main(sets: int = 1000) -> None:
     error = 1.96 * np.sqrt(0.95 * 0.05 / sets)
     print(f"{sets:,} data sets a line; simulation error ±{error:.3f}")
-    print(f"{'':46s}{'n':>5s} {'coverage':>9s} {'rejects':>8s}")
+    print(f"{'':52s}{'n':>5s} {'coverage':>9s} {'rejects':>8s}")
     for n in (20, 50, 200, 1000):
         for gained, lost in ((0.1, 0.1), (0.15, 0.05), (0.02, 0.02)):
             _right_wrong(n, gained, lost, sets)
-    for n in (20, 50, 200, 1000):
-        _graded(f"soft scores, BCa, n {n}", soft(-0.04), n, 0.0, sets)
-        _graded("rare large gains, BCa", skewed, n, 0.05, sets)
-    for pictures in (20, 50, 200):
+    for n in (10, 20, 30, 50, 200, 1000):
+        _graded("soft scores", soft(-0.04), n, 0.0, sets)
+        _graded("rare large gains", skewed, n, 0.05, sets)
+    for pictures in (10, 20, 50, 200):
         _clustered(pictures, 5, sets)
-    for n in (100, 400):
+    for n in (20, 40, 100, 400):
         _f1(n, min(sets, 400))
 
 
 def _report(name: str, n: int, coverage: float | None, rejects: float | None) -> None:
     columns = [f"{value:.3f}" if value is not None else "" for value in (coverage, rejects)]
-    print(f"{name:46s}{n:5d} {columns[0]:>9s} {columns[1]:>8s}", flush=True)
+    print(f"{name:52s}{n:5d} {columns[0]:>9s} {columns[1]:>8s}", flush=True)
 
 
 def _right_wrong(n: int, gained: float, lost: float, sets: int) -> None:
@@ -78,14 +82,16 @@ def _right_wrong(n: int, gained: float, lost: float, sets: int) -> None:
     rejects = np.mean(np.array(p) < 0.05) if truth == 0 else None
     name = f"right/wrong {gained:.2f} gained {lost:.2f} lost"
     _report(f"{name}, Bonett-Price", n, held, rejects)
-    _report(f"{name}, BCa instead", n, _bca_coverage(drawn, None, truth), None)
+    _report(f"{name}, BCa instead", n, _coverage(drawn, None, truth, shown=False), None)
 
 
 def _graded(name: str, draw: Draw, n: int, truth: float, sets: int) -> None:
     drawn = draw(np.random.default_rng(n), n, sets)
     centred = draw(np.random.default_rng(n + 1), n, sets) - truth
     rejects = np.mean(sign_flip_p(centred, seed=0, resamples=RESAMPLES) < 0.05) if truth == 0 else None
-    _report(name.split(", n")[0], n, _bca_coverage(drawn, None, truth), rejects)
+    _report(f"{name}, {METHOD[n < FEW_UNITS]}", n, _coverage(drawn, None, truth), rejects)
+    if n < FEW_UNITS:
+        _report(f"{name}, BCa alone", n, _coverage(drawn, None, truth, shown=False), None)
 
 
 def _clustered(pictures: int, questions: int, sets: int) -> None:
@@ -98,20 +104,23 @@ def _clustered(pictures: int, questions: int, sets: int) -> None:
     rejects = np.mean(sign_flip_p(sums, seed=0, resamples=RESAMPLES) < 0.05)
     n = pictures * questions
     _report(
-        f"{questions} questions a picture, BCa over {pictures} pictures",
+        f"{questions} questions a picture, {METHOD[pictures < FEW_UNITS]}, {pictures} pictures",
         n,
-        _bca_coverage(drawn, groups, 0.0),
+        _coverage(drawn, groups, 0.0),
         rejects,
     )
     naive = np.mean(sign_flip_p(drawn, seed=0, resamples=RESAMPLES) < 0.05)
-    _report("  the same as if independent (wrong)", n, _bca_coverage(drawn, None, 0.0), naive)
+    _report("  the same as if independent (wrong)", n, _coverage(drawn, None, 0.0), naive)
 
 
-def _bca_coverage(drawn: Floats, groups: NDArray[np.int64] | None, truth: float) -> float:
+def _coverage(drawn: Floats, groups: NDArray[np.int64] | None, truth: float, *, shown: bool = True) -> float:
+    """Of the interval that is shown (with few units BCa joined with t), or of BCa alone."""
     held = 0
     for start in range(0, drawn.shape[1], 200):
         sums, sizes = cluster_sums(drawn[:, start : start + 200], groups)
         low, high = bca_of_means(sums, sizes, seed=start, resamples=RESAMPLES)
+        if len(sums) < FEW_UNITS and shown:
+            low, high = both((low, high), t_of_means(sums, sizes))
         same = np.isnan(
             low
         )  # every difference equal: the board shows no interval; counted as a miss unless true
@@ -135,7 +144,7 @@ def _f1(n: int, sets: int) -> None:
         held += found is not None and found.low <= truth <= found.high
         test = compare_corpus(_f1_of, pairs[0], pairs[2], seed=k, resamples=399).test
         rejects += test is not None and test.p < 0.05
-    _report("F1, BCa and exchange, metric recomputed", n, held / sets, rejects / sets)
+    _report(f"F1, {METHOD[n < FEW_UNITS]} and exchange, metric recomputed", n, held / sets, rejects / sets)
 
 
 def _items(gold: NDArray[np.bool_], right: NDArray[np.bool_]) -> list[tuple[bool, bool]]:

@@ -2,28 +2,29 @@
 
     python benchmarks/scenes_board.py --out leaderboards/scenes/board --work runs/scenes_board
 
-Rankings, steerings and logs stay in the work folder; a second run goes on from what is there. HONES banks of
-one percent of the neurons, times 1.5, for four tasks; V-SEAM heads for two, by their signed scores; and a
-random bank of as many neurons as control.
+HONES: one percent of the neurons times 2, for each task. V-SEAM: heads by their signed scores, for each kind
+of question. Controls: the same scales on other neurons, or other heads, of the same layers, drawn at random.
+Every one is measured on every task, on pictures as they are and shifted. Rankings, steerings and logs stay in
+the work folder, and a second run goes on from what is there: from the same logs it writes the same bytes.
 """
 
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from hones_eval.__main__ import main as hones_eval
+from hones_eval.steering import Steering
 from hones_eval.toy import checkpoint_path
 
-TESTED = (
-    "vqa_object",
-    "vqa_attribute",
-    "vqa_relation",
-    "ocr",
-    "caption",
-    "grounding",
-    "vqa_attribute_shifted",
-)
+QUESTIONS = ("vqa_object", "vqa_attribute", "vqa_relation")
+TASKS = (*QUESTIONS, "ocr", "caption", "grounding", "retrieval")
+TESTED = (*TASKS, *(f"{task}_shifted" for task in TASKS))
+CONTROLLED = (("hones", "vqa_relation"), ("hones", "caption"), ("vseam", "vqa_relation"))
 # Relative, since it is written into the board: run this in the repository.
 CHECKPOINT = Path("hones_eval/toy/checkpoint")
 MODEL = f"pretrained={CHECKPOINT}"
@@ -36,11 +37,31 @@ def steering(work: Path, method: str, task: str, examples: int) -> Path:
         run_ours("rank", "--method", method, *model_flags(), "--tasks", f"scenes_{task}_discovery",
                  "--limit", str(examples), "--heads", "8", "--out", str(folder / "ranking"))  # fmt: skip
     if not (folder / "steering" / "steering.json").is_file():
-        how = ("signed", "--strength", "4") if method == "vseam" else ("fixed", "--factor", "1.5")
+        how = ("signed", "--strength", "4") if method == "vseam" else ("fixed", "--factor", "2")
         run_ours(
             "scale", "--ranking", str(folder / "ranking"), "--how", *how, "--out", str(folder / "steering")
         )
     return folder / "steering"
+
+
+def control(work: Path, method: str, task: str, examples: int, seed: int = 0) -> Path:
+    """The scales of a steering on other heads and neurons of the same layers, drawn at random."""
+    original = Steering.load(steering(work, method, task, examples))
+    folder = work / f"{method}-{task}-random"
+    generator = torch.Generator().manual_seed(seed)
+    settings = original.provenance.settings | {"how": "random", "control_for": original.digest, "seed": seed}
+    replace(
+        original,
+        head_scales=shuffled(original.head_scales, generator),
+        neuron_scales=shuffled(original.neuron_scales, generator),
+        provenance=replace(original.provenance, settings=settings),
+    ).save(folder)
+    return folder
+
+
+def shuffled(scales: Tensor, generator: torch.Generator) -> Tensor:
+    """Scales [L, N] in a random order within each layer."""
+    return torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in scales])
 
 
 def model_flags() -> tuple[str, ...]:
@@ -66,12 +87,12 @@ def evaluate(work: Path, name: str, steered: Path | None, limit: int) -> None:
 
 def board(out: Path, work: Path, examples: int, limit: int) -> None:
     checkpoint_path(CHECKPOINT)  # compares the weights with their hash
-    chosen = [("hones", task) for task in ("vqa_attribute", "vqa_relation", "ocr", "grounding")]
-    chosen += [("vseam", task) for task in ("vqa_object", "vqa_attribute")]
-    chosen += [("random", "vqa_attribute")]
     evaluate(work, "baseline", None, limit)
-    for method, task in chosen:
-        evaluate(work, f"{method}-{task}", steering(work, method, task, examples), limit)
+    for method, tasks in (("hones", TASKS), ("vseam", QUESTIONS)):
+        for task in tasks:
+            evaluate(work, f"{method}-{task}", steering(work, method, task, examples), limit)
+    for method, task in CONTROLLED:
+        evaluate(work, f"{method}-{task}-random", control(work, method, task, examples), limit)
     run_ours(
         "leaderboard", str(work / "logs"), "--out", str(out), "--title", "Scenes: steering and side effects"
     )

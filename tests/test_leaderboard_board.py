@@ -15,6 +15,8 @@ from make_logs import Questions, Steered, exact, item, provenance, write_run
 
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard import Board, build_board, make_board
+from hones_eval.leaderboard.manifest import SharedRequests
+from hones_eval.leaderboard.samples import read_rows, read_samples
 
 BASE_DATE, DATE = "20260102_030405", "20260102_030505"
 QUESTIONS = Questions.drawn(count=60)
@@ -72,7 +74,7 @@ def test_questions_on_one_picture_are_compared_by_picture(tmp_path: Path) -> Non
     (row,) = board_of(tmp_path).rows
     assert row.pictures == 20
     assert row.comparison.interval is not None
-    assert row.comparison.interval.method == "BCa bootstrap over pictures"
+    assert row.comparison.interval.method == "BCa bootstrap and t over pictures"
     assert row.comparison.test is not None
     assert row.comparison.test.method == "sign flips of pictures"
 
@@ -82,7 +84,7 @@ def test_graded_scores_are_bootstrapped(tmp_path: Path) -> None:
     (row,) = board_of(tmp_path).rows
     assert row.kind == "graded"
     assert row.comparison.interval is not None
-    assert row.comparison.interval.method == "BCa bootstrap over examples"
+    assert row.comparison.interval.method == "BCa bootstrap and t over examples"
 
 
 def test_per_cent_is_reported_in_per_cent(tmp_path: Path) -> None:
@@ -154,6 +156,26 @@ def test_corpus_metrics_are_recomputed_by_the_task(tmp_path: Path) -> None:
     (row,) = build_board([tmp_path / "other"], resamples=199, include_path=tmp_path / "task").rows
     assert row.comparison.interval is None
     assert "not the reported" in row.comparison.note
+
+
+@pytest.mark.parametrize("raised", ["ValueError", "RuntimeError", "errors.HonesError"])
+def test_a_corpus_metric_that_raises_on_a_resample_costs_only_its_interval(
+    tmp_path: Path, raised: str
+) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "shapes.yaml").write_text(TASK)
+    head, body = UTILS.split("\n", 1)
+    repeated = (
+        f"    if len({{id(one) for one in items}}) < len(items):\n        raise {raised}('drawn twice')\n"
+    )
+    (tmp_path / "task" / "utils.py").write_text(
+        f"from hones_eval import errors\n\n\n{head}\n{repeated}{body}"
+    )
+    write_f1(tmp_path / "logs")
+    (row,) = build_board([tmp_path / "logs"], resamples=99, include_path=tmp_path / "task").rows
+    assert row.comparison.difference == pytest.approx(f1(AFTER) - f1(BEFORE))
+    assert row.comparison.interval is None
+    assert row.comparison.note == "no interval: the metric is undefined on some resamples"
 
 
 def test_a_corpus_metric_of_an_unknown_task_has_no_interval(tmp_path: Path) -> None:
@@ -315,6 +337,8 @@ def test_truncated_results_cost_only_themselves(tmp_path: Path) -> None:
         {"n-samples": {"shapes": 3}},
         {"config": {"model": "hones_llava", "model_args": 7, "offset": "x"}},
         {"results": []},
+        {"config": {"model": "hones_llava", "model_args": "pretrained=x", "limit": math.inf}},
+        {"results": {"shapes": {"exact_match,none": 10**400}}},
     ],
 )
 def test_results_of_another_shape_cost_only_themselves(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -336,6 +360,49 @@ def test_truncated_samples_mark_the_run(tmp_path: Path) -> None:
     assert len(board.rows) == 1
     assert any("1 lines that are not samples (first: line 60)" in one for one in reasons(board))
     assert any("incomplete: 59 of 60" in one for one in reasons(board))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"target": "x"}', '{"doc_id": Infinity}', f'{{"doc_id": {10**30}}}', "[" * 200_000, "\x00"],
+)
+def test_a_line_that_is_no_sample_marks_the_run(tmp_path: Path, line: str) -> None:
+    write_pair(tmp_path)
+    path = write_run(tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b"), date="20260102_040000")
+    with path.with_name("20260102_040000_samples_shapes.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    board = board_of(tmp_path)
+    assert len(board.rows) == 1
+    assert any("1 lines that are not samples (first: line 62)" in one for one in reasons(board))
+
+
+def test_lines_that_were_read_before_are_the_same_samples(tmp_path: Path) -> None:
+    """Files that share lines, in another order and between new ones, with a metric more and a long line."""
+    write_pair(tmp_path)
+    paths = sorted(tmp_path.rglob("*_samples_*.jsonl"))
+    lines = paths[0].read_text().splitlines()
+    long = json.dumps(json.loads(lines[7]) | {"input": "x" * 20_000})
+    mixed = tmp_path / "x_samples_mixed.jsonl"
+    mixed.write_text("\n".join([*reversed(lines[8:]), long, *paths[1].read_text().splitlines()[:7]]))
+    for path, metrics in [
+        (paths[0], ["exact_match"]),
+        (mixed, ["exact_match"]),
+        (mixed, ["other", "exact_match"]),
+    ]:
+        (found,), problems = read_samples(path, metrics)
+        kept = sorted(map(json.loads, path.read_text().splitlines()), key=lambda one: one["doc_id"])
+        assert not problems
+        assert found.doc_ids.tolist() == [one["doc_id"] for one in kept]
+        assert found.values["exact_match"].tolist() == [one["exact_match"] for one in kept]
+        assert found.answers.tolist() == [hash(answer_of(one)) for one in kept]
+        assert list(read_rows(found, range(len(kept)))) == kept
+        if "other" in metrics:
+            assert np.isnan(found.values["other"]).all()
+
+
+def answer_of(sample: dict[str, Any]) -> str:
+    answer = sample["filtered_resps"]
+    return answer if isinstance(answer, str) else json.dumps(answer)
 
 
 def test_samples_without_results_and_results_without_samples(tmp_path: Path) -> None:
@@ -372,7 +439,7 @@ def test_two_runs_in_one_file_are_told_apart_from_none(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("value", ["abc", None, math.nan, {"score": "x"}])
+@pytest.mark.parametrize("value", ["abc", None, math.nan, "1e999", {"score": "x"}])
 def test_a_metric_that_is_not_a_number_marks_its_row(tmp_path: Path, value: object) -> None:
     def broken(answer: str, gold: str) -> Any:
         return value if answer == "no" else 1.0
@@ -409,7 +476,8 @@ def test_numbers_that_numpy_printed_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["not json", '{"format": "other"}', '{"format": "hones-eval run manifest"}']
+    "damage",
+    ["not json", '{"format": "other"}', '{"format": "hones-eval run manifest"}', "[" * 200_000, "\x00"],
 )
 def test_a_broken_manifest_is_a_line_and_no_more(tmp_path: Path, damage: str) -> None:
     write_pair(tmp_path)
@@ -418,6 +486,21 @@ def test_a_broken_manifest_is_a_line_and_no_more(tmp_path: Path, damage: str) ->
     board = board_of(tmp_path)
     assert len(board.rows) == 1
     assert len(board.unreadable) == 2
+
+
+def test_manifests_that_repeat_each_other_are_told_apart(tmp_path: Path) -> None:
+    """Requests that read as those of the manifest before are not decoded again; any other are."""
+    write_pair(tmp_path)
+    paths = sorted(tmp_path.rglob("hones_manifest_*"))
+    contents = [json.loads(path.read_text()) for path in paths]
+    changed = json.loads(json.dumps(contents[0]["requests"]))
+    changed["shapes"]["7"]["prompt_sha256"] = "0" * 64
+    nested = contents[0] | {"nested": {"requests": contents[0]["requests"]}, "requests": changed}
+    hidden = {"nested": {"requests": contents[0]["requests"]}} | contents[0] | {"requests": changed}
+    for indent in (None, 1):
+        shared = SharedRequests()
+        for content in (contents[0], contents[1], nested, contents[0], hidden, contents[1], contents[0]):
+            assert shared.decode(json.dumps(content, indent=indent)) == content
 
 
 def test_a_run_that_raised_and_left_no_results(tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_bca_ends_by_the_book() -> None:
 @pytest.mark.parametrize("clustered", [False, True])
 def test_bca_agrees_with_a_slow_one(clustered: bool) -> None:
     generator = np.random.default_rng(3)
-    differences = np.round(generator.exponential(0.3, 60) - 0.2, 3)
-    groups = np.repeat(np.arange(20), 3)[generator.permutation(60)] if clustered else np.arange(60)
+    differences = np.round(generator.exponential(0.3, 200 if clustered else 100) - 0.2, 3)
+    groups = np.repeat(np.arange(100), 2)[generator.permutation(200)] if clustered else np.arange(100)
     sizes = np.unique(groups)
-    assert len(sizes) == (20 if clustered else 60)
+    assert len(sizes) == 100
     (found,) = paired.compare_graded(differences[:, None], groups if clustered else None, resamples=6000)
     low, high = slow_bca(differences.tolist(), groups.tolist(), 6000, seed=8)
     assert found.interval is not None
@@ -177,11 +177,11 @@ def f1(items: list[tuple[str, str]]) -> float:
 
 def test_a_corpus_metric_is_recomputed_on_resamples() -> None:
     generator = np.random.default_rng(6)
-    golds = ["yes" if one else "no" for one in generator.random(90) < 0.5]
+    golds = ["yes" if one else "no" for one in generator.random(120) < 0.5]
 
     def answers(right: float) -> list[tuple[str, str]]:
         flip = {"yes": "no", "no": "yes"}
-        drawn = generator.random(90) < right
+        drawn = generator.random(120) < right
         return [(gold if ok else flip[gold], gold) for gold, ok in zip(golds, drawn, strict=True)]
 
     baseline, steered = answers(0.6), answers(0.8)
@@ -190,7 +190,7 @@ def test_a_corpus_metric_is_recomputed_on_resamples() -> None:
     rng = np.random.default_rng(99)
     boot = []
     for _ in range(1500):
-        chosen = rng.integers(0, 90, 90)
+        chosen = rng.integers(0, 120, 120)
         boot.append(f1([steered[k] for k in chosen]) - f1([baseline[k] for k in chosen]))
     low, high = np.quantile(boot, [0.025, 0.975])  # the percentile interval: BCa is near it here
     assert found.interval is not None
@@ -223,3 +223,44 @@ def test_holm_by_the_book() -> None:
     assert paired.holm(given) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paired.holm([]) == []
     assert paired.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's interval of a mean, by scipy."""
+    found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
+
+
+def test_few_examples_get_the_wider_ends_of_bca_and_t() -> None:
+    drawn = np.random.default_rng(3).normal(0.1, 1, (20, 2))
+    found = paired.compare_graded(drawn, resamples=1999)
+    bca = paired.bca_of_means(drawn, np.ones(20), seed=0, resamples=1999)
+    for k, one in enumerate(found):
+        low, high = t_interval(drawn[:, k].tolist())
+        assert one.interval is not None
+        assert one.interval.method == "BCa bootstrap and t over examples"
+        assert one.interval.low == pytest.approx(min(low, bca[0][k]))
+        assert one.interval.high == pytest.approx(max(high, bca[1][k]))
+        assert "only 20 independent units" in one.note
+    (many,) = paired.compare_graded(np.random.default_rng(3).normal(0.1, 1, (100, 1)), resamples=199)
+    assert many.interval is not None
+    assert (many.interval.method, many.note) == ("BCa bootstrap over examples", "")
+
+
+def test_the_t_interval_of_pictures_is_that_of_their_means_where_all_have_as_many_questions() -> None:
+    drawn = np.random.default_rng(4).normal(0.1, 1, (60, 1))
+    sums, sizes = paired.cluster_sums(drawn, np.repeat(np.arange(12), 5))
+    low, high = paired.t_of_means(sums, sizes)
+    assert (low[0], high[0]) == pytest.approx(t_interval((sums[:, 0] / 5).tolist()))
+
+
+def test_the_t_interval_of_the_jackknife_is_students_for_a_mean() -> None:
+    drawn = np.random.default_rng(5).normal(0.1, 1, 15)
+    left_out = (drawn.sum() - drawn) / 14
+    low, high = paired.t_of_jackknife(float(drawn.mean()), left_out)
+    assert (low[0], high[0]) == pytest.approx(t_interval(drawn.tolist()))
+
+
+def test_one_example_has_no_interval() -> None:
+    (found,) = paired.compare_graded(np.array([[0.5]]), resamples=99)
+    assert found.interval is None

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 
 from hones_eval.leaderboard.statistics import (
+    FEW_UNITS,
     Comparison,
     Effect,
     Integers,
     Test,
     bca_ends,
+    both,
     checked_interval,
+    t_of_jackknife,
 )
 
 
@@ -32,9 +35,10 @@ def compare_corpus(
         baseline: the items of the baseline, one an example; `steered` likewise, in the same order.
         clusters: the picture of each example `[n]`, where examples share pictures.
 
-    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks. Test: approximate
-    randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random. Effect: the
-    difference relative to the baseline.
+    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks; with fewer than
+    `FEW_UNITS` examples or pictures the smallest that also holds the jackknife's t interval. Test:
+    approximate randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random.
+    Effect: the difference relative to the baseline.
     """
     places = _members(len(baseline), clusters)
     generator = np.random.default_rng([seed, len(baseline), 2])
@@ -52,11 +56,12 @@ def compare_corpus(
         return Comparison(
             observed, None, None, None, "no interval: the metric is undefined on some resamples"
         )
-    low, high = bca_ends(np.array([observed]), boot[:, None], np.array(left_out)[:, None], level=level)
+    jackknife = np.array(left_out)
+    low, high = bca_ends(np.array([observed]), boot[:, None], jackknife[:, None], level=level)
+    if len(places) < FEW_UNITS:
+        low, high = both((low, high), t_of_jackknife(observed, jackknife, level=level))
     unit = "examples" if clusters is None else "pictures"
-    interval, note = checked_interval(
-        low[0], high[0], f"BCa bootstrap over {unit}, metric recomputed", len(places)
-    )
+    interval, note = checked_interval(low[0], high[0], f"over {unit}, metric recomputed", len(places))
     p = _exchange_p(metric, baseline, steered, places, observed, generator, resamples)
     base = metric(list(baseline))
     effect = Effect(observed / abs(base), "relative change") if base else None

@@ -139,4 +139,4 @@ def steering_from_arguments(arguments: Mapping[str, str]) -> SteeringRef | None:
         factor = float(strength)
     except ValueError:
         factor = float("nan")
-    return SteeringRef(str(path), None, factor, arguments.get("attach", "fold"))
+    return SteeringRef(str(path), None, factor, arguments.get("attach", "hook"))

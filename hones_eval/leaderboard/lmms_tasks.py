@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from hones_eval.errors import HonesError
+
 # What loading a task may raise when its data set is not on this machine, or is not as it was.
 LOAD_ERRORS = (
     OSError,
@@ -54,7 +56,7 @@ def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 value = float(function(items))
-            except (ArithmeticError, ValueError, LookupError, TypeError):
+            except (ArithmeticError, HonesError, *LOAD_ERRORS):
                 return math.nan  # undefined on these items
         return value
 

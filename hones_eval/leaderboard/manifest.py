@@ -17,6 +17,7 @@ from hones_eval.leaderboard.text import path_name
 Integers = NDArray[np.int64]
 FORMAT = "hones-eval run manifest"
 FORMAT_VERSION = 1
+REQUESTS_KEY, SAME = '"requests": ', "as in the last manifest"
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,34 @@ class Manifest:
 
 
 class SharedRequests:
-    """Keeps what the last manifest of each task showed: the runs of a board mostly show the same."""
+    """Keeps what the last manifest showed: the runs of a board mostly show the same, to the letter."""
 
     def __init__(self) -> None:
         """Start with none."""
         self._last: dict[str, tuple[Mapping[str, Any], Requests]] = {}
+        self._text, self._content = "", None
+
+    def decode(self, text: str) -> Any:
+        """What the JSON of a manifest says; requests that read as the last ones are not decoded again."""
+        if self._text and self._text in text:
+            content = json.loads(text.replace(self._text, f'{REQUESTS_KEY}"{SAME}"', 1))
+            if isinstance(content, dict) and content.get("requests") == SAME:
+                return content | {"requests": self._content}
+        content = json.loads(text)
+        if isinstance(content, dict) and (start := text.find(REQUESTS_KEY)) >= 0:
+            begin = start + len(REQUESTS_KEY)
+            try:
+                found, end = json.JSONDecoder().raw_decode(text, begin)
+            except ValueError:
+                return content
+            if isinstance(found, dict) and found == content.get("requests"):
+                self._text, self._content = text[start:end], content["requests"]
+        return content
 
     def of(self, task: str, listed: Mapping[str, Any]) -> Requests:
         """The requests of one task, the very object of the last time if nothing differs."""
         last = self._last.get(task)
-        if last is None or last[0] != listed:
+        if last is None or (last[0] is not listed and last[0] != listed):
             last = self._last[task] = (listed, Requests(_requests(listed)))
         return last[1]
 
@@ -109,8 +128,8 @@ def read_manifest(path: Path, shared: SharedRequests) -> Manifest:
     Raises: HonesError when the file is not JSON, not a manifest, of another version, or misses a field.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        content = shared.decode(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise HonesError(f"{path_name(path)} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise HonesError(f"{path_name(path)} is not a run manifest: its 'format' is not {FORMAT!r}")
@@ -120,7 +139,7 @@ def read_manifest(path: Path, shared: SharedRequests) -> Manifest:
         )
     try:
         return _manifest(path, content, shared)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise HonesError(
             f"{path_name(path)} misses or misnames a field of a run manifest: {error!r}"
         ) from None

@@ -106,7 +106,7 @@ def read_logs(paths: Sequence[Path]) -> Logs:
         used.update(samples_path(path, str(task)) for task in content["configs"])
         try:
             runs += _runs(path, content, near)
-        except (AttributeError, TypeError, ValueError, LookupError) as error:
+        except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             unreadable.append(f"{path_name(path)}: not as lmms-eval writes results ({error})")
     unreadable += _failed(known, results)
     lost = [path_name(one) for one in samples if one not in used]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from hones_eval.leaderboard.reading import Run
 
 
@@ -23,7 +25,7 @@ def reused_examples(run: Run) -> tuple[str, ...]:
         if count:
             lines.append(f"{count:,} of {len(samples):,} examples show pictures that chose this steering")
     ids = {doc for chosen in sets if _same_split(chosen, run) for doc in _doc_ids(chosen)}
-    count = sum(int(doc_id) in ids for doc_id in samples.doc_ids)
+    count = int(np.isin(samples.doc_ids, list(ids)).sum())
     if count:
         lines.append(f"{count:,} of {len(samples):,} examples chose this steering")
     return tuple(lines)

@@ -18,8 +18,10 @@ CSS = {"better": "better", "worse": "worse"}
 SIGNS = {"better": "▲", "worse": "▼", "no clear difference": "○", "not judged": "–"}
 METHODS = {
     "McNemar exact": "right/wrong answers; a fair coin for each answer that changed (McNemar 1947).",
-    "Bonett-Price": "95 % interval of a paired difference of proportions, (Bonett and Price 2012).",
+    "Bonett-Price": "95 % interval of a paired difference of proportions (Bonett and Price 2012).",
     "BCa bootstrap": "95 % interval, bias-corrected and accelerated (Efron 1987), from paired resamples.",
+    "BCa bootstrap and t": "with fewer than 100 examples or pictures: the smallest interval that holds both "
+    "the BCa one and Student's t.",
     "sign flips": "paired randomization test: the sign of each difference at random (Fisher 1935).",
     "exchange": "approximate randomization: answers exchanged between the runs (Riezler and Maxwell 2005).",
     "Cohen's g": "effect: the share of changed answers that were gained, less one half.",

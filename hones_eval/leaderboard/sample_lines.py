@@ -1,0 +1,146 @@
+"""The lines of samples files as rows of one table: a line that was seen before is not read again."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 1 << 22  # bytes of lines in memory at once, since a line may hold whole pictures
+LONG_LINE = 8192  # bytes; longer lines are not remembered
+MOST_LINES = 1 << 16  # in a table before it starts anew; a steered run repeats most lines of its baseline
+Pictures = tuple[str, ...] | None
+
+_decode = json.JSONDecoder().decode
+
+
+class Lines(NamedTuple):
+    """The readable lines of one samples file.
+
+    `rows` `[n]` has the fields doc_id, prompt, answer, empty and values `[m]`, one value a metric, `offsets`
+    `[n]` where each line begins, `broken` the numbers of lines that are not samples.
+    """
+
+    rows: NDArray[Any]
+    items: frozenset[str]
+    pictures: tuple[Pictures, ...]
+    offsets: NDArray[np.int64]
+    broken: list[int]
+
+
+def read_lines(path: Path, metrics: tuple[str, ...]) -> Lines:
+    """Read the lines of a samples file."""
+    return _table(metrics).read(path)
+
+
+@lru_cache(maxsize=64)
+def _table(metrics: tuple[str, ...]) -> "_Table":
+    return _Table(metrics)
+
+
+class _Table:
+    """What is kept of every line, and where the row of each remembered line is."""
+
+    def __init__(self, metrics: tuple[str, ...]) -> None:
+        self._metrics = metrics
+        plain = [("doc_id", "i8"), ("prompt", "i8"), ("answer", "i8"), ("empty", "?")]
+        self._kind = np.dtype([*plain, ("values", "f8", (len(metrics),))])
+        self._clear()
+
+    def _clear(self) -> None:
+        self._places: dict[bytes, int] = {}
+        self._rows = np.empty(0, self._kind)
+        self._items: list[frozenset[str]] = []
+        self._pictures: list[Pictures] = []
+
+    def read(self, path: Path) -> Lines:
+        """Read a file; lines that are new to the table are added to it."""
+        if len(self._rows) > MOST_LINES:
+            self._clear()
+        kept: list[int] = []
+        offsets: list[int] = []
+        broken: list[int] = []
+        number, offset = 0, 0
+        with path.open("rb") as file:
+            while lines := file.readlines(CHUNK):
+                for line, place in zip(lines, self._places_of(lines), strict=True):
+                    number += 1
+                    if place is not None:
+                        kept.append(place)
+                        offsets.append(offset)
+                    elif line.strip():
+                        broken.append(number)
+                    offset += len(line)
+        return Lines(
+            rows=self._rows[kept],
+            items=frozenset().union(*{self._items[place] for place in kept}),
+            pictures=tuple([self._pictures[place] for place in kept]),
+            offsets=np.array(offsets, dtype=np.int64),
+            broken=broken,
+        )
+
+    def _places_of(self, lines: Sequence[bytes]) -> list[int | None]:
+        """Where the rows of lines are, after new ones were added; None for what is not a sample."""
+        places = list(map(self._places.get, lines))
+        rows: list[tuple[Any, ...]] = []
+        for k in [k for k, place in enumerate(places) if place is None]:
+            try:
+                row, items, pictures = _row(lines[k], self._metrics)
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+                continue
+            places[k] = len(self._rows) + len(rows)
+            rows.append(row)
+            self._items.append(items)
+            self._pictures.append(pictures)
+            if len(lines[k]) < LONG_LINE and len(self._places) < MOST_LINES:
+                self._places[lines[k]] = len(self._rows) + len(rows) - 1
+        if rows:
+            self._rows = np.concatenate([self._rows, np.array(rows, dtype=self._kind)])
+        return places
+
+
+def _row(line: bytes, metrics: tuple[str, ...]) -> tuple[tuple[Any, ...], frozenset[str], Pictures]:
+    sample = _decode(line.decode())
+    doc_id, answer, media = int(sample["doc_id"]), sample.get("filtered_resps"), sample.get("input_media")
+    if not 0 <= doc_id < 1 << 63:
+        raise ValueError("doc_id is out of range")
+    values = [sample.get(name) for name in metrics]
+    row = (
+        doc_id,
+        hash((str(sample.get("input")), str(sample.get("target")))),
+        hash(answer if isinstance(answer, str) else json.dumps(answer)),
+        answer in ("", [""], []),
+        tuple([_number(value) for value in values]),
+    )
+    items = frozenset(n for n, value in zip(metrics, values, strict=True) if isinstance(value, dict | list))
+    return row, items, _media_key(media) if media else None
+
+
+def _media_key(media: Sequence[object]) -> tuple[str, ...]:
+    """Short names that are equal for equal media, which may be whole pictures as data URIs."""
+    return tuple(
+        hashlib.blake2b(str(one).encode("utf-8", "replace"), digest_size=16).hexdigest() for one in media
+    )
+
+
+def _number(value: object) -> float:
+    """The score in a metric's entry: a number, a mapping's `score`, or numpy's number that was printed."""
+    if isinstance(value, dict):
+        value = value.get("score")
+    if isinstance(value, int | float):
+        return float(value) if abs(value) < 1e300 else float("nan")
+    return _printed_number(value) if isinstance(value, str) else float("nan")
+
+
+def _printed_number(text: str) -> float:
+    """lmms-eval writes numpy's float32 and bool as their text; nothing else is a number."""
+    if text in ("True", "False"):
+        return float(text == "True")
+    try:
+        return float(text) if len(text) < 40 else float("nan")
+    except ValueError:
+        return float("nan")
