@@ -5,7 +5,8 @@ greedy choice along it agrees. One replayed pass tells; only the edits that diff
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
@@ -14,15 +15,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import editing
-from hones_eval.errors import HonesError
-from hones_eval.passes import ROUNDING, Passes, RowLimit, Rows, SiteEdit, site_edits
-from hones_eval.replay import Replayer
+from hones_eval.continuation import Differing, KeptKeys, disagreement, go_on, speakers, waiting_rows
+from hones_eval.errors import HonesError, first_line
+from hones_eval.passes import ROUNDING, FullPasses, Passes, RowLimit, Rows, SiteEdit, site_edits
+from hones_eval.replay import Replay, Replayer
 
 
 class Decoder:
@@ -33,6 +36,10 @@ class Decoder:
         self.replayer = replayer
         self.anatomy = replayer.anatomy
         self.answer_type = 0
+        self.speaker: PreTrainedModel | None = None
+        """What answers that differ are decoded on with, once that is proven; see `continuation`."""
+        self.stops: str | None = None
+        """Why they are decoded from the start, where they are."""
 
     @torch.no_grad()
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
@@ -44,6 +51,10 @@ class Decoder:
         tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
         logits = torch.cat(output.logits)
         return GreedyExample(self, inputs, settings, plan, tokens, logits)
+
+    def record(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> Passes:
+        """One pass over a prompt and its answer, of which every token is read."""
+        return self.replayer.record(self.append(inputs, tokens[:-1]), len(tokens), keep=self.stops is None)
 
     def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
@@ -83,6 +94,16 @@ class _Plan(NamedTuple):
         """Whether an answer ends at an end token or at full length, and by no other rule."""
         return all(isinstance(rule, EosTokenCriteria | MaxLengthCriteria) for rule in self.criteria)
 
+    def choices(self, seen: Tensor, logits: Tensor) -> Tensor:
+        """See `hones_eval.continuation.Rules`: by the model's own logits processors."""
+        scores = self.processors(cast(LongTensor, seen), cast(FloatTensor, logits.float()))
+        return scores.argmax(-1)
+
+    def ended(self, seen: Tensor) -> Tensor:
+        """See `hones_eval.continuation.Rules`."""
+        ended: Tensor = self.criteria(cast(LongTensor, seen), cast(FloatTensor, None))
+        return ended
+
 
 class GreedyExample:
     """One decoded example, from which the answers under edits are worked out."""
@@ -106,7 +127,7 @@ class GreedyExample:
         # in both directions (PaliGemma), an answer is of type 1. The logits of `generate` tell which it is.
         for answer_type in (decoder.answer_type, 1 - decoder.answer_type):
             decoder.answer_type = answer_type
-            passes = decoder.replayer.record(decoder.append(inputs, tokens[:-1]), len(tokens))
+            passes = decoder.record(inputs, tokens)
             if self._explains(passes.base_logits, logits):
                 self.passes = passes
                 return
@@ -118,7 +139,7 @@ class GreedyExample:
         worst = (replayed - generated).abs().max() / generated.abs().max()
         if not bool(worst <= ROUNDING[replayed.dtype]):
             return False
-        return self._first_difference(replayed[None])[0] is None
+        return first_difference(self._choices(replayed[None])[0], self.tokens) is None
 
     def covers(self, target: Sequence[int]) -> bool:
         """Whether the pass that verifies the answer also reads every token of `target`."""
@@ -127,48 +148,101 @@ class GreedyExample:
     def answers(
         self, edits: Sequence[SiteEdit], on_rows: Callable[[Rows], None] | None = None
     ) -> Iterator[tuple[SiteEdit, list[int]]]:
-        """The answer's tokens under every edit, unchanged answers first.
+        """The answer's tokens under every edit, unchanged answers before those that have to be decoded.
 
         `on_rows` sees the logits [rows, answer, vocabulary] along the unedited answer, as they are replayed.
         """
-        differing: list[SiteEdit] = []
         if self.passes is None:
-            differing = list(edits)
-        else:
-            for rows in self.passes.edited(edits):
-                if on_rows is not None:
-                    on_rows(rows)
-                for edit, where in zip(rows.edits, self._first_difference(rows.logits), strict=True):
-                    if where is None:
-                        yield edit, self.tokens
-                    else:
-                        differing.append(edit)
+            yield from self._decoded(edits)
+            return
+        differing: list[SiteEdit] = []
+        waiting: list[Differing] = []
+        kept = KeptKeys(self.passes) if self._goes_on(self.passes) else None
+        numbers = {edit: number for number, edit in enumerate(edits)}
+        verified = self.passes.edited(edits) if kept is None else kept.replay.edited(edits, on_keys=kept)
+        for rows in verified:
+            if on_rows is not None:
+                on_rows(rows)
+            for edit, choices in zip(rows.edits, self._choices(rows.logits), strict=True):
+                place = first_difference(choices, self.tokens)
+                if place is None:
+                    yield edit, self.tokens
+                elif kept is None:
+                    differing.append(edit)
+                else:
+                    before = kept.of(numbers[edit], self._length + place)
+                    waiting.append(Differing(edit, place, choices[place], before))
+                    if len(waiting) == waiting_rows(before):
+                        yield from self._continued(waiting)
+                        waiting = []
+        yield from self._continued(waiting)
         yield from self._decoded(differing)
 
-    def _first_difference(self, logits: Tensor) -> list[int | None]:
-        """Where each row's greedy choice [rows, answer, vocabulary] first leaves the base answer."""
-        answer = torch.tensor(self.tokens, device=logits.device)
-        if len(self._plan.processors):
-            chosen = torch.stack([self._choices(row, answer) for row in logits])
-        else:
-            chosen = logits.argmax(-1)
-        differs = chosen != answer
-        return [int(row.nonzero()[0]) if bool(row.any()) else None for row in differs]
+    @property
+    def _length(self) -> int:
+        length: int = self._inputs["input_ids"].shape[1]
+        return length
 
-    def _choices(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """Greedy choices [answer] after the model's own logits processors (repetition penalty, ...)."""
-        prompt = self._plan.prompt.to(logits.device)
-        steps = []
-        for step in range(len(answer)):
-            seen = torch.cat([prompt, answer[None, :step]], dim=1)
-            scores = self._plan.processors(
-                cast(LongTensor, seen), cast(FloatTensor, logits[step][None].float())
-            )
-            steps.append(scores.argmax(-1)[0])
-        return torch.stack(steps)
+    def _goes_on(self, passes: Passes) -> TypeGuard[Replay]:
+        """Whether there are keys and values to decode on from, where the model looks for them."""
+        kept = isinstance(passes, Replay) and passes.keys_values is not None
+        mask = self._inputs.get("attention_mask")
+        return kept and self._decoder.stops is None and (mask is None or bool(mask.all()))
+
+    def _choices(self, logits: Tensor) -> list[list[int]]:
+        """Greedy choices along the unedited answer, from logits [rows, answer, vocabulary]."""
+        if not len(self._plan.processors):
+            plain: list[list[int]] = logits.argmax(-1).tolist()
+            return plain
+        answer = torch.tensor([self.tokens], device=logits.device)
+        seen = torch.cat([self._plan.prompt.to(logits.device), answer], dim=1).expand(len(logits), -1)
+        length = seen.shape[1] - len(self.tokens)
+        steps = [self._plan.choices(seen[:, : length + i], logits[:, i]) for i in range(len(self.tokens))]
+        return torch.stack(steps, dim=1).tolist()
+
+    def _continued(self, rows: Sequence[Differing]) -> Iterator[tuple[SiteEdit, list[int]]]:
+        """Decode on from the first difference; the first row that ever is shows whether this is exact."""
+        decoder = self._decoder
+        for row in rows:
+            if decoder.speaker is not None or decoder.stops is not None:
+                break
+            self._prove(row)
+        if decoder.speaker is None:
+            yield from self._decoded([row.edit for row in rows])
+            return
+        run = partial(self._go_on, decoder.speaker)
+        limit = RowLimit(max(1, len(rows)) if self._plan.ends_by_token else 1, self._length)
+        for cut in limit.cuts(rows, self._length, run):
+            yield from cut
+
+    def _go_on(self, speaker: PreTrainedModel, rows: Sequence[Differing]) -> list[tuple[SiteEdit, list[int]]]:
+        continued = go_on(speaker, self._decoder.anatomy, self._plan, self.tokens, rows)
+        answers = [cut_at_end(row, self._plan.end_tokens) for row in continued.answers.tolist()]
+        return [(row.edit, answer) for row, answer in zip(rows, answers, strict=True)]
+
+    def _prove(self, row: Differing) -> None:
+        """Find what can go on, by comparing logits with a hooked pass over prompt and edited answer."""
+        decoder, reasons = self._decoder, []
+        for speaker in speakers(decoder.anatomy):
+            try:
+                continued = go_on(speaker, decoder.anatomy, self._plan, self.tokens, [row])
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                reasons.append(f"it cannot take the next token alone ({first_line(error)})")
+                continue
+            answer = cut_at_end(continued.answers[0].tolist(), self._plan.end_tokens)
+            if len(answer) == continued.start + 1:  # ended where it differs: nothing to compare
+                return
+            inputs = decoder.append(self._inputs, answer[:-1])
+            full = next(iter(FullPasses(decoder.anatomy, inputs, len(answer)).edited([row.edit])))
+            reason = disagreement(continued, full.logits[0])
+            if reason is None:
+                decoder.speaker = speaker
+                return
+            reasons.append(reason)
+        decoder.stops = "; ".join(reasons)
 
     def _decoded(self, edits: Sequence[SiteEdit]) -> Iterator[tuple[SiteEdit, list[int]]]:
-        """Decode under each edit, as rows of one batch where rows end by themselves."""
+        """Decode under each edit from the start, as rows of one batch where rows end by themselves."""
         length = self._plan.prompt.shape[1]
         limit = self._decoder.replayer.limit if self._plan.ends_by_token else RowLimit(1, length)
         for cut, answers in limit.cuts(edits, length, lambda cut: (cut, self._decode_rows(cut))):
@@ -181,6 +255,11 @@ class GreedyExample:
             output = _generate(anatomy, **repeat_example(self._inputs, len(edits)), **self._settings)
         rows = output[:, self._plan.prompt.shape[1] :].tolist()
         return [cut_at_end(row, self._plan.end_tokens) for row in rows]
+
+
+def first_difference(choices: Sequence[int], answer: Sequence[int]) -> int | None:
+    """Where greedy choices first leave an answer of the same length."""
+    return next((i for i, (one, other) in enumerate(zip(choices, answer, strict=True)) if one != other), None)
 
 
 def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:

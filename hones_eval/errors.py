@@ -19,3 +19,8 @@ class EditError(HonesError):
 
 class TaskError(HonesError):
     """An lmms-eval task cannot be used for discovery as it stands."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

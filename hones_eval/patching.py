@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import standing_in
-from hones_eval.errors import HonesError
+from hones_eval.errors import HonesError, first_line
 from hones_eval.passes import ROUNDING, RowLimit
 from hones_eval.replay import Replay, Replayer, returning, tensor_of
 from hones_eval.streams import Part, activations, complete, outputs_of
@@ -226,7 +226,7 @@ def _difference(replay: PatchReplay, full: FullPatches) -> str | None:
         for rows in replay.patched(patches):
             found[rows.places] = rows.logits
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"its decoder layers cannot be called with other rows ({str(error).splitlines()[0]})"
+        return f"its decoder layers cannot be called with other rows ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
         return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"

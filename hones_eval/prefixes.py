@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import Cache
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.caches import KeptByLayer
+from hones_eval.errors import first_line
 from hones_eval.passes import ROUNDING, FullPasses, RowLimit, SiteEdit, replaced_by_mean
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron
-from hones_eval.stretches import BehindPrefix, KeptByPrefix, Stretch
+from hones_eval.stretches import BehindPrefix, Stretch
 
 Inputs = Mapping[str, Any]
 
@@ -91,7 +93,7 @@ class SharedReplayer:
                 for place, member in enumerate(part.members)
             }
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            return f"its decoder cannot go on from a shared prefix ({str(error).splitlines()[0]})"
+            return f"its decoder cannot go on from a shared prefix ({first_line(error)})"
         largest = max(float(logits.abs().max()) for logits in expected.values())
         worst = max(float((found[key] - logits).abs().max()) for key, logits in expected.items()) / largest
         if not worst <= ROUNDING[full[0].base_logits.dtype]:
@@ -177,7 +179,7 @@ class SharedPrefix:
         top = self.anatomy.shape.layers - 1
         for layer in range(edits[0].site.layer, top + 1):
             joining = [edit for edit in edits if edit.site.layer == layer]
-            kept = KeptByPrefix()
+            kept = KeptByLayer()
             # Nobody reads the prefix at the top: only its keys and values there are needed.
             self._prefix.step(layer, kept, joining if layer < top else [])
             for ending in self._endings:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import recording, standing_in
-from hones_eval.errors import HonesError
+from hones_eval.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
+from hones_eval.errors import HonesError, first_line
 from hones_eval.passes import (
     ROUNDING,
     FullPasses,
@@ -34,6 +35,9 @@ from hones_eval.passes import (
 )
 from hones_eval.sites import Head, Neuron
 
+# Called for layers with the rows that walked through their attention: layer, rows, keys and values.
+KeyReader = Callable[[int, Sequence[int], KeysValues], None]
+
 
 class Replayer:
     """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
@@ -46,8 +50,10 @@ class Replayer:
         self._proven = False
 
     @torch.no_grad()
-    def record(self, inputs: Mapping[str, Any], read: int) -> Passes:
+    def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
         """One unedited pass over an example (a batch of one); the last `read` positions are read.
+
+        With `keep` a replay also has keys and values, from which decoding can go on.
 
         The first example is also the proof: its replayed logits must equal those of the hooked forward. If
         they do not, `inexact` says by how much, and all passes are full forwards from then on.
@@ -55,7 +61,7 @@ class Replayer:
         if inputs["input_ids"].shape[0] != 1:
             raise HonesError("replay takes one example at a time: heads are the rows of its batch")
         if self.inexact is None:
-            replay = Replay(self.anatomy, inputs, read, self.limit)
+            replay = Replay(self.anatomy, inputs, read, self.limit, keep)
             if not self._proven:
                 self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
                 self._proven = True
@@ -92,17 +98,26 @@ class _LayerCall:
 class Replay:
     """One recorded pass of one example, from which edited passes restart."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, limit: RowLimit) -> None:
-        """Run the unedited pass; the logits and activations of the last `read` positions can be read."""
+    def __init__(
+        self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, limit: RowLimit, keep: bool = False
+    ) -> None:
+        """Run the unedited pass; the logits and activations of the last `read` positions can be read.
+
+        With `keep`, `keys_values` are its keys and values in every layer, else None.
+        """
         self.anatomy = anatomy
         self.read = slice(-read, None)
         self.limit = limit
         self.length = int(inputs["input_ids"].shape[-1])
-        output = self._record(lambda: anatomy.model(**inputs, use_cache=False))
+        cache = RecordedCache(anatomy.decoder.config) if keep else None
+        cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        output = self._record(lambda: anatomy.model(**inputs, **cached))
+        self.keys_values = None if cache is None else cache.of_layers(len(self._calls))
         self.base_logits: Tensor = output.logits[0, self.read]
 
     def _record(self, run: Callable[[], Any]) -> Any:
         """Run the model once; keep every layer's call, and what is added between layers."""
+        self.cache: Any = KeptByLayer()  # at the place of the model's own, where the pass had one
         with _taping(self.anatomy) as tape:
             output = run()
         self._calls = [_LayerCall(**entry) for entry in tape]
@@ -114,8 +129,13 @@ class Replay:
         return [call.neurons[0, self.read] for call in self._calls]
 
     @torch.no_grad()
-    def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
-        """See `Passes.edited`."""
+    def edited(
+        self,
+        edits: Sequence[SiteEdit],
+        on_neurons: NeuronReader | None = None,
+        on_keys: KeyReader | None = None,
+    ) -> Iterator[Rows]:
+        """See `Passes.edited`; `on_keys` receives the keys and values of rows edited below a layer."""
         # Within a layer heads come before neurons, so that each kind enters together.
         order = sorted(range(len(edits)), key=lambda i: (edits[i].site.layer, not edits[i].is_head))
 
@@ -125,7 +145,8 @@ class Replay:
             def enter(layer: int, members: list[int]) -> Tensor:
                 return self._enter(layer, [chosen[i] for i in members])
 
-            return Rows(chosen, self.walk([edit.site.layer for edit in chosen], enter, cut, on_neurons))
+            layers = [edit.site.layer for edit in chosen]
+            return Rows(chosen, self.walk(layers, enter, cut, on_neurons, on_keys))
 
         yield from self.limit.cuts(order, self.length, run)
 
@@ -135,6 +156,7 @@ class Replay:
         enter: Callable[[int, list[int]], Tensor],
         numbers: Sequence[int],
         on_neurons: NeuronReader | None = None,
+        on_keys: KeyReader | None = None,
     ) -> Tensor:
         """Walk up the layers once with a growing batch; logits [rows, read, vocabulary] at the top.
 
@@ -144,6 +166,7 @@ class Replay:
                 the layer and their places in `layers`.
             numbers: what `on_neurons` is to call each row.
             on_neurons: see `Passes.edited`.
+            on_keys: see `edited`; a row's keys and values are the recorded ones up to the layer it starts at.
         """
         hidden: Tensor | None = None
         joined = 0
@@ -152,6 +175,8 @@ class Replay:
             if hidden is not None:
                 with self._reading(layer, numbers[:joined], on_neurons):
                     parts.append(self.call(layer, hidden))
+                if on_keys is not None:
+                    on_keys(layer, numbers[:joined], self.cache.kept)
             members = [i for i, start in enumerate(layers) if start == layer]
             if members:
                 with self._reading(layer, [numbers[i] for i in members], on_neurons):
@@ -224,6 +249,8 @@ class Replay:
 
     def _argument(self, value: Any, rows: int) -> Any:
         """A recorded argument of a layer, for so many rows."""
+        if is_cache(value):
+            return self.cache
         # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
         if (
             isinstance(value, Tensor)
@@ -274,7 +301,7 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     try:
         found = torch.cat([rows.logits for rows in replay.edited(trial)])
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"its decoder layers cannot be called with other rows ({str(error).splitlines()[0]})"
+        return f"its decoder layers cannot be called with other rows ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
         return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from hones_eval.artefact import ModelShape, Provenance, digest, load_artefact, save_artefact
-from hones_eval.errors import HonesError, MisfitError
+from hones_eval.errors import HonesError, MisfitError, first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         files = ["steering.json", "steering.safetensors"]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise HonesError(
             f"no steering at {repo_id!r}: there is no such folder, and the hub has none ({reason})"
         ) from None

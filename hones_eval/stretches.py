@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.caches import KeptByLayer
 from hones_eval.passes import SiteEdit
 from hones_eval.replay import Replay
 
@@ -29,7 +29,6 @@ class Stretch(Replay):
         self.sequences = len(lengths)
         self.tokens = self.sequences * (padded or lengths[0])
         self.hidden: Tensor | None = None
-        self.cache: Any = None
         self._last = torch.tensor(lengths) - 1
 
     def run(self, model: Callable[[], Any]) -> Any:
@@ -74,9 +73,6 @@ class Stretch(Replay):
         wide[torch.arange(len(x)), self._ends(x)] = narrow[:, 0]
         return wide
 
-    def _argument(self, value: Any, rows: int) -> Any:
-        return self.cache if isinstance(value, Cache) else super()._argument(value, rows)
-
     def _at_the_end(self, x: Tensor) -> Tensor:
         """Every sequence's last token [rows * sequences, width]."""
         return x[torch.arange(len(x)), self._ends(x)]
@@ -85,32 +81,19 @@ class Stretch(Replay):
         return self._last.to(x.device).repeat(len(x) // self.sequences)
 
 
-class KeptByPrefix:
-    """Stands in for a layer's cache while the prefix passes, and keeps its keys and values."""
-
-    def __init__(self) -> None:
-        """Nothing is kept yet: [rows, heads, tokens, width] once the prefix has passed."""
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: itself."""
-        self.keys, self.values = keys, values
-        return keys, values
-
-
 class BehindPrefix:
     """Stands in for a layer's cache while endings pass: each row's sequences attend to the row's prefix."""
 
-    def __init__(self, prefix: KeptByPrefix, reach: int) -> None:
+    def __init__(self, prefix: KeptByLayer, reach: int) -> None:
         """Attend to the last `reach` tokens of what the prefix has kept in this layer."""
         self._prefix, self._reach = prefix, reach
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """What the layer attends to: each row's prefix, and itself."""
-        if self._prefix.keys is None or self._prefix.values is None:
+        kept = self._prefix.kept
+        if kept is None:
             raise RuntimeError(f"layer {layer} kept no keys and values of the prefix")
-        return self._behind(self._prefix.keys, keys), self._behind(self._prefix.values, values)
+        return self._behind(kept.keys, keys), self._behind(kept.values, values)
 
     def _behind(self, past: Tensor, new: Tensor) -> Tensor:
         past = past[:, :, -self._reach :]

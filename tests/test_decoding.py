@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval import decoding
+from hones_eval import continuation, decoding
 from hones_eval.anatomy import Anatomy
+from hones_eval.caches import KeysValues
 from hones_eval.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.errors import HonesError
 from hones_eval.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
@@ -37,11 +38,13 @@ def means_of(model: PreTrainedModel) -> list[SiteEdit]:
 def agree(family: Family, inputs: dict[str, Tensor], settings: dict[str, Any]) -> tuple[list[int], int]:
     """Every answer is the plain one. Returns the unedited answer, and how many of the others differ."""
     item = plain.Item(inputs, settings, [])
-    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    example = decoder.greedy(inputs, settings)
     assert example.tokens == plain.answer(family.model, item)
     assert example.passes is not None, "the answer could not be verified by one pass"
     edits = means_of(family.model)
     found = dict(example.answers(edits))
+    assert decoder.stops is None
     assert found.keys() == set(edits)
     for edit, tokens in found.items():
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
@@ -167,17 +170,76 @@ def test_only_answers_that_differ_are_decoded(
     family = build_family("llava")
     example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), {"max_new_tokens": 3})
     decoded: list[int] = []
-    ours = decoding.GreedyExample._decode_rows
+    ours = decoding.GreedyExample._go_on
 
-    def counted(self: decoding.GreedyExample, edits: list[SiteEdit]) -> list[list[int]]:
-        decoded.append(len(edits))
-        return ours(self, edits)
+    def counted(self: decoding.GreedyExample, speaker: Any, rows: list[Any]) -> Any:
+        decoded.append(len(rows))
+        return ours(self, speaker, rows)
 
-    monkeypatch.setattr(decoding.GreedyExample, "_decode_rows", counted)
+    def from_the_start(*_: object) -> None:
+        raise AssertionError("an answer that differs was decoded from the start")
+
+    monkeypatch.setattr(decoding.GreedyExample, "_go_on", counted)
+    monkeypatch.setattr(decoding.GreedyExample, "_decode_rows", from_the_start)
     found = list(example.answers(means_of(family.model)))
     differing = [tokens != example.tokens for _, tokens in found]
     assert 0 < sum(differing) == sum(decoded) < len(found)
     assert differing == sorted(differing)  # unchanged answers come first
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "instructblip"])
+def test_keys_and_values_that_are_not_the_models_own_are_noticed(
+    build_family: Callable[[str], Family], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then answers that differ are decoded from the start, and are right all the same."""
+    family, ours = build_family(name), continuation.KeptKeys.of
+
+    def shifted(self: continuation.KeptKeys, number: int, tokens: int) -> list[KeysValues]:
+        return [KeysValues(one.keys, one.values.roll(1, 1)) for one in ours(self, number, tokens)]
+
+    monkeypatch.setattr(continuation.KeptKeys, "of", shifted)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    inputs, settings = inputs_of(family), {"max_new_tokens": 5, "min_new_tokens": 5}
+    found = dict(decoder.greedy(inputs, settings).answers(means_of(family.model)))
+    assert decoder.speaker is None
+    assert "logits behind the replayed keys and values differ" in str(decoder.stops)
+    item = plain.Item(inputs, settings, [])
+    for edit, tokens in found.items():
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
+
+
+def test_rows_that_wait_are_decoded_before_they_fill_the_memory(
+    build_family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = build_family("llava")
+    inputs, settings = inputs_of(family), {"max_new_tokens": 6}
+    edits, replayer = means_of(family.model), Replayer(Anatomy.of(family.model), rows=4)
+    expected = dict(Decoder(replayer).greedy(inputs, settings).answers(edits))
+    batches: list[int] = []
+    ours = decoding.GreedyExample._go_on
+
+    def counted(self: decoding.GreedyExample, speaker: Any, rows: list[Any]) -> Any:
+        batches.append(len(rows))
+        return ours(self, speaker, rows)
+
+    monkeypatch.setattr(decoding.GreedyExample, "_go_on", counted)
+    monkeypatch.setattr(decoding, "waiting_rows", lambda _: 2)
+    assert dict(Decoder(replayer).greedy(inputs, settings).answers(edits)) == expected
+    assert len(batches) > 1
+    assert max(batches) == 2
+
+
+def test_padding_on_the_left(build_family: Callable[[str], Family]) -> None:
+    """Positions then count from the first real token, as `generate` counts them."""
+    family = build_family("llava")
+    inputs = inputs_of(family)
+    padding = torch.full((1, 3), int(family.tokenizer.pad_token_id))
+    inputs["input_ids"] = torch.cat([padding, inputs["input_ids"]], dim=1)
+    inputs["attention_mask"] = torch.cat([torch.zeros_like(padding), inputs["attention_mask"]], dim=1)
+    item = plain.Item(inputs, {"max_new_tokens": 5}, [])
+    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, item.settings)
+    for edit, tokens in example.answers(means_of(family.model)):
+        assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
 
 
 def test_logits_along_the_answer_are_handed_on(build_family: Callable[[str], Family]) -> None:
