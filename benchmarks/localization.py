@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.margin import Margin
 from hones_eval.measure import Totals
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.replay import Replayer
@@ -35,6 +36,8 @@ class TokenExample:
     inputs: dict[str, Tensor]
     settings: dict[str, Any]
     target_ids: list[int]
+    margin: Margin | None = None
+    is_distractor: bool = False
 
 
 class TokenTask:

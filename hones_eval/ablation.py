@@ -1,33 +1,39 @@
 """What a task's metric and its target's log-probability lose under one edit at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from hones_eval import readouts
+from hones_eval import margin, readouts
 from hones_eval.decoding import Decoder
 from hones_eval.errors import TaskError
 from hones_eval.examples import Example, TaskExamples
+from hones_eval.margin import Margins
 from hones_eval.measure import Measurement, Totals
 from hones_eval.passes import Passes, Rows, SiteEdit, check_finite
 from hones_eval.replay import Replayer
+from hones_eval.together import Together
 
 
 class _Answers(NamedTuple):
     """One example's answers: unedited, and under the edits (by number) that change it."""
 
     base: str
-    changed: dict[int, str]
+    changed: Mapping[int, str]
 
     @classmethod
     def of(cls, record: Any) -> Self:
         """From a record, which is plain JSON."""
+        if "margins" in record:
+            return cls(record["base"], Margins.of(record["margins"]))
         return cls(record["base"], {int(number): text for number, text in record["changed"].items()})
 
     def record(self) -> dict[str, Any]:
         """As plain JSON."""
+        if isinstance(self.changed, Margins):
+            return {"base": self.base, "margins": self.changed.record()}
         return {"base": self.base, "changed": {str(number): text for number, text in self.changed.items()}}
 
 
@@ -47,11 +53,12 @@ class Ablation:
         self._number = {edit: number for number, edit in enumerate(self.edits)}
         self.in_play: Sequence[int] = range(len(self.edits))
         """Numbers of the edits that `measure` runs; racing and screening run fewer than all."""
+        self.together = Together(replayer, examples, _margin_and_target)
 
     def zeros(self) -> dict[str, Tensor]:
         """Sums over examples: drops and examples by edit [E], unedited values, and counts."""
         by_edit = ("metric_drop", "log_probability_drop", "measured")
-        single = ("metric", "log_probability", "examples", "differing_answers", "plain_examples")
+        single = ("metric", "log_probability", "examples", "differing_answers", "plain_examples", "shared")
         sums = {name: torch.zeros(len(self.edits), dtype=torch.float64) for name in by_edit}
         return sums | {name: torch.zeros((), dtype=torch.float64) for name in single}
 
@@ -61,24 +68,47 @@ class Ablation:
             raise TaskError(
                 f"{example.task}, doc_id {example.doc_id}: its target {example.target!r} has no tokens"
             )
+        if example.margin is not None:
+            return self._measure_margin(example)
         sums = self.zeros()
         decoded = self.decoder.greedy(example.inputs, example.settings)
         target = _Target(example, self._number, sums["log_probability_drop"])
         shared = decoded.passes if decoded.covers(example.target_ids) else None
         if shared is not None:
             target.start(shared)
-        answers = _Answers(self.examples.decode(example.index, decoded.tokens), {})
+        changed: dict[int, str] = {}
+        answers = _Answers(self.examples.decode(example.index, decoded.tokens), changed)
         edits = [self.edits[number] for number in self.in_play]
         for edit, tokens in decoded.answers(edits, None if shared is None else target.add):
             if tokens != decoded.tokens:
                 sums["differing_answers"] += 1
-                answers.changed[self._number[edit]] = self.examples.decode(example.index, tokens)
+                changed[self._number[edit]] = self.examples.decode(example.index, tokens)
         if shared is None:
             self._replay_target(example, target, edits)
         sums["measured"][list(self.in_play)] = 1
         sums["log_probability"] += target.base
         sums["examples"] += 1
         sums["plain_examples"] += decoded.passes is None
+        if not self.examples.is_mean:
+            return Measurement(sums, answers.record())
+        self._add_mean(example.index, answers, sums)
+        return Measurement(sums)
+
+    def _measure_margin(self, example: Example) -> Measurement:
+        """The margin between two words at the next token, and the target's log-probability there."""
+        sums = self.zeros()
+        found = self.together.of(example, [self.edits[number] for number in self.in_play])
+        base, log_p = found.base.tolist()
+        numbers = [self._number[edit] for edit in found.edits]
+        margins = torch.full((len(self.edits),), torch.nan)
+        margins[numbers] = found.edited[:, 0].float()
+        sums["log_probability_drop"][numbers] = log_p - found.edited[:, 1]
+        sums["measured"][numbers] = 1
+        sums["differing_answers"] += ((margins[numbers] > 0) != (base > 0)).sum()
+        sums["log_probability"] += log_p
+        sums["examples"] += 1
+        sums["shared"] += found.shared > 0
+        answers = _Answers(margin.as_text(base), Margins(margins))
         if not self.examples.is_mean:
             return Measurement(sums, answers.record())
         self._add_mean(example.index, answers, sums)
@@ -135,8 +165,15 @@ class Ablation:
             sums["metric_drop"][number] = values[answers.base] - values[text]
 
 
+def _margin_and_target(example: Example, logits: Tensor) -> Tensor:
+    """For logits [rows, vocabulary] the margin, and the target's log-probability: [rows, 2]."""
+    assert example.margin is not None
+    log_p = logits.float().log_softmax(-1)[:, example.target_ids[0]]
+    return torch.stack([example.margin.of(logits), log_p], dim=1)
+
+
 class _Scored:
-    """The results of a corpus' answers, each scored once."""
+    """The results of a corpus' answers, each scored once; margins are too many to remember."""
 
     def __init__(self, examples: TaskExamples, totals: Totals) -> None:
         self.examples = examples
@@ -147,6 +184,8 @@ class _Scored:
         """One example's result, unedited (None) or under the edit with a number."""
         answers = self.answers[index]
         text = answers.base if number is None else answers.changed.get(number, answers.base)
+        if isinstance(answers.changed, Margins):
+            return self.examples.score(index, text)
         if (index, text) not in self._known:
             self._known[index, text] = self.examples.score(index, text)
         return self._known[index, text]

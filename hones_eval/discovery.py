@@ -72,6 +72,13 @@ def _hones(job: Discovery) -> Ranking:
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
     }
+    if job.examples.margin_words is not None:
+        report |= {
+            "margin": " - ".join(job.examples.margin_words),
+            "prefix_sharing": localization.together.sharing.inexact or "exact",
+            "examples_sharing_a_prefix": int(totals.sums["shared"]),
+            "examples_of_neurons": int(neuron_totals.sums["examples"]),
+        }
     return Ranking(
         provenance=job.provenance,
         head_scores=head_scores,

@@ -129,12 +129,13 @@ class _Pass(LightningModule):  # type: ignore[misc]
         self.partial = partial
         self.totals = SumOverRanks(measure.zeros())
         self.records: dict[int, Any] = {}
+        self.mine: list[int] = []
         self.done = 0
         # A rank of a run that goes on may have measured all of its share when another has not.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[Example]:
-        mine = range(self.global_rank, len(self.examples), self.trainer.world_size)
+        mine = self.mine = self.examples.share(self.global_rank, self.trainer.world_size)
         if self.partial is not None:
             self._go_on(self.partial.load(*self._place))
         # batch_size=None hands over examples one by one: heads, not examples, fill the batch.
@@ -146,7 +147,7 @@ class _Pass(LightningModule):  # type: ignore[misc]
         self.records[batch.index] = measured.record
         self.done += 1
         if self.partial is not None:
-            last = batch.index + self.trainer.world_size >= len(self.examples)
+            last = self.done == len(self.mine)
             self.partial.save(*self._place, Progress(self.done, self.totals.sums(), self.records), last)
 
     @property

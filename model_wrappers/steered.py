@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError
+from hones_eval.margin import as_text, tokenizer_in, without, words_of
 from hones_eval.steer_model import AttachMode, attach_steering
 from hones_eval.steering import Steering
 
 from . import plugin
 from .run_manifest import RunRecord
-from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
+from .watch import AskedMargin, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
@@ -86,9 +87,31 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def generate_until(self, requests: list[Instance]) -> list[Any]:
         """Answer requests as the base wrapper does, or raise HonesError; never an answer for a failure."""
+        plain = [i for i, one in enumerate(requests) if _words(one) is None]
+        answers = dict(zip(plain, self._in_words([requests[i] for i in plain]), strict=True))
+        for i, request in enumerate(requests):
+            if i not in answers:
+                answers[i] = self._margin(request)
+        return [answers[i] for i in range(len(requests))]
+
+    def _in_words(self, requests: list[Instance]) -> list[Any]:
+        if not requests:
+            return []
         answers = self._answer("generate_until", requests)
         self._watched.check_rows(len(requests), type(self).__name__)
         return answers
+
+    def _margin(self, request: Instance) -> str:
+        """The margin of one word over another as text, read from the model's next-token logits."""
+        words = _words(request)
+        assert words is not None
+        self._watched.margin = AskedMargin(tokenizer_in(self), words)
+        try:
+            said = self._in_words([request])[0]
+            value = self._watched.margin.value
+        finally:
+            self._watched.margin = None
+        return str(unwrap_generation_output([said])[0]) if value is None else as_text(value)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
         """As `generate_until`, for tasks that ask again."""
@@ -126,7 +149,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     def _handed(self, request: Instance) -> Instance:
         handed = copy.copy(request)
         handed.arguments = tuple(
-            copy.deepcopy(part)
+            without(copy.deepcopy(part))
             if isinstance(part, dict)
             else WatchedSource(part, request, self._watched)
             if callable(part)
@@ -141,6 +164,12 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
         kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
         return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
+
+
+def _words(request: Instance) -> tuple[str, str] | None:
+    """The two words of a request that asks for a margin."""
+    settings = next((part for part in request.args if isinstance(part, dict)), {})
+    return words_of(settings, str(request.task_name))
 
 
 def inner_model(wrapper: lmms) -> PreTrainedModel:

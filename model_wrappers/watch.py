@@ -1,5 +1,6 @@
 """Watch over the calls that a base wrapper swallows errors of: `generate`, and the loading of pictures."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -9,9 +10,10 @@ import torch
 from lmms_eval.api.instance import Instance
 from loguru import logger
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.errors import EditError, HonesError
+from hones_eval.margin import margin_behind
 from hones_eval.steer_model import AttachedSteering
 
 Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
@@ -39,6 +41,27 @@ class Failure(BaseException):
         self.error = error
 
 
+class AskedMargin:
+    """A margin between two words that the next call of `generate` is to be read for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: tuple[str, str]) -> None:
+        """`value` is None until a call has been read."""
+        self.value: float | None = None
+        self._tokenizer, self._words = tokenizer, words
+
+    def read(self, prompt: Tensor, logits: Tensor) -> None:
+        """Read it from the logits [1, vocabulary] behind a prompt [1, tokens].
+
+        Raises: HonesError when there is more than one row, or the margin is not finite.
+        """
+        if len(prompt) != 1 or len(logits) != 1:
+            raise HonesError(f"a margin is read of one prompt at a time, not of {len(prompt)}")
+        between = margin_behind(self._tokenizer, prompt[0].tolist(), self._words)
+        self.value = float(between.of(logits[0]))
+        if not math.isfinite(self.value):
+            raise HonesError(f"the margin between {' and '.join(self._words)} is {self.value}")
+
+
 class WatchedGenerate:
     """Stands in for a model's `generate`: the same call, but it fails loudly and checks the steering.
 
@@ -64,6 +87,7 @@ class WatchedGenerate:
         self._reattach = reattach
         self._finish = finish
         self._unproven = must_act
+        self.margin: AskedMargin | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, prove on the first call that the steering acts, and check that every edit ran."""
@@ -71,7 +95,7 @@ class WatchedGenerate:
             if self._unproven:
                 self._prove(args, kwargs)
                 self._unproven = False
-            output = self._generate(*args, **kwargs)
+            output = self._generated(args, kwargs)
             self.check_ran()
             if isinstance(output, Tensor):
                 output = self._finish(kwargs, output)
@@ -79,6 +103,16 @@ class WatchedGenerate:
             raise self.failed(error) from error
         self.rows += len(output if isinstance(output, Tensor) else output.sequences)
         return output
+
+    def _generated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.margin is None:
+            return self._generate(*args, **kwargs)
+        output = self._generate(*args, **(dict(kwargs) | ONE_TOKEN))
+        prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        if not isinstance(prompt, Tensor):
+            raise HonesError("the wrapper hands no input_ids to generate, so no margin can be read")
+        self.margin.read(prompt, output.logits[0])
+        return output if kwargs.get("return_dict_in_generate") else output.sequences
 
     def failed(self, error: Exception) -> Failure:
         """Remember an error and make the Failure to raise for it."""

@@ -21,6 +21,7 @@ from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.playback import Playback
 from hones_eval.examples.tasks import _own_tasks
+from hones_eval.margin import as_answer
 
 WRAPPERS = {"llava_hf": "llava", "qwen2_5_vl": "qwen2_5_vl", "instructblip": "instructblip"}
 GREEDY = "max_new_tokens=6"
@@ -180,6 +181,8 @@ def test_scores_are_those_of_lmms_evals_evaluator(
     examples = TaskExamples(llava, task, model_name="llava_hf", limit=12)
     golds = [examples._gold_of(request).references[0] for request in examples._requests]
     answers = [gold if i % 3 else "Yes" for i, gold in enumerate(golds)]
+    if examples.margin_words is not None:
+        answers = [as_answer(text, examples.margin_words) for text in answers]
     monkeypatch.setattr(llava, "generate_until", lambda requests: [answers[r.doc_id] for r in requests])
     monkeypatch.setattr(llava, "clean", lambda: None)
     theirs = evaluator.evaluate(llava, {task: examples._task}, limit=12, bootstrap_iters=0)

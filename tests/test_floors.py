@@ -28,7 +28,7 @@ MODEL = {
     "streams",
     "tokens",
 }
-MEASURING = {*MODEL, "examples", "measure", "ablation", "patching", "racing"}
+MEASURING = {*MODEL, "margin", "examples", "measure", "together", "ablation", "patching", "racing"}
 WHOLE = {*MEASURING, "methods", "loops", "leaderboard", "resampling"}
 
 # A room (a module or a folder of hones_eval) and the rooms that it may import.
@@ -42,6 +42,7 @@ FLOORS: dict[str, set[str]] = {
     "sites": {"errors"},
     "attach": {"errors"},
     "partial": BASE,
+    "margin": {"errors"},
     "racing": {"errors"},
     # 1: one model, or one result
     "anatomy": {*BASE, "attach"},
@@ -60,10 +61,11 @@ FLOORS: dict[str, set[str]] = {
     "continuation": {*BASE, *EDITING, "anatomy", "passes", "caches", "replay"},
     "decoding": {*BASE, *EDITING, "anatomy", "passes", "replay", "continuation"},
     "targets": {"errors"},
-    "examples": {*BASE, "pictures", "targets"},
+    "examples": {*BASE, "margin", "pictures", "targets"},
     "measure": {"examples"},
     "patching": {*MODEL},
-    "ablation": {*MODEL, "examples", "measure"},
+    "together": {*MODEL, "examples"},
+    "ablation": {*MODEL, "margin", "examples", "measure", "together"},
     # 3: what is measured; pictures that are edited; the embedded model
     "methods": MEASURING,
     "editing": {*BASE, "pictures"},
@@ -88,7 +90,7 @@ FLOORS: dict[str, set[str]] = {
     "lens_figures": {"figures", "methods", "streams", "trace_figures"},
 }
 BESIDE: dict[str, set[str]] = {
-    "model_wrappers": {*BASE, "pictures", "steering", "steer_model"},
+    "model_wrappers": {*BASE, "margin", "pictures", "steering", "steer_model"},
     "tasks": {"errors", "toy", "pictures"},
 }
 TOP = {"commands", "__main__", "__init__"}  # may import everything

@@ -298,8 +298,15 @@ def test_a_query_that_a_resample_draws_twice_counts_twice() -> None:
 
 def test_yes_is_read_as_a_word() -> None:
     for said, score in (("Yes", 1), (" yes.", 1), ("Yesterday", 0), ("No, yes", 0), ("", 0)):
-        found = utils.retrieval_results({"query": 0, "positive": True}, [said])["ndcg_at_5"]
-        assert found["score"] == score
+        found = utils.retrieval_results({"query": 0, "positive": True}, [said])
+        assert found == {"ndcg_at_5_by_words": {"query": 0, "positive": True, "score": score}}
+
+
+def test_a_number_is_read_as_the_margin() -> None:
+    found = utils.retrieval_results({"query": 3, "positive": False}, ["-1.25e-05"])
+    assert found == {"ndcg_at_5": {"query": 3, "positive": False, "score": -1.25e-05}}
+    with pytest.raises(ValueError, match="a margin is nan"):
+        utils.retrieval_results({"query": 3, "positive": False}, ["nan"])
 
 
 def test_negatives_are_the_captions_that_share_most_words(build: Callable[..., Any]) -> None:

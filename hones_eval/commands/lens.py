@@ -12,7 +12,7 @@ from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance, write_json, write_text
 from hones_eval.commands.shared import DType, Job, say
 from hones_eval.examples import inner_model, load_lmm
-from hones_eval.examples.models import tokenizer_of
+from hones_eval.margin import tokenizer_in
 from hones_eval.measure import Totals
 from hones_eval.methods.lens import LogitLens, Other, Said, Seen
 from hones_eval.steer_model import steer
@@ -77,7 +77,7 @@ def lens(
         devices=devices,
         num_nodes=num_nodes,
     )
-    tokenizer = tokenizer_of(job.lmm)
+    tokenizer = tokenizer_in(job.lmm)
     other = None if against is None else _other(job, against, steering, strength)
     method = LogitLens(job.anatomy, tokenizer, positions, top, other)
     totals = job.loop.run(job.examples, cast(Any, method), f"lens {tasks}")

@@ -131,6 +131,11 @@ def _say_ranking(ranking: Ranking, out: Path) -> None:
             say(f"warning: {warning}")
         return
     say(f"{report['metric']} {report['base_metric']:.4g} unedited")
+    if "margin" in report:
+        say(
+            f"answers are margins {report['margin']}; {report['examples_sharing_a_prefix']} examples shared "
+            f"their picture's prefix with others ({report['prefix_sharing']})"
+        )
     _say_savings(report)
     if not report["heads_with_positive_score"]:
         say(

@@ -11,8 +11,8 @@ from hones_eval.commands.documents import keys_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import TaskExamples
-from hones_eval.examples.models import tokenizer_of
 from hones_eval.loops import Loop
+from hones_eval.margin import tokenizer_in
 from hones_eval.methods.tracing import BY_TOKEN, WHATS, CausalTrace, Pairs, Refused, Traced, What
 from hones_eval.tokens import Roles
 
@@ -83,7 +83,7 @@ def trace(
         num_nodes=num_nodes,
     )
     rows = None if batch_size == "auto" else batch_size
-    method = CausalTrace(job.anatomy, tokenizer_of(job.lmm), whats, rows)
+    method = CausalTrace(job.anatomy, tokenizer_in(job.lmm), whats, rows)
     categories = []
     for place, (one, other) in enumerate(tasks):
         first = job.examples

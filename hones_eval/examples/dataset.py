@@ -11,17 +11,19 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hones_eval import targets
+from hones_eval import margin, targets
 from hones_eval.artefact import ExampleSet, hash_of
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples.models import one_line, tokenizer_of
+from hones_eval.examples.models import one_line
 from hones_eval.examples.playback import Playback
 from hones_eval.examples.scoring import Scorer
 from hones_eval.examples.tasks import build_requests, build_task, document
+from hones_eval.margin import Margin
 from hones_eval.pictures import image_hash
 
 TARGET_TOKENS = 128
 PROOF_EXAMPLES = 8
+TOGETHER = 64  # examples on one picture that are measured at once
 REMEMBERED_ANSWERS = 100_000
 
 
@@ -47,6 +49,13 @@ class Example:
     """The target encoded alone, without special tokens, at most 128."""
     image_hashes: list[str]
     text_hash: str
+    margin: Margin | None = None
+    """Where the answer is a margin between two words: the tokens that they begin with behind this prompt."""
+
+    @property
+    def is_distractor(self) -> bool:
+        """Whether the target is the second word of a margin: a candidate that is not the right one."""
+        return self.margin is not None and self.target_ids != [self.margin.yes]
 
 
 class TaskExamples(Dataset[Example]):
@@ -89,7 +98,10 @@ class TaskExamples(Dataset[Example]):
         self.offset = offset
         self._lmm = lmm
         self._playback = Playback(lmm)
-        self._tokenizer = tokenizer_of(lmm)
+        self._tokenizer = margin.tokenizer_in(lmm)
+        settings = next((one for one in self._requests[0].args if isinstance(one, dict)), {})
+        self.margin_words = margin.words_of(settings, self.task)
+        self._ahead: dict[int, Example] = {}
         self._scorer = Scorer(self._task)
         self._answers: OrderedDict[tuple[int, tuple[int, ...]], str] = OrderedDict()
         self._prints: dict[int, tuple[str, list[str]]] = {}
@@ -107,10 +119,17 @@ class TaskExamples(Dataset[Example]):
 
         Raises: TaskError naming the task and doc_id when it cannot be had.
         """
+        if index in self._ahead:
+            return self._ahead.pop(index)
         request = self._request(index)
         text_hash, image_hashes = self._print(index)
         call = self._playback.record(request)
         gold = self._gold_of(request)
+        target_ids = self._tokenizer.encode(gold.target, add_special_tokens=False)[:TARGET_TOKENS]
+        between = None
+        if self.margin_words is not None:
+            between = self._margin_behind(call.inputs["input_ids"][0].tolist(), request)
+            target_ids = [between.yes if gold.target == self.margin_words[0] else between.no]
         return Example(
             index=index,
             task=self.task,
@@ -120,10 +139,47 @@ class TaskExamples(Dataset[Example]):
             settings=call.settings,
             target=gold.target,
             references=gold.references,
-            target_ids=self._tokenizer.encode(gold.target, add_special_tokens=False)[:TARGET_TOKENS],
+            target_ids=target_ids,
             image_hashes=image_hashes,
             text_hash=text_hash,
+            margin=between,
         )
+
+    def together(self, index: int) -> list[Example]:
+        """The neighbours that show the same pictures as an example, itself among them, in blocks of 64.
+
+        Which they are does not depend on who asks, so that a run that goes on has them as one without a
+        break. Those behind it are kept until they are asked for.
+        """
+        start = index
+        while start and self._shares_pictures(start):
+            start -= 1
+        start += (index - start) // TOGETHER * TOGETHER
+        end = index + 1
+        while end < min(len(self), start + TOGETHER) and self._shares_pictures(end):
+            end += 1
+        group = [self[place] for place in range(start, end)]
+        self._ahead = {one.index: one for one in group if one.index > index}
+        return group
+
+    def _shares_pictures(self, index: int) -> bool:
+        """Whether an example shows what the one before it does, and not nothing."""
+        shown = self._print(index)[1]
+        return bool(shown) and self._print(index - 1)[1] == shown
+
+    def share(self, rank: int, ranks: int) -> list[int]:
+        """A rank's part of the examples; candidates of one query stay together."""
+        if self.margin_words is None:
+            return list(range(rank, len(self), ranks))
+        groups: list[list[int]] = []
+        for index in range(len(self)):
+            if index and self._shares_pictures(index):
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        if len(groups) < ranks:  # every rank needs an example
+            return list(range(rank, len(self), ranks))
+        return [index for group in groups[rank::ranks] for index in group]
 
     def decode(self, index: int, token_ids: list[int]) -> str:
         """Give the answer that the wrapper makes of generated tokens, by playing them back through it."""
@@ -241,6 +297,13 @@ class TaskExamples(Dataset[Example]):
                 return metric
         raise TaskError(f"task {self.task} has no metric to measure heads with: {'; '.join(reasons)}")
 
+    def _margin_behind(self, prompt: list[int], request: Instance) -> Margin:
+        assert self.margin_words is not None
+        try:
+            return margin.margin_behind(self._tokenizer, prompt, self.margin_words)
+        except HonesError as error:
+            raise TaskError(f"{self.task}, doc_id {request.doc_id}: {error}") from error
+
     def _choose_target(self, override: str | None) -> targets.Adapter:
         return targets.choose(
             self.task,
@@ -253,9 +316,12 @@ class TaskExamples(Dataset[Example]):
         )
 
     def _proof(self) -> list[Instance]:
-        return self._requests[:PROOF_EXAMPLES]
+        # A score of whole queries is proven on one.
+        return self._requests[: PROOF_EXAMPLES if self.margin_words is None else TOGETHER]
 
     def _trial(self, metric: str, answers: list[str]) -> float:
+        if self.margin_words is not None:
+            answers = [margin.as_answer(text, self.margin_words) for text in answers]
         proof = zip(self._proof(), answers, strict=True)
         return self._scorer.aggregate(metric, [self._scorer.score(one, text) for one, text in proof])
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError, UnsupportedModelError
 
@@ -116,17 +116,6 @@ def inner_model(lmm: lmms) -> PreTrainedModel:
     if not found[0].can_generate():
         raise UnsupportedModelError(f"{name} holds a {type(found[0]).__name__}, which cannot generate")
     return found[0]
-
-
-def tokenizer_of(lmm: lmms) -> PreTrainedTokenizerBase:
-    """Give the tokenizer that an lmms-eval model decodes answers with."""
-    for holder in ("", "processor", "_processor", "_image_processor", "image_processor"):
-        found = getattr(getattr(lmm, holder, None) if holder else lmm, "tokenizer", None)
-        if isinstance(found, PreTrainedTokenizerBase):
-            return found
-    raise UnsupportedModelError(
-        f"{type(lmm).__name__} shows no tokenizer, as `.tokenizer`, to encode targets"
-    )
 
 
 def one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hones_eval import margin
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples.models import inner_model, one_line
 
@@ -164,8 +165,10 @@ def _effective(model: PreTrainedModel, settings: dict[str, Any], name: str) -> A
 
 
 def _fresh(instance: Instance) -> Instance:
-    """The request with its generation settings copied, since wrappers write into them."""
-    arguments = tuple(copy.deepcopy(one) if isinstance(one, dict) else one for one in instance.args)
+    """The request with its generation settings copied, since wrappers write into them; a margin is ours."""
+    arguments = tuple(
+        margin.without(copy.deepcopy(one)) if isinstance(one, dict) else one for one in instance.args
+    )
     return Instance(instance.request_type, arguments, instance.idx, dict(instance.metadata))
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hones_eval import readouts
+from hones_eval import margin, readouts
 from hones_eval.attach import Edit, Site, editing
 from hones_eval.decoding import cut_at_end, repeat_example
 from hones_eval.errors import HonesError
@@ -73,7 +73,7 @@ class AnswersUnder:
                 said |= zip(cut, answers, strict=True)
         else:
             said |= {name: self._generate(example, [name], rows=1)[0] for name in names}
-        results: dict[tuple[int, ...], dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         scored = {name: self._scored(example, name, *said[name], results) for name in said}
         record = Answered(tuple(example.image_hashes), scored)
         return Measurement({"examples": torch.ones((), dtype=torch.float64)}, record)
@@ -84,18 +84,21 @@ class AnswersUnder:
         name: str,
         tokens: list[int],
         first: Tensor,
-        results: dict[tuple[int, ...], dict[str, Any]],
+        results: dict[str, dict[str, Any]],
     ) -> Answer:
         if not bool(torch.isfinite(first).all()):
             raise HonesError(
                 f"{example.task}, doc_id {example.doc_id}: the logits are not finite under {name}"
             )
-        key = tuple(tokens)
-        if key not in results:
-            results[key] = self.examples.score(example.index, self.examples.decode(example.index, tokens))
+        if example.margin is not None:
+            said = margin.as_text(float(example.margin.of(first)))
+        else:
+            said = self.examples.decode(example.index, tokens)
+        if said not in results:
+            results[said] = self.examples.score(example.index, said)
         target = torch.tensor(example.target_ids[:1], device=first.device)
         probability = float(readouts.answer_probability(first[None], target))
-        return Answer(results[key], probability, int(first.argmax()) in example.target_ids)
+        return Answer(results[said], probability, int(first.argmax()) in example.target_ids)
 
     @torch.no_grad()
     def _generate(self, example: Example, names: Sequence[str], rows: int) -> list[tuple[list[int], Tensor]]:
@@ -104,7 +107,7 @@ class AnswersUnder:
         with editing(self._row_edits(tuple(names))):
             output = model.generate(
                 **repeat_example(example.inputs, rows),
-                **example.settings,
+                **(example.settings | ({} if example.margin is None else {"max_new_tokens": 1})),
                 return_dict_in_generate=True,
                 output_logits=True,
             )

@@ -40,6 +40,8 @@ class NeuronActivity:
     @torch.no_grad()
     def measure(self, example: Example) -> Measurement:
         """Absolute activation, whether it is above 0, and `z * <W_down, u_y>` of every neuron."""
+        if example.is_distractor:  # as in HONES: the right candidate speaks for a query
+            return Measurement(self.zeros())
         with recording(self.anatomy.neurons_in, slice(-1, None)) as kept:
             self.anatomy.model(**example.inputs, use_cache=False)
         sums = self.zeros()
@@ -76,7 +78,7 @@ def random(shape: ModelShape, seed: int) -> tuple[Tensor, Tensor]:
 
 def activation(totals: Totals) -> Tensor:
     """Mean |z| [L, I]."""
-    return (totals.sums["magnitude"] / totals.sums["examples"]).float()
+    return (totals.sums["magnitude"] / _count(totals)).float()
 
 
 def write_norm(totals: Totals, anatomy: Anatomy) -> Tensor:
@@ -88,7 +90,7 @@ def write_norm(totals: Totals, anatomy: Anatomy) -> Tensor:
 
 def dvp(totals: Totals) -> Tensor:
     """Direct vocabulary projection without heads: the mean write-in contribution [L, I] (HONES 2)."""
-    return (totals.sums["contribution"] / totals.sums["examples"]).float()
+    return (totals.sums["contribution"] / _count(totals)).float()
 
 
 def entropy(totals: Sequence[Totals]) -> Tensor:
@@ -101,8 +103,14 @@ def entropy(totals: Sequence[Totals]) -> Tensor:
     """
     if len(totals) < 2:
         raise HonesError("entropy compares tasks: give the one to rank for and then others, --tasks a,b,c")
-    p = torch.stack([one.sums["active"] / one.sums["examples"] for one in totals])
+    p = torch.stack([one.sums["active"] / _count(one) for one in totals])
     share = p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)
     selectivity = math.log(len(totals)) + torch.xlogy(share, share).sum(0)
     own = (p[0] >= p.max(0).values) & (p[0] > 0)
     return (torch.where(own, p[0], -p.max(0).values) * selectivity.clamp(min=0)).float()
+
+
+def _count(totals: Totals) -> Tensor:
+    if not totals.sums["examples"]:
+        raise HonesError("no example shows a right candidate to measure neurons on: move --offset")
+    return totals.sums["examples"]

@@ -71,6 +71,8 @@ class NeuronAttribution:
 
     def measure(self, example: Example) -> Measurement:
         """Contributions at the last prompt token, for this example's target."""
+        if example.is_distractor:  # of a query's candidates the right one speaks for its answer (HONES 2)
+            return Measurement(self.zeros())
         gains = self._gains(example)
         passes = self.replayer.record(example.inputs, 1)
         base = [readouts.write_in(z[0], gain) for z, gain in zip(passes.base_neurons(), gains, strict=True)]
@@ -99,6 +101,8 @@ class NeuronAttribution:
         Without heads it is the mean contribution itself, the stated fallback.
         """
         count = totals.sums["examples"]
+        if not count:
+            raise HonesError("no example shows a right candidate to attribute neurons on: move --offset")
         if not self.heads:
             return (totals.sums["contribution"] / count).float()
         drops = (totals.sums["drop"] / count).clamp(min=0)

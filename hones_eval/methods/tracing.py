@@ -92,6 +92,10 @@ class Pairs(Dataset[Pair]):
         clean, edited = self.places[index]
         return Pair(index, self.keys[index], self.clean[clean], self.edited[edited], self.roles[clean])
 
+    def share(self, rank: int, ranks: int) -> list[int]:
+        """A rank's part of the pairs."""
+        return list(range(rank, len(self), ranks))
+
 
 class Refused(NamedTuple):
     """A pair that cannot be traced, and why."""

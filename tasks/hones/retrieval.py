@@ -81,3 +81,14 @@ def ndcg_at_5(results: Sequence[Mapping[str, Any]]) -> float:
 
 def _gain(rank: float) -> float:
     return 1 / math.log2(1 + rank) if rank <= 5 else 0.0
+
+
+def margin_in(answer: str) -> float | None:
+    """The number that an answer is; None for words. Not a number is not a score: ValueError."""
+    try:
+        margin = float(answer)
+    except ValueError:
+        return None
+    if not math.isfinite(margin):
+        raise ValueError(f"a margin is {answer}")
+    return margin

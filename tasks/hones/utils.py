@@ -242,9 +242,16 @@ def bleu_4(results: Sequence[Mapping[str, Any]]) -> float:
 
 
 def retrieval_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What NDCG@5 takes of a candidate: 1 for an answer that begins with the word Yes, else 0."""
+    """What NDCG@5 takes of a candidate: the margin of Yes over No.
+
+    A model that answers in words, as lmms-eval's own wrappers do, is scored under another name: 1 for an
+    answer that begins with the word Yes, else 0.
+    """
+    margin = retrieval.margin_in(answers[0])
     yes = re.match(r"\W*yes\b", answers[0], re.IGNORECASE) is not None
-    return {"ndcg_at_5": {"query": doc["query"], "positive": doc["positive"], "score": float(yes)}}
+    name = "ndcg_at_5_by_words" if margin is None else "ndcg_at_5"
+    score = float(yes) if margin is None else margin
+    return {name: {"query": doc["query"], "positive": doc["positive"], "score": score}}
 
 
 ndcg_at_5 = retrieval.ndcg_at_5

@@ -46,6 +46,12 @@ def score_retrieval(doc: Doc, results: list[str]) -> dict[str, Any]:
     return {"ndcg_at_5": judged, "exact_match": scoring.exact(results[0], doc["answer"])}
 
 
+def score_retrieval_margin(doc: Doc, results: list[str]) -> dict[str, Any]:
+    """The margin of Yes over No; words, as lmms-eval's own wrappers answer, are no margin."""
+    margin = float(results[0])
+    return {"ndcg_at_5": {"query": doc["query"], "positive": doc["answer"] == "Yes", "score": margin}}
+
+
 def score_grounding(doc: Doc, results: list[str]) -> dict[str, float]:
     overlap = scoring.iou(scoring.parse_box(results[0]), scoring.parse_box(doc["answer"]))
     return {"iou": overlap, "acc_iou50": float(overlap >= 0.5)}

@@ -10,21 +10,25 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("test", "discovery", "development")
 VARIANTS = ("plain", "edited", "shifted", *get_args(Shift))
 COUNT = {"retrieval": 1000}  # ten candidates a picture
+TEMPLATES = {f"vqa_{level}": "vqa" for level in ("object", "attribute", "relation")}
 
 
 def task_files() -> dict[Path, str]:
     """Path and content of each file, relative to this folder."""
-    return dict(
+    files = [
         _file(task, variant, split) for task in get_args(Task) for variant in VARIANTS for split in SPLITS
-    )
+    ]
+    by_margin = [*(("plain", split) for split in SPLITS), ("shifted", "test")]
+    return dict([*files, *(_file("retrieval_margin", variant, split) for variant, split in by_margin)])
 
 
 def _file(task: str, variant: str, split: str) -> tuple[Path, str]:
     name = "_".join(["scenes", task, *_suffixes(variant, split)])
+    documents = task.removesuffix("_margin")  # the same candidates, answered by a margin
     lines = [
-        f"include: ../template_{task.split('_')[0]}.yaml",
+        f"include: ../template_{TEMPLATES.get(task, task)}.yaml",
         f"task: {name}",
-        f"dataset_name: {task}-{variant}-{COUNT.get(task, 500)}",
+        f"dataset_name: {documents}-{variant}-{COUNT.get(documents, 500)}",
         f"test_split: {split}",
     ]
     if name == f"scenes_{task}":

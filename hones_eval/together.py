@@ -1,0 +1,67 @@
+"""What is read at the next token behind prompts that show one picture, measured for all of them at once."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hones_eval.errors import HonesError
+from hones_eval.examples import Example, TaskExamples
+from hones_eval.passes import SiteEdit
+from hones_eval.prefixes import SharedReplayer
+from hones_eval.replay import Replayer
+
+
+class Read(NamedTuple):
+    """What was read behind one prompt: unedited [k], and under each edit [E, k], in float64."""
+
+    base: Tensor
+    edits: list[SiteEdit]
+    edited: Tensor
+    shared: int
+
+
+class Together:
+    """Reads examples one by one; the first of a picture also runs those behind it, which share its prefix."""
+
+    def __init__(
+        self, replayer: Replayer, examples: TaskExamples, read: Callable[[Example, Tensor], Tensor]
+    ) -> None:
+        """`read` makes numbers [rows, k] of an example's next-token logits [rows, vocabulary]."""
+        self.sharing = SharedReplayer(replayer)
+        self.examples = examples
+        self.read = read
+        self._ahead: dict[int, Read] = {}
+
+    def of(self, example: Example, edits: Sequence[SiteEdit]) -> Read:
+        """What is read behind an example's prompt, unedited and under each edit.
+
+        Raises: HonesError when a reading is not finite.
+        """
+        known = self._ahead.pop(example.index, None)
+        if known is None or known.edits != list(edits):
+            self._ahead = self._measured(self.examples.together(example.index), edits)
+            known = self._ahead.pop(example.index)
+        if not bool(torch.isfinite(known.base).all() and torch.isfinite(known.edited).all()):
+            raise HonesError(f"{example.task}, doc_id {example.doc_id}: the logits are not finite")
+        return known
+
+    def _measured(self, group: Sequence[Example], edits: Sequence[SiteEdit]) -> dict[int, Read]:
+        number = {edit: row for row, edit in enumerate([None, *edits])}
+        found: list[Tensor | None] = [None] * len(group)
+        shared = [0] * len(group)
+        for part in self.sharing.next_tokens([one.inputs for one in group], edits):
+            rows = [number[edit] for edit in part.edits]
+            for place, member in enumerate(part.members):
+                values = self.read(group[member], part.logits[:, place]).double().cpu()
+                kept = found[member]
+                if kept is None:
+                    kept = found[member] = torch.full((len(number), values.shape[1]), torch.nan).double()
+                kept[rows] = values
+                shared[member] = part.shared
+        return {
+            one.index: Read(values[0], list(edits), values[1:], length)
+            for one, values, length in zip(group, found, shared, strict=True)
+            if values is not None
+        }
