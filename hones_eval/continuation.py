@@ -2,21 +2,23 @@
 
 The replayed pass that shows the difference has computed everything up to it: the keys and values of the
 prompt and of the tokens that agree, and the token that differs. So the rows of one example go on together,
-one token a step, each under its own edit. All have the same length at any time: a row that differs later is
-fed the unedited answer until then.
+one token a step, each under its own edit. All have the same length at any time, so that nothing is padded:
+a row joins the batch at the place where it differs.
 """
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from contextlib import ExitStack
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.attach import editing
-from hones_eval.caches import KeysValues
+from hones_eval.caches import KeysValues, RoomyCache
 from hones_eval.passes import ROUNDING, SiteEdit, site_edits
 from hones_eval.replay import Replay
 
@@ -81,7 +83,7 @@ def waiting_rows(row: Sequence[KeysValues]) -> int:
 
 
 class Continued(NamedTuple):
-    """Answers [rows, tokens], with more tokens behind the end of rows that ended before the others.
+    """Answers [rows, tokens], with other tokens behind the end of rows that ended before the others.
 
     `first` has the first row's logits [steps, vocabulary], from which its tokens behind `start + 1` came.
     """
@@ -112,41 +114,45 @@ def go_on(
         anatomy: of the whole model, unedited.
         rules: of the example.
         answer: the unedited answer.
-        rows: the edits, with what they have computed so far.
+        rows: the edits, by their places ascending, with what they have computed so far.
     """
-    device, length = rules.prompt.device, rules.prompt.shape[1]
-    start = min(row.place for row in rows)
-    cache = _cache(anatomy, rows, rows[0].layers[0].keys.shape[2] - rows[0].place + start)
-    places = torch.tensor([row.place for row in rows], device=device)
-    differing = torch.tensor([row.token for row in rows], device=device)
-    base = torch.tensor(list(answer), device=device)
-    seen = torch.cat([rules.prompt, base[None, :start]], dim=1).expand(len(rows), -1)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    chosen, first = differing, []
-    with editing(list(site_edits(anatomy, [row.edit for row in rows]))):
-        for place in itertools.count(start):
-            chosen = torch.where(places == place, differing, chosen)
-            if place < len(base):
-                chosen = torch.where(places > place, base[place], chosen)
-            seen = torch.cat([seen, chosen[:, None]], dim=1)
-            ended |= rules.ended(seen) & (places <= place)
-            # The edits have to run once even where every answer ends with its first differing token.
-            logits = speaker(input_ids=chosen[:, None], past_key_values=cache, use_cache=True).logits
-            if bool(ended.all()):
-                break
-            first.append(logits[0, -1])
-            chosen = rules.choices(seen, logits[:, -1])
-    return Continued(seen[:, length:], start, torch.stack(first) if first else logits[:0, -1])
+    length, prompt = rules.prompt.shape[1], rows[0].layers[0].keys.shape[2] - rows[0].place
+    places = [row.place for row in rows]
+    text = _text(rules.prompt, answer, rows)
+    cache = RoomyCache([row.layers for row in rows])
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=text.device)
+    first: list[Tensor] = []
+    hooked = 0
+    with ExitStack() as hooks:
+        for place in itertools.count(places[0]):
+            active, end = bisect_right(places, place), length + place + 1
+            ended[:active] |= rules.ended(text[:active, :end])
+            if bool(ended[:active].all()):
+                if active == len(rows):
+                    break
+                continue
+            if active > hooked:
+                hooks.close()
+                edits = list(site_edits(anatomy, [row.edit for row in rows[:active]]))
+                hooks.enter_context(editing(edits))
+                hooked = active
+            cache.reach(active, prompt + place)
+            newest = text[:active, end - 1 : end]
+            logits = speaker(input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1]
+            first.append(logits[0])
+            if end == text.shape[1]:
+                text = torch.cat([text, text[:, -1:]], dim=1)
+            text[:active, end] = rules.choices(text[:active, :end], logits)
+    return Continued(text[:, length:], places[0], torch.stack(first) if first else torch.empty(0, 0))
 
 
-def _cache(anatomy: Anatomy, rows: Sequence[Differing], tokens: int) -> DynamicCache:
-    """The model's own cache, filled with every row's keys and values of the first tokens."""
-    cache = DynamicCache(config=cast(Any, anatomy.decoder.config))
-    for layer in range(anatomy.shape.layers):
-        kept = [row.layers[layer] for row in rows]
-        keys, values = (torch.cat([one[part][:, :, :tokens] for one in kept]) for part in (0, 1))
-        cache.update(keys, values, layer)
-    return cache
+def _text(prompt: Tensor, answer: Sequence[int], rows: Sequence[Differing]) -> Tensor:
+    """Prompt, the agreed part of the answer and the differing token of every row, padded to one length."""
+    longest = rows[-1].place + 1
+    answers = torch.tensor(list(answer[:longest]), device=prompt.device).repeat(len(rows), 1)
+    for row, tokens in zip(rows, answers, strict=True):
+        tokens[row.place] = row.token
+    return torch.cat([prompt.expand(len(rows), -1), answers], dim=1)
 
 
 def disagreement(continued: Continued, expected: Tensor) -> str | None:

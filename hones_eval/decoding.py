@@ -202,7 +202,7 @@ class GreedyExample:
 
     def _continued(self, rows: Sequence[Differing]) -> Iterator[tuple[SiteEdit, list[int]]]:
         """Decode on from the first difference; the first row that ever is shows whether this is exact."""
-        decoder = self._decoder
+        decoder, rows = self._decoder, sorted(rows, key=lambda row: row.place)
         for row in rows:
             if decoder.speaker is not None or decoder.stops is not None:
                 break

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hones_eval import continuation, decoding
 from hones_eval.anatomy import Anatomy
-from hones_eval.caches import KeysValues
+from hones_eval.caches import ROOM, KeysValues
 from hones_eval.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.errors import HonesError
 from hones_eval.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
@@ -227,6 +227,14 @@ def test_rows_that_wait_are_decoded_before_they_fill_the_memory(
     assert dict(Decoder(replayer).greedy(inputs, settings).answers(edits)) == expected
     assert len(batches) > 1
     assert max(batches) == 2
+
+
+def test_answers_longer_than_the_room_that_is_made_at_a_time(build_family: Callable[[str], Family]) -> None:
+    family = build_family("gemma3")
+    settings = {"max_new_tokens": ROOM + 6, "min_new_tokens": ROOM + 6}
+    answer, differing = agree(family, inputs_of(family), settings)
+    assert len(answer) == ROOM + 6
+    assert differing > 0
 
 
 def test_padding_on_the_left(build_family: Callable[[str], Family]) -> None:
