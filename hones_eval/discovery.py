@@ -68,6 +68,9 @@ def _hones(job: Discovery) -> Ranking:
             totals.sums["differing_answers"] / totals.sums["measured"].sum()
         ),
         "examples_decoded_in_full": int(totals.sums["plain_examples"]),
+        "answers_that_differ": "decoded on from the first difference"
+        if localization.decoder.stops is None
+        else f"decoded from the start: {localization.decoder.stops}",
         "heads": [{"head": list(head), "score": float(head_scores[head])} for head in chosen],
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",

@@ -77,8 +77,10 @@ def _tokens_at_once(anatomy: Anatomy) -> int:
         return 1024
     free, _ = torch.cuda.mem_get_info(weight.device)
     shape = anatomy.shape
-    # The FFN's three widest tensors, and a dozen of the residual stream's width beside them.
-    per_token = (3 * shape.neurons + 12 * shape.hidden) * weight.element_size()
+    # The FFN's three widest tensors, a dozen of the residual stream's width beside them, and what every layer
+    # keeps to decode on from: keys and values, as many as there are query heads at most.
+    kept = 2 * shape.layers * shape.heads * shape.head_width
+    per_token = (3 * shape.neurons + 12 * shape.hidden + kept) * weight.element_size()
     return max(1, int(0.5 * free) // per_token)
 
 
