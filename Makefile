@@ -28,7 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/racing.py --tasks vqa_relation --examples 1000 --timed 1000
 	$(BIN)/python benchmarks/screening.py
 
-boards: $(READY)
+boards: $(READY) study
 	$(BIN)/python benchmarks/scenes_board.py
 
 study: $(READY)

@@ -68,6 +68,18 @@ def test_everything_written_is_named_and_the_same_again(tmp_path: Path) -> None:
     )
 
 
+def test_pages_of_an_earlier_board_go_and_other_files_stay(tmp_path: Path) -> None:
+    write_pair(tmp_path / "logs")
+    first = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, pictures=False)
+    (old,) = (tmp_path / "board" / "comparisons").iterdir()
+    old.rename(old.with_name("earlier.html"))
+    kept = old.with_name("notes.html")
+    kept.write_text("mine")
+    again = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, pictures=False)
+    assert again.written == first.written
+    assert {path.name for path in old.parent.iterdir()} == {old.name, "notes.html"}
+
+
 def test_questions_on_one_picture_are_compared_by_picture(tmp_path: Path) -> None:
     questions = Questions.drawn(count=60, per_picture=3)
     write_pair(tmp_path, questions)
@@ -200,6 +212,20 @@ def test_holm_is_over_the_board_and_ranks_within_a_metric(tmp_path: Path) -> Non
     smallest = min(rows, key=lambda row: row.comparison.test.p if row.comparison.test else 2)
     assert smallest.comparison.test is not None
     assert smallest.p_holm == pytest.approx(min(1, 3 * smallest.comparison.test.p))
+
+
+def test_a_p_value_that_no_draw_reached_says_so_where_it_decides_nothing(tmp_path: Path) -> None:
+    anls = {"anls": lambda answer, gold: 1.0 if answer == gold else 0.25}
+    none, every = QUESTIONS.answers(0.0, 1), QUESTIONS.answers(1.0, 1)
+    write_run(tmp_path, QUESTIONS, none, date=BASE_DATE, metrics=anls)
+    for k in range(3):
+        steered = Steered(f"s/{k}", f"{k}")
+        write_run(tmp_path, QUESTIONS, every, steered=steered, date=f"20260102_03060{k}", metrics=anls)
+    for resamples, said in ((39, True), (199, False)):
+        rows = build_board([tmp_path], resamples=resamples).rows
+        assert len(rows) == 3
+        assert all(("no random draw differed as much" in row.comparison.note) == said for row in rows)
+        assert all((row.verdict == "better") != said for row in rows)
 
 
 def test_works_without_manifests(tmp_path: Path) -> None:

@@ -264,3 +264,17 @@ def test_the_t_interval_of_the_jackknife_is_students_for_a_mean() -> None:
 def test_one_example_has_no_interval() -> None:
     (found,) = paired.compare_graded(np.array([[0.5]]), resamples=99)
     assert found.interval is None
+
+
+def test_exchanges_go_on_until_one_differs_as_much() -> None:
+    """An extreme difference gets the smallest p of `most` draws; any other stops where it did."""
+    before, after = [0.0] * 40, [1.0] * 40
+    extreme = compare_corpus(np.mean, before, after, resamples=99, most=1999).test
+    assert extreme is not None
+    assert extreme.p == 1 / 2000
+    some = [0.0] * 36 + [1.0] * 4
+    mild = [compare_corpus(np.mean, before, some, resamples=99, most=most).test for most in (99, 1999)]
+    assert mild[0] == mild[1]
+    drawn = compare_corpus(np.mean, before, [0.0] * 29 + [1.0] * 11, resamples=9, most=9999).test
+    assert drawn is not None
+    assert 1 / 10_000 < drawn.p < 1 / 100  # two of the 2 ** 11 exchanges differ as much

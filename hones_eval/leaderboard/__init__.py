@@ -14,6 +14,7 @@ from hones_eval.leaderboard.tables import csv_table, markdown_table
 from hones_eval.leaderboard.views import row_views
 
 __all__ = ["Board", "Row", "build_board", "make_board"]
+MADE_BY_US = '<meta name="generator" content="hones-eval'
 
 
 def make_board(
@@ -48,11 +49,19 @@ def make_board(
     written = []
     for name, page in comparison_pages(board, views, thumbnails):
         written.append(_write(out / "comparisons" / name, page))
+    _remove_old(out / "comparisons", keep={path.name for path in written})
     written.append(_write(out / "leaderboard.csv", csv_table(board, views)))
     written.append(_write(out / "leaderboard.md", markdown_table(board, views)))
     written.append(_write(out / "leaderboard.svg", readme_picture(board, views)))
     written.append(_write(out / "index.html", index_page(board, views, title)))
     return replace(board, written=tuple(reversed(written)))
+
+
+def _remove_old(folder: Path, keep: set[str]) -> None:
+    """Take out pages of comparisons that an earlier board wrote and this one has not; nothing of others."""
+    for path in folder.glob("*.html"):
+        if path.name not in keep and MADE_BY_US in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+            path.unlink()
 
 
 def _write(path: Path, text: str) -> Path:

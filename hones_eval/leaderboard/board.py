@@ -92,7 +92,7 @@ def build_board(
     found = read_logs(logs)
     pairs, unpaired = pair_runs(found.runs)
     rows = _compared(pairs, seed, resamples, include_path)
-    rows = _ranked(_adjusted(rows))
+    rows = _ranked(_adjusted(rows, resamples))
     unranked = sorted(unpaired, key=lambda one: (one.run.task, one.run.date, str(one.run.results_path)))
     warnings = [*found.unreadable, *(f"{one.run.name}: {one.reasons[0]}" for one in unranked)]
     return Board(
@@ -208,15 +208,29 @@ def _corpus(
     if problem := check_aggregation(function, items, (row.baseline, row.steered)):
         return replace(row.comparison, note=f"no interval: {problem}")
     draws = min(resamples, CORPUS_RESAMPLES)
-    return compare_corpus(function, items[0], items[1], clusters, seed=seed, resamples=draws)
+    return compare_corpus(function, items[0], items[1], clusters, seed=seed, resamples=draws, most=resamples)
 
 
-def _adjusted(rows: Sequence[Row]) -> list[Row]:
+def _adjusted(rows: Sequence[Row], resamples: int) -> list[Row]:
     """Give every row with a p-value the one that Holm's method makes of it for the whole board."""
     tested = [k for k, row in enumerate(rows) if row.comparison.test is not None]
     adjusted = holm([test.p for k in tested if (test := rows[k].comparison.test) is not None])
     by_place = dict(zip(tested, adjusted, strict=True))
-    return [replace(row, p_holm=by_place.get(k)) for k, row in enumerate(rows)]
+    return [_noted(replace(row, p_holm=by_place.get(k)), resamples) for k, row in enumerate(rows)]
+
+
+def _noted(row: Row, resamples: int) -> Row:
+    """Say so where a randomization test was at its smallest p, and this does not pass Holm's correction."""
+    test, p = row.comparison.test, row.p_holm
+    if test is None or p is None or p < 0.05 or test.p > 1.001 / (resamples + 1):
+        return row
+    if not test.method.startswith(("sign flips", "exchange")):
+        return row
+    line = (
+        f"no random draw differed as much: p is at most {test.p:.1g}; more --resamples can tell by how much"
+    )
+    note = "; ".join(one for one in (row.comparison.note, line) if one)
+    return replace(row, comparison=replace(row.comparison, note=note))
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:

@@ -26,6 +26,7 @@ def compare_corpus(
     *,
     seed: int = 0,
     resamples: int = 999,
+    most: int = 9999,
     level: float = 0.95,
 ) -> Comparison:
     """Compare a metric of the whole corpus, such as BLEU-4 or F1, by computing it on resampled examples.
@@ -34,6 +35,11 @@ def compare_corpus(
         metric: the metric of a list of items; NaN where it is not defined.
         baseline: the items of the baseline, one an example; `steered` likewise, in the same order.
         clusters: the picture of each example `[n]`, where examples share pictures.
+        seed: of the resamples and exchanges.
+        resamples: of the bootstrap, and of the test.
+        most: exchanges of the test, should the first `resamples` not once differ as much as the runs do. It
+            then ends at the first that does (Besag and Clifford 1991).
+        level: of the interval.
 
     Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks; with fewer than
     `FEW_UNITS` examples or pictures the smallest that also holds the jackknife's t interval. Test:
@@ -62,7 +68,7 @@ def compare_corpus(
         low, high = both((low, high), t_of_jackknife(observed, jackknife, level=level))
     unit = "examples" if clusters is None else "pictures"
     interval, note = checked_interval(low[0], high[0], f"over {unit}, metric recomputed", len(places))
-    p = _exchange_p(metric, baseline, steered, places, observed, generator, resamples)
+    p = _exchange_p(metric, baseline, steered, places, observed, generator, (resamples, most))
     base = metric(list(baseline))
     effect = Effect(observed / abs(base), "relative change") if base else None
     return Comparison(observed, interval, Test(p, f"exchange of {unit}"), effect, note)
@@ -75,17 +81,18 @@ def _exchange_p(
     places: Sequence[Integers],
     observed: float,
     generator: np.random.Generator,
-    resamples: int,
+    draws: tuple[int, int],
 ) -> float:
-    beyond = 0
-    for _ in range(resamples):
+    beyond, done = 0, 0
+    while done < draws[0] or (not beyond and done < draws[1]):
+        done += 1
         first, second = list(baseline), list(steered)
         for unit in np.flatnonzero(generator.integers(0, 2, len(places))).tolist():
             for k in places[unit]:
                 first[k], second[k] = second[k], first[k]
         drawn = metric(second) - metric(first)
         beyond += not abs(drawn) < abs(observed) - 1e-12  # an undefined draw counts against the difference
-    return (1 + beyond) / (resamples + 1)
+    return (1 + beyond) / (done + 1)
 
 
 def _members(n: int, clusters: Integers | None) -> list[Integers]:

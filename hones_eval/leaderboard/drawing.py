@@ -7,20 +7,24 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-WIDTH, HEIGHT, MARGIN = 168, 22, 6
+WIDTH, HEIGHT, MARGIN = 168, 32, 6
+MIDDLE = 11  # of the line; below it stand the ends of the axis
 
 
 def interval_svg(difference: float, low: float | None, high: float | None, reach: float, css: str) -> Markup:
     """A difference as a dot, its interval as a line, on an axis from `-reach` to `reach` with zero marked."""
     if not np.isfinite(difference) or reach <= 0:
         return Markup("")
-    parts = [f'<line class="zero" x1="{_x(0, reach)}" x2="{_x(0, reach)}" y1="2" y2="{HEIGHT - 2}"/>']
-    middle = HEIGHT / 2
+    parts = [f'<line class="zero" x1="{_x(0, reach)}" x2="{_x(0, reach)}" y1="2" y2="20"/>']
+    parts += [
+        f'<text x="{x}" y="{HEIGHT - 1}" text-anchor="{anchor}">{sign}{reach:g}</text>'
+        for x, anchor, sign in ((MARGIN, "start", "−"), (WIDTH - MARGIN, "end", "+"))
+    ]
     if low is not None and high is not None:
         left, right = _x(low, reach), _x(high, reach)
-        parts.append(f'<line class="span" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
-        parts += [f'<line class="span" x1="{x}" x2="{x}" y1="7" y2="{HEIGHT - 7}"/>' for x in (left, right)]
-    parts.append(f'<circle cx="{_x(difference, reach)}" cy="{middle}" r="4"/>')
+        parts.append(f'<line class="span" x1="{left}" x2="{right}" y1="{MIDDLE}" y2="{MIDDLE}"/>')
+        parts += [f'<line class="span" x1="{x}" x2="{x}" y1="7" y2="15"/>' for x in (left, right)]
+    parts.append(f'<circle cx="{_x(difference, reach)}" cy="{MIDDLE}" r="4"/>')
     return Markup(
         f'<svg class="ci {css}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'aria-hidden="true" focusable="false">{"".join(parts)}</svg>'

@@ -1,5 +1,6 @@
 """What a run was: its base model, wrapper and steering, read from its arguments and its manifest."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ STEERING_KEYS = frozenset({"steering", "strength", "attach", "allow_noop"})
 PLACE_KEYS = frozenset({"device", "device_map", "batch_size"})
 MODEL_KEYS = ("pretrained", "model", "model_version", "model_name", "model_id", "path")
 PREFIXES = ("hones_", "vseam_")
+SPLITS = re.compile("_(discovery|development|test)$")  # at the end of the names of tasks
 BASE_WRAPPERS = {"llava": "llava_hf"}  # our names that are not their base wrapper's name with a prefix
 
 
@@ -56,6 +58,11 @@ class SteeringRef:
         return tuple(dict.fromkeys(tasks))
 
     @property
+    def meant_for(self) -> tuple[str, ...]:
+        """What is tested of the tasks that chose it: a task without the `_discovery` or `_development`."""
+        return tuple(dict.fromkeys(SPLITS.sub("", task) for task in self.chosen_for))
+
+    @property
     def example_sets(self) -> list[Mapping[str, Any]]:
         """The sets of discovery and development examples that the provenance lists."""
         listed = self.provenance.get("examples") or []
@@ -75,8 +82,8 @@ class SteeringRef:
         how = str(settings["how"]) if isinstance(settings, Mapping) and "how" in settings else ""
         method = str(self.provenance.get("method") or "")
         words = " ".join(word for word in (method, how) if word) or self.path.rstrip("/").split("/")[-1]
-        if self.chosen_for:
-            words += f" for {'+'.join(self.chosen_for)}"
+        if self.meant_for:
+            words += f" for {'+'.join(self.meant_for)}"
         if self.strength != 1.0:
             words += f" ×{self.strength:g}"
         return words

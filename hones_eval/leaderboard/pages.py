@@ -22,8 +22,8 @@ from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.scales import Scales, read_scales
-from hones_eval.leaderboard.text import number, one_line, shown
-from hones_eval.leaderboard.views import axis_reaches, matrix_view, method_views, pair_id
+from hones_eval.leaderboard.text import one_line, shown
+from hones_eval.leaderboard.views import clearest_first, matrix_view, method_views, pair_id
 
 MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # on one page: at most, at least; on all pages
 
@@ -42,7 +42,7 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         title=one_line(title),
         tally=tally,
         runs=board.runs,
-        rows=views,
+        rows=[view for _, view in clearest_first(board, views)],
         tasks=sorted({view["task"] for view in views}),
         bases=sorted({view["base"] for view in views}),
         metrics=sorted({view["metric"] for view in views}),
@@ -50,7 +50,6 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         unranked=[_left_out(one.run.steering, one) for one in board.unranked],
         unreadable=[one_line(one, 400) for one in board.unreadable],
         tested=sum(row.p_holm is not None for row in board.rows),
-        reach=number(axis_reaches(board.rows).get("share", 1.0), 2),
         seed=board.seed,
         resamples=board.resamples,
         corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),

@@ -7,17 +7,19 @@ from markupsafe import escape
 
 from hones_eval.leaderboard.board import Board, Row
 from hones_eval.leaderboard.text import number, one_line, probability
+from hones_eval.leaderboard.views import clearest_first
 
 MOST = 24  # rows in the picture
 STYLE = """
 text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
+.ci text { font-size: 9px; fill: #60656d }
 .soft { fill: #60656d; font-size: 12px } .page { fill: #fff }
 .zero { stroke: #9da3ab; stroke-dasharray: 2 2 } .span { stroke: #60656d; stroke-width: 2 }
 .dot { fill: #60656d }
 .better .span { stroke: #0b6e99 } .better .dot { fill: #0b6e99 }
 .worse .span { stroke: #a8580a } .worse .dot { fill: #a8580a }
 @media (prefers-color-scheme: dark) {
-  text { fill: #e6e7e9 } .soft { fill: #9da3ab } .page { fill: #15171a }
+  text { fill: #e6e7e9 } .soft, .ci text { fill: #9da3ab } .page { fill: #15171a }
   .better .span { stroke: #5cb8dd } .better .dot { fill: #5cb8dd }
   .worse .span { stroke: #e0a05a } .worse .dot { fill: #e0a05a }
 }
@@ -25,12 +27,13 @@ text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
 
 
 def readme_picture(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG file of the first rows: names, differences and intervals, in light and dark."""
-    chosen = list(zip(board.rows, views, strict=True))[:MOST]
-    height = 34 * len(chosen) + 64
+    """An SVG file of the clearest rows: names, differences and intervals, in light and dark."""
+    chosen = clearest_first(board, views)[:MOST]
+    height = 34 * len(chosen) + 76
     parts = [_line(row, view, 34 * k + 44) for k, (row, view) in enumerate(chosen)]
     rest = len(board.rows) - len(chosen)
-    last = f"{rest} more rows on the board" if rest > 0 else "95 % intervals; the dashed line is no change"
+    last = "95 % intervals, each on the scale of its metric; the dashed line is no change, right is better"
+    last += f"; {rest} rows more on the board" if rest > 0 else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" '
         f'role="img"><title>Leaderboard</title><style>{STYLE}</style>'

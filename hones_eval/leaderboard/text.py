@@ -55,6 +55,8 @@ def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
         return ""
     places = digits if abs(value) < 10 else 2
     text = f"{value:+.{places}f}" if sign else f"{value:.{places}f}"
+    if float(text) == 0:
+        text = f"{0:.{places}f}"
     return text.replace("-", "−")
 
 

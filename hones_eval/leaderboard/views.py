@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from hones_eval.leaderboard.board import Board, Row
 from hones_eval.leaderboard.drawing import interval_svg
+from hones_eval.leaderboard.identity import SPLITS
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.text import number, one_line, probability, slug
 
@@ -125,7 +126,7 @@ def row_views(board: Board) -> list[dict[str, Any]]:
 
 
 def axis_reaches(rows: Sequence[Row]) -> dict[object, float]:
-    """How far the drawn axes reach: one for all scores between 0 and 1, one for each other metric."""
+    """How far the drawn axes reach: one for each metric of each task, so that small intervals can be read."""
     reaches: dict[object, float] = {}
     for row in rows:
         interval = row.comparison.interval
@@ -136,8 +137,7 @@ def axis_reaches(rows: Sequence[Row]) -> dict[object, float]:
 
 
 def _axis(row: Row) -> object:
-    is_share = abs(row.baseline) <= 1 and abs(row.steered) <= 1
-    return "share" if is_share else (row.pair.steered.task, row.metric.name)
+    return (row.pair.steered.task, row.metric.name)
 
 
 def _round_up(value: float) -> float:
@@ -154,6 +154,16 @@ def _round_up(value: float) -> float:
     )
 
 
+def clearest_first(board: Board, views: Sequence[Mapping[str, Any]]) -> list[tuple[Row, Mapping[str, Any]]]:
+    """Rows and their views by p-value, the smallest first; ties stay in the board's order."""
+
+    def key(one: tuple[Row, Mapping[str, Any]]) -> tuple[float, float]:
+        test = one[0].comparison.test
+        return (2.0, 2.0) if one[0].p_holm is None or test is None else (one[0].p_holm, test.p)
+
+    return sorted(zip(board.rows, views, strict=True), key=key)
+
+
 def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Steerings down, tasks across: the gain on each task by its first metric. None for one task."""
     tasks = sorted({row.pair.steered.task for row in board.rows})
@@ -165,11 +175,12 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
         task = row.pair.steered.task
         if row.metric.name == first[task] and row.gain is not None:
             steering = row.pair.steered.steering
-            home = steering is not None and task in steering.chosen_for
+            home = steering is not None and SPLITS.sub("", task) in steering.meant_for
             cell = {
                 "gain": number(row.gain, 3, sign=True),
                 "css": view["css"],
-                "sign": view["sign"],
+                "sign": view["sign"] if view["css"] else "",
+                "zero": row.gain == 0,
                 "home": home,
                 "page": view["page"],
                 "label": f"{view['steering']} on {task}: {number(row.gain, 3, sign=True)}, {row.verdict}",
