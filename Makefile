@@ -22,6 +22,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/localization.py
+	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/neurons.py
 	$(BIN)/python benchmarks/patching.py --pretrained hones_eval/toy/checkpoint
 	$(BIN)/python benchmarks/steered.py

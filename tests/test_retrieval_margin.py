@@ -50,11 +50,12 @@ class Visit:
     folder: Path
     task: str = "hones_retrieval"
     candidates: int = CANDIDATES
+    rows: str = "auto"
 
     def run(self, command: str, *more: str) -> int:
         given = ["--model", self.model, "--model_args", self.arguments, "--limit", str(2 * self.candidates)]
         # lmms-eval's own qwen2_5_vl loads bfloat16.
-        return main([command, *given, "--dtype", "float32", *more])
+        return main([command, *given, "--dtype", "float32", "--batch_size", self.rows, *more])
 
     def rank(self, out: str, *more: str) -> Ranking:
         sizes = ["--method", "hones", "--heads", str(HEADS), "--neurons", str(SHARE)]
@@ -160,7 +161,9 @@ def visits(
     gemma = families.save_checkpoint("gemma3", folder / "gemma3_checkpoint")
     behind_a_colon, after_a_line = ("ĠYes", "ĠNo"), ("Yes", "No")
     return {
-        "llava": Visit("llava_hf", f"pretrained={llava_checkpoint}", behind_a_colon, folder / "llava"),
+        "llava": Visit(
+            "llava_hf", f"pretrained={llava_checkpoint}", behind_a_colon, folder / "llava", rows="3"
+        ),
         "qwen2_5_vl": Visit(
             "qwen2_5_vl",
             f"pretrained={qwen_checkpoint},{families.WRAPPERS['qwen2_5_vl'][1]}",
