@@ -1,10 +1,11 @@
-"""Scales of a bank of neurons chosen on development examples: grid, search, learned (HONES 4)."""
+"""Scales chosen on development examples: of neurons by grid, search, learning (HONES 4), of heads by grid
+(V-SEAM 4).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
-
-import torch
 
 from hones_eval.artefact import ExampleSet
 from hones_eval.errors import HonesError
@@ -22,11 +23,13 @@ from hones_eval.verification import refuse_shared_pictures
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 How = Literal["grid", "search", "learned", "learned_no_kl", "random"]
+HowHeads = Literal["signed", "topk"]
+STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "topk": (0.25, 0.5, 0.75, 1)}
 
 
 @dataclass(frozen=True)
 class Development:
-    """A ranking's bank, and the development examples on which its scales are chosen."""
+    """A ranking, how many of its sites are scaled, and the development examples to choose the scales on."""
 
     ranking: Ranking
     replayer: Replayer
@@ -36,6 +39,10 @@ class Development:
     factors: Sequence[float] = GRID
     groups: int = 3
     settings: FitSettings = field(default_factory=FitSettings)
+    heads: int = 10
+    epsilon: float = 0.0
+    strengths: Sequence[float] | None = None
+    """For heads; by default those of `STRENGTHS`. 0, which leaves the heads alone, is always tried too."""
 
     def __post_init__(self) -> None:
         """Refuse a ranking of another model, and one made from a development picture."""
@@ -54,8 +61,19 @@ class Development:
         return self.examples.example_set()
 
 
-def choose(job: Development, how: How) -> Steering:
+def choose(job: Development, how: How | HowHeads) -> Steering:
     """Choose scales; every rank gets the same steering. Its provenance names the development examples."""
+    steering = _chosen(job, how)
+    one_answer = job.examples.one_answer()
+    if one_answer is None:
+        return steering
+    settings = steering.provenance.settings | {"warnings": [one_answer]}
+    return replace(steering, provenance=replace(steering.provenance, settings=settings))
+
+
+def _chosen(job: Development, how: How | HowHeads) -> Steering:
+    if how == "signed" or how == "topk":
+        return head_grid(job, how)
     if how == "grid":
         return grid(job)
     if how == "search":
@@ -66,9 +84,7 @@ def choose(job: Development, how: How) -> Steering:
 def grid(job: Development) -> Steering:
     """The one factor for the whole bank that does best on the development examples."""
     bank = job.bank
-    candidates = {
-        str(factor): scaling.grouped_scales(job.ranking, [bank], [factor]) for factor in job.factors
-    }
+    candidates = {str(factor): _grouped(job, [bank], [factor]) for factor in job.factors}
     found = _measure(job, candidates, "grid")
     best = _best(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
     factor = job.factors[best]
@@ -80,7 +96,7 @@ def grid(job: Development) -> Steering:
         "baseline": found[BASELINE],
         "metric_by_factor": {str(one): found[str(one)] for one in job.factors},
     }
-    return scaling.chosen(job.ranking, candidates[str(factor)], settings, job.example_set)
+    return scaling.chosen(candidates[str(factor)], settings, job.example_set)
 
 
 def search(job: Development) -> Steering:
@@ -95,7 +111,7 @@ def search(job: Development) -> Steering:
     trace = []
     for number, group in enumerate([*reversed(range(len(groups)))] * 2):
         tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
-        candidates = {str(one): scaling.grouped_scales(job.ranking, groups, one) for one in tried}
+        candidates = {str(one): _grouped(job, groups, one) for one in tried}
         found = _measure(job, candidates, f"search {number + 1}")
         baseline = found[BASELINE]
         steps = [sum(abs(factor - 1) for factor in one) for one in tried]
@@ -112,8 +128,39 @@ def search(job: Development) -> Steering:
         "best": value,
         "trace": trace,
     }
-    scales = scaling.grouped_scales(job.ranking, groups, chosen)
-    return scaling.chosen(job.ranking, scales, settings, job.example_set)
+    return scaling.chosen(_grouped(job, groups, chosen), settings, job.example_set)
+
+
+def head_grid(job: Development, how: HowHeads) -> Steering:
+    """Heads scaled by their scores with the strengths that do best on the development examples.
+
+    `signed` tries every lambda, `topk` every pair of enhancing and suppressing (V-SEAM 4).
+
+    Raises: HonesError when no strength changes a scale.
+    """
+    tried = sorted({0.0, *(STRENGTHS[how] if job.strengths is None else job.strengths)})
+    if how == "signed":
+        candidates = {f"{one:g}": scaling.signed(job.ranking, one, job.epsilon) for one in tried}
+    else:
+        candidates = {
+            f"{up:g}, {down:g}": scaling.topk(job.ranking, job.heads, up, down)
+            for up, down in product(tried, repeat=2)
+        }
+    if all(one.is_noop for one in candidates.values()):
+        raise HonesError(
+            f"--how {how}: every scale is 1 at every strength, so there is nothing to choose: no head of the "
+            "ranking has a score"
+        )
+    found = _measure(job, candidates, how)
+    distances = [float((one.head_scales - 1).abs().sum()) for one in candidates.values()]
+    best = list(candidates)[_best(job, [found[name] for name in candidates], distances)]
+    settings = {
+        "metric": job.examples.metric,
+        "baseline": found[BASELINE],
+        "best": found[best],
+        "metric_by_strength": {name: found[name] for name in candidates},
+    }
+    return scaling.chosen(candidates[best], settings, job.example_set)
 
 
 def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
@@ -123,7 +170,7 @@ def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]
         bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
     fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
     recorded = {"how": how, "count": len(bank), **fitted.report}
-    return scaling.chosen(job.ranking, fitted.scales, recorded, job.example_set)
+    return scaling.chosen(scaling.of_neurons(job.ranking, fitted.scales, {}), recorded, job.example_set)
 
 
 def learned_settings(settings: FitSettings, how: How) -> FitSettings:
@@ -147,13 +194,13 @@ def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _measure(job: Development, candidates: Mapping[str, torch.Tensor], name: str) -> dict[str, float]:
+def _grouped(job: Development, groups: Sequence[Sequence[Neuron]], factors: Sequence[float]) -> Steering:
+    return scaling.of_neurons(job.ranking, scaling.grouped_scales(job.ranking, groups, factors), {})
+
+
+def _measure(job: Development, candidates: Mapping[str, Steering], name: str) -> dict[str, float]:
     """The metric under every candidate, and under none; a job's passes have names of their own."""
-    steerings = {
-        one: scaling.chosen(job.ranking, scales, {}, job.example_set)
-        for one, scales in candidates.items()
-        if not bool((scales == 1).all())
-    }
+    steerings = {one: steering for one, steering in candidates.items() if not steering.is_noop}
     totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), name)
     records = answered(totals)
     found = {
@@ -178,6 +225,11 @@ def said_of(settings: Mapping[str, Any]) -> str:
     elif settings["how"] == "search":
         best = settings["best"]
         what = f"factors {', '.join(format(one, 'g') for one in settings['factors'])} are best"
+    elif settings["how"] == "signed":
+        best, what = settings["best"], f"strength {settings['lambda']:g} is best"
+    elif settings["how"] == "topk":
+        best = settings["best"]
+        what = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
     else:
         losses = [one["cross_entropy"] for one in settings["epoch_losses"]]
         return (

@@ -100,6 +100,7 @@ def _vseam(job: Discovery) -> Ranking:
     totals = job.loop.run(job.examples, HeadContribution(job.replayer), "heads")
     found = HeadContribution.report(totals, job.heads)
     scores = HeadContribution.scores(totals)
+    found["warnings"] += filter(None, [job.examples.one_answer()])
     report = _report(job, found["correct_examples"] + found["incorrect_examples"]) | found
     return Ranking(
         provenance=job.provenance,

@@ -62,6 +62,10 @@ def verify(job: Verification) -> dict[str, Any]:
         "sites": kind_of_sites(job),
         "seed": job.seed,
         "bank_sizes": {name: len(bank) for name, bank in banks.items()},
+        "warnings": [
+            *(f"no {name} head has a score above 0, so none was masked" for name in banks if not banks[name]),
+            *filter(None, [job.examples.one_answer()]),
+        ],
         **Measured(job.examples, answered(totals), job.seed).report(),
     }
 

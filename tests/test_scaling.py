@@ -13,7 +13,7 @@ import torch
 from hones_eval import partial
 from hones_eval.__main__ import main
 from hones_eval.anatomy import Anatomy
-from hones_eval.choosing import Development, grid, layer_groups, search
+from hones_eval.choosing import Development, choose, grid, layer_groups, search
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.fitting import _Fit
@@ -78,15 +78,15 @@ def test_topk_leaves_a_head_that_is_both_as_it_is(vseam: Ranking) -> None:
     torch.testing.assert_close(scales, expected)
 
 
-def plain_metric(job: Development, scales: torch.Tensor) -> float:
-    """Exact match when every neuron is multiplied by its scale, by hooks written out here."""
+def plain_metric(job: Development, scales: torch.Tensor, module: str = "mlp.down_proj") -> float:
+    """Exact match when every neuron (or head) is multiplied by its scale, by hooks written out here."""
     model = job.replayer.anatomy.model
 
     def hook(row: torch.Tensor) -> Any:
         return lambda _, args: (args[0] * row,)
 
     pairs = zip(plain.layers(model), scales, strict=True)
-    handles = [block.mlp.down_proj.register_forward_pre_hook(hook(row)) for block, row in pairs]
+    handles = [block.get_submodule(module).register_forward_pre_hook(hook(row)) for block, row in pairs]
     try:
         right = 0
         for i in range(len(job.examples)):
@@ -128,6 +128,44 @@ def test_where_lower_is_better_grid_takes_the_lowest(
     found = grid(job).provenance.settings
     assert found["metric_by_factor"][str(found["factor"])] == min(found["metric_by_factor"].values())
     assert found["factor"] == -3.0
+
+
+@pytest.mark.parametrize("how", ["topk", "signed"])
+def test_strengths_of_heads_are_those_that_a_plain_loop_finds_best(
+    development: Development, vseam: Ranking, how: str
+) -> None:
+    job = dataclasses.replace(development, ranking=vseam, heads=3, strengths=(1.0, 40.0))
+    steering = choose(job, how)
+    found = steering.provenance.settings
+    width = vseam.provenance.shape.head_width
+    tried = [0.0, 1.0, 40.0]
+    if how == "signed":
+        scales = {f"{one:g}": (1 + one * vseam.head_scores).clamp(0, 2) for one in tried}
+    else:
+        up, down = (
+            torch.zeros_like(scores).flatten().index_fill(0, scores.flatten().topk(3).indices, 1)
+            for scores in (vseam.head_positive, vseam.head_negative)
+        )
+        alone = (up != down).float()
+        scales = {
+            f"{one:g}, {other:g}": (1 + alone * (one * up - other * down)).reshape(vseam.head_scores.shape)
+            for one in tried
+            for other in tried
+        }
+    by_loop = {
+        name: plain_metric(job, one.repeat_interleave(width, 1), "self_attn.o_proj")
+        for name, one in scales.items()
+    }
+    assert found["metric_by_strength"] == pytest.approx(by_loop)
+    assert len(set(by_loop.values())) > 1
+    best = max(by_loop.values())
+    assert found["best"] == best
+    changes = {
+        name: float((scales[name] - 1).abs().sum()) for name, value in by_loop.items() if value == best
+    }
+    torch.testing.assert_close(steering.head_scales, scales[min(changes, key=changes.__getitem__)])
+    assert found["baseline"] == by_loop["0" if how == "signed" else "0, 0"]
+    assert [one.offset for one in steering.provenance.examples] == [0, 4]
 
 
 def test_search_never_ends_below_where_it_began_and_reports_what_it_measured(
@@ -185,6 +223,30 @@ def test_the_commands_write_steerings(
     assert "on development: exact_match" in printed
     if Steering.load(tmp_path / "grid").is_noop:
         assert "nothing beats leaving the model as it is" in printed
+
+
+def test_strengths_of_heads_are_chosen_by_the_command(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["--ranking", own.rankings / "vseam", "--how", "topk", "--heads", 3, "--out", tmp_path / "topk"]
+    given = own.command("scale", *chosen, "--offset", 4, "--limit", 4, "--strengths", "[1, 2]")
+    assert main(given) == 0
+    steering = Steering.load(tmp_path / "topk")
+    settings = steering.provenance.settings
+    assert list(settings["metric_by_strength"]) == [f"{up}, {down}" for up in (0, 1, 2) for down in (0, 1, 2)]
+    said = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
+    assert said in capsys.readouterr().out
+    assert bool((steering.neuron_scales == 1).all())
+    for flags, message in (
+        (["--offset", 2, "--limit", 4], "2 of the 4 pictures of own_a"),
+        (["--offset", 4, "--enhance", 0.5], "--enhance 0.5 leaves nothing to choose on --tasks own_a"),
+    ):
+        assert main([*own.command("scale", *chosen[:-1], tmp_path / "not"), *map(str, flags)]) == 1
+        assert message in own_answers.complaint(capsys.readouterr().err)
+    alone = ["scale", *map(str, chosen[:-1]), str(tmp_path / "not"), "--model", own_answers.MODEL]
+    assert main(alone) == 1
+    assert "give --model, --model_args and --tasks" in own_answers.complaint(capsys.readouterr().err)
+    assert not (tmp_path / "not").exists()
 
 
 def test_a_steering_that_would_change_nothing_is_refused(

@@ -11,6 +11,7 @@ import pytest
 from loguru import logger
 from PIL import Image
 
+from hones_eval.__main__ import main
 from hones_eval.errors import TaskError
 from hones_eval.examples import TaskExamples, load_lmm
 from hones_eval.examples.tasks import build_task
@@ -131,6 +132,48 @@ def test_a_constant_yes_gets_one_half_and_a_warning(
     assert len(both) == 8
     assert both.aggregate([both.score(index, "Yes") for index in range(8)]) == 0.5
     assert both.aggregate([both.score(index, both[index].target) for index in range(8)]) == 1.0
+
+
+def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A model with random weights says Yes to none of them, and there is nothing but Yes to say."""
+    data_folder = write_gqa(tmp_path / "data", "animal.json", [question(i) for i in range(4)])
+    monkeypatch.setenv("HONES_EVAL_DATA", str(data_folder))
+    ranking, later = tmp_path / "ranking", ["--offset", "2"]
+    model = ["--model", "llava_hf", "--model_args", f"pretrained={llava_checkpoint}", "--gen_kwargs", GREEDY]
+    flags = [*model, "--tasks", "vseam_animal"]
+    found = ["--ranking", str(ranking), "--heads", "2"]
+    assert (
+        main(["rank", "--method", "vseam", *flags, "--limit", "2", "--heads", "2", "--out", str(ranking)])
+        == 0
+    )
+    assert main(["verify", *flags, *later, *found, "--out", str(tmp_path / "verify")]) == 0
+    chosen = ["--how", "signed", "--strengths", "[1]", "--out", str(tmp_path / "scale")]
+    assert main(["scale", *flags, *later, *found, *chosen, "--metric", "balanced_accuracy"]) == 0
+    one_answer = (
+        "all 2 gold answers of vseam_animal are 'Yes', so whatever makes a model always say so looks like "
+        "help: ask for other answers too"
+    )
+    offered = f"{one_answer}, or --metric balanced_accuracy"
+    no_positive = "no example is correct, so positive scores are not measured and stand as 0"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    reports = [
+        json.loads((tmp_path / name).read_text())
+        for name in ("ranking/ranking.json", "verify/verify.json", "scale/steering.json")
+    ]
+    warnings = [
+        reports[0]["report"]["warnings"], reports[1]["warnings"], reports[2]["settings"]["warnings"]
+    ]  # fmt: skip
+    assert warnings == [
+        [no_positive, offered],
+        ["no positive head has a score above 0, so none was masked", offered],
+        [one_answer],
+    ]
+    assert {f"warning: {line}" for lines in warnings for line in lines} <= set(said)
 
 
 def test_missing_edited_pictures_are_counted_and_named(

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from hones_eval import __version__
 from hones_eval.artefact import hash_of
-from hones_eval.choosing import GRID, Development, How, choose, said_of
+from hones_eval.choosing import GRID, STRENGTHS, Development, choose, said_of
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.errors import HonesError
 from hones_eval.fitting import FitSettings
@@ -23,11 +23,12 @@ def scale(
     out: Path,
     factor: float = 2.0,
     neurons: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     epsilon: float = 0.0,
     heads: int = 10,
-    enhance: float = 0.5,
-    suppress: float = 0.5,
+    enhance: float | None = None,
+    suppress: float | None = None,
+    strengths: list[float] | None = None,
     factors: list[float] | None = None,
     groups: int = 3,
     beta: float = 0.05,
@@ -57,23 +58,25 @@ def scale(
             search (a factor for each of a few groups of layers), learned (one scale a neuron, kept close to
             the model), learned_no_kl (not kept close) or random (learned, of a random bank); for heads signed
             (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
-            1 - suppress).
+            1 - suppress), with strengths that are given or, with --model and --tasks, the best of a grid.
         out: the folder to write steering.json and steering.safetensors to.
         factor: fixed: what the selected neurons are multiplied by.
         neurons: the share of all neurons to scale; by default the share of the ranking.
-        strength: signed: lambda in 1 + lambda * score.
+        strength: signed: lambda in 1 + lambda * score; 1 by default.
         epsilon: signed: scores smaller than this are ignored.
         heads: topk: how many heads to enhance, and how many to suppress.
-        enhance: topk: a in 1 + a.
-        suppress: topk: b in 1 - b.
+        enhance: topk: a in 1 + a; 0.5 by default.
+        suppress: topk: b in 1 - b; 0.5 by default.
+        strengths: signed, topk with --tasks: what is tried beside 0, for lambda or for each of a and b; by
+            default 0.5, 1, 2, 4 and 8, or 0.25, 0.5, 0.75 and 1.
         factors: grid, search: what is tried; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
         groups: search: into how many groups of layers the bank is cut.
         beta: learned, random: the weight of KL(original || scaled).
         learning_rate: learned, random: of AdamW; it falls to a tenth.
         epochs: learned, random: passes over the development examples.
-        model: grid, search, learned, random: as in lmms-eval --model.
+        model: grid, search, learned, random, signed, topk: as in lmms-eval --model.
         model_args: as in lmms-eval --model_args.
-        tasks: grid, search, learned, random: the development task, with other pictures than the ranking's.
+        tasks: the same: the development task, with other pictures than the ranking's.
         include_path: a folder with more task YAML files.
         limit: use at most so many development examples.
         offset: skip so many examples first.
@@ -81,7 +84,7 @@ def scale(
         metric: which of the task's metrics to use; by default its first that is a number.
         target: the column, or a template, of the gold answer, where it is not found by itself.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: grid, search: answers generated at once; auto fits them to the device.
+        batch_size: grid, search, signed, topk: answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
         seed: of the random bank and of the order of examples.
@@ -90,10 +93,12 @@ def scale(
     scores = Ranking.load(ranking)
     choices: dict[str, Callable[[], Steering]] = {
         "fixed": lambda: scaling.fixed(scores, factor, neurons),
-        "signed": lambda: scaling.signed(scores, strength, epsilon),
-        "topk": lambda: scaling.topk(scores, heads, enhance, suppress),
+        "signed": lambda: scaling.signed(scores, 1.0 if strength is None else strength, epsilon),
+        "topk": lambda: scaling.topk(
+            scores, heads, 0.5 if enhance is None else enhance, 0.5 if suppress is None else suppress
+        ),
     }
-    if how not in get_args(How):
+    if how in choices and (how == "fixed" or (model is None and tasks is None)):
         steering = choices[how]()
         if steering.is_noop:
             raise HonesError("every scale is 1: this steering would change nothing, so it was not written")
@@ -104,6 +109,12 @@ def scale(
             f"--how {how} chooses scales on development examples: give --model, --model_args and --tasks, a "
             "task with other pictures than the ranking's"
         )
+    for flag, value in (("strength", strength), ("enhance", enhance), ("suppress", suppress)):
+        if how in STRENGTHS and value is not None:
+            raise HonesError(
+                f"--{flag} {value:g} leaves nothing to choose on --tasks {tasks}: leave one of them out; "
+                "--strengths says what is tried"
+            )
     job = Job.open(
         model,
         model_args,
@@ -121,8 +132,9 @@ def scale(
     )
     fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
     tried = tuple(factors or GRID)
-    development = Development(scores, job.replayer, job.examples, job.loop, neurons, tried, groups, fit)
-    pinned = [scores.digest, development.example_set.hash, *map(str, (how, neurons, tried, groups, fit))]
+    settings = (neurons, tried, groups, fit, heads, epsilon, strengths)
+    development = Development(scores, job.replayer, job.examples, job.loop, *settings)
+    pinned = [scores.digest, development.example_set.hash, *map(str, (how, *settings))]
     pinned.append(json.dumps(job.settings(gen_kwargs=gen_kwargs), sort_keys=True))
     job.loop.partial = partial = Partial(out / "partial", hash_of([__version__, *pinned]), resume)
     steering = choose(development, how)  # type: ignore[arg-type]
@@ -130,6 +142,8 @@ def scale(
         _save(steering, out)
         partial.clear()
         say(said_of(steering.provenance.settings))
+        for warning in steering.provenance.settings.get("warnings", []):
+            say(f"warning: {warning}")
         if steering.is_noop:
             say("warning: nothing beats leaving the model as it is, so this steering changes nothing")
         lost = steering.swallowed(job.anatomy.model.dtype)

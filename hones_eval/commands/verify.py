@@ -95,9 +95,8 @@ def _say_drops(report: dict[str, Any], out: Path) -> None:
         )
     random = report["random"]["metric"]
     say(f"random banks: drop {random['drop_mean']:.4g} on average, {random['drop_largest']:.4g} at most")
-    empty = [bank for bank, size in report["bank_sizes"].items() if not size]
-    for bank in empty:
-        say(f"warning: no {bank} head has a score above 0, so none was masked")
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
 
 
 def _interval(drop: dict[str, Any]) -> str:

@@ -246,6 +246,18 @@ class TaskExamples(Dataset[Example]):
                 f"doc_id {missing[0]}; leave them out with --offset and --limit, or name another --target"
             )
 
+    def one_answer(self) -> str | None:
+        """What to say of examples with one gold answer: whatever makes a model give it looks like help."""
+        golds = [self._gold_of(request).target for request in self._requests]
+        if len(golds) < 2 or len({gold.strip().lower() for gold in golds}) > 1:
+            return None
+        offered = "balanced_accuracy" in self._scorer.metrics() and self.metric != "balanced_accuracy"
+        balanced = ", or --metric balanced_accuracy" if offered else ""
+        return (
+            f"all {len(golds)} gold answers of {self.task} are {golds[0]!r}, so whatever makes a model "
+            f"always say so looks like help: ask for other answers too{balanced}"
+        )
+
     def _request(self, index: int) -> Instance:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")

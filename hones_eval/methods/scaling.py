@@ -20,11 +20,18 @@ def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Stee
     return scaled_neurons(ranking, bank, factor, {"how": "fixed", "factor": factor, "count": len(bank)})
 
 
-def chosen(ranking: Ranking, scales: Tensor, settings: dict[str, Any], development: ExampleSet) -> Steering:
-    """Neuron scales [L, I] that were chosen on development examples, which the provenance then names too."""
-    steering = _steering(ranking, settings, neuron_scales=scales)
-    sets = [*steering.provenance.examples, development]
-    return dataclasses.replace(steering, provenance=dataclasses.replace(steering.provenance, examples=sets))
+def of_neurons(ranking: Ranking, scales: Tensor, settings: dict[str, Any]) -> Steering:
+    """A steering with these neuron scales [L, I]."""
+    return _steering(ranking, settings, neuron_scales=scales)
+
+
+def chosen(steering: Steering, settings: dict[str, Any], development: ExampleSet) -> Steering:
+    """The same scales, chosen on development examples: the provenance names them too, and `settings`."""
+    source = steering.provenance
+    provenance = dataclasses.replace(
+        source, settings=source.settings | settings, examples=[*source.examples, development]
+    )
+    return dataclasses.replace(steering, provenance=provenance)
 
 
 def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors: Sequence[float]) -> Tensor:
