@@ -25,6 +25,7 @@ QUESTIONS = ("vqa_object", "vqa_attribute", "vqa_relation")
 TASKS = (*QUESTIONS, "ocr", "caption", "grounding", "retrieval")
 TESTED = (*TASKS, *(f"{task}_shifted" for task in TASKS))
 CONTROLLED = (("hones", "vqa_relation"), ("hones", "caption"), ("vseam", "vqa_relation"))
+PAGES = 24  # of 182 comparisons: a repository needs no page for every steering that changes nothing
 # Relative, since it is written into the board: run this in the repository.
 CHECKPOINT = Path("hones_eval/toy/checkpoint")
 MODEL = f"pretrained={CHECKPOINT}"
@@ -93,9 +94,8 @@ def board(out: Path, work: Path, examples: int, limit: int) -> None:
             evaluate(work, f"{method}-{task}", steering(work, method, task, examples), limit)
     for method, task in CONTROLLED:
         evaluate(work, f"{method}-{task}-random", control(work, method, task, examples), limit)
-    run_ours(
-        "leaderboard", str(work / "logs"), "--out", str(out), "--title", "Scenes: steering and side effects"
-    )
+    run_ours("leaderboard", str(work / "logs"), "--out", str(out), "--pages", str(PAGES),
+             "--title", "Scenes: steering and side effects")  # fmt: skip
 
 
 if __name__ == "__main__":

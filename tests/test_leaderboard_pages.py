@@ -1,5 +1,6 @@
 """The pages: what hostile text can do on them (nothing), and how they work in a browser."""
 
+import csv
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from make_logs import Questions, Steered, provenance, save_steering, write_run
 
+from hones_eval.__main__ import main
 from hones_eval.leaderboard import make_board
 from hones_eval.leaderboard.text import LONGEST, cell, plain_cell, shown
 
@@ -159,7 +161,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks, three steerings, pictures, a reachable steering folder, and a run that is left out."""
+    """Two tasks, three steerings, pictures, a reachable steering folder, and a run that is left out.
+
+    The folder of the logs is beside it.
+    """
     folder = tmp_path_factory.mktemp("board")
     digest = save_steering(folder / "steerings" / "one")
     date = 20260102_030400
@@ -207,6 +212,52 @@ def page(browser: Any) -> Iterator[Any]:
     assert all(url.startswith(("file:", "data:")) for url in asked)
 
 
+def test_only_the_clearest_comparisons_get_a_page(board: Path, tmp_path: Path) -> None:
+    """What is left out costs a link, and no row, figure or cell."""
+    logs = str(board.parent / "logs")
+    given = ["leaderboard", logs, "--out", str(tmp_path), "--resamples", "99"]
+    assert main([*given, "--pages", "2"]) == 0
+    index, everything = Page(tmp_path / "index.html"), Page(board / "index.html")
+    paths = sorted((tmp_path / "comparisons").iterdir())
+    assert [path.name for path in paths] == [path.name for path in clearest(board, 2)]
+    linked = {one for one in index.loads if one.startswith("comparisons/")}
+    assert linked == {f"comparisons/{path.name}" for path in paths}
+    assert index.tags.count("tr") == everything.tags.count("tr")
+    assert index.tags.count("td") == everything.tags.count("td")
+    assert "2 of the 6 comparisons, those with the smallest p-values, have a page" in index.text
+    assert "comparisons, those with" not in everything.text
+    assert main([*given, "--pages", "0"]) == 0
+    assert not list((tmp_path / "comparisons").iterdir())
+    assert main([*given, "--pages", "-1"]) == 1
+
+
+def clearest(board: Path, count: int) -> list[Path]:
+    """The pages of the rows with the smallest p-values, as the CSV has them, in the order of their names."""
+    rows = list(csv.DictReader((board / "leaderboard.csv").open()))
+    rows = sorted((row for row in rows if row["p"]), key=lambda row: (float(row["p_holm"]), float(row["p"])))
+    names = [
+        f"{row['task']}-{row['steering'].split(' (')[0]}".replace(" ", "-").replace("_", "-") for row in rows
+    ]
+    pages = sorted((board / "comparisons").iterdir())
+    return sorted(next(page for page in pages if page.name.startswith(name)) for name in names[:count])
+
+
+def test_a_comparison_says_in_words_what_happened(board: Path) -> None:
+    rows = list(csv.DictReader((board / "leaderboard.csv").open()))
+    (row,) = [one for one in rows if one["task"] == "shapes" and "fixed" in one["steering"]]
+    (path,) = (board / "comparisons").glob("shapes-hones-fixed*")
+    text = " ".join(Page(path).text.split())
+    assert row["verdict"] == "better"
+    assert (
+        f"By exact_match, {row['gained']} of 120 examples became right and {row['lost']} became wrong. "
+        "Steering made it better: p is <0.001 after correction for 6 rows."
+    ) in text
+    (unclear,) = (board / "comparisons").glob("shapes-hones-grid*")
+    assert "No clear difference: p is 1.000 after correction for 6 rows." in " ".join(
+        Page(unclear).text.split()
+    )
+
+
 def seen(page: Any, column: int) -> list[str]:
     """The texts of one column of the rows that are shown."""
     cells = page.locator(f"table.sortable tbody tr:not([hidden]) > :nth-child({column})")
@@ -229,6 +280,42 @@ def test_sort_by_keyboard(page: Any, board: Path) -> None:
     page.keyboard.press("Enter")
     assert [float(text) for text in seen(page, 6)] == down
     assert page.locator("th[aria-sort]").count() == 1
+
+
+def test_without_a_mouse_from_the_start_to_an_example(page: Any, board: Path) -> None:
+    """Tab reaches everything in the order of the page: the controls, the heads, the rows, and then on."""
+    page.goto((board / "index.html").as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    reached = []
+    while page.evaluate("document.activeElement.closest('tbody')") is None:
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id")
+        )
+        if reached[-1] == "Steered":
+            page.keyboard.press("Enter")
+        assert len(reached) < 40
+    assert reached.index("search") < reached.index("Steering") < reached.index("p (Holm)")
+    figures = [float(text) for text in seen(page, 6)]
+    assert figures == sorted(figures, reverse=True)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/comparisons/**")
+    assert "hones fixed" in page.inner_text("h1")
+
+
+def test_sort_where_the_heads_are_not_shown(page: Any, board: Path) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto((board / "index.html").as_uri())
+    order = seen(page, 5)
+    assert not page.locator("thead").first.is_visible()
+    page.select_option("#sort", label="Baseline ↑")
+    up = [float(text) for text in seen(page, 5)]
+    assert up == sorted(up) != [float(text) for text in order]
+    page.select_option("#sort", label="clearest first")
+    assert seen(page, 5) == order
+    page.set_viewport_size({"width": 1280, "height": 800})
+    assert not page.locator("#sort").is_visible()
 
 
 def test_search_and_filter(page: Any, board: Path) -> None:
@@ -256,6 +343,8 @@ def test_follow_a_row_and_read_its_examples(page: Any, board: Path) -> None:
     page.wait_for_function("document.querySelector('#flips img').naturalWidth > 0")
     page.click("#on")
     assert "page 2 of" in page.inner_text("#flip-status")
+    page.click("#back")
+    page.wait_for_function("document.querySelector('#flips img').naturalWidth > 0")
     page.click("[data-side=lost]")
     assert {text.strip() for text in page.locator("#flips .badge").all_inner_texts()} == {"lost"}
     page.fill("#flip-search", "no such text")
@@ -319,6 +408,11 @@ def test_without_script_and_on_paper_everything_is_there(browser: Any, board: Pa
     assert opened.locator("#flips li").count() > 0
     opened.emulate_media(media="print")
     assert not opened.locator("#on").is_visible()
+    opened.set_viewport_size({"width": 718, "height": 1000})  # A4 less its margins, at 96 dots an inch
+    for path in (board / "index.html", *sorted((board / "comparisons").iterdir())[:2]):
+        opened.goto(path.as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 718
+        assert opened.locator(".controls:visible, .pager:visible, nav:visible, .narrow:visible").count() == 0
     context.close()
 
 

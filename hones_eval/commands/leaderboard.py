@@ -13,6 +13,7 @@ def leaderboard(
     title: str = "Steering leaderboard",
     seed: int = 0,
     resamples: int = 9999,
+    pages: int | None = None,
 ) -> None:
     """Compare steered with baseline runs, from the folders that lmms-eval wrote with --log_samples.
 
@@ -23,8 +24,11 @@ def leaderboard(
         title: of the page.
         seed: of the bootstrap.
         resamples: of the bootstrap.
+        pages: how many comparisons get a page of their own, the clearest first; all by default.
     """
-    board = make_board(logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title)
+    board = make_board(
+        logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title, pages=pages
+    )
     for warning in board.warnings:
         say(f"warning: {warning}")
     say(f"wrote {out / 'index.html'}, with leaderboard.csv, .md and .svg beside it")

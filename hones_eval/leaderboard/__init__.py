@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from hones_eval.artefact import write_text
+from hones_eval.errors import HonesError
 from hones_eval.leaderboard.board import Board, Row, build_board
 from hones_eval.leaderboard.lmms_tasks import TaskPictures
 from hones_eval.leaderboard.pages import comparison_pages, index_page
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.readme_picture import readme_picture
 from hones_eval.leaderboard.tables import csv_table, markdown_table
-from hones_eval.leaderboard.views import row_views
+from hones_eval.leaderboard.views import row_views, with_pages
 
 __all__ = ["Board", "Row", "build_board", "make_board"]
 MADE_BY_US = '<meta name="generator" content="hones-eval'
@@ -26,6 +27,7 @@ def make_board(
     include_path: Path | None = None,
     pictures: bool = True,
     title: str = "Steering leaderboard",
+    pages: int | None = None,
 ) -> Board:
     """Read lmms-eval output folders and write a board into `out`.
 
@@ -39,12 +41,16 @@ def make_board(
         pictures: show the pictures of examples that changed, from the samples or the task's data set, where
             that is on this machine.
         title: of the page.
+        pages: how many comparisons get a page, those with the smallest p-values first; None for all.
 
     Returns: the board, with `written` and `warnings`.
-    Raises: HonesError when a path does not exist or no results are found; nothing is written then.
+    Raises: HonesError when a path does not exist, no results are found, or `pages` is negative; nothing is
+        written then.
     """
+    if pages is not None and pages < 0:
+        raise HonesError(f"pages={pages} makes no sense: give how many comparisons get a page, 0 for none")
     board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
-    views = row_views(board)
+    views = row_views(board, with_pages(board.rows, pages))
     thumbnails = Thumbnails(TaskPictures(include_path) if pictures else None)
     written = []
     for name, page in comparison_pages(board, views, thumbnails):

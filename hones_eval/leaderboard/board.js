@@ -42,31 +42,42 @@
       return String(one).localeCompare(String(other), undefined, { numeric: true });
     };
     const heads = [...table.tHead.rows[0].cells];
-    heads.forEach((head, column) => {
-      head.querySelector("button")?.addEventListener("click", () => {
-        const down = head.getAttribute("aria-sort") === "ascending"
-          || (!head.hasAttribute("aria-sort") && head.classList.contains("n"));
-        heads.forEach((one) => one.removeAttribute("aria-sort"));
-        head.setAttribute("aria-sort", down ? "descending" : "ascending");
-        const keyed = rows.map((row, place) => [valueOf(row, column), place, row]);
-        keyed.sort((one, other) => {
-          const missing = (one[0] === null) - (other[0] === null);
-          return missing || (down ? -1 : 1) * compare(one[0], other[0]) || one[1] - other[1];
-        });
-        body.append(...keyed.map((one) => one[2]));
+    const chosen = document.querySelector("#sort"); // where the heads are not shown, on narrow screens
+    const sort = (column, down) => {
+      heads.forEach((one) => one.removeAttribute("aria-sort"));
+      heads[column]?.setAttribute("aria-sort", down ? "descending" : "ascending");
+      chosen.value = column === undefined ? "" : `${column} ${down ? "down" : "up"}`;
+      const keyed = rows.map((row, place) => [column === undefined ? 0 : valueOf(row, column), place, row]);
+      keyed.sort((one, other) => {
+        const missing = (one[0] === null) - (other[0] === null);
+        return missing || (down ? -1 : 1) * compare(one[0], other[0]) || one[1] - other[1];
       });
+      body.append(...keyed.map((one) => one[2]));
+    };
+    chosen.append(new Option("clearest first", ""));
+    heads.forEach((head, column) => {
+      const name = head.textContent.trim();
+      chosen.append(new Option(`${name} ↑`, `${column} up`), new Option(`${name} ↓`, `${column} down`));
+      head.querySelector("button").addEventListener("click", () => {
+        const before = head.getAttribute("aria-sort");
+        sort(column, before === "ascending" || (before === null && head.classList.contains("n")));
+      });
+    });
+    chosen.addEventListener("change", () => {
+      const [column, way] = chosen.value.split(" ");
+      sort(column === "" ? undefined : Number(column), way === "down");
     });
   }
 
   const source = document.querySelector("#flip-data");
   if (source) {
-    const { flips, pictures } = JSON.parse(source.textContent);
+    const { flips, pictures, size } = JSON.parse(source.textContent);
     const list = document.querySelector("#flips");
+    for (const shown of list.querySelectorAll("img")) pictures[shown.dataset.example] = shown.src;
     const status = document.querySelector("#flip-status");
     const search = document.querySelector("#flip-search");
     const [back, on] = [document.querySelector("#back"), document.querySelector("#on")];
     const sides = [...document.querySelectorAll("[data-side]")];
-    const size = 25;
     let page = 0;
     let side = "";
 

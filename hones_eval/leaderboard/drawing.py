@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 WIDTH, HEIGHT, MARGIN = 168, 32, 6
+LEFT = 46  # of the pictures of scales, for the axis and its name
 MIDDLE = 11  # of the line; below it stand the ends of the axis
 
 
@@ -46,21 +47,24 @@ def heads_svg(scales: Floats) -> Markup:
         value = float(scales[layer, head])
         strength = 0.0 if value == 1 else 0.25 + 0.75 * abs(value - 1) / reach
         side = "up" if value > 1 else "down" if value < 1 else "same"
-        box = (
-            f'x="{head * size + 34}" y="{(layers - 1 - layer) * size}" width="{size - 1}" height="{size - 1}"'
-        )
+        x, y = head * size + LEFT, (layers - 1 - layer) * size
+        box = f'x="{x}" y="{y}" width="{size - 1}" height="{size - 1}"'
         opacity = f' style="opacity:{strength:.2f}"' if strength else ""
         title = f"<title>layer {layer}, head {head}: × {value:.3f}</title>" if strength else ""
         cells.append(f'<rect class="{side}" {box}{opacity}>{title}</rect>')
     labels = [
-        f'<text x="28" y="{(layers - 1 - k) * size + size * 0.75:.1f}" text-anchor="end">{k}</text>'
+        f'<text x="{LEFT - 6}" y="{(layers - 1 - k) * size + size * 0.75:.1f}" text-anchor="end">{k}</text>'
         for k in _ticks(layers)
     ]
     labels += [
-        f'<text x="{k * size + 34 + size / 2:.1f}" y="{layers * size + 13}" text-anchor="middle">{k}</text>'
+        f'<text x="{k * size + LEFT + size / 2:.1f}" y="{layers * size + 13}" text-anchor="middle">{k}</text>'
         for k in _ticks(heads)
     ]
-    return _svg("heads", heads * size + 36, layers * size + 18, [*labels, *cells])
+    width, height = heads * size + LEFT, layers * size
+    names = _axis_names("head", "layer", width, height, height + 28)
+    return _svg(
+        "heads", "scales of the heads, layer by layer", width + 2, height + 32, [*labels, *names, *cells]
+    )
 
 
 def neurons_svg(counts: Sequence[int]) -> Markup:
@@ -71,26 +75,35 @@ def neurons_svg(counts: Sequence[int]) -> Markup:
     for layer, count in enumerate(counts):
         tall = height * count / most
         parts.append(
-            f'<rect class="up" x="{layer * width + 34}" y="{height - tall + 12:.1f}" width="{width - 2}" '
+            f'<rect class="up" x="{layer * width + LEFT}" y="{height - tall + 12:.1f}" width="{width - 2}" '
             f'height="{tall:.1f}"><title>layer {layer}: {count} neurons</title></rect>'
         )
     parts += [
-        f'<text x="{k * width + 34 + width / 2:.1f}" y="{height + 26}" text-anchor="middle">{k}</text>'
+        f'<text x="{k * width + LEFT + width / 2:.1f}" y="{height + 26}" text-anchor="middle">{k}</text>'
         for k in _ticks(len(counts))
     ]
-    parts.append(f'<text x="28" y="20" text-anchor="end">{most}</text>')
-    parts.append(
-        f'<line class="zero" x1="32" x2="{len(counts) * width + 34}" y1="{height + 12}" y2="{height + 12}"/>'
-    )
-    return _svg("neurons", len(counts) * width + 36, height + 30, parts)
+    parts.append(f'<text x="{LEFT - 6}" y="20" text-anchor="end">{most}</text>')
+    right = len(counts) * width + LEFT
+    parts.append(f'<line class="zero" x1="{LEFT - 2}" x2="{right}" y1="{height + 12}" y2="{height + 12}"/>')
+    parts += _axis_names("layer", "neurons", right, height + 24, height + 40)
+    return _svg("neurons", "scaled neurons in each layer", right + 2, height + 44, parts)
+
+
+def _axis_names(across: str, up: str, right: int, height: int, bottom: int) -> list[str]:
+    middle = height / 2
+    return [
+        f'<text class="axis" x="{(LEFT + right) / 2:.1f}" y="{bottom}" text-anchor="middle">{across}</text>',
+        f'<text class="axis" x="12" y="{middle:.1f}" text-anchor="middle" '
+        f'transform="rotate(-90 12 {middle:.1f})">{up}</text>',
+    ]
 
 
 def _ticks(count: int) -> range:
     return range(0, count, max(1, -(-count // 16)))
 
 
-def _svg(css: str, width: int, height: int, parts: Sequence[str]) -> Markup:
+def _svg(css: str, name: str, width: int, height: int, parts: Sequence[str]) -> Markup:
     return Markup(
         f'<svg class="{css}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img">{"".join(parts)}</svg>'
+        f'role="img" aria-label="{name}">{"".join(parts)}</svg>'
     )

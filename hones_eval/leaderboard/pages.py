@@ -23,9 +23,17 @@ from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.scales import Scales, read_scales
 from hones_eval.leaderboard.text import one_line, shown
-from hones_eval.leaderboard.views import clearest_first, matrix_view, method_views, pair_id
+from hones_eval.leaderboard.views import (
+    clearest_first,
+    matrix_view,
+    method_views,
+    pair_id,
+    summary,
+    tested_rows,
+)
 
 MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # on one page: at most, at least; on all pages
+FIRST_FLIPS = 25  # are shown at a time, and without script
 
 
 def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -42,14 +50,16 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         title=one_line(title),
         tally=tally,
         runs=board.runs,
-        rows=[view for _, view in clearest_first(board, views)],
+        rows=[views[place] for place in clearest_first(board.rows)],
+        paged=len({view["page"] for view in views} - {""}),
+        comparisons=len({pair_id(row.pair) for row in board.rows}),
         tasks=sorted({view["task"] for view in views}),
         bases=sorted({view["base"] for view in views}),
         metrics=sorted({view["metric"] for view in views}),
         matrix=matrix_view(board, views),
         unranked=[_left_out(one.run.steering, one) for one in board.unranked],
         unreadable=[one_line(one, 400) for one in board.unreadable],
-        tested=sum(row.p_holm is not None for row in board.rows),
+        tested=tested_rows(board),
         seed=board.seed,
         resamples=board.resamples,
         corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),
@@ -69,27 +79,35 @@ def _left_out(steering: SteeringRef | None, one: Any) -> dict[str, Any]:
 def comparison_pages(
     board: Board, views: Sequence[Mapping[str, Any]], thumbnails: Thumbnails
 ) -> Iterator[tuple[str, str]]:
-    """The file name and the content of the page of every pair of runs on the board."""
-    both = sorted(zip(board.rows, views, strict=True), key=lambda one: pair_id(one[0].pair))
+    """The file name and the content of every page of a pair of runs, as far as its rows are to have one."""
+    both = [one for one in zip(board.rows, views, strict=True) if one[1]["page"]]
+    both.sort(key=lambda one: pair_id(one[0].pair))
     groups = [(name, list(group)) for name, group in groupby(both, key=lambda one: pair_id(one[0].pair))]
     most = min(MOST_FLIPS, max(LEAST_FLIPS, ALL_FLIPS // max(1, len(groups))))
+    tested = tested_rows(board)
     for name, group in groups:
         rows = [row for row, _ in group]
-        yield f"{name}.html", _comparison(rows, [view for _, view in group], most, thumbnails)
+        yield f"{name}.html", _comparison(rows, [view for _, view in group], tested, most, thumbnails)
 
 
 def _comparison(
-    rows: Sequence[Row], views: Sequence[Mapping[str, Any]], most: int, thumbnails: Thumbnails
+    rows: Sequence[Row],
+    views: Sequence[Mapping[str, Any]],
+    tested: int,
+    most: int,
+    thumbnails: Thumbnails,
 ) -> str:
     pair = rows[0].pair
     flips = flips_of(rows, most)
+    pictures = thumbnails.of(pair.steered.task, flips.listed)
+    first = {one.doc_id for one in flips.listed[:FIRST_FLIPS]}
     steering = pair.steered.steering
     assert steering is not None
     return _render(
         "comparison.html",
         steering=views[0]["steering"],
         task=views[0]["task"],
-        base=views[0]["base"],
+        summary=summary(rows[0], tested),
         flags=rows[0].flags,
         notes=rows[0].notes,
         rows=views,
@@ -97,39 +115,40 @@ def _comparison(
         flips=flips,
         flip_list=[one.to_json() for one in flips.listed],
         more=flips.gained + flips.lost + flips.changed > len(flips.listed),
-        pictures=thumbnails.of(pair.steered.task, flips.listed),
+        pictures=pictures,
+        more_pictures={doc_id: one for doc_id, one in pictures.items() if doc_id not in first},
+        first=FIRST_FLIPS,
         facts=_facts(pair, steering),
-        **_figures(steering, pair),
+        **_scales(steering, pair),
     )
 
 
-def _figures(steering: SteeringRef, pair: Pair) -> dict[str, Any]:
-    heads, neurons, counts, reason = _scales(steering, pair)
-    return {"heads": heads, "neurons": neurons, "no_scales": reason, **counts}
-
-
-def _scales(steering: SteeringRef, pair: Pair) -> tuple[Markup, Markup, dict[str, str], str]:
+def _scales(steering: SteeringRef, pair: Pair) -> dict[str, Any]:
     found = read_scales(steering, pair.steered.results_path)
     if isinstance(found, str):
-        return Markup(""), Markup(""), {"heads_text": "", "neurons_text": ""}, one_line(found, 300)
-    return heads_svg(found.heads), neurons_svg(found.scaled_neurons), _scale_texts(found), ""
+        return {"scales": [], "no_scales": one_line(found, 300)}
+    return {"scales": [_heads(found), _neurons(found)], "no_scales": ""}
 
 
-def _scale_texts(scales: Scales) -> dict[str, str]:
+def _heads(scales: Scales) -> dict[str, str]:
     scaled = int((scales.heads != 1).sum())
-    heads = "No head is scaled."
-    if scaled:
-        up, down = int((scales.heads > 1).sum()), int((scales.heads < 1).sum())
-        heads = (
-            f"{scaled} of {scales.heads.size} heads are scaled: {up} up (blue), {down} down (amber), "
-            f"between × {scales.heads.min():.2f} and × {scales.heads.max():.2f}."
-        )
-    total = sum(scales.scaled_neurons)
-    neurons = "No neuron is scaled."
-    if total:
-        fullest = int(np.argmax(scales.scaled_neurons))
-        neurons = f"{total:,} in all, most of them ({scales.scaled_neurons[fullest]:,}) in layer {fullest}."
-    return {"heads_text": heads, "neurons_text": neurons}
+    if not scaled:
+        return {"picture": "", "text": "No head is scaled."}
+    up, down = int((scales.heads > 1).sum()), int((scales.heads < 1).sum())
+    text = (
+        f"Heads: {scaled} of {scales.heads.size} are scaled, {up} up (blue) and {down} down (amber), "
+        f"by × {scales.heads.min():.2f} to × {scales.heads.max():.2f}."
+    )
+    return {"picture": heads_svg(scales.heads), "text": text}
+
+
+def _neurons(scales: Scales) -> dict[str, str]:
+    counts = scales.scaled_neurons
+    if not any(counts):
+        return {"picture": "", "text": "No neuron is scaled."}
+    fullest = int(np.argmax(counts))
+    text = f"Neurons: {sum(counts):,} are scaled, most of them ({counts[fullest]:,}) in layer {fullest}."
+    return {"picture": neurons_svg(counts), "text": text}
 
 
 def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
 
 def readme_picture(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
     """An SVG file of the clearest rows: names, differences and intervals, in light and dark."""
-    chosen = clearest_first(board, views)[:MOST]
+    chosen = [(board.rows[place], views[place]) for place in clearest_first(board.rows)[:MOST]]
     height = 34 * len(chosen) + 76
     parts = [_line(row, view, 34 * k + 44) for k, (row, view) in enumerate(chosen)]
     rest = len(board.rows) - len(chosen)

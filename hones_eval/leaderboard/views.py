@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def pair_id(pair: Pair) -> str:
     return f"{slug(run.task)}-{slug(run.steering.label)}-{key}"
 
 
-def row_view(row: Row, labels: Labels, reach: float, of: int) -> dict[str, Any]:
+def row_view(row: Row, labels: Labels, reach: float, of: int, page: str) -> dict[str, Any]:
     """Everything that the templates show of a row."""
     found, interval, gain = row.comparison, row.comparison.interval, row.gain
     run, flip = row.pair.steered, row.metric.higher_is_better is False
@@ -82,7 +83,7 @@ def row_view(row: Row, labels: Labels, reach: float, of: int) -> dict[str, Any]:
         "metric": one_line(metric),
         "steering": labels.label(row.pair),
         "control": steering.is_control,
-        "page": f"comparisons/{pair_id(row.pair)}.html",
+        "page": page,
         "rank": row.rank,
         "of": of,
         "baseline": number(row.baseline),
@@ -117,12 +118,46 @@ def _value(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
 
 
-def row_views(board: Board) -> list[dict[str, Any]]:
-    """The views of all rows, in the board's order."""
+def row_views(board: Board, paged: Collection[str]) -> list[dict[str, Any]]:
+    """The views of all rows, in the board's order; `paged` names the comparisons that have a page."""
     labels = Labels.of([row.pair for row in board.rows])
     reaches = axis_reaches(board.rows)
     sizes = Counter(row.group for row in board.rows if row.rank is not None)
-    return [row_view(row, labels, reaches[_axis(row)], sizes[row.group]) for row in board.rows]
+    names = [pair_id(row.pair) for row in board.rows]
+    pages = [f"comparisons/{name}.html" if name in paged else "" for name in names]
+    return [
+        row_view(row, labels, reaches[_axis(row)], sizes[row.group], page)
+        for row, page in zip(board.rows, pages, strict=True)
+    ]
+
+
+def tested_rows(board: Board) -> int:
+    """How many rows Holm's correction is over."""
+    return sum(row.p_holm is not None for row in board.rows)
+
+
+def summary(row: Row, tested: int) -> str:
+    """What a row says, in words: how many examples changed, and whether that can be chance."""
+    found, words = row.comparison, []
+    if row.gained is not None:
+        ups, downs = ("right", "wrong") if row.kind == "right/wrong" else ("better", "worse")
+        words.append(
+            f"By {one_line(row.metric.name)}, {row.gained:,} of {row.n:,} examples became {ups} "
+            f"and {row.lost or 0:,} became {downs}."
+        )
+    if row.verdict == "not judged":
+        return " ".join([*words, f"Not judged: {found.note}." if found.note else "Not judged."])
+    interval, p = found.interval, probability(row.p_holm)
+    if row.verdict in CSS:
+        words.append(f"Steering made it {row.verdict}: p is {p} after correction for {tested:,} rows.")
+    elif interval is not None and (interval.low > 0 or interval.high < 0):
+        words.append(
+            f"The interval excludes zero, but among {tested:,} rows some do by chance: p is {p} after "
+            "correction, no clear difference."
+        )
+    else:
+        words.append(f"No clear difference: p is {p} after correction for {tested:,} rows.")
+    return " ".join(words)
 
 
 def axis_reaches(rows: Sequence[Row]) -> dict[object, float]:
@@ -154,14 +189,21 @@ def _round_up(value: float) -> float:
     )
 
 
-def clearest_first(board: Board, views: Sequence[Mapping[str, Any]]) -> list[tuple[Row, Mapping[str, Any]]]:
-    """Rows and their views by p-value, the smallest first; ties stay in the board's order."""
+def clearest_first(rows: Sequence[Row]) -> list[int]:
+    """The places of rows by p-value, the smallest first; ties stay in the board's order."""
 
-    def key(one: tuple[Row, Mapping[str, Any]]) -> tuple[float, float]:
-        test = one[0].comparison.test
-        return (2.0, 2.0) if one[0].p_holm is None or test is None else (one[0].p_holm, test.p)
+    def key(place: int) -> tuple[float, float]:
+        row = rows[place]
+        test = row.comparison.test
+        return (2.0, 2.0) if row.p_holm is None or test is None else (row.p_holm, test.p)
 
-    return sorted(zip(board.rows, views, strict=True), key=key)
+    return sorted(range(len(rows)), key=key)
+
+
+def with_pages(rows: Sequence[Row], most: int | None) -> frozenset[str]:
+    """The names of the comparisons that get a page: the `most` clearest, or all."""
+    names = dict.fromkeys(pair_id(rows[place].pair) for place in clearest_first(rows))
+    return frozenset(islice(names, most))
 
 
 def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -186,8 +228,12 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
                 "label": f"{view['steering']} on {task}: {number(row.gain, 3, sign=True)}, {row.verdict}",
             }
             lines.setdefault((view["base"], view["steering"], view["control"]), {})[task] = cell
+    prefix = common_prefix(tasks)
     return {
-        "columns": [{"task": one_line(task), "metric": one_line(first[task])} for task in tasks],
+        "prefix": one_line(prefix),
+        "columns": [
+            {"task": one_line(task.removeprefix(prefix)), "metric": one_line(first[task])} for task in tasks
+        ],
         "lines": [
             {
                 "base": base,
@@ -199,6 +245,13 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
         ],
         "several_bases": len({base for base, *_ in lines}) > 1,
     }
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, an underscore at its end: `scenes_` of `scenes_ocr` and `scenes_caption`."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))
+    head, underscore, _ = "".join(one for one, _ in same).rpartition("_")
+    return head + underscore
 
 
 def method_views(board: Board) -> list[dict[str, str]]:
