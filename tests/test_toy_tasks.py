@@ -13,7 +13,7 @@ import pytest
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from hones_eval.toy import scoring
-from hones_eval.toy.documents import CANDIDATES, Task, documents
+from hones_eval.toy.documents import CANDIDATES, KIND_TASKS, Task, documents
 from hones_eval.toy.scenes import SceneError
 
 FOLDER = Path(__file__).resolve().parent.parent / "tasks" / "scenes"
@@ -54,12 +54,13 @@ def test_all_tasks_are_listed(manager: TaskManager) -> None:
     wanted = {f"scenes_{task}{variant}" for task in TASKS for variant in ("", "_edited", "_shifted")}
     named = {f"scenes_ocr_shifted_{shift}_discovery" for shift in ("noise", "font", "extra_object")}
     splits = {f"scenes_{task}_{split}" for task in TASKS for split in ("discovery", "development")}
-    assert wanted | named | splits <= set(manager.all_subtasks)
+    kinds = {f"scenes_{task}{shown}_discovery" for task in KIND_TASKS for shown in ("", "_shifted")}
+    assert wanted | named | splits | kinds <= set(manager.all_subtasks)
     assert "scenes" in manager.all_tags
 
 
 @pytest.mark.parametrize("task_type", ["chat", "simple"])
-@pytest.mark.parametrize("name", [f"scenes_{task}" for task in TASKS])
+@pytest.mark.parametrize("name", [f"scenes_{task}" for task in (*TASKS, "vqa_exists", "vqa_what_side")])
 def test_the_gold_answer_scores_full_marks_and_another_less(
     manager: TaskManager, name: str, task_type: str
 ) -> None:
@@ -107,6 +108,19 @@ def test_no_picture_is_in_two_splits_and_an_id_names_one_picture(variant: str) -
         assert not set(one) & set(other)
         assert not set(one.values()) & set(other.values())
     assert all(len(set(pictures.values())) == len(pictures) for pictures in by_split)
+
+
+@pytest.mark.parametrize(("task", "kind"), KIND_TASKS.items())
+def test_a_kind_is_asked_alone_and_yes_as_often_as_no(task: str, kind: str) -> None:
+    clean, edited = documents(task, "plain", "test", 100), documents(task, "edited", "test", 100)
+    for one, other in zip(clean, edited, strict=True):
+        assert one.kind == kind
+        assert one.prompt == other.prompt
+        assert one.answer != other.answer
+    answers = Counter(one.answer for one in clean)
+    assert (answers == {"Yes": 50, "No": 50}) == (kind in ("exists", "is_color", "is_texture", "is_side"))
+    with pytest.raises(SceneError, match="of the test split have a question of vqa_what_side"):
+        documents("vqa_what_side", "edited", "test", 1000)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from hones_eval.toy import captions, edits, prompts, questions
 from hones_eval.toy.drawing import draw
-from hones_eval.toy.scenes import COLORS, Scene, SceneError, Split, check_count, scene
+from hones_eval.toy.scenes import COLORS, SPLIT_SIZE, Scene, SceneError, Split, check_count, scene
 from hones_eval.toy.shifts import Shift, shift_picture, shift_scene
 
 Task = Literal["vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding"]
+KIND_TASKS = {f"vqa_{kind}": kind for kinds in questions.KINDS.values() for kind in kinds}
+"""Questions of one kind each: categories within a semantic level."""
 Variant = Literal["plain", "edited", "shifted"] | Shift
 
 CANDIDATES = (
@@ -66,27 +68,33 @@ class _Asked:
     question: str = ""
 
 
-def documents(task: Task, variant: Variant, split: Split, count: int) -> list[Document]:
+def documents(task: Task | str, variant: Variant, split: Split, count: int) -> list[Document]:
     """The first `count` examples of a task; for retrieval, `CANDIDATES` in a row share a picture.
 
+    A task is one of `Task` or of `KIND_TASKS`; the latter pass over pictures without such a question.
     `shifted` goes round all shifts, one picture after the other; a shift's own name applies that one alone.
 
     Raises:
         SceneError: unknown task, variant or split, or more examples than the split has.
     """
-    if task not in get_args(Task):
-        raise SceneError(f"no scenes task '{task}'; there are {', '.join(get_args(Task))}")
+    known = (*get_args(Task), *KIND_TASKS)
+    if task not in known:
+        raise SceneError(f"no scenes task '{task}'; there are {', '.join(known)}")
     shifts = _shifts(variant)
     pictures = -(-count // CANDIDATES) if task == "retrieval" else count
     check_count(split, pictures)
     pool = [scene(split, i) for i in range(_POOL)] if task == "retrieval" else []
     made: list[Document] = []
-    for index in range(pictures):
+    for index in range(SPLIT_SIZE[split] if task in KIND_TASKS else pictures):
         shift = shifts[index % len(shifts)]
         base = scene(split, index)
         asked_of = shift_scene(base, shift) if shift else base
         for asked in _asked(task, asked_of, index, pool, editable=shift is None):
             made.append(_document(asked_of, asked, variant == "edited", shift))
+        if len(made) >= count:
+            break
+    if len(made) < count:
+        raise SceneError(f"only {len(made)} pictures of the {split} split have a question of {task}")
     return made[:count]
 
 
@@ -128,7 +136,7 @@ def _image_id(clean: Scene, shown: Scene, shift: Shift | None) -> str:
     return clean.seed + (f"-{shift}" if shift else "") + edit
 
 
-def _asked(task: Task, shown: Scene, index: int, pool: list[Scene], editable: bool) -> Iterator[_Asked]:
+def _asked(task: str, shown: Scene, index: int, pool: list[Scene], editable: bool) -> Iterator[_Asked]:
     rng = random.Random(f"{task}/{shown.seed}")
     if task == "ocr":
         edited = edits.change_word(shown, rng)
@@ -142,13 +150,15 @@ def _asked(task: Task, shown: Scene, index: int, pool: list[Scene], editable: bo
     elif task == "retrieval":
         yield from _retrieval(shown, index, pool, rng)
     else:
-        yield _question(shown, task, index, rng, editable)
+        yield from _question(shown, task, index, rng, editable)
 
 
-def _question(shown: Scene, task: Task, index: int, rng: random.Random, editable: bool) -> _Asked:
+def _question(shown: Scene, task: str, index: int, rng: random.Random, editable: bool) -> Iterator[_Asked]:
     """The question kinds of a level take turns, as do yes and no; one that does not fit is passed over."""
-    level: questions.Level = task.removeprefix("vqa_")  # type: ignore[assignment]
-    kinds = questions.KINDS[level]
+    if task in KIND_TASKS:
+        kinds: tuple[questions.Kind, ...] = (KIND_TASKS[task],)
+    else:
+        kinds = questions.KINDS[task.removeprefix("vqa_")]  # type: ignore[index]
     for turn in range(64):
         yes = index // len(kinds) % 2 == 0
         question = questions.ask(shown, kinds[(index + turn) % len(kinds)], rng, yes)
@@ -156,17 +166,19 @@ def _question(shown: Scene, task: Task, index: int, rng: random.Random, editable
         if question and edited:
             prompt = prompts.VQA.format(question=question.text)
             clean, other = question.answer(shown), question.answer(edited)
-            return _Asked(
+            yield _Asked(
                 prompt,
                 (str(clean),),
                 (str(other),),
                 edited,
-                level,
+                question.level,
                 question.kind,
                 question.shape,
                 question=question.text,
             )
-    raise SceneError(f"scene {shown.seed} has no {level} question that an edit changes")
+            return
+    if task not in KIND_TASKS:
+        raise SceneError(f"scene {shown.seed} has no question of {task} that an edit changes")
 
 
 def _grounding(shown: Scene, rng: random.Random, editable: bool) -> _Asked:

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import get_args
 
-from hones_eval.toy.documents import Task
+from hones_eval.toy.documents import KIND_TASKS, Task
+from hones_eval.toy.questions import KINDS
 from hones_eval.toy.shifts import Shift
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("test", "discovery", "development")
 VARIANTS = ("plain", "edited", "shifted", *get_args(Shift))
-COUNT = {"retrieval": 1000}  # ten candidates a picture
-TEMPLATES = {f"vqa_{level}": "vqa" for level in ("object", "attribute", "relation")}
+# Ten candidates a picture; and not every picture has a question of every kind.
+COUNT = {"retrieval": 1000} | dict.fromkeys(KIND_TASKS, 400)
+TEMPLATES = dict.fromkeys([*(f"vqa_{level}" for level in KINDS), *KIND_TASKS], "vqa")
 
 
 def task_files() -> dict[Path, str]:
@@ -18,11 +20,17 @@ def task_files() -> dict[Path, str]:
     files = [
         _file(task, variant, split) for task in get_args(Task) for variant in VARIANTS for split in SPLITS
     ]
+    files += [
+        _file(task, variant, split, "vqa_kinds")
+        for task in KIND_TASKS
+        for variant in ("plain", "shifted")
+        for split in SPLITS
+    ]
     by_margin = [*(("plain", split) for split in SPLITS), ("shifted", "test")]
     return dict([*files, *(_file("retrieval_margin", variant, split) for variant, split in by_margin)])
 
 
-def _file(task: str, variant: str, split: str) -> tuple[Path, str]:
+def _file(task: str, variant: str, split: str, folder: str | None = None) -> tuple[Path, str]:
     name = "_".join(["scenes", task, *_suffixes(variant, split)])
     documents = task.removesuffix("_margin")  # the same candidates, answered by a margin
     lines = [
@@ -32,8 +40,8 @@ def _file(task: str, variant: str, split: str) -> tuple[Path, str]:
         f"test_split: {split}",
     ]
     if name == f"scenes_{task}":
-        lines.append("tag: scenes")
-    return Path(task, f"{name}.yaml"), "\n".join(lines) + "\n"
+        lines.append("tag: scenes" if folder is None else f"tag: scenes_{folder}")
+    return Path(folder or task, f"{name}.yaml"), "\n".join(lines) + "\n"
 
 
 def _suffixes(variant: str, split: str) -> list[str]:
