@@ -76,17 +76,26 @@ class Comparison:
                 banks[name] = _best(one.head_scores, self.heads)
         return banks
 
+    def overlaps(self) -> dict[str, list[Overlap]]:
+        """Every pair of banks, by kind of site."""
+        shape = next(iter(self.rankings.values())).provenance.shape
+        return {
+            "neurons": overlaps(self.neuron_banks(), shape.layers, shape.neurons),
+            "heads": overlaps(self.head_banks(), shape.layers, shape.heads),
+        }
+
     def report(self) -> dict[str, Any]:
         """Layer curves, groups and overlaps, ready for JSON."""
         neurons, heads = self.neuron_banks(), self.head_banks()
         shape = next(iter(self.rankings.values())).provenance.shape
+        found = self.overlaps()
         return {
             "rankings": {name: one.digest for name, one in self.rankings.items()},
             "neurons_by_layer": {name: by_layer(bank, shape.layers) for name, bank in neurons.items()},
             "heads_by_layer": {name: by_layer(bank, shape.layers) for name, bank in heads.items()},
             "groups": {group_name(names): len(bank) for names, bank in self.groups().items()},
-            "neuron_overlaps": [one._asdict() for one in overlaps(neurons, shape.layers, shape.neurons)],
-            "head_overlaps": [one._asdict() for one in overlaps(heads, shape.layers, shape.heads)],
+            "neuron_overlaps": [one._asdict() for one in found["neurons"]],
+            "head_overlaps": [one._asdict() for one in found["heads"]],
         }
 
     def groups(self) -> dict[tuple[str, ...], list[Neuron]]:

@@ -11,11 +11,17 @@ import numpy as np
 from hones_eval import figures
 from hones_eval.artefact import write_json, write_text
 from hones_eval.comparison import Comparison, Crossing, group_name
+from hones_eval.comparison_levels import Sharing
 
 
-def write(comparison: Comparison, crossings: Sequence[Crossing], out: Path) -> dict[str, Any]:
+def write(
+    comparison: Comparison, crossings: Sequence[Crossing], levels: Sequence[Sharing], out: Path
+) -> dict[str, Any]:
     """Write everything and return what `compare.json` holds."""
-    report = comparison.report() | {"cross_task": [one._asdict() for one in crossings]}
+    report = comparison.report() | {
+        "levels": [one._asdict() for one in levels],
+        "cross_task": [one._asdict() for one in crossings],
+    }
     write_json(out / "compare.json", report)
     tables = _tables(report)
     for name, rows in tables.items():
@@ -44,6 +50,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     tables["groups"] = [{"group": name, "neurons": size} for name, size in report["groups"].items()]
     tables["neuron_overlaps"] = list(report["neuron_overlaps"])
     tables["head_overlaps"] = list(report["head_overlaps"])
+    tables["levels"] = list(report["levels"])
     tables["cross_task"] = [
         {
             **{key: one[key] for key in ("masked", "measured", "baseline", "metric")},
@@ -129,13 +136,16 @@ def _draw(comparison: Comparison, report: Mapping[str, Any], out: Path) -> None:
             labels = [_short(name, short) for name in names]
             drawn = figures.matrix(values, labels, labels, title, "Jaccard")
             figures.save(drawn, out / f"{sites}_overlaps.png")
-    scores = {
-        _short(name, short): one.head_scores.double().numpy()
-        for name, one in comparison.rankings.items()
-        if one.head_scores is not None
-    }
-    if scores:
-        figures.save(figures.heat_maps(scores, "head score"), out / "heads.png")
+    for field, label in (
+        ("head_scores", "head score"),
+        ("head_positive", "positive score"),
+        ("head_negative", "negative score"),
+    ):
+        every = {short[name]: getattr(one, field) for name, one in comparison.rankings.items()}
+        scores = {name: one.double().numpy() for name, one in every.items() if one is not None}
+        if scores:
+            name = "heads" if field == "head_scores" else field.replace("head_", "heads_")
+            figures.save(figures.heat_maps(scores, label), out / f"{name}.png")
     if report["cross_task"]:
         _draw_crossings(report["cross_task"], short, out)
 

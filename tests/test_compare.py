@@ -14,6 +14,7 @@ import torch
 
 from hones_eval.__main__ import main
 from hones_eval.comparison import Comparison, chance_of_sharing, group_name, groups, load_named, overlaps
+from hones_eval.comparison_levels import levels_of, sharing
 from hones_eval.comparison_report import short_names
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.ranking import Ranking
@@ -76,6 +77,45 @@ def test_overlaps_tell_crowding_in_a_layer_from_agreement() -> None:
     assert found.p_by_layer == pytest.approx(float((shared >= 8).double().mean()), abs=0.03)
     assert found.chance < 0.25 * found.chance_by_layer
     assert overlaps({"a": a, "b": []}, layers, width)[0].jaccard == 0
+
+
+def test_sharing_within_and_across_levels_is_what_all_deals_of_the_levels_give() -> None:
+    """Five banks of heads; three of one level are nearly the same, and one is empty."""
+    banks = {
+        "a +": [Head(0, 0), Head(0, 1), Head(1, 0)],
+        "b +": [Head(0, 0), Head(0, 1), Head(1, 1)],
+        "c +": [Head(0, 0), Head(0, 1), Head(1, 2)],
+        "d +": [Head(1, 5), Head(0, 1), Head(1, 6)],
+        "e +": [Head(1, 5), Head(0, 2), Head(1, 7)],
+        "f +": [],
+        "a -": [Head(0, 0)],
+    }
+    levels = dict(zip("abcdef", ["one", "one", "one", "two", "two", "two"], strict=True))
+    found = {row.levels: row for row in sharing({"heads": overlaps(banks, 2, 8)}, levels)}
+    sets = {name[0]: set(bank) for name, bank in banks.items() if name[1:] == " +" and bank}
+    jaccard = {
+        pair: len(sets[pair[0]] & sets[pair[1]]) / len(sets[pair[0]] | sets[pair[1]])
+        for pair in itertools.combinations(sets, 2)
+    }
+
+    def mean(level: dict[str, str], within: bool) -> float:
+        return float(np.mean([j for (x, y), j in jaccard.items() if (level[x] == level[y]) is within]))
+
+    assert {name: row.pairs for name, row in found.items()} == {
+        "within one": 3, "within two": 1, "one and two": 6, "within a level": 4, "across levels": 6,
+    }  # fmt: skip
+    assert {row.sites for row in found.values()} == {"heads +"}
+    assert found["within a level"].jaccard == pytest.approx(mean(levels, True))
+    assert found["across levels"].jaccard == pytest.approx(mean(levels, False))
+    assert found["within two"].jaccard == pytest.approx(jaccard["d", "e"])
+    deals = [dict(zip("abcde", deal, strict=True)) for deal in itertools.permutations("ooott")]
+    gaps = [mean(deal, True) - mean(deal, False) for deal in deals]
+    own = mean(levels, True) - mean(levels, False)
+    assert found["within a level"].p == pytest.approx(np.mean(np.array(gaps) >= own - 1e-9))
+    with pytest.raises(HonesError, match="names 1 levels for 2 rankings"):
+        levels_of(["x", "y"], ["one"])
+    with pytest.raises(HonesError, match="two levels or more, and two rankings of one"):
+        levels_of(["x", "y"], ["one", "two"])
 
 
 def test_a_group_is_a_ranking_that_selects_the_group(three: dict[str, Ranking]) -> None:
@@ -153,6 +193,48 @@ def _agrees_with_verify(row: dict[str, Any], own: own_answers.Prepared, folder: 
     assert float(row["baseline"]) == alone["baseline"]["metric"]
     assert float(row["metric"]) == alone["banks"]["selected"]["metric"]
     assert float(row["random_drop"]) == alone["banks"]["random 1"]["metric_drop"]["value"]
+
+
+def test_the_command_compares_levels_and_draws_both_signs(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for task, limit in (("own_a", 4), ("own_a", 8), ("own_b", 8)):
+        folders.append(str(tmp_path / f"{task}_{limit}"))
+        assert (
+            main(
+                own.command(
+                    "rank",
+                    "--method",
+                    "vseam",
+                    "--limit",
+                    limit,
+                    "--heads",
+                    4,
+                    "--out",
+                    folders[-1],
+                    task=task,
+                )
+            )
+            == 0
+        )
+    out = tmp_path / "out"
+    assert main(["compare", *folders, "--heads", "5", "--levels", "one,one,two", "--out", str(out)]) == 0
+    report = json.loads((out / "compare.json").read_text())
+    by_names = {(one["first"], one["second"]): one["jaccard"] for one in report["head_overlaps"]}
+    names = list(report["rankings"])
+    for sign in "+-":
+        rows = {one["levels"]: one for one in report["levels"] if one["sites"] == f"heads {sign}"}
+        first, second, other = (f"{name} {sign}" for name in names)
+        assert rows["within one"]["jaccard"] == pytest.approx(by_names[first, second])
+        across = np.mean([by_names[first, other], by_names[second, other]])
+        assert rows["across levels"]["jaccard"] == pytest.approx(across)
+    assert "heads + within a level, 1 pairs: mean Jaccard" in capsys.readouterr().out
+    assert "## Levels" in (out / "compare.md").read_text()
+    for figure in ("heads", "heads_positive", "heads_negative"):
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["compare", *folders, "--levels", "one,two", "--out", str(tmp_path / "not")]) == 1
+    assert "names 2 levels for 3 rankings" in own_answers.complaint(capsys.readouterr().err)
 
 
 def test_names_and_flags_that_do_not_fit_are_said_in_one_line(

@@ -6,6 +6,7 @@ from typing import Any
 from hones_eval import comparison_report
 from hones_eval.commands.shared import DType, Job, Rows, say
 from hones_eval.comparison import Comparison, Crossing, cross, load_named
+from hones_eval.comparison_levels import Sharing, levels_of, sharing
 from hones_eval.errors import HonesError
 
 
@@ -14,6 +15,7 @@ def compare(
     out: Path,
     neurons: float | None = None,
     heads: int = 30,
+    levels: str | None = None,
     model: str | None = None,
     model_args: str = "",
     tasks: str | None = None,
@@ -34,6 +36,8 @@ def compare(
         out: the folder to write compare.json, tables, figures and the groups' rankings to.
         neurons: the share of all neurons to select; by default each ranking's own.
         heads: how many heads to compare.
+        levels: the semantic level of each ranking in their order, object,object,attribute, for mean overlaps
+            within a level and across levels.
         model: with tasks, for the matrix "mask one ranking's neurons, measure another's task".
         model_args: as in lmms-eval --model_args.
         tasks: tasks to measure on, a,b,c, with other pictures than the rankings'.
@@ -45,9 +49,13 @@ def compare(
         batch_size: masked answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; start the same command on each with torchrun or SLURM.
-        seed: of the random banks and of the bootstrap.
+        seed: of the random banks, the bootstrap and the permutations of levels.
     """
     comparison = Comparison(load_named(rankings), neurons, heads)
+    shared: list[Sharing] = []
+    if levels is not None:
+        of_each = levels_of(list(comparison.rankings), levels.split(","))
+        shared = sharing(comparison.overlaps(), of_each, seed)
     if (model is None) != (tasks is None):
         raise HonesError("cross-masking needs --model and --tasks; leave both out to compare scores alone")
     crossings: list[Crossing] = []
@@ -66,7 +74,7 @@ def compare(
         crossings = cross(comparison, job.replayer, examples, job.loop, seed)
         first = job.loop.is_first
     if first:
-        report = comparison_report.write(comparison, crossings, out)
+        report = comparison_report.write(comparison, crossings, shared, out)
         _say_comparison(report, out)
 
 
@@ -77,6 +85,12 @@ def _say_comparison(report: dict[str, Any], out: Path) -> None:
         say(
             f"{one['first']} and {one['second']} share {one['shared']} neurons: "
             f"Jaccard {one['jaccard']:.3g}, {chance}"
+        )
+    for one in report["levels"]:
+        more = "" if one["p"] is None else f" (p of more than across levels: {one['p']:.2g})"
+        say(
+            f"{one['sites']} {one['levels']}, {one['pairs']} pairs: mean Jaccard {one['jaccard']:.3g}, "
+            f"{one['chance']:.3g} by chance, {one['chance_by_layer']:.3g} by chance in the same layers{more}"
         )
     for one in report["cross_task"]:
         drop = one["drop"]["value"]
