@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/neurons.py
 	$(BIN)/python benchmarks/patching.py --pretrained hones_eval/toy/checkpoint
+	$(BIN)/python benchmarks/growth.py --memory 50 100 200 500
 	$(BIN)/python benchmarks/steered.py
 	$(BIN)/python benchmarks/racing.py --tasks vqa_relation --examples 1000 --timed 1000
 	$(BIN)/python benchmarks/screening.py

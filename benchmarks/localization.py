@@ -1,230 +1,225 @@
-"""Head localization beside a plain loop: one head, one example, one full forward or one full decoding.
+"""Head localization beside a plain loop: one head, one example, one full forward or one full `generate`.
 
-Both run in this process, on one thread, over the same examples of the same model; printed are the ratio of
-wall times and the largest difference of scores. Usage:
+Both run in this process, on one thread, example by example in turn, and are timed by the thread's CPU time.
+Both include recording an example from the task, decoding and scoring its answers; ours also the proofs that
+it is exact, and the target's log-probability, which takes a pass of its own where another answer is given.
+Usage:
 
-    python benchmarks/localization.py [--examples 3] [--what log_probability|generation|both]
+    python benchmarks/localization.py [--what embedded generation log_probability next_token] [--examples 16]
+                                      [--profile]
+
+`embedded` is the shipped model on its seven tasks, all by generation; the others are a LLaVA with random
+weights, `next_token` V-SEAM's head scores. The ratio of multiply-adds is the floor of the arithmetic: what
+replay saves if nothing beside it took time.
 """
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from plain_loop import (
+    Clock,
+    TokenTask,
+    answer,
+    examples_for,
+    log_probability,
+    multiply_adds,
+    next_probability,
+    plain_head,
+    small_llava,
+)
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch.profiler import ProfilerActivity, profile
 
 from hones_eval.anatomy import Anatomy
-from hones_eval.margin import Margin
-from hones_eval.measure import Totals
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.measure import Measurement, Totals
 from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.vseam import HeadContribution
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head
+from hones_eval.toy import checkpoint_path
+from hones_eval.toy.ground_truth import TASKS
 
-IMAGE, END, WORDS = 5, 2, range(10, 1000)
-
-
-@dataclass
-class TokenExample:
-    """The part of an Example that localization reads."""
-
-    index: int
-    task: str
-    doc_id: int
-    inputs: dict[str, Tensor]
-    settings: dict[str, Any]
-    target_ids: list[int]
-    margin: Margin | None = None
-    is_distractor: bool = False
-
-
-class TokenTask:
-    """Scores answers by the share of tokens that equal the target's; text is the tokens themselves."""
-
-    higher_is_better = True
-    is_mean = True
-    metric = "share"
-
-    def __init__(self, examples: list[TokenExample]) -> None:
-        self.examples = examples
-
-    def decode(self, index: int, tokens: list[int]) -> str:
-        return " ".join(map(str, tokens))
-
-    def score(self, index: int, text: str) -> dict[str, float]:
-        target = self.examples[index].target_ids
-        given = [int(word) for word in text.split()]
-        return {"share": sum(a == b for a, b in zip(given, target, strict=False)) / len(target)}
-
-    def aggregate(self, results: list[dict[str, float]]) -> float:
-        return sum(result["share"] for result in results) / len(results)
-
-
-def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: float) -> Any:
-    """A LLaVA with seeded random weights; patches of 14 pixels."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=image_side,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=(hidden * 43) // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=1000,
-        initializer_range=spread,
-        eos_token_id=END,
-        pad_token_id=0,
-    )
-    patches = (image_side // 14) ** 2
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=patches
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def examples_for(model: Any, count: int, new_tokens: int, target_tokens: int) -> list[TokenExample]:
-    """Prompts of one random picture and 26 random words."""
-    side, patches = model.config.vision_config.image_size, model.config.image_seq_length
-    made = []
-    for index in range(count):
-        generator = torch.Generator().manual_seed(index)
-        words = torch.randint(WORDS.start, WORDS.stop, (1, 26), generator=generator)
-        ids = torch.cat([torch.full((1, patches), IMAGE), words], dim=1)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.randn(1, 3, side, side, generator=generator),
-        }
-        settings = {"max_new_tokens": new_tokens, "do_sample": False}
-        target = torch.randint(WORDS.start, WORDS.stop, (target_tokens,), generator=generator).tolist()
-        made.append(TokenExample(index, "random", index, inputs, settings, target))
-    return made
-
-
-def plain_head(model: Any, head: Head, heads: int, run: Callable[[], Any]) -> Any:
-    """One run of the model with one head replaced by the mean of the others, by a hook written out here."""
-
-    def replace(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        x = args[0].unflatten(-1, (heads, -1)).clone()
-        x[:, :, head.head] = (x.sum(2) - x[:, :, head.head]) / (heads - 1)
-        return (x.flatten(2),)
-
-    module = model.get_decoder().layers[head.layer].self_attn.o_proj
-    handle = module.register_forward_pre_hook(replace)
-    try:
-        return run()
-    finally:
-        handle.remove()
-
-
-def log_probability(model: Any, example: TokenExample) -> float:
-    """Of the target behind the prompt, by one full forward."""
-    target = torch.tensor([example.target_ids])
-    ids = torch.cat([example.inputs["input_ids"], target], dim=1)
-    longer = example.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    logits = model(**longer, use_cache=False).logits[0, -target.shape[1] - 1 : -1].float()
-    return float(logits.log_softmax(-1).gather(1, target.T).sum())
-
-
-def answer(model: Any, example: TokenExample) -> list[int]:
-    """The greedy answer, by `generate`."""
-    output = model.generate(**example.inputs, **example.settings)
-    tokens: list[int] = output[0, example.inputs["input_ids"].shape[1] :].tolist()
-    return tokens
+CANDIDATES = 50  # a retrieval query's examples, all of which its score needs
+LAYERS, HEADS, HIDDEN, IMAGE_SIDE, ANSWER, TARGET = 8, 8, 256, 168, 16, 3
+TABLE = "| task | examples | answers that differ | plain loop | ours | ratio | largest difference of scores |"
 
 
 @torch.no_grad()
-def by_log_probability(examples_count: int) -> None:
-    """8 layers, 8 heads, hidden 256, 144 image tokens, targets of 3 tokens."""
-    model = small_llava(layers=8, heads=8, hidden=256, image_side=168, spread=0.05)
-    examples = examples_for(model, examples_count, new_tokens=1, target_tokens=3)
-    localization = HeadLocalization(Replayer(Anatomy.of(model)), TokenTask(examples))  # type: ignore[arg-type]
-    heads = localization.heads
-
-    def fast() -> Tensor:
-        drops = torch.stack([localization.log_probability_drop(e)[0] for e in examples])  # type: ignore[arg-type]
-        return drops.sum(0).reshape(8, 8)
-
-    def plain() -> Tensor:
-        drops = torch.zeros(8, 8, dtype=torch.float64)
-        for example in examples:
-            base = log_probability(model, example)
-            for head in heads:
-                drops[head] += base - plain_head(
-                    model, head, 8, lambda example=example: log_probability(model, example)
-                )
-        return drops
-
-    compare("by log-probability", fast, plain, len(examples))
-
-
-@torch.no_grad()
-def by_generation(examples_count: int) -> None:
-    """6 layers, 8 heads, hidden 128, 16 image tokens, answers up to 14 tokens."""
-    model = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.02)
-    examples = examples_for(model, examples_count, new_tokens=14, target_tokens=1)
-    for example in examples:
-        example.target_ids = answer(model, example)[:-1]  # so that edits lower the score
-    task = TokenTask(examples)
-    localization = HeadLocalization(Replayer(Anatomy.of(model)), task)  # type: ignore[arg-type]
-    differing = 0.0
-
-    def fast() -> Tensor:
-        nonlocal differing
-        measured = [localization.measure(e) for e in examples]  # type: ignore[arg-type]
-        differing = sum(float(m.sums["differing_answers"]) for m in measured) / (48 * len(examples))
-        return localization.scores(
-            Totals({name: sum(m.sums[name] for m in measured) for name in measured[0].sums}, {})
+def embedded(count: int, profiled: bool) -> None:
+    """A row a task, each from nothing; together, every task has the same weight."""
+    lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
+    anatomy = Anatomy.of(inner_model(lmm))
+    seconds = {"plain": 0.0, "ours": 0.0}
+    print("the embedded model, by generation; seconds of CPU an example")
+    print(f"{TABLE}\n|---|---:|---:|---:|---:|---:|---|")
+    for name in TASKS:
+        size = CANDIDATES if name == "retrieval" else count
+        # One for each side, since decoded answers are remembered.
+        ours, plain = (
+            TaskExamples(lmm, f"scenes_{name}_discovery", model_name="llava_hf", limit=size) for _ in range(2)
         )
-
-    def plain() -> Tensor:
-        scores = torch.zeros(6, 8)
-        base = [task.score(e.index, task.decode(e.index, answer(model, e))) for e in examples]
-        for head in localization.heads:
-            edited = [
-                plain_head(model, head, 8, lambda example=example: answer(model, example))
-                for example in examples
-            ]
-            results = [task.score(i, task.decode(i, tokens)) for i, tokens in enumerate(edited)]
-            scores[head] = task.aggregate(base) - task.aggregate(results)
-        return scores
-
-    compare("by generation", fast, plain, len(examples))
-    print(f"  answers that differ from the unedited one: {differing:.1%}")
+        localization = HeadLocalization(Replayer(anatomy), ours)
+        clock = beside_plain(name, localization, plain, profiled)
+        for side in seconds:
+            seconds[side] += clock.seconds[side] / size
+    print(f"together: ratio {seconds['plain'] / seconds['ours']:.2f}")
 
 
-def compare(name: str, fast: Callable[[], Tensor], plain: Callable[[], Tensor], count: int) -> None:
-    """Warm both up by running the fast one once; then time one run of each."""
-    fast()
-    start = time.perf_counter()
-    found = fast()
-    middle = time.perf_counter()
-    expected = plain()
-    end = time.perf_counter()
-    worst = float((found - expected).abs().max())
+@torch.no_grad()
+def by_generation(count: int, profiled: bool) -> None:
+    """A LLaVA of 8 layers, 8 heads, hidden 256, 144 image tokens; answers of 16 tokens."""
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    examples = examples_for(model, count, new_tokens=ANSWER, target_tokens=1)
+    for example in examples:
+        example.target_ids = answer(model, example)  # so that edits lower the score
+    task: Any = TokenTask(examples)
+    print("a LLaVA with random weights, by generation of 16 tokens; seconds of CPU an example")
+    print(f"{TABLE}\n|---|---:|---:|---:|---:|---:|---|")
+    beside_plain("random", HeadLocalization(Replayer(Anatomy.of(model)), task), task, profiled)
+
+
+def beside_plain(name: str, localization: HeadLocalization, task: Any, profiled: bool) -> Clock:
+    """Print a row; `task` gives the plain loop the examples that `localization` has."""
+    model = localization.replayer.anatomy.model
+    measured: list[Measurement] = []
+    base: list[Any] = []
+    edited: list[list[Any]] = [[] for _ in localization.heads]
+
+    def plain(index: int) -> None:
+        example = task[index]
+        base.append(task.score(index, task.decode(index, answer(model, example))))
+        for head, results in zip(localization.heads, edited, strict=True):
+            tokens = plain_head(model, head, HEADS, lambda: answer(model, example))
+            results.append(task.score(index, task.decode(index, tokens)))
+
+    clock = Clock()
+    for index in range(len(task)):
+        with clock("ours"):
+            measured.append(localization.measure(localization.examples[index]))
+        with clock("plain"):
+            plain(index)
+    sums = {key: sum(one.sums[key] for one in measured) for key in measured[0].sums}
+    found = localization.metric_drops(Totals(sums, {i: one.record for i, one in enumerate(measured)}))
+    drops = [task.aggregate(base) - task.aggregate(results) for results in edited]
+    expected = torch.tensor(drops, dtype=torch.float64)
+    differing = float(sums["differing_answers"]) / (len(task) * len(edited))
+    ours_s, plain_s = clock.seconds["ours"] / len(task), clock.seconds["plain"] / len(task)
+    worst, largest = float((found - expected).abs().max()), float(expected.abs().max())
     print(
-        f"{name}: {count} examples, plain loop {end - middle:.2f} s, ours {middle - start:.2f} s, "
-        f"ratio {(end - middle) / (middle - start):.2f}; largest difference of scores {worst:.1e} "
-        f"(largest score {float(expected.abs().max()):.2g})"
+        f"| {name} | {len(task)} | {differing:.0%} | {plain_s:.2f} | {ours_s:.3f} | {plain_s / ours_s:.1f} | "
+        f"{worst:.1e} of {largest:.2g} |",
+        flush=True,
+    )
+    if profiled:
+        where(lambda: localization.measure(localization.examples[0]))
+    return clock
+
+
+@torch.no_grad()
+def by_log_probability(count: int, profiled: bool) -> None:
+    """The same LLaVA, targets of 3 tokens."""
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    examples = examples_for(model, count, new_tokens=1, target_tokens=TARGET)
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), TokenTask(examples))  # type: ignore[arg-type]
+
+    def ours(index: int) -> Tensor:
+        return localization.log_probability_drop(examples[index])[0]  # type: ignore[arg-type]
+
+    def plain(index: int) -> Tensor:
+        return plain_drops(model, localization.heads, lambda: log_probability(model, examples[index]))
+
+    in_turn("by log-probability", count, 1, ours, plain, profiled)
+
+
+@torch.no_grad()
+def by_next_token(count: int, profiled: bool) -> None:
+    """V-SEAM on the same LLaVA, where a picture has one question, and where it has five in a row."""
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    for questions in (1, 5):
+        used = max(1, count // questions) * questions
+        examples = examples_for(model, used, new_tokens=1, target_tokens=1, on_a_picture=questions)
+        method = HeadContribution(Replayer(Anatomy.of(model)), TokenTask(examples))  # type: ignore[arg-type]
+
+        def ours(index: int, method: Any = method, examples: Any = examples) -> Tensor:
+            return method.measure(examples[index]).sums["signed"].flatten()
+
+        def plain(index: int, method: Any = method, examples: Any = examples) -> Tensor:
+            return plain_drops(model, method.heads, lambda: next_probability(model, examples[index]))
+
+        in_turn(f"V-SEAM, questions on a picture: {questions}", used, questions, ours, plain, profiled)
+
+
+def plain_drops(model: Any, heads: Sequence[Head], value: Callable[[], float]) -> Tensor:
+    """What a value loses under each head's edit [E]."""
+    base = value()
+    return base - torch.tensor([plain_head(model, head, HEADS, value) for head in heads]).double()
+
+
+def in_turn(
+    name: str,
+    count: int,
+    together: int,
+    ours: Callable[[int], Tensor],
+    plain: Callable[[int], Tensor],
+    profiled: bool,
+) -> None:
+    """Print both ways' times over examples, of which some share work, and the ratio of their arithmetic."""
+    first = range(together)
+
+    def both(way: Callable[[int], Tensor]) -> list[Tensor]:
+        return [way(index) for index in first]
+
+    both(ours)  # the proofs that it is exact
+    clock, worst, largest = Clock(), 0.0, 0.0
+    for index in range(count):
+        with clock("ours"):
+            found = ours(index)
+        with clock("plain"):
+            expected = plain(index)
+        worst = max(worst, float((found - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    floor = multiply_adds(lambda: both(plain)) / multiply_adds(lambda: both(ours))
+    ratio = clock.seconds["plain"] / clock.seconds["ours"]
+    print(
+        f"{name}: {count} examples, plain loop {clock.seconds['plain'] / count:.2f} s of CPU an example, "
+        f"ours {clock.seconds['ours'] / count:.3f}, ratio {ratio:.2f}; ratio of multiply-adds {floor:.2f}; "
+        f"largest difference of drops {worst:.1e} of {largest:.2g}",
+        flush=True,
+    )
+    if profiled:
+        where(lambda: both(ours))
+
+
+def where(run: Callable[[], Any]) -> None:
+    """Print the operations that take most of a call's time, and what all of them together leave."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen, torch.profiler.record_function("all"):
+        run()
+    events = {event.key: event for event in seen.key_averages()}
+    whole = events["all"].cpu_time_total
+    shares = {key: event.self_cpu_time_total / whole for key, event in events.items() if key != "all"}
+    best = sorted(shares, key=lambda key: -shares[key])[:8]
+    rest = 1 - sum(shares.values())
+    print(
+        "  " + ", ".join(f"{key} {shares[key]:.0%}" for key in best) + f"; outside of operations {rest:.0%}"
     )
 
+
+WHAT = {
+    "embedded": embedded,
+    "generation": by_generation,
+    "log_probability": by_log_probability,
+    "next_token": by_next_token,
+}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=3)
-    parser.add_argument("--what", choices=["log_probability", "generation", "both"], default="both")
-    arguments = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=list(WHAT))
+    parser.add_argument("--examples", type=int, default=16, help="of each task; retrieval takes 50")
+    parser.add_argument("--profile", action="store_true")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.what != "generation":
-        by_log_probability(arguments.examples)
-    if arguments.what != "log_probability":
-        by_generation(arguments.examples)
+    for what in given.what:
+        WHAT[what](given.examples, given.profile)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from localization import TokenExample, examples_for, small_llava
+from plain_loop import TokenExample, examples_for, small_llava
 from torch import Tensor
 
 from hones_eval.anatomy import Anatomy

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from localization import small_llava
+from plain_loop import small_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 

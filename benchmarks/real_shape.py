@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from localization import TokenExample, TokenTask
+from plain_loop import TokenExample, TokenTask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -155,9 +155,10 @@ def run(name: str, count: int, trial: bool, heads: int) -> None:
     rate = matmul_rate(device, dtype)
     shape = anatomy.shape
     spread = [Head(layer, layer % shape.heads) for layer in range(shape.layers)][:heads]
-    localization = HeadLocalization(replayer, TokenTask(examples))  # type: ignore[arg-type]
+    task: Any = TokenTask(examples)
+    localization = HeadLocalization(replayer, task)
     passes: dict[str, tuple[Measure, int]] = {
-        "V-SEAM heads (next token)": (HeadContribution(replayer), shape.layers * shape.heads),
+        "V-SEAM heads (next token)": (HeadContribution(replayer, task), shape.layers * shape.heads),
         "HONES heads (generation)": (localization, shape.layers * shape.heads),
         f"HONES neurons ({len(spread)} heads)": (NeuronAttribution(replayer, spread), len(spread)),
     }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from localization import IMAGE, WORDS, TokenExample, plain_head, small_llava
+from plain_loop import IMAGE, WORDS, TokenExample, plain_head, small_llava
 from torch import Tensor
 
 from hones_eval.anatomy import Anatomy

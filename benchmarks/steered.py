@@ -1,16 +1,20 @@
 """What a steering costs at run time: baseline, hooked and folded generations, interleaved.
 
-One process, one thread, the same prompts; printed are medians and their ratios to the baseline. Usage:
+One process, one thread, the same prompts, timed by the thread's CPU time. A round has one generation of each
+kind in random order; printed are the medians over rounds of the ratio to the same round's baseline, with 95 %
+intervals by bootstrap over rounds. `baseline again` shows the noise. Usage:
 
-    python benchmarks/steered.py [--generations 200]
+    python benchmarks/steered.py [--generations 200] [--profile]
 """
 
 import argparse
-import statistics
-import time
+import cProfile
+import pstats
+import random
 
+import numpy as np
 import torch
-from localization import answer, examples_for, small_llava
+from plain_loop import Clock, answer, examples_for, small_llava
 
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
@@ -18,40 +22,66 @@ from hones_eval.sites import neuron_count
 from hones_eval.steer_model import attach_to
 from hones_eval.steering import Steering
 
-WAYS = ("baseline", "hook", "fold")
+WAYS = ("baseline", "baseline again", "hook", "fold")
+WARM_UP, RESAMPLES = 5, 10_000
 
 
-@torch.no_grad()
-def run(generations: int) -> None:
+def steering_of(anatomy: Anatomy) -> Steering:
     """One percent of the neurons times 1.5, and one head of every layer halved."""
-    model = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.02)
-    anatomy = Anatomy.of(model)
     shape = anatomy.shape
     neuron_scales = torch.ones(shape.layers, shape.neurons)
     order = torch.randperm(neuron_scales.numel(), generator=torch.Generator().manual_seed(0))
     neuron_scales.view(-1)[order[: neuron_count(neuron_scales, 0.01)]] = 1.5
     head_scales = torch.ones(shape.layers, shape.heads)
     head_scales[:, 0] = 0.5
-    steering = Steering(head_scales, neuron_scales, Provenance("small", None, shape, "hones", {}, []))
+    return Steering(head_scales, neuron_scales, Provenance("small", None, shape, "hones", {}, []))
+
+
+@torch.no_grad()
+def run(generations: int, profiled: bool) -> None:
+    """A LLaVA of 6 layers, 8 heads, hidden 128; 16 image tokens, answers of up to 14."""
+    model = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.02)
+    anatomy = Anatomy.of(model)
+    steering = steering_of(anatomy)
     example = examples_for(model, 1, new_tokens=14, target_tokens=1)[0]
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(generations + 5):
-        for way in WAYS:
-            attached = None if way == "baseline" else attach_to(anatomy, steering, way)  # type: ignore[arg-type]
+    drawn = random.Random(0)
+    rounds = []
+    for _ in range(WARM_UP + generations):
+        clock = Clock()
+        for way in drawn.sample(WAYS, len(WAYS)):
+            attached = attach_to(anatomy, steering, way) if way in ("hook", "fold") else None  # type: ignore[arg-type]
             answer(model, example)  # not timed: attaching has just touched weights and hooks
-            start = time.perf_counter()
-            answer(model, example)
-            seconds[way].append(time.perf_counter() - start)
+            with clock(way):
+                answer(model, example)
             if attached is not None:
                 attached.detach()
-    medians = {way: statistics.median(times[5:]) for way, times in seconds.items()}
-    print(f"{generations} generations of up to 14 tokens each, baseline {medians['baseline'] * 1e3:.1f} ms")
-    for way in WAYS[1:]:
-        print(f"  {way}: {medians[way] / medians['baseline']:.3f} times the baseline")
+        rounds.append([clock.seconds[way] for way in WAYS])
+    seconds = np.array(rounds[WARM_UP:])
+    print(
+        f"{generations} generations of up to 14 tokens each, baseline {np.median(seconds[:, 0]) * 1e3:.1f} ms"
+    )
+    for way, ratios in zip(WAYS[1:], (seconds[:, 1:] / seconds[:, :1]).T, strict=True):
+        low, high = interval(ratios)
+        print(f"  {way}: {np.median(ratios):.3f} [{low:.3f}, {high:.3f}] times the baseline")
+    if profiled:
+        attach_to(anatomy, steering, "hook")
+        with cProfile.Profile() as profile:
+            for _ in range(10):
+                answer(model, example)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """95 % of the medians of resampled rounds."""
+    drawn = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--generations", type=int, default=200)
+    parser.add_argument("--profile", action="store_true", help="show where a hooked generation's time goes")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    run(parser.parse_args().generations)
+    run(given.generations, given.profile)

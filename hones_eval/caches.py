@@ -67,9 +67,10 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         _, heads, _, width = rows[0].keys.shape
         tokens = max(row.keys.shape[2] for row in rows) + ROOM
-        # Values may be of another width than keys.
-        self._keys = rows[0].keys.new_zeros(len(rows), heads, tokens, width)
-        self._values = rows[0].values.new_zeros(len(rows), heads, tokens, rows[0].values.shape[3])
+        # Values may be of another width than keys. What is not filled here is never read: a row takes part
+        # only up to the tokens that it has.
+        self._keys = rows[0].keys.new_empty(len(rows), heads, tokens, width)
+        self._values = rows[0].values.new_empty(len(rows), heads, tokens, rows[0].values.shape[3])
         for number, row in enumerate(rows):
             self._keys[number, :, : row.keys.shape[2]] = row.keys[0]
             self._values[number, :, : row.keys.shape[2]] = row.values[0]
@@ -92,7 +93,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _with_room(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(*x.shape[:2], ROOM, x.shape[3])], dim=2)
+    return torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], dim=2)
 
 
 class KeptByLayer:

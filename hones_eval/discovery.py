@@ -19,6 +19,7 @@ from hones_eval.methods.vseam import HeadContribution
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
 from hones_eval.sites import neuron_count, top_heads
+from hones_eval.together import Together
 
 Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 
@@ -76,10 +77,8 @@ def _hones(job: Discovery) -> Ranking:
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
     }
     if job.examples.margin_words is not None:
-        report |= {
+        report |= _sharing(localization.together, totals) | {
             "margin": " - ".join(job.examples.margin_words),
-            "prefix_sharing": localization.together.sharing.inexact or "exact",
-            "examples_sharing_a_prefix": int(totals.sums["shared"]),
             "examples_of_neurons": int(neuron_totals.sums["examples"]),
         }
     return Ranking(
@@ -97,10 +96,12 @@ def _vseam(job: Discovery) -> Ranking:
     _refuse_impossible(job)
     shape = job.provenance.shape
     top_heads(torch.zeros(shape.layers, shape.heads), job.heads)  # refuse an impossible number
-    totals = job.loop.run(job.examples, HeadContribution(job.replayer), "heads")
+    contribution = HeadContribution(job.replayer, job.examples)
+    totals = job.loop.run(job.examples, contribution, "heads")
     found = HeadContribution.report(totals, job.heads)
     scores = HeadContribution.scores(totals)
     found["warnings"] += filter(None, [job.examples.one_answer()])
+    found |= _sharing(contribution.together, totals)
     report = _report(job, found["correct_examples"] + found["incorrect_examples"]) | found
     return Ranking(
         provenance=job.provenance,
@@ -191,6 +192,14 @@ def _report(job: Discovery, count: float) -> dict[str, Any]:
     return {
         "examples": int(count),
         "replay": "exact" if job.replayer.inexact is None else f"full forward passes: {job.replayer.inexact}",
+    }
+
+
+def _sharing(together: Together, totals: Totals) -> dict[str, Any]:
+    """What examples on one picture shared."""
+    return {
+        "prefix_sharing": together.sharing.inexact or "exact",
+        "examples_sharing_a_prefix": int(totals.sums["shared"]),
     }
 
 

@@ -1,14 +1,14 @@
 """What is read at the next token behind prompts that show one picture, measured for all of them at once."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
-from hones_eval.passes import SiteEdit
+from hones_eval.passes import SiteEdit, check_finite
 from hones_eval.prefixes import SharedReplayer
 from hones_eval.replay import Replayer
 
@@ -37,14 +37,12 @@ class Together:
     def of(self, example: Example, edits: Sequence[SiteEdit]) -> Read:
         """What is read behind an example's prompt, unedited and under each edit.
 
-        Raises: HonesError when a reading is not finite.
+        Raises: HonesError when a reading is not finite, of this example or of one that shows the same.
         """
         known = self._ahead.pop(example.index, None)
         if known is None or known.edits != list(edits):
             self._ahead = self._measured(self.examples.together(example.index), edits)
             known = self._ahead.pop(example.index)
-        if not bool(torch.isfinite(known.base).all() and torch.isfinite(known.edited).all()):
-            raise HonesError(f"{example.task}, doc_id {example.doc_id}: the logits are not finite")
         return known
 
     def _measured(self, group: Sequence[Example], edits: Sequence[SiteEdit]) -> dict[int, Read]:
@@ -55,6 +53,8 @@ class Together:
             rows = [number[edit] for edit in part.edits]
             for place, member in enumerate(part.members):
                 values = self.read(group[member], part.logits[:, place]).double().cpu()
+                if not bool(torch.isfinite(values).all()):
+                    self._not_finite(group[member])
                 kept = found[member]
                 if kept is None:
                     kept = found[member] = torch.full((len(number), values.shape[1]), torch.nan).double()
@@ -65,3 +65,8 @@ class Together:
             for one, values, length in zip(group, found, shared, strict=True)
             if values is not None
         }
+
+    def _not_finite(self, example: Example) -> NoReturn:
+        where = f"{example.task}, doc_id {example.doc_id}"
+        check_finite(self.sharing.replayer.record(example.inputs, 1), where)
+        raise HonesError(f"{where}: the logits under an edit are not finite")

@@ -264,7 +264,7 @@ def test_sums_do_not_grow_with_the_number_of_examples(load: Callable[[str, str],
     measures = [
         HeadLocalization(task.replayer, task.examples),
         NeuronAttribution(task.replayer, [Head(0, 0), Head(1, 1)]),
-        HeadContribution(task.replayer),
+        HeadContribution(task.replayer, task.examples),
     ]
     largest = [shape.layers * shape.heads, 2 * shape.layers * shape.neurons, shape.layers * shape.heads]
     for measure, size in zip(measures, largest, strict=True):
@@ -287,7 +287,7 @@ def test_activations_that_are_not_finite_are_an_error(
         HonesError, match="hones_vqa document 0: the FFN activations of layer 1 are not finite"
     ):
         NeuronAttribution(replayer, []).measure(task.examples[0])
-    for measure in (HeadLocalization(replayer, task.examples), HeadContribution(replayer)):
+    for measure in (HeadLocalization(replayer, task.examples), HeadContribution(replayer, task.examples)):
         with pytest.raises(HonesError, match="hones_vqa, doc_id 0: the FFN activations of layer 1 are not"):
             measure.measure(task.examples[0])
 

@@ -1,4 +1,4 @@
-"""V-SEAM's head scores: standard errors, subset sizes, and subsets that are empty."""
+"""V-SEAM's head scores: standard errors, subset sizes, subsets that are empty, questions on one picture."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,19 +19,36 @@ from hones_eval.replay import Replayer
 COLOURS = ("red", "green", "blue", "yellow", "white")
 
 
-def examples(family: Family, rights: Sequence[bool | None]) -> list[Example]:
+class Questions:
+    """Examples, of which those on one picture go together, as `TaskExamples` has them."""
+
+    def __init__(self, some: Sequence[Example]) -> None:
+        self.some = some
+
+    def together(self, index: int) -> list[Example]:
+        picture = next(one.image_hashes for one in self.some if one.index == index)
+        return [one for one in self.some if one.image_hashes == picture]
+
+
+def examples(
+    family: Family,
+    rights: Sequence[bool | None],
+    colours: Sequence[str] = COLOURS,
+    question: str = "What is it?",
+) -> list[Example]:
     """Examples whose target is the likeliest token, another one, or (None) nothing at all."""
     made = []
     for index, right in enumerate(rights):
-        inputs = dict(family.inputs("What is it?", [Image.new("RGB", (40, 30), COLOURS[index])]))
+        picture = Image.new("RGB", (40, 30), colours[index])
+        inputs = dict(family.inputs(question.format(index), [picture]))
         likeliest = int(plain.forward(family.model, inputs).logits[-1].argmax())
         ids = [] if right is None else [likeliest if right else (likeliest + 7) % 50 + 20]
-        made.append(Example(index, "drawn", "test", index, inputs, {}, "x", ["x"], ids, [], ""))
+        made.append(Example(index, "drawn", "test", index, inputs, {}, "x", ["x"], ids, [colours[index]], ""))
     return made
 
 
 def measured(family: Family, some: Sequence[Example]) -> Totals:
-    method = HeadContribution(Replayer(Anatomy.of(family.model)))
+    method = HeadContribution(Replayer(Anatomy.of(family.model)), Questions(some))  # type: ignore[arg-type]
     sums, records = method.zeros(), {}
     for one in some:
         result = method.measure(one)
@@ -100,3 +117,16 @@ def test_answers_without_tokens_are_counted_and_named(family: Family) -> None:
         assert torch.equal(scores, HeadContribution.scores(with_tokens)[kind])
     with pytest.raises(TaskError, match="no answer of 2 examples has a token, the first of drawn, doc_id 1"):
         HeadContribution.report(measured(family, [some[1], some[3]]), 3)
+
+
+def test_questions_on_one_picture_share_the_work_up_to_where_they_differ(family: Family) -> None:
+    colours = ("red", "red", "red", "blue", "blue", "green")
+    some = examples(family, [True, None, False, True, True, False], colours, "What is number {}, and why?")
+    totals = measured(family, some)
+    assert totals.sums["shared"] == 4  # of the five on pictures with others one has no answer
+    items = [plain.Item(one.inputs, {}, one.target_ids) for one in some if one.target_ids]
+    expected = plain.vseam_heads(family.model, items)
+    assert expected["correct"] == totals.sums["correct"] == 3
+    for kind, scores in HeadContribution.scores(totals).items():
+        worst = (scores.double() - expected[kind]).abs().max() / expected[kind].abs().max()
+        assert worst <= 1e-5, (kind, worst)

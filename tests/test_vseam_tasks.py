@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import plain
 import pytest
 from loguru import logger
 from PIL import Image
 
 from hones_eval.__main__ import main
 from hones_eval.errors import TaskError
-from hones_eval.examples import TaskExamples, load_lmm
+from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.examples.tasks import build_task
 from hones_eval.pictures import image_hash
+from hones_eval.ranking import Ranking
 from hones_eval.tasks.vseam import data, write
 
 GREEDY = "max_new_tokens=4"
@@ -303,3 +305,36 @@ def test_the_real_pairs(photos: Path, llava: Any, monkeypatch: pytest.MonkeyPatc
             assert edited.image_hashes == [image_hash(shown)]
         assert clean.image_hashes != edited.image_hashes
         assert clean.text_hash == edited.text_hash
+
+
+def test_vseam_ranks_questions_on_one_picture_by_their_shared_prefix(
+    llava: Any, llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """POPE asks six questions of a picture one after the other; scores are those of plain forwards."""
+    monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path))
+    shown = [1, 1, 1, 2, 3, 3]
+    lines = [
+        {
+            "question_id": i,
+            "image": f"COCO_val2014_{number:012d}.jpg",
+            "text": f"Is there a {'very ' * i}black dog?",
+            "label": "yes" if i % 2 else "no",
+        }
+        for i, number in enumerate(shown)
+    ]
+    (tmp_path / "pope_popular.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for number, colour in zip((1, 2, 3), ("red", "green", "blue"), strict=True):
+        picture(tmp_path / "val2014" / f"COCO_val2014_{number:012d}.jpg", colour)
+    arguments = ["--model", "llava_hf", "--model_args", f"pretrained={llava_checkpoint}", "--heads", "4"]
+    arguments += ["--tasks", "vseam_pope_popular", "--gen_kwargs", GREEDY, "--out", str(tmp_path / "ranking")]
+    assert main(["rank", "--method", "vseam", *arguments]) == 0
+    ranking = Ranking.load(tmp_path / "ranking")
+    assert ranking.report is not None
+    assert (ranking.report["prefix_sharing"], ranking.report["examples_sharing_a_prefix"]) == ("exact", 5)
+    pope = examples(llava, "vseam_pope_popular")
+    recorded = [pope[index] for index in range(len(pope))]
+    items = [plain.Item(one.inputs, one.settings, one.target_ids) for one in recorded]
+    expected = plain.vseam_heads(inner_model(llava), items)["signed"]
+    assert ranking.head_scores is not None
+    assert (ranking.head_scores - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert [pope.share(rank, 2) for rank in (0, 1)] == [[0, 1, 2, 4, 5], [3]]

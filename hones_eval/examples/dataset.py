@@ -168,9 +168,9 @@ class TaskExamples(Dataset[Example]):
         return bool(shown) and self._print(index - 1)[1] == shown
 
     def share(self, rank: int, ranks: int) -> list[int]:
-        """A rank's part of the examples; candidates of one query stay together."""
-        if self.margin_words is None:
-            return list(range(rank, len(self), ranks))
+        """A rank's part of the examples; neighbours that show the same pictures stay together."""
+        if ranks == 1:
+            return list(range(len(self)))
         groups: list[list[int]] = []
         for index in range(len(self)):
             if index and self._shares_pictures(index):

@@ -7,21 +7,26 @@ from torch import Tensor
 
 from hones_eval import readouts
 from hones_eval.errors import TaskError
-from hones_eval.examples import Example
+from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
-from hones_eval.passes import check_finite, replaced_by_mean
+from hones_eval.passes import replaced_by_mean
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head, top_heads
+from hones_eval.together import Together
 
 KINDS = ("signed", "positive", "negative")
 
 
 class HeadContribution:
-    """One pass: signed, positive and negative scores of every head (V-SEAM 3)."""
+    """One pass: signed, positive and negative scores of every head (V-SEAM 3).
 
-    def __init__(self, replayer: Replayer) -> None:
-        """Score all heads of the replayer's model."""
+    Questions on one picture share the work up to where they differ.
+    """
+
+    def __init__(self, replayer: Replayer, examples: TaskExamples) -> None:
+        """Score all heads of the replayer's model on `examples`."""
         self.replayer = replayer
+        self.together = Together(replayer, examples, _probability_and_correct)
         shape = replayer.anatomy.shape
         self.heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
 
@@ -30,7 +35,7 @@ class HeadContribution:
         shape = self.replayer.anatomy.shape
         names = [*KINDS, *map(_squares, KINDS)]
         sums = {name: torch.zeros(shape.layers, shape.heads, dtype=torch.float64) for name in names}
-        counts = ("correct", "incorrect", "without_tokens", "p")
+        counts = ("correct", "incorrect", "without_tokens", "p", "shared")
         return sums | {name: torch.zeros((), dtype=torch.float64) for name in counts}
 
     def measure(self, example: Example) -> Measurement:
@@ -42,20 +47,15 @@ class HeadContribution:
         if not example.target_ids:
             sums["without_tokens"] += 1
             return Measurement(sums, f"{example.task}, doc_id {example.doc_id}")
-        passes = self.replayer.record(example.inputs, 1)
-        check_finite(passes, f"{example.task}, doc_id {example.doc_id}")
-        first = torch.tensor(example.target_ids[:1], device=passes.base_logits.device)
-        p = readouts.answer_probability(passes.base_logits, first)
-        for rows in passes.edited(replaced_by_mean(self.heads)):
-            drops = (p - readouts.answer_probability(rows.logits[:, 0], first)).tolist()
-            for head, drop in zip(rows.heads, drops, strict=True):
-                sums["signed"][head] = drop
-        # "Correct" as the paper counts it: the likeliest token is one of the answer's tokens.
-        correct = int(passes.base_logits[0].argmax()) in example.target_ids
+        found = self.together.of(example, replaced_by_mean(self.heads))
+        p, correct = found.base.tolist()
+        for edit, value in zip(found.edits, found.edited[:, 0].tolist(), strict=True):
+            sums["signed"][edit.site] = p - value
         sums["positive" if correct else "negative"] = (sums["signed"] * (1 if correct else -1)).clamp(min=0)
         sums |= {_squares(kind): sums[kind].square() for kind in KINDS}
         sums["correct" if correct else "incorrect"] += 1
-        sums["p"] += float(p)
+        sums["p"] += p
+        sums["shared"] += found.shared > 0
         return Measurement(sums)
 
     @staticmethod
@@ -108,6 +108,18 @@ class HeadContribution:
             "standard_errors": {kind: None if e is None else e.tolist() for kind, e in errors.items()},
             "warnings": warnings,
         }
+
+
+def _probability_and_correct(example: Example, logits: Tensor) -> Tensor:
+    """For logits [rows, vocabulary] the probability of the answer's first token, and correctness: [rows, 2].
+
+    "Correct" as the paper counts it: the likeliest token is one of the answer's tokens.
+    """
+    if not example.target_ids:  # beside others on its picture; nothing is read of it
+        return torch.zeros(len(logits), 2)
+    ids = torch.tensor(example.target_ids, device=logits.device)
+    correct = torch.isin(logits.argmax(-1), ids)
+    return torch.stack([readouts.answer_probability(logits, ids[:1]), correct.float()], dim=1)
 
 
 def _squares(kind: str) -> str:

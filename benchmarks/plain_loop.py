@@ -1,0 +1,177 @@
+"""What the benchmarks share: a small model, its examples, the plain loop of one head at a time, and a clock.
+
+The plain loop is written out here, with a hook of its own; nothing of the package takes part in it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from hones_eval.margin import Margin
+from hones_eval.sites import Head
+
+IMAGE, END, WORDS = 5, 2, range(10, 1000)
+
+
+@dataclass
+class TokenExample:
+    """The part of an Example that localization reads."""
+
+    index: int
+    task: str
+    doc_id: int
+    inputs: dict[str, Tensor]
+    settings: dict[str, Any]
+    target_ids: list[int]
+    margin: Margin | None = None
+    is_distractor: bool = False
+
+
+class TokenTask:
+    """Scores answers by the share of tokens that equal the target's; text is the tokens themselves."""
+
+    higher_is_better = True
+    is_mean = True
+    metric = "share"
+
+    def __init__(self, examples: list[TokenExample]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> TokenExample:
+        return self.examples[index]
+
+    def together(self, index: int) -> list[TokenExample]:
+        picture = self.examples[index].inputs.get("pixel_values")
+        return [one for one in self.examples if one.inputs.get("pixel_values") is picture]
+
+    def decode(self, index: int, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def score(self, index: int, text: str) -> dict[str, float]:
+        target = self.examples[index].target_ids
+        given = [int(word) for word in text.split()]
+        return {"share": sum(a == b for a, b in zip(given, target, strict=False)) / len(target)}
+
+    def aggregate(self, results: list[dict[str, float]]) -> float:
+        return sum(result["share"] for result in results) / len(results)
+
+
+def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: float) -> Any:
+    """A LLaVA with seeded random weights; patches of 14 pixels."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_side,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=(hidden * 43) // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=1000,
+        initializer_range=spread,
+        eos_token_id=END,
+        pad_token_id=0,
+    )
+    patches = (image_side // 14) ** 2
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=patches
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def examples_for(
+    model: Any, count: int, new_tokens: int, target_tokens: int, on_a_picture: int = 1
+) -> list[TokenExample]:
+    """Prompts of one random picture and 26 random words; so many in a row on one picture."""
+    side, patches = model.config.vision_config.image_size, model.config.image_seq_length
+    made = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        words = torch.randint(WORDS.start, WORDS.stop, (1, 26), generator=generator)
+        ids = torch.cat([torch.full((1, patches), IMAGE), words], dim=1)
+        if index % on_a_picture == 0:
+            picture = torch.randn(1, 3, side, side, generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+        settings = {"max_new_tokens": new_tokens, "do_sample": False}
+        target = torch.randint(WORDS.start, WORDS.stop, (target_tokens,), generator=generator).tolist()
+        made.append(TokenExample(index, "random", index, inputs, settings, target))
+    return made
+
+
+def plain_head(model: Any, head: Head, heads: int, run: Callable[[], Any]) -> Any:
+    """One run of the model with one head replaced by the mean of the others, by a hook written out here."""
+
+    def replace(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0].unflatten(-1, (heads, -1)).clone()
+        x[:, :, head.head] = (x.sum(2) - x[:, :, head.head]) / (heads - 1)
+        return (x.flatten(2),)
+
+    module = model.get_decoder().layers[head.layer].self_attn.o_proj
+    handle = module.register_forward_pre_hook(replace)
+    try:
+        return run()
+    finally:
+        handle.remove()
+
+
+def log_probability(model: Any, example: TokenExample) -> float:
+    """Of the target behind the prompt, by one full forward."""
+    target = torch.tensor([example.target_ids])
+    ids = torch.cat([example.inputs["input_ids"], target], dim=1)
+    longer = example.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    logits = model(**longer, use_cache=False).logits[0, -target.shape[1] - 1 : -1].float()
+    return float(logits.log_softmax(-1).gather(1, target.T).sum())
+
+
+def next_probability(model: Any, example: TokenExample) -> float:
+    """Of the target's first token at the prompt's end, by one full forward."""
+    logits = model(**example.inputs, use_cache=False).logits[0, -1].float()
+    return float(logits.softmax(-1)[example.target_ids[0]])
+
+
+def answer(model: Any, example: TokenExample) -> list[int]:
+    """The greedy answer, by `generate`."""
+    output = model.generate(**example.inputs, **example.settings)
+    tokens: list[int] = output[0, example.inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+class Clock:
+    """Adds up the CPU time of this thread, which other work on the machine disturbs less than wall time."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.thread_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - start
+
+
+def multiply_adds(run: Callable[[], Any]) -> float:
+    """Of the matrix products and of attention in what a call computes."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        run()
+    return counter.get_total_flops() / 2
