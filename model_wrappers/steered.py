@@ -119,7 +119,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """As `generate_until`, for log-likelihoods where the base wrapper has them."""
-        answers = self._answer("loglikelihood", requests)
+        with self._watched.proving_forward():
+            answers = self._answer("loglikelihood", requests)
         self._watched.check_ran()
         return answers
 

@@ -148,12 +148,34 @@ class WatchedGenerate:
         if self._model.__dict__.get("generate") is self:
             del self._model.generate
 
+    @contextmanager
+    def proving_forward(self) -> Iterator[None]:
+        """Prove on the first forward pass within the block that the steering acts; nothing is generated."""
+        handle = self._model.register_forward_hook(self._prove_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _prove_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._unproven:
+            return None
+        self._unproven = False
+        try:
+            self._compare(output.logits, lambda: model(*args, **kwargs).logits)
+        except Exception as error:
+            raise self.failed(error) from error
+        return model(*args, **kwargs)  # the steering is on again, and its edits have run
+
     def _prove(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._compare(self._next_logits(args, kwargs), lambda: self._next_logits(args, kwargs))
+
+    def _compare(self, steered: Tensor, logits: Callable[[], Tensor]) -> None:
+        """Compare steered logits with those that the model gives while the steering is off."""
         assert self._attached is not None
-        steered = self._next_logits(args, kwargs)
         self.check_ran()
         self._attached.detach()
-        plain = self._next_logits(args, kwargs)
+        plain = logits()
         self._attached = self._reattach()
         if torch.equal(steered, plain):
             raise EditError(

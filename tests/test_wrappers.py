@@ -8,6 +8,7 @@ import lmms_eval.models
 import pytest
 import torch
 from lmms_eval import evaluator
+from lmms_eval.api.instance import Instance
 from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.models.simple.llava_hf import LlavaHf
@@ -306,6 +307,74 @@ def test_a_steering_that_changes_no_logit_is_an_error(
     allowed, requests = build(llava, steering=str(tmp_path / "ones"), allow_noop=True)
     baseline, _ = build(llava)
     assert answers_of(allowed, requests) == answers_of(baseline, requests)
+
+
+def test_a_steering_that_changes_no_logit_ends_an_evaluation(
+    evaluate: Evaluate, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    write_steering(checkpoints["llava"], tmp_path / "ones", seed=0, spread=0.0)
+    pretrained = f"pretrained={checkpoints['llava']}"
+    with pytest.raises(HonesError, match="changes no logit of the first input"):
+        evaluate("hones_llava", f"{pretrained},steering={tmp_path / 'ones'}")
+    allowed = evaluate("hones_llava", f"{pretrained},steering={tmp_path / 'ones'},allow_noop=true")
+    assert texts(allowed) == texts(evaluate("hones_llava", pretrained))
+
+
+class Scoring(LlavaHf):
+    """Log-likelihoods by one forward pass each; those of `llava_hf` fail on transformers 5."""
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        scored = []
+        for _, choice, visual, doc_id, task, split in [request.args for request in requests]:
+            pictures = visual(self.task_dict[task][split][doc_id])
+            inputs = self._image_processor(text=f"<image>\n{choice}", images=pictures, return_tensors="pt")
+            with torch.inference_mode():
+                output = self.model(**inputs, labels=inputs["input_ids"])
+            scored.append((-float(output.loss), False))
+        return scored
+
+
+class SteeredScoring(Steered, Scoring):
+    base_wrapper = "llava_hf"
+
+
+def likelihoods(requests: list[Any]) -> list[Instance]:
+    """The requests of a multiple-choice task on the pictures of `requests`, two choices each."""
+    asked = []
+    for request in requests:
+        context, _, visual, doc_id, task, split = request.args
+        asked += [
+            Instance(
+                request_type="loglikelihood",
+                arguments=(context, choice, visual, doc_id, task, split),
+                idx=k,
+                metadata={"task": task, "doc_id": doc_id, "repeats": 1},
+            )
+            for k, choice in enumerate(("red", "green"))
+        ]
+    return asked
+
+
+@pytest.mark.parametrize("attach", ["hook", "fold"])
+def test_log_likelihoods_prove_that_the_steering_acts(
+    build: Build, checkpoints: dict[str, Path], steerings: dict[str, Path], tmp_path: Path, attach: str
+) -> None:
+    """A task of log-likelihoods alone never calls `generate`."""
+    write_steering(checkpoints["llava"], tmp_path / "ones", seed=0, spread=0.0)
+    idle, requests = build(SteeredScoring, steering=str(tmp_path / "ones"), attach=attach)
+    asked = likelihoods(requests)
+    with pytest.raises(HonesError, match=r"doc 0: the steering changes no logit of the first input"):
+        idle.loglikelihood(asked)
+    plain = build(Scoring, device="cpu", device_map="cpu")[0].loglikelihood(asked)
+    allowed, _ = build(SteeredScoring, steering=str(tmp_path / "ones"), attach=attach, allow_noop=True)
+    assert allowed.loglikelihood(asked) == build(SteeredScoring)[0].loglikelihood(asked) == plain
+
+    steering = str(steerings["llava"])
+    proven, _ = build(SteeredScoring, steering=steering, attach=attach)
+    unproven, _ = build(SteeredScoring, steering=steering, allow_noop=True)
+    first, found = proven.loglikelihood(asked[:1]), proven.loglikelihood(asked)
+    assert found == unproven.loglikelihood(asked) != plain
+    assert first == found[:1]
 
 
 def answers_of(lm: Any, requests: list[Any]) -> list[str]:
