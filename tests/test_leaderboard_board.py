@@ -1,9 +1,13 @@
 """From folders to rows: reading, pairing, refusing, marking; nothing is lost for one bad file."""
 
 import csv
+import html
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,36 @@ def test_everything_written_is_named_and_the_same_again(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
         ["comparisons", "index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.svg"]
     )
+
+
+MAKE = """
+import sys
+from pathlib import Path
+from hones_eval.leaderboard import make_board
+out, *logs = map(Path, sys.argv[1:])
+make_board(logs, out, resamples=199, pictures=False)
+"""
+
+
+def test_another_process_and_another_order_of_logs_give_the_same_bytes(tmp_path: Path) -> None:
+    """Hashes of texts are other ones in every process, and order nothing."""
+    anls = {"exact_match": exact, "anls": lambda answer, gold: 1.0 if answer == gold else 0.25}
+    for k, task in enumerate(("shapes", "letters")):
+        questions = Questions.drawn(task, per_picture=2, seed=k)
+        for date, steered in ((BASE_DATE, None), (DATE, Steered())):
+            answers = questions.answers(0.8 if steered else 0.6, k)
+            folder = tmp_path / f"logs{k}"
+            write_run(folder, questions, answers, date=date, steered=steered, metrics=anls, media=True)
+    for seed, logs in (("1", ("logs0", "logs1")), ("2", ("logs1", "logs0"))):
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", MAKE, seed, *logs]
+        subprocess.run(command, cwd=tmp_path, env=env, timeout=120, check=True)
+    one, two = (
+        {path.relative_to(tmp_path / seed): path.read_bytes() for path in (tmp_path / seed).rglob("*.*")}
+        for seed in "12"
+    )
+    assert len(one) == 6
+    assert one == two
 
 
 def test_pages_of_an_earlier_board_go_and_other_files_stay(tmp_path: Path) -> None:
@@ -322,6 +356,60 @@ def test_a_steering_that_changes_nothing_is_noted(tmp_path: Path) -> None:
     assert row.verdict == "no clear difference"
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "reason"),
+    [
+        (
+            "base_model",
+            [{"id": "tiny/llava", "revision": "a1"}, {"id": "tiny/llava", "revision": "b2"}],
+            "the base revision is b2 here and a1 in the baseline",
+        ),
+        (
+            "base_wrapper",
+            ["llava_hf", "llava_onevision"],
+            "the base wrapper is llava_onevision here and llava_hf in the baseline",
+        ),
+    ],
+)
+def test_a_base_of_another_revision_or_wrapper_is_refused(
+    tmp_path: Path, key: str, values: list[object], reason: str
+) -> None:
+    write_pair(tmp_path)
+    for path, value in zip(sorted(tmp_path.rglob("hones_manifest_*")), values, strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    board = board_of(tmp_path)
+    assert not board.rows
+    assert reasons(board) == [reason]
+
+
+def test_several_models_and_seeds_are_each_compared_with_their_own(tmp_path: Path) -> None:
+    """Two models, each with a baseline and a steering of two seeds: four rows, ranked within a model."""
+    for m, base in enumerate(("tiny/one", "tiny/two")):
+        for s in (0, 7):
+            options: dict[str, Any] = {"base": base, "seeds": (s, 1, 1, 1)}
+            before, after = QUESTIONS.answers(0.5, 10 * m + s), QUESTIONS.answers(0.7, 10 * m + s + 1)
+            write_run(tmp_path, QUESTIONS, before, date=f"20260102_0304{m}{s}", **options)
+            steered = Steered(provenance=provenance("shapes"))
+            write_run(tmp_path, QUESTIONS, after, date=f"20260102_0305{m}{s}", steered=steered, **options)
+    board = make_board([tmp_path], tmp_path / "out", resamples=99, pictures=False)
+    assert not board.unranked
+    found = [(row.pair.steered.base.name, row.pair.steered.seeds[0], row.rank) for row in board.rows]
+    assert {(base, seed) for base, seed, _ in found} == {
+        (base, seed) for base in ("tiny/one", "tiny/two") for seed in (0, 7)
+    }
+    assert sorted((base, rank) for base, _, rank in found) == [
+        (base, rank) for base in ("tiny/one", "tiny/two") for rank in (1, 2)
+    ]
+    for row in board.rows:
+        assert row.pair.baseline.base == row.pair.steered.base
+        assert row.pair.baseline.seeds == row.pair.steered.seeds
+    listed = list(csv.DictReader((tmp_path / "out" / "leaderboard.csv").open()))
+    assert len({(row["base"], row["steering"]) for row in listed}) == 4
+    assert all(f"seed {seed}" in " ".join(row["steering"] for row in listed) for seed in (0, 7))
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert '<select data-filter="base">' in index
+
+
 def test_reused_examples_are_counted_and_flagged(tmp_path: Path) -> None:
     seen = make_logs._hashes(QUESTIONS.pictures[:7])
     by_picture = Steered("s/a", "a", provenance=provenance("elsewhere", images=seen))
@@ -572,6 +660,52 @@ def test_filters_of_one_task_are_rows_of_their_own(tmp_path: Path) -> None:
     assert set(rows) == {"strict", "flexible"}
     assert (rows["strict"].gained, rows["strict"].lost) == (0, 0)
     assert (rows["flexible"].gained or 0) > 0
+
+
+def test_a_folder_full_of_damage_costs_the_good_rows_nothing(tmp_path: Path) -> None:
+    """Every kind of damage in one folder: the good row is as it would be alone, and each has its line."""
+    write_pair(tmp_path / "good")
+    (alone,) = board_of(tmp_path / "good").rows
+    logs = tmp_path / "all"
+    write_pair(logs)
+    paths = {}
+    for k, kind in enumerate(("results", "samples", "orphan", "twice", "hostile", "manifest")):
+        hostile = ["<script>x</script>\x07\u202e" + "A" * 1_000_000] * 60
+        answers = hostile if kind == "hostile" else AFTER
+        date = f"20260102_0400{k:02d}"
+        paths[kind] = write_run(logs, QUESTIONS, answers, steered=Steered(f"s/{kind}", kind), date=date)
+    write_run(logs, QUESTIONS, BEFORE, steered=Steered("s/twice", "twice"), date="20260102_040003")
+    older = write_run(logs, QUESTIONS, BEFORE, steered=Steered(), date="20260101_000000")
+    paths["results"].write_bytes(paths["results"].read_bytes()[:200])
+    samples = paths["samples"].with_name("20260102_040001_samples_shapes.jsonl")
+    samples.write_bytes(samples.read_bytes()[:-30])
+    paths["orphan"].unlink()
+    (manifest,) = paths["manifest"].parent.glob("hones_manifest_77_20260102_040005*")
+    manifest.write_text('{"format": "hones-eval run manifest"')
+    number = write_run(logs, QUESTIONS, AFTER, steered=Steered("s/nan", "nan"), date="20260102_040009")
+    content = json.loads(number.read_text())
+    content["results"]["shapes"]["exact_match,none"] = math.nan
+    number.write_text(json.dumps(content))
+
+    board = make_board([logs], tmp_path / "out", resamples=199, pictures=False)
+    rows = {row.pair.steered.steering.path: row for row in board.rows if row.pair.steered.steering}
+    assert set(rows) == {"steerings/one", "s/hostile", "s/nan", "s/manifest"}
+    good = rows["steerings/one"]
+    assert good.comparison == alone.comparison
+    assert (good.gained, good.lost, good.n) == (alone.gained, alone.lost, alone.n)
+    assert rows["s/nan"].verdict == "not judged"
+    for name in ("index.html", "leaderboard.md"):
+        text = html.unescape((tmp_path / "out" / name).read_text()).replace("\\", "")
+        for line in (
+            "20260102_040000_results.json: truncated or not JSON",
+            "20260102_040001_samples_shapes.jsonl has 1 lines that are not samples (first: line 60)",
+            "20260102_040002_samples_shapes.jsonl: samples without a results file",
+            "60 examples more than once: two runs were written to one file",
+            "hones_manifest_77_20260102_040005_shapes_rank0.json is not valid JSON",
+            "a newer run of the same thing is used",
+        ):
+            assert line in text, (name, line)
+    assert older.name.removesuffix("_results.json") in (tmp_path / "out" / "leaderboard.csv").read_text()
 
 
 def test_a_single_results_file_can_be_given(tmp_path: Path) -> None:
