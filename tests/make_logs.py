@@ -263,14 +263,14 @@ def _write_manifest(
     (place / f"hones_manifest_77_{date}_{questions.task}_rank0.json").write_text(json.dumps(content))
 
 
-_HASHES: dict[int, str] = {}
+_HASHES: dict[int, tuple[Image.Image, str]] = {}  # with the picture, so that its id is not given again
 
 
 def _hashes(pictures: Sequence[Image.Image]) -> list[str]:
     for picture in pictures:
         if id(picture) not in _HASHES:
-            _HASHES[id(picture)] = image_hash(picture)
-    return [_HASHES[id(picture)] for picture in pictures]
+            _HASHES[id(picture)] = (picture, image_hash(picture))
+    return [_HASHES[id(picture)][1] for picture in pictures]
 
 
 def provenance(

@@ -241,10 +241,45 @@ def test_few_examples_get_the_wider_ends_of_bca_and_t() -> None:
         assert one.interval.method == "BCa bootstrap and t over examples"
         assert one.interval.low == pytest.approx(min(low, bca[0][k]))
         assert one.interval.high == pytest.approx(max(high, bca[1][k]))
-        assert "only 20 independent units" in one.note
+        assert one.note == "only 20 of 20 examples differ: the interval can be too narrow"
     (many,) = paired.compare_graded(np.random.default_rng(3).normal(0.1, 1, (100, 1)), resamples=199)
     assert many.interval is not None
     assert (many.interval.method, many.note) == ("BCa bootstrap over examples", "")
+
+
+@pytest.mark.parametrize(("different", "joined"), [(24, True), (25, False)])
+def test_many_examples_of_which_few_differ_get_them_too(different: int, joined: bool) -> None:
+    drawn = np.zeros((400, 2))
+    drawn[:different, 0] = np.random.default_rng(different).normal(0.3, 0.3, different)
+    drawn[:, 1] = np.random.default_rng(1).normal(0.1, 1, 400)
+    few, all_of_them = paired.compare_graded(drawn, resamples=999)
+    bca = paired.bca_of_means(drawn, np.ones(400), seed=0, resamples=999)
+    low, high = t_interval(drawn[:, 0].tolist())
+    assert few.interval is not None
+    assert all_of_them.interval is not None
+    assert (few.interval.low, few.interval.high) == pytest.approx(
+        (min(low, bca[0][0]), max(high, bca[1][0])) if joined else (bca[0][0], bca[1][0])
+    )
+    note = "only 24 of 400 examples differ: the interval can be too narrow" if joined else ""
+    name = "BCa bootstrap and t over examples" if joined else "BCa bootstrap over examples"
+    assert (few.interval.method, few.note) == (name, note)
+    assert (all_of_them.interval.low, all_of_them.interval.high) == (bca[0][1], bca[1][1])
+    assert (all_of_them.interval.method, all_of_them.note) == ("BCa bootstrap over examples", "")
+
+
+def test_a_corpus_metric_of_which_few_items_differ_gets_them_too() -> None:
+    """As a mean it has the interval of the mean, here to the resampling."""
+    after = np.zeros(300)
+    after[:20] = np.random.default_rng(2).normal(0.5, 0.5, 20)
+    found = compare_corpus(np.mean, [0.0] * 300, after.tolist(), resamples=1999)
+    (direct,) = paired.compare_graded(after[:, None], resamples=1999)
+    assert found.interval is not None
+    assert direct.interval is not None
+    assert found.interval.method == "BCa bootstrap and t over examples, metric recomputed"
+    assert found.note == direct.note == "only 20 of 300 examples differ: the interval can be too narrow"
+    width = direct.interval.high - direct.interval.low
+    ends = (direct.interval.low, direct.interval.high)
+    assert (found.interval.low, found.interval.high) == pytest.approx(ends, abs=0.08 * width)
 
 
 def test_the_t_interval_of_pictures_is_that_of_their_means_where_all_have_as_many_questions() -> None:

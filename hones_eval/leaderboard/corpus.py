@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from hones_eval.leaderboard.statistics import (
-    FEW_UNITS,
     Comparison,
     Effect,
     Integers,
     Test,
+    are_few,
     bca_ends,
     both,
     checked_interval,
@@ -41,8 +41,8 @@ def compare_corpus(
             then ends at the first that does (Besag and Clifford 1991).
         level: of the interval.
 
-    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks; with fewer than
-    `FEW_UNITS` examples or pictures the smallest that also holds the jackknife's t interval. Test:
+    Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks; with few examples or
+    pictures, or few whose items differ, the smallest that also holds the jackknife's t interval. Test:
     approximate randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random.
     Effect: the difference relative to the baseline.
     """
@@ -64,10 +64,12 @@ def compare_corpus(
         )
     jackknife = np.array(left_out)
     low, high = bca_ends(np.array([observed]), boot[:, None], jackknife[:, None], level=level)
-    if len(places) < FEW_UNITS:
+    different = sum(any(baseline[k] != steered[k] for k in place) for place in places)
+    if are_few(len(places), different):
         low, high = both((low, high), t_of_jackknife(observed, jackknife, level=level))
     unit = "examples" if clusters is None else "pictures"
-    interval, note = checked_interval(low[0], high[0], f"over {unit}, metric recomputed", len(places))
+    how = ", metric recomputed"
+    interval, note = checked_interval(low[0], high[0], unit, len(places), different, how)
     p = _exchange_p(metric, baseline, steered, places, observed, generator, (resamples, most))
     base = metric(list(baseline))
     effect = Effect(observed / abs(base), "relative change") if base else None

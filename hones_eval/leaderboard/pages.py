@@ -22,6 +22,7 @@ from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.scales import Scales, read_scales
+from hones_eval.leaderboard.statistics import FEW_DIFFERENT
 from hones_eval.leaderboard.text import one_line, shown
 from hones_eval.leaderboard.views import (
     clearest_first,
@@ -60,6 +61,7 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         unranked=[_left_out(one.run.steering, one) for one in board.unranked],
         unreadable=[one_line(one, 400) for one in board.unreadable],
         tested=tested_rows(board),
+        few=FEW_DIFFERENT,
         seed=board.seed,
         resamples=board.resamples,
         corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),

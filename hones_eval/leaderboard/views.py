@@ -14,6 +14,7 @@ from hones_eval.leaderboard.board import Board, Row
 from hones_eval.leaderboard.drawing import interval_svg
 from hones_eval.leaderboard.identity import SPLITS
 from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.statistics import FEW_DIFFERENT, FEW_UNITS
 from hones_eval.leaderboard.text import number, one_line, probability, slug
 
 CSS = {"better": "better", "worse": "worse"}
@@ -22,8 +23,8 @@ METHODS = {
     "McNemar exact": "right/wrong answers; a fair coin for each answer that changed (McNemar 1947).",
     "Bonett-Price": "95 % interval of a paired difference of proportions (Bonett and Price 2012).",
     "BCa bootstrap": "95 % interval, bias-corrected and accelerated (Efron 1987), from paired resamples.",
-    "BCa bootstrap and t": "with fewer than 100 examples or pictures: the smallest interval that holds both "
-    "the BCa one and Student's t.",
+    "BCa bootstrap and t": f"with fewer than {FEW_UNITS} examples or pictures, or fewer than {FEW_DIFFERENT} "
+    "that differ: the smallest interval that holds both the BCa one and Student's t.",
     "sign flips": "paired randomization test: the sign of each difference at random (Fisher 1935).",
     "exchange": "approximate randomization: answers exchanged between the runs (Riezler and Maxwell 2005).",
     "Cohen's g": "effect: the share of changed answers that were gained, less one half.",
