@@ -19,8 +19,11 @@ from hones_eval.leaderboard import make_board
 TASK, BASE = "generated_vqa", "generated/llava"
 
 
-def write_logs(folder: Path, runs: int, examples: int) -> int:
-    """Write logs as lmms-eval does, quickly; returns their size in bytes."""
+def write_logs(folder: Path, runs: int, examples: int, changed: float = 0.1) -> int:
+    """Write logs as lmms-eval does, quickly; returns their size in bytes.
+
+    `changed` is the share of examples whose score a steered run draws anew.
+    """
     place = folder / BASE.replace("/", "__")
     place.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -36,7 +39,7 @@ def write_logs(folder: Path, runs: int, examples: int) -> int:
     base = generator.choice([0.0, 0.3, 0.6, 0.9, 1.0], examples, p=[0.4, 0.05, 0.05, 0.1, 0.4])
     size = 0
     for run in range(runs):
-        graded = np.where(generator.random(examples) < 0.1 * (run > 0), generator.permutation(base), base)
+        graded = np.where(generator.random(examples) < changed * (run > 0), generator.permutation(base), base)
         date = f"2026{1 + run // 86_400:04d}_{run % 86_400:06d}"
         lines = [
             f'{head}, "filtered_resps": "answer {value}", "exact_match": {float(value == 1)}, '
