@@ -2,7 +2,7 @@
 
     python benchmarks/scenes_study.py --out leaderboards/scenes/study --work runs
 
-1. `study`: six tasks, scales chosen on pictures as they are, tested on others as they are and shifted.
+1. `study`: seven tasks, scales chosen on pictures as they are, tested on others as they are and shifted.
 2. `study` on shifted pictures alone, with scales that are chosen on shifted ones and learned a hundred times
    faster: the most favourable case, since only there the model has something left to learn.
 3. `compare`: which neurons in which layers, groups that tasks share, the cross-task matrix.
@@ -13,6 +13,7 @@ Rankings, steerings and groups stay in the work folder; a second run goes on fro
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -21,24 +22,33 @@ from scenes_board import CHECKPOINT, run_ours
 from hones_eval.comparison import group_name
 from hones_eval.toy import checkpoint_path
 
-TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding")
-SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr")
+TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding", "retrieval_margin")
+SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "retrieval_margin")
+MORE = 5  # times as many candidates as examples of other tasks; ten make one query
 MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
 KEPT = ("*.md", "*.json", "*.csv", "*.png")
 
 
 def study(work: Path, out: Path, examples: int, test: int) -> Path:
     """Both studies; where their rankings are."""
-    sizes = ("--heads", "8", "--limit", str(examples), "--test_limit", str(test))
     plain, shifted = work / "scenes_study", work / "scenes_study_shifted"
-    names = ",".join(f"scenes_{task}" for task in TASKS)
-    run_ours("study", *MODEL, "--tasks", names, *sizes, "--out", str(plain))
-    names = ",".join(f"scenes_{task}_shifted" for task in SHIFTED)
+    names = [f"scenes_{task}" for task in TASKS]
+    run_ours("study", *MODEL, *sizes(names, limit=examples, test_limit=test), "--out", str(plain))
+    names = [f"scenes_{task}_shifted" for task in SHIFTED]
     fast = ("--shifted=", "--methods", '["hones"]', "--learning_rate", "0.05")
-    run_ours("study", *MODEL, "--tasks", names, *sizes, *fast, "--out", str(shifted))
+    run_ours("study", *MODEL, *sizes(names, limit=examples, test_limit=test), *fast, "--out", str(shifted))
     keep(plain, out)
     keep(shifted, out / "shifted")
     return plain / "rankings"
+
+
+def sizes(names: list[str], **limits: int) -> tuple[str, ...]:
+    """Flags for tasks, with more candidates than there are examples of the others."""
+    retrieval = [name for name in names if "retrieval" in name]
+    flags = ["--tasks", ",".join(names), "--heads", "8"]
+    for name, limit in limits.items():
+        flags += [f"--{name}", str(limit), f"--{name}s", json.dumps(dict.fromkeys(retrieval, MORE * limit))]
+    return tuple(flags)
 
 
 def ranking(rankings: Path, task: str) -> Path:
@@ -47,10 +57,9 @@ def ranking(rankings: Path, task: str) -> Path:
 
 def compare(work: Path, out: Path, rankings: Path, test: int) -> None:
     folders = [str(ranking(rankings, task)) for task in TASKS]
-    names = ",".join(f"scenes_{task}" for task in TASKS)
     made = work / "scenes_compare"
-    flags = ("--heads", "8", "--limit", str(test), "--out", str(made))
-    run_ours("compare", *folders, *MODEL, "--tasks", names, *flags)
+    flags = sizes([f"scenes_{task}" for task in TASKS], limit=test)
+    run_ours("compare", *folders, *MODEL, *flags, "--out", str(made))
     keep(made, out / "compare")
 
 
@@ -65,7 +74,8 @@ def verify(work: Path, out: Path, rankings: Path, test: int) -> None:
 
 
 def verified(bank: Path, task: str, out: Path, test: int) -> None:
-    flags = ("--tasks", f"scenes_{task}", "--limit", str(test), "--out", str(out))
+    limit = MORE * test if "retrieval" in task else test
+    flags = ("--tasks", f"scenes_{task}", "--limit", str(limit), "--out", str(out))
     run_ours("verify", "--ranking", str(bank), *MODEL, *flags)
 
 

@@ -104,7 +104,8 @@ def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
 
 def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:
     folder = study.out / "rankings" / task.name / method
-    source = provenance(study.replayer.anatomy, task.discovery, method, study.settings, study.seed)
+    settings = study.settings | {"metric": task.discovery.metric}
+    source = provenance(study.replayer.anatomy, task.discovery, method, settings, study.seed)
     if (folder / "ranking.json").exists():
         known = Ranking.load(folder)
         made, wanted = known.provenance, source

@@ -67,6 +67,7 @@ BY_NAME: tuple[tuple[str, Adapter], ...] = (
     ("refcoco*bbox_rec*", box("bbox")),
     ("refcoco*", captions("answer")),
     ("hones_caption*", captions("references")),
+    ("hones_flickr30k", captions("references")),
 )
 COLUMNS = (
     *("answer", "answers", "gold", "target", "gt", "ground_truth", "label", "correct_answer"),

@@ -248,8 +248,13 @@ def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
         assert main(["compare", *given, "--out", str(tmp_path)]) == 1
         assert complaint in own_answers.complaint(capsys.readouterr().err)
     given = own.command("compare", *pair, "--limit", 6, "--out", tmp_path)
-    assert main(given) == 1
-    assert "4 of the 6 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
+    for limits, complaint in (
+        ([], "4 of the 6 pictures of own_a"),
+        (["--limits", '{"own_a": 5}'], "4 of the 5 pictures of own_a"),
+        (["--limits", '{"own_b": 5}'], "--limits names own_b, which is none of --tasks own_a"),
+    ):
+        assert main([*given, *limits]) == 1
+        assert complaint in own_answers.complaint(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
     assert list(load_named(folders[::2])) == ["own_a", "own_b"]
     assert group_name(("a", "b")) == "a+b"

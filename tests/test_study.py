@@ -116,6 +116,24 @@ def test_a_study_tests_on_no_picture_that_it_chose_on(
     assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
 
 
+def test_a_task_can_have_limits_of_its_own(
+    own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--limits", '{"own_b": 2}', "--test_limit", "5", "--test_limits", '{"own_a": 4}']
+    assert main(arguments(own, splits, tmp_path, "--methods", '["hones"]', *few)) == 0
+    report = json.loads((tmp_path / "study.json").read_text())
+    assert report["examples"] == {
+        "own_a": {"test": 4, "development": 3},
+        "own_b": {"test": 5, "development": 2},
+    }
+    counts = [Ranking.load(tmp_path / "rankings" / one / "hones").provenance for one in ("own_a", "own_b")]
+    assert [one.examples[0].count for one in counts] == [4, 2]
+    capsys.readouterr()
+    assert main(arguments(own, splits, tmp_path, "--limits", '{"own_c": 2}')) == 1
+    said = own_answers.complaint(capsys.readouterr().err)
+    assert "--limits names own_c, which is none of --tasks own_a,own_b" in said
+
+
 def test_a_task_without_a_helpful_head_is_named(own: own_answers.Prepared) -> None:
     ranking = Ranking.load(own.rankings / "hones")
     none = dataclasses.replace(ranking, report=ranking.report | {"heads_with_positive_score": 0})

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval import comparison_report
-from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.commands.shared import DType, Job, Rows, limits_of, say
 from hones_eval.comparison import Comparison, Crossing, cross, load_named
 from hones_eval.comparison_levels import Sharing, levels_of, sharing
 from hones_eval.errors import HonesError
@@ -21,6 +21,7 @@ def compare(
     tasks: str | None = None,
     include_path: Path | None = None,
     limit: int | None = None,
+    limits: dict[str, int] | None = None,
     offset: int = 0,
     gen_kwargs: str | None = None,
     dtype: DType = "auto",
@@ -43,6 +44,8 @@ def compare(
         tasks: tasks to measure on, a,b,c, with other pictures than the rankings'.
         include_path: a folder with more task YAML files.
         limit: use at most so many examples of each task.
+        limits: the limit of single tasks in place of that of all, {"hones_retrieval": 2500}, where an
+            example is a candidate.
         offset: skip so many examples of each task first.
         gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
@@ -62,15 +65,16 @@ def compare(
     first = True
     if model is not None and tasks is not None:
         names = tasks.split(",")
+        few = limits_of(names, limit, limits, "limits")
         chosen: dict[str, Any] = {
             "include_path": include_path,
-            "limit": limit,
             "offset": offset,
             "gen_kwargs": gen_kwargs,
         }
         machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
-        job = Job.open(model, model_args, names[0], **chosen, **machine)  # type: ignore[arg-type]
-        examples = [job.examples, *(job.on(name, **chosen).examples for name in names[1:])]
+        job = Job.open(model, model_args, names[0], limit=few[names[0]], **chosen, **machine)  # type: ignore[arg-type]
+        others = [job.on(name, limit=few[name], **chosen).examples for name in names[1:]]
+        examples = [job.examples, *others]
         crossings = cross(comparison, job.replayer, examples, job.loop, seed)
         first = job.loop.is_first
     if first:

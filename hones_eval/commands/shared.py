@@ -1,6 +1,7 @@
 """What several commands do alike: open a model with a task's examples, and speak."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -113,6 +114,17 @@ class Job:
             "metric": self.examples.metric,
             "dtype": self.dtype,
         } | others
+
+
+def limits_of(
+    names: Sequence[str], limit: int | None, limits: Mapping[str, int] | None, flag: str
+) -> dict[str, int | None]:
+    """Every task's own limit, or that of all. Raises: HonesError when `limits` names another task."""
+    own = limits or {}
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise HonesError(f"--{flag} names {unknown[0]}, which is none of --tasks {','.join(names)}")
+    return {name: own.get(name, limit) for name in names}
 
 
 def say(line: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval import study_report
-from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.commands.shared import DType, Job, Rows, limits_of, say
 from hones_eval.discovery import Method
 from hones_eval.errors import HonesError
 from hones_eval.fitting import FitSettings
@@ -23,6 +23,8 @@ def study(
     include_path: Path | None = None,
     limit: int | None = None,
     test_limit: int | None = None,
+    limits: dict[str, int] | None = None,
+    test_limits: dict[str, int] | None = None,
     gen_kwargs: str | None = None,
     heads: int = 30,
     neurons: float = 0.01,
@@ -52,6 +54,9 @@ def study(
         include_path: a folder with more task YAML files.
         limit: use at most so many examples for discovery and as many for development.
         test_limit: use at most so many examples of each test.
+        limits: the limit of single tasks in place of that of all, {"hones_retrieval": 2500}, where an
+            example is a candidate.
+        test_limits: the same for tests.
         gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
         heads: how many heads to condition neurons on.
         neurons: the share of all neurons to select, 0.01 for one percent.
@@ -69,17 +74,19 @@ def study(
     if len(set(names)) < len(names):
         raise HonesError(f"--tasks {tasks}: a task is named twice")
     chosen: dict[str, Any] = {"include_path": include_path, "gen_kwargs": gen_kwargs}
+    few = limits_of(names, limit, limits, "limits")
+    tested = limits_of(names, test_limit, test_limits, "test_limits")
     machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
     elsewhere = _elsewhere(names, shifted)
-    job = Job.open(model, model_args, f"{names[0]}_discovery", limit=limit, **chosen, **machine)  # type: ignore[arg-type]
+    job = Job.open(model, model_args, f"{names[0]}_discovery", limit=few[names[0]], **chosen, **machine)  # type: ignore[arg-type]
 
     def splits(name: str) -> TaskSplits:
         return TaskSplits(
             name,
-            job.on(f"{name}_discovery", limit=limit, **chosen).examples,
-            job.on(f"{name}_development", limit=limit, **chosen).examples,
-            job.on(name, limit=test_limit, **chosen).examples,
-            job.on(elsewhere[name], limit=test_limit, **chosen).examples if name in elsewhere else None,
+            job.on(f"{name}_discovery", limit=few[name], **chosen).examples,
+            job.on(f"{name}_development", limit=few[name], **chosen).examples,
+            job.on(name, limit=tested[name], **chosen).examples,
+            job.on(elsewhere[name], limit=tested[name], **chosen).examples if name in elsewhere else None,
         )
 
     plan = Study(

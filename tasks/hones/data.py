@@ -62,24 +62,28 @@ def entries(low: float = 0.0, high: float = 1.0) -> list[Entry]:
 
 def annotation_file() -> Path:
     """Find the annotation file that `HONES_EVAL_DATA` names."""
-    given = os.environ.get(VARIABLE)
-    if not given:
-        raise TaskError(
-            f"set {VARIABLE} to a folder of pictures with one JSON file of annotations, or to the file"
-        )
-    path = Path(given).expanduser()
+    path = named_by(VARIABLE, "a folder of pictures with one JSON file of annotations, or the file")
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise TaskError(f"{VARIABLE}={given}: there is no such file or folder")
     found = [one for one in sorted(path.glob("*.json")) if _is_unified(one)]
     if len(found) != 1:
         names = ", ".join(one.name for one in found) or "none"
         raise TaskError(
-            f'{VARIABLE}={given}: it should hold one JSON file {{"data": [...]}} of annotations, and has '
+            f'{VARIABLE}={path}: it should hold one JSON file {{"data": [...]}} of annotations, and has '
             f"{names}; name the file itself"
         )
     return found[0]
+
+
+def named_by(variable: str, what: str) -> Path:
+    """The folder or file that an environment variable names. Raises: TaskError when there is none."""
+    given = os.environ.get(variable)
+    if not given:
+        raise TaskError(f"set {variable} to {what}")
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise TaskError(f"{variable}={given}: there is no such file or folder")
+    return path
 
 
 def place(file_name: str) -> float:
@@ -88,20 +92,21 @@ def place(file_name: str) -> float:
 
 
 def _is_unified(path: Path) -> bool:
-    content = _json(path)
+    content = read_json(path)
     data = content.get("data") if isinstance(content, dict) else None
     return isinstance(data, list) and bool(data) and isinstance(data[0], dict) and "image_info" in data[0]
 
 
 def _content(path: Path) -> list[Any]:
-    content = _json(path)
+    content = read_json(path)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list) or not data:
         raise TaskError(f'{path} is not of the form {{"data": [entry, ...]}} with at least one entry')
     return data
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A file's JSON. Raises: TaskError when it is not."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

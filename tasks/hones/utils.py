@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,11 +17,13 @@ from hones_eval.errors import TaskError
 from hones_eval.pictures import whole_pictures
 from hones_eval.tasks.hones import retrieval
 from hones_eval.tasks.hones.data import Entry, annotation_file, entries
+from hones_eval.tasks.hones.elsewhere import DATA_SETS, entries_elsewhere
 
 BOX_WIDTH = 3
 
 
-# Documents. Each takes the one-row data set of a file in splits/, which names a share of the pictures.
+# Documents. Each takes the one-row data set of a file in splits/, which names a share of the pictures, or
+# another data set.
 
 
 def vqa_docs(split: Dataset) -> Dataset:
@@ -63,17 +66,17 @@ def grounding_docs(split: Dataset) -> Dataset:
 
 def retrieval_docs(split: Dataset) -> Dataset:
     """One document a candidate: each picture's first caption, then the captions of others most like it."""
-    chosen = entries(split[0]["low"], split[0]["high"])
+    path, chosen = _chosen(split)
     captions = [_captions(entry) for entry in chosen]
     pool = [(text, owner) for owner, texts in enumerate(captions) for text in texts]
     texts, owners = [text for text, _ in pool], [owner for _, owner in pool]
     negatives = retrieval.hard_negatives([texts[0] for texts in captions], texts, owners)
     fewest = min(map(len, negatives))
     if fewest == 0:
-        raise TaskError(f"{annotation_file()}: retrieval needs captions of at least two pictures in a split")
+        raise TaskError(f"{path}: retrieval needs captions of at least two pictures in a split")
     if fewest < retrieval.NEGATIVES:
         logger.warning(
-            f"hones_retrieval: {len(chosen)} pictures give as few as {fewest} negatives a query, "
+            f"{path}: {len(chosen)} pictures give as few as {fewest} negatives a query, "
             f"not {retrieval.NEGATIVES}: NDCG@5 comes out higher than with all"
         )
     rows = []
@@ -87,7 +90,7 @@ def retrieval_docs(split: Dataset) -> Dataset:
 
 
 def _rows(split: Dataset, row: Callable[[Entry], dict[str, Any] | None]) -> Dataset:
-    chosen = entries(split[0]["low"], split[0]["high"])
+    path, chosen = _chosen(split)
     rows, faults = [], []
     for entry in chosen:
         try:
@@ -104,14 +107,16 @@ def _rows(split: Dataset, row: Callable[[Entry], dict[str, Any] | None]) -> Data
             f"{faults[0]}; so it is with {len(faults)} of {len(chosen)} entries: mend or remove them"
         )
     if len(rows) < len(chosen):
-        logger.warning(
-            f"{annotation_file()}: {len(chosen) - len(rows)} of {len(chosen)} entries have no such annotation"
-        )
+        logger.warning(f"{path}: {len(chosen) - len(rows)} of {len(chosen)} entries have no such annotation")
     if not rows:
-        raise TaskError(
-            f"{annotation_file()}: none of {len(chosen)} entries of this split has the annotation"
-        )
+        raise TaskError(f"{path}: none of {len(chosen)} entries of this split has the annotation")
     return Dataset.from_list(rows)
+
+
+def _chosen(split: Dataset) -> tuple[Path, list[Entry]]:
+    """The annotation file, and the entries of it that a split stands for."""
+    name, low, high = split[0]["name"], split[0]["low"], split[0]["high"]
+    return entries_elsewhere(name) if name in DATA_SETS else (annotation_file(), entries(low, high))
 
 
 def _base(entry: Entry) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _base(entry: Entry) -> dict[str, Any]:
 
 
 def _answers(entry: Entry) -> list[str]:
-    """The ten answers under either of their two names, or the one answer alone."""
+    """The answers of several people, under either of their two names."""
     vqa = entry.need("vqa")
     for key in ("answers", "all_answers"):
         if vqa.get(key):
@@ -129,9 +134,12 @@ def _answers(entry: Entry) -> list[str]:
 
 def _captions(entry: Entry) -> list[str]:
     try:
-        return [str(one["caption"]).strip() for one in entry.need("captions")]
+        texts = [str(one["caption"]).strip() for one in entry.need("captions")]
     except (TypeError, KeyError):
         raise TaskError(f'{entry.name}: its captions are not of the form [{{"caption": ...}}, ...]') from None
+    if not all(texts):
+        raise TaskError(f"{entry.name}: caption {texts.index('')} of it is empty")
+    return texts
 
 
 # Pictures
@@ -216,6 +224,12 @@ def vqa_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, flo
     said = normalize(answers[0])
     agrees = [normalize(one) == said for one in doc["answers"]]
     return {"vqa_accuracy": statistics.mean(min(1.0, (sum(agrees) - one) / 3) for one in agrees)}
+
+
+def exact_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """Whether the answer is the gold one, as for GQA, which has one; both normalized as on EvalAI."""
+    normalize = EvalAIAnswerProcessor()
+    return {"exact_match": float(normalize(answers[0]) == normalize(doc["answers"][0]))}
 
 
 def ocr_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:

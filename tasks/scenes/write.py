@@ -26,8 +26,10 @@ def task_files() -> dict[Path, str]:
         for variant in ("plain", "shifted")
         for split in SPLITS
     ]
-    by_margin = [*(("plain", split) for split in SPLITS), ("shifted", "test")]
-    return dict([*files, *(_file("retrieval_margin", variant, split) for variant, split in by_margin)])
+    by_margin = [
+        _file("retrieval_margin", variant, split) for variant in ("plain", "shifted") for split in SPLITS
+    ]
+    return dict([*files, *by_margin])
 
 
 def _file(task: str, variant: str, split: str, folder: str | None = None) -> tuple[Path, str]:
