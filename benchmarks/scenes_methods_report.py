@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from hones_eval import figures
-from hones_eval.artefact import write_json, write_text
+from hones_eval.artefact import read_json, write_json, write_text
 from hones_eval.comparison import by_layer
 from hones_eval.comparison_report import csv_table, markdown_table
 from hones_eval.sites import Neuron, top_neurons
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
 SIZES = ("0.25%", "0.50%", "1.00%", "2.00%", "5.00%")
+COLUMNS = 4  # of panels
 Rows = list[dict[str, Any]]
 
 
@@ -82,6 +84,12 @@ def ranks(task: "Task", count: int = 3) -> Rows:
 
 def flat(name: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
     return {name: estimate["value"], f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
+
+
+def known(out: Path) -> dict[str, dict[str, Any]]:
+    """The reports by task that lie in a folder already."""
+    path = out / "methods.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def write(reports: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -190,10 +198,20 @@ def with_interval(row: Mapping[str, Any]) -> str:
     return f"{row['drop']:.3f} [{row['drop_low']:.3f}, {row['drop_high']:.3f}]"
 
 
+def panels(figure: Figure, count: int, **shared: bool) -> list[Axes]:
+    """`count` panels in two rows; places that are left over stay empty."""
+    every = figure.subplots(2, COLUMNS, **shared).flatten()
+    for axes in every[count:]:
+        axes.set_axis_off()
+    for axes in every[count - COLUMNS : count]:
+        axes.tick_params(labelbottom=True)
+    return list(every[:count])
+
+
 def curves(reports: Sequence[Mapping[str, Any]]) -> Figure:
     """Drop by share of neurons masked, a panel a task and a line a ranking, with intervals."""
-    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
-    every = figure.subplots(2, 3, sharex=True).flatten()[: len(reports)]
+    figure = Figure(figsize=(13.0, 5.6), layout="constrained")
+    every = panels(figure, len(reports), sharex=True)
     sizes = [float(size.rstrip("%")) for size in SIZES]
     colours = dict(zip(("truth", *METHODS), ("black", *figures.COLOURS[:5], figures.GREY), strict=True))
     for axes, report in zip(every, reports, strict=True):
@@ -214,9 +232,9 @@ def curves(reports: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(
             f"{report['task']} ({report['metric']}, unedited {report['baseline']:.2f})", fontsize=9
         )
-    for axes in every[3:]:
+    for axes in every[-COLUMNS:]:
         axes.set_xlabel("neurons masked, % of all")
-    for axes in every[::3]:
+    for axes in every[::COLUMNS]:
         axes.set_ylabel("drop")
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
@@ -224,8 +242,8 @@ def curves(reports: Sequence[Mapping[str, Any]]) -> Figure:
 
 def layers_figure(reports: Sequence[Mapping[str, Any]]) -> Figure:
     """Where the top 1 % of HONES, of projection without heads and of the truth are, a panel a task."""
-    figure = Figure(figsize=(9.5, 4.8), layout="constrained")
-    every = figure.subplots(2, 3, sharex=True, sharey=True).flatten()[: len(reports)]
+    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
+    every = panels(figure, len(reports), sharex=True, sharey=True)
     shown = {"truth": "black", "hones": figures.COLOURS[0], "dvp": figures.COLOURS[1]}
     for axes, report in zip(every, reports, strict=True):
         known = {row["scores"]: row["top_by_layer"] for row in report["agreement"]}
@@ -235,9 +253,9 @@ def layers_figure(reports: Sequence[Mapping[str, Any]]) -> Figure:
             axes.bar(places, [n / total for n in known[name]], 0.26, color=colour, label=name)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title(report["task"], fontsize=9)
-    for axes in every[3:]:
+    for axes in every[-COLUMNS:]:
         axes.set_xlabel("layer")
-    for axes in every[::3]:
+    for axes in every[::COLUMNS]:
         axes.set_ylabel("of the top 1 %")
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
