@@ -55,7 +55,8 @@ def scores_of(lmm: Any, replayer: Replayer, name: str, study: Path, work: Path) 
     """The study's rankings, HONES with other heads and weights, and the ground truth."""
     folder = study / "rankings" / f"scenes_{name}"
     rankings = {method: Ranking.load(folder / method) for method in METHODS}
-    truth = load_ground_truth().effects[name]["neurons"]
+    # Of a margin the truth is that of the words: the log-probability of the same Yes or No at the same token.
+    truth = load_ground_truth().effects[name.removesuffix("_margin")]["neurons"]
     hones = rankings["hones"]
     scores = {method: one.neuron_scores for method, one in rankings.items()}
     scores |= {"truth": truth.log_probability}

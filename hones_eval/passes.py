@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,7 +80,18 @@ def check_finite(passes: Passes, where: str) -> None:
     """
     if bool(torch.isfinite(passes.base_logits).all()):
         return
-    for layer, z in enumerate(passes.base_neurons()):
+    _refuse(passes.base_neurons(), where)
+
+
+def refuse_not_finite(anatomy: Anatomy, inputs: Mapping[str, Any], where: str) -> NoReturn:
+    """Raise HonesError as `check_finite` does, for the model as it is now, by a pass of its own."""
+    with recording(anatomy.neurons_in) as kept, torch.no_grad():
+        anatomy.model(**inputs, use_cache=False)
+    _refuse([kept[site.name] for site in anatomy.neurons_in], where)
+
+
+def _refuse(neurons: Sequence[Tensor], where: str) -> NoReturn:
+    for layer, z in enumerate(neurons):
         if not bool(torch.isfinite(z).all()):
             raise HonesError(f"{where}: the FFN activations of layer {layer} are not finite")
     raise HonesError(f"{where}: the model's logits are not finite")

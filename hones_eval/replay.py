@@ -212,8 +212,9 @@ class Replay:
         edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
         written = self._on_read(layer, site.module, edited)
         attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
+        mixed = self._rows(attended, len(edits))
         with (
-            standing_in(self.anatomy.attentions[layer], returning(call.attended, attended)),
+            standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)),
             standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)

@@ -14,6 +14,7 @@ from lmms_eval.utils import apply_template
 from hones_eval.errors import TaskError
 
 MOST_REFERENCES = 5
+NONSENSE = "~"
 
 
 class Gold(NamedTuple):
@@ -100,7 +101,7 @@ def choose(
     Raises: TaskError naming what was tried and how to name the target.
     """
     candidates = _candidates(task, metric, docs[0], native, override)
-    nonsense = score(["~"] * len(docs))
+    nonsense = score([NONSENSE] * len(docs))
     tried: list[tuple[Candidate, float | str]] = []
     for candidate in candidates:
         value = _tried(candidate, docs, score)
@@ -117,11 +118,25 @@ def choose(
 def _tried(
     candidate: Candidate, docs: Sequence[Mapping[str, Any]], score: Callable[[list[str]], float]
 ) -> float | str:
-    """The score of a candidate's gold answers, or why there is none."""
+    """The score of a candidate's gold answers, or why there is none.
+
+    A document without one counts as answered by nonsense: how many there are is asked of all of them, later.
+    """
+    answers, why = [], ""
+    for doc in docs:
+        try:
+            answers.append(candidate.adapter(doc).references[0])
+        except (LookupError, TypeError, ValueError) as error:
+            answers.append(NONSENSE)
+            why = f"no text ({type(error).__name__})"
+        except TaskError as error:
+            return str(error)
+    if all(one == NONSENSE for one in answers):
+        return why
     try:
-        return float(score([candidate.adapter(doc).references[0] for doc in docs]))
+        return float(score(answers))
     except (LookupError, TypeError, ValueError) as error:
-        return f"no text ({type(error).__name__})"
+        return f"cannot be scored ({type(error).__name__})"
     except TaskError as error:
         return str(error)
 

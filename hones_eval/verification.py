@@ -52,6 +52,7 @@ def verify(job: Verification) -> dict[str, Any]:
     banks = choose_banks(job)
     steerings = {name: masked(job.ranking, bank) for name, bank in banks.items() if bank}
     totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "verify")
+    measured = Measured(job.examples, answered(totals), job.seed)
     return {
         "format": "hones-eval verification",
         "package_version": __version__,
@@ -64,9 +65,9 @@ def verify(job: Verification) -> dict[str, Any]:
         "bank_sizes": {name: len(bank) for name, bank in banks.items()},
         "warnings": [
             *(f"no {name} head has a score above 0, so none was masked" for name in banks if not banks[name]),
-            *filter(None, [job.examples.one_answer()]),
+            *filter(None, [job.examples.one_answer(), measured.nothing_to_lose()]),
         ],
-        **Measured(job.examples, answered(totals), job.seed).report(),
+        **measured.report(),
     }
 
 
@@ -136,6 +137,12 @@ class Measured:
             "random": {what: self._spread(what) for what in self.values},
             "beyond_random": {name: self._beyond(name) for name in chosen},
         }
+
+    def nothing_to_lose(self) -> str | None:
+        """What to say where the model scores 0 with nothing masked; None where it does not."""
+        if self.sign < 0 or float(self.values["metric"].observed[0]) != 0:
+            return None
+        return "the model scores 0 with nothing masked, so that masking costs nothing says nothing"
 
     def drops(self, name: str) -> dict[str, Any]:
         """One bank's values, and its absolute and relative drops; a drop is a loss, whatever the metric."""

@@ -9,6 +9,7 @@ import own_answers
 import plain
 import pytest
 import torch
+from drawn_data import write_folder
 from torch import Tensor
 
 from hones_eval.__main__ import main
@@ -147,6 +148,27 @@ def test_fit_takes_the_steps_of_a_plain_loop(
     assert not model.training
     if settings.limit == 0.25:
         assert float((found.scales - 1).abs().max()) == pytest.approx(0.25)
+
+
+def test_retrieval_is_learned_from_yes_and_no(
+    replayer: Replayer, lmm: Any, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate teaches the word that is right for it, at the one token where the margin is read."""
+    monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "drawn", 3)))
+    examples = TaskExamples(lmm, "hones_retrieval", model_name=own_answers.MODEL, offset=9, limit=COUNT)
+    right = [examples.document(i)["positive"] for i in range(COUNT)]
+    yes, no = (examples._tokenizer.convert_tokens_to_ids(word) for word in ("ĠYes", "ĠNo"))
+    assert [examples[i].target_ids for i in range(COUNT)] == [[yes] if one else [no] for one in right]
+    assert sum(right) == 1
+    settings = FitSettings(learning_rate=0.05)
+    found = fit(replayer, examples, BANK, settings, loop)
+    expected, losses = plain_fit(replayer.anatomy.model, examples, settings)
+    torch.testing.assert_close(
+        torch.stack([found.scales[neuron] for neuron in BANK]), 1 + expected, rtol=0, atol=2e-4
+    )
+    assert float(expected.abs().max()) > 0.05
+    first = sum(losses[:COUNT]) / COUNT
+    assert found.report["epoch_losses"][0]["cross_entropy"] == pytest.approx(first, rel=1e-3)
 
 
 def test_only_the_bank_is_trained_and_no_second_model_is_kept(replayer: Replayer) -> None:

@@ -23,6 +23,9 @@ PLAIN_EDITS = (
     plain.Edit(2, 0),
     plain.Edit(1, 2, "zero head"),
     plain.Edit(0, 41, "zero neuron"),
+    plain.Edit(0, 7, "zero neuron"),
+    plain.Edit(2, 12, "zero neuron"),
+    plain.Edit(2, 13, "zero neuron"),
 )
 
 

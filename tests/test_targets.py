@@ -77,6 +77,11 @@ def test_answers_that_are_not_there_are_said() -> None:
         chosen(docs, "question", task="vqav2_test")
 
 
+def test_a_document_without_an_answer_does_not_hide_those_of_the_others() -> None:
+    docs = [*DOCS[:3], DOCS[3] | {"label": ""}]
+    assert chosen(docs, "label").target == "right 0"
+
+
 @pytest.mark.parametrize(
     ("value", "texts"),
     [

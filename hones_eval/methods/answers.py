@@ -12,6 +12,7 @@ from hones_eval.decoding import cut_at_end, repeat_example
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
+from hones_eval.passes import refuse_not_finite
 from hones_eval.replay import Replayer
 from hones_eval.steering import Steering
 
@@ -87,9 +88,9 @@ class AnswersUnder:
         results: dict[str, dict[str, Any]],
     ) -> Answer:
         if not bool(torch.isfinite(first).all()):
-            raise HonesError(
-                f"{example.task}, doc_id {example.doc_id}: the logits are not finite under {name}"
-            )
+            with editing(self._row_edits(tuple(one for one in [name] if one != BASELINE))):
+                where = f"{example.task}, doc_id {example.doc_id}, under {name}"
+                refuse_not_finite(self.anatomy, example.inputs, where)
         if example.margin is not None:
             said = margin.as_text(float(example.margin.of(first)))
         else:

@@ -15,6 +15,7 @@ from hones_eval.attach import Edit, editing
 from hones_eval.decoding import Decoder
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example
+from hones_eval.passes import refuse_not_finite
 from hones_eval.sites import Neuron
 
 
@@ -93,7 +94,8 @@ class AnswerLoss:
                 original = self._logits(inputs, len(target))
         loss = answer_loss(scaled, original, target, self.scales.a, self.beta, self.penalty)
         if not bool(torch.isfinite(loss.total)):
-            raise HonesError(f"{where}: the loss is not finite")
+            with self.scales.attached():
+                refuse_not_finite(self.scales.anatomy, inputs, where)
         return loss
 
     def _logits(self, inputs: dict[str, Tensor], count: int) -> Tensor:
