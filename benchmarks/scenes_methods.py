@@ -19,7 +19,7 @@ import scenes_methods_report
 import torch
 from safetensors.torch import load_file, save_file
 from scenes_board import CHECKPOINT
-from scenes_study import MORE, TASKS
+from scenes_study import CANDIDATES, TASKS
 from torch import Tensor
 
 from hones_eval.anatomy import Anatomy
@@ -178,7 +178,7 @@ def main() -> None:
     for name in given.tasks:
         task = scores_of(lmm, replayer, name, given.study, given.work)
         banks = banks_of(task, seed=0)
-        limit = MORE * given.limit if "retrieval" in name else given.limit
+        limit = int(CANDIDATES["test_limit"] * given.limit) if "retrieval" in name else given.limit
         found, metric = measured(lmm, replayer, task, banks, given.work, limit)
         reports[name] = scenes_methods_report.task_report(task, banks, found, metric)
     scenes_methods_report.write([reports[name] for name in TASKS if name in reports], given.out)

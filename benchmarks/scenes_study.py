@@ -24,7 +24,7 @@ from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding", "retrieval_margin")
 SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr")
-MORE = 5  # times as many candidates as examples of other tasks; ten make one query
+CANDIDATES = {"limit": 5, "test_limit": 2.5}  # times as many for retrieval, where ten make one query
 MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
 KEPT = ("*.md", "*.json", "*.csv", "*.png")
 
@@ -47,7 +47,8 @@ def sizes(names: list[str], **limits: int) -> tuple[str, ...]:
     retrieval = [name for name in names if "retrieval" in name]
     flags = ["--tasks", ",".join(names), "--heads", "8"]
     for name, limit in limits.items():
-        flags += [f"--{name}", str(limit), f"--{name}s", json.dumps(dict.fromkeys(retrieval, MORE * limit))]
+        more = dict.fromkeys(retrieval, int(CANDIDATES[name] * limit))
+        flags += [f"--{name}", str(limit), f"--{name}s", json.dumps(more)]
     return tuple(flags)
 
 
@@ -74,7 +75,7 @@ def verify(work: Path, out: Path, rankings: Path, test: int) -> None:
 
 
 def verified(bank: Path, task: str, out: Path, test: int) -> None:
-    limit = MORE * test if "retrieval" in task else test
+    limit = int(CANDIDATES["limit"] * test) if "retrieval" in task else test
     flags = ("--tasks", f"scenes_{task}", "--limit", str(limit), "--out", str(out))
     run_ours("verify", "--ranking", str(bank), *MODEL, *flags)
 
