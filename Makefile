@@ -32,6 +32,7 @@ bench: $(READY)
 
 boards: $(READY) study
 	$(BIN)/python benchmarks/scenes_board.py
+	$(BIN)/python benchmarks/scenes_vseam.py
 
 study: $(READY)
 	$(BIN)/python benchmarks/scenes_study.py

@@ -11,6 +11,7 @@ the work folder, and a second run goes on from what is there: from the same logs
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,14 +75,14 @@ def run_ours(*arguments: str) -> None:
         sys.exit(1)
 
 
-def evaluate(work: Path, name: str, steered: Path | None, limit: int) -> None:
-    """One lmms-eval run over all tested tasks, unless its results are there."""
+def evaluate(work: Path, name: str, steered: Path | None, limit: int, tasks: Sequence[str] = TESTED) -> None:
+    """One lmms-eval run over all of some tasks, unless its results are there."""
     logs = work / "logs" / name
     if list(logs.rglob("*results.json")):
         return
     args = MODEL if steered is None else f"{MODEL},steering={steered}"
     command = [sys.executable, "-m", "lmms_eval", "--model", "hones_llava", "--model_args", args]
-    command += ["--tasks", ",".join(f"scenes_{task}" for task in TESTED), "--limit", str(limit)]
+    command += ["--tasks", ",".join(f"scenes_{task}" for task in tasks), "--limit", str(limit)]
     command += ["--batch_size", "1", "--log_samples", "--output_path", str(logs)]
     subprocess.run(command, check=True)
 

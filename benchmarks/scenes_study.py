@@ -15,6 +15,7 @@ Rankings, steerings and groups stay in the work folder; a second run goes on fro
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from scenes_board import CHECKPOINT, run_ours
@@ -26,7 +27,7 @@ TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "groun
 SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr")
 CANDIDATES = {"limit": 5, "test_limit": 2.5}  # times as many for retrieval, where ten make one query
 MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
-KEPT = ("*.md", "*.json", "*.csv", "*.png")
+KEPT = ("*.md", "*.json", "*.csv", "*.png", "*.svg")
 
 
 def study(work: Path, out: Path, examples: int, test: int) -> Path:
@@ -89,9 +90,9 @@ def lens(work: Path, out: Path, rankings: Path) -> None:
     run_ours("lens", *MODEL, *flags, "--against", f"steering={masked}", "--out", str(out / "lens"))
 
 
-def keep(made: Path, out: Path) -> None:
+def keep(made: Path, out: Path, kept: Sequence[str] = KEPT) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in KEPT:
+    for pattern in kept:
         for path in made.glob(pattern):
             shutil.copyfile(path, out / path.name)
 
