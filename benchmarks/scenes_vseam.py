@@ -8,19 +8,17 @@
    and across yes/no and open questions (`forms/`); what two halves of the same kind share (`halves/`), which
    is the most that could be expected.
 3. `verify`: the heads of every level zeroed on test pictures, beside random ones (`verify/`).
-4. `scale --how signed` and `topk`, strengths chosen on development pictures; each steering and a control,
-   the same scales shuffled within each layer, by lmms-eval on test pictures (`rescaled/`).
+4. `scale --how signed` and `topk`, strengths chosen on development pictures; lmms-eval on test pictures,
+   as they are and shifted (`rescaled/`).
 5. `trace` (`trace/`) and `lens` (`lens/`) on pictures as they are.
 
 Rankings, steerings and logs stay in the work folder; a second run goes on from what is there.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from scenes_board import CHECKPOINT, evaluate, run_ours, shuffled
+from scenes_board import CHECKPOINT, evaluate, run_ours
 from scenes_study import MODEL, keep
 
 from hones_eval.steering import Steering
@@ -76,7 +74,7 @@ def verify(work: Path, out: Path, examples: int, test: int) -> None:
 
 
 def rescale(work: Path, out: Path, examples: int, test: int) -> None:
-    """All steerings that change something, with a control each, on their level, as it is and shifted."""
+    """All steerings that change something, on their own level, as it is and shifted."""
     tasks = {level: [level, f"{level}_shifted"] for level in LEVELS}
     evaluate(work, "baseline", None, test, [task for level in LEVELS for task in tasks[level]])
     for level in LEVELS:
@@ -87,7 +85,6 @@ def rescale(work: Path, out: Path, examples: int, test: int) -> None:
                 print(f"{name} changes nothing, so it is not evaluated")
                 continue
             evaluate(work, name, steered, test, tasks[level])
-            evaluate(work, f"{name}_random", control(steered), test, tasks[level])
     made = work / "rescaled"
     title = "Scenes: heads rescaled by V-SEAM"
     run_ours("leaderboard", str(work / "logs"), "--out", str(made), "--title", title)
@@ -100,18 +97,6 @@ def steering(folder: Path, ranking: str, how: str, level: str, examples: int) ->
         flags = ("--tasks", f"scenes_{level}_shifted_development", "--limit", str(examples))
         chosen = ("--how", how, "--heads", str(HEADS), "--out", str(folder))
         run_ours("scale", "--ranking", ranking, *MODEL, *flags, *chosen)
-    return folder
-
-
-def control(steered: Path) -> Path:
-    """The same scales on other heads of the same layers, drawn at random."""
-    original, folder = Steering.load(steered), steered.with_name(f"{steered.name}_random")
-    settings = original.provenance.settings | {"how": "random", "control_for": original.digest, "seed": 0}
-    replace(
-        original,
-        head_scales=shuffled(original.head_scales, torch.Generator().manual_seed(0)),
-        provenance=replace(original.provenance, settings=settings),
-    ).save(folder)
     return folder
 
 
