@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from hones_eval.decoding import Decoder
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
-from hones_eval.loops import Loop
+from hones_eval.loops import Loop, one_fails_all_fail
 from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
 from hones_eval.partial import Progress
 from hones_eval.replay import Replayer
@@ -61,7 +61,7 @@ def fit(
     loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
     module = _Fit(loss, examples, settings, loop)
     trainer = _trainer(settings, loop, replayer.anatomy.unembedding.is_cuda)
-    with frozen(replayer.anatomy.model):
+    with frozen(replayer.anatomy.model), one_fails_all_fail(trainer):
         trainer.fit(module)
     steps = module.steps_before + trainer.global_step
     if steps != module.steps:
@@ -86,7 +86,7 @@ def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
         accelerator="gpu" if cuda else "cpu",
         devices=loop.trainer.num_devices,
         num_nodes=loop.trainer.num_nodes,
-        strategy="ddp" if loop.world_size > 1 else "auto",
+        strategy=loop.strategy(),
         use_distributed_sampler=False,
         max_epochs=1,  # the epochs of the settings follow each other in one loader
         accumulate_grad_batches=settings.accumulate // loop.world_size,

@@ -2,12 +2,18 @@
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
 
@@ -18,6 +24,10 @@ from hones_eval.partial import Partial, Progress
 
 # Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+# How long a process waits for the others at the end of a pass. One that had little left to do, after a
+# resume, waits for as long as another works on its whole share.
+PATIENCE = timedelta(days=1)
 
 
 class Loop:
@@ -35,15 +45,18 @@ class Loop:
         Args:
             accelerator: where the model is.
             devices: processes on this node, one device each.
-            num_nodes: nodes; the others are started by torchrun or SLURM with the same command.
+            num_nodes: nodes; torchrun or srun starts the same command on each.
             progress: show a bar with a rate.
+
+        Raises: HonesError when a launcher has started another number of processes, or none on other nodes.
         """
-        several = devices * num_nodes > 1
+        _check_launch(devices, num_nodes)
+        self.world_size = devices * num_nodes
         self.trainer = Trainer(
             accelerator="gpu" if accelerator == "cuda" else "cpu",
             devices=devices,
             num_nodes=num_nodes,
-            strategy="ddp" if several else "auto",
+            strategy=self.strategy(),
             use_distributed_sampler=False,  # it repeats examples to even out ranks; ours does not
             logger=False,
             enable_checkpointing=False,
@@ -53,8 +66,11 @@ class Loop:
             inference_mode=True,
             barebones=False,
         )
-        self.world_size = devices * num_nodes
         self.partial: Partial | None = None
+
+    def strategy(self) -> Any:
+        """What a Lightning trainer on these processes takes as its `strategy`."""
+        return DDPStrategy(timeout=PATIENCE) if self.world_size > 1 else "auto"
 
     @property
     def is_first(self) -> bool:
@@ -72,9 +88,10 @@ class Loop:
                 "raise --limit or lower --devices"
             )
         module = _Pass(examples, measure, name, self.partial)
-        self.trainer.predict(module, return_predictions=False)
-        sums = {key: value.cpu() for key, value in module.totals.compute().items()}
-        records = _gather(module.records)
+        with one_fails_all_fail(self.trainer):
+            self.trainer.predict(module, return_predictions=False)
+            sums = {key: value.cpu() for key, value in module.totals.compute().items()}
+            records = _gather(module.records)
         missing = len(examples) - len(records)
         if missing:
             raise HonesError(f"{missing} of {len(examples)} examples were not measured in {name}")
@@ -87,8 +104,48 @@ class Loop:
         the number of ranks changes no bit of the result.
         """
         module = _StagedPass(examples, measure, name, self.partial)
-        self.trainer.predict(module, return_predictions=False)
+        with one_fails_all_fail(self.trainer):
+            self.trainer.predict(module, return_predictions=False)
         return Totals({key: value.cpu() for key, value in module.totals.sums().items()}, module.records)
+
+
+@contextmanager
+def one_fails_all_fail(trainer: Trainer) -> Iterator[None]:
+    """A block in which the processes of `trainer` meet: where one fails, none waits for it.
+
+    Raises: HonesError in a process that was left alone; the one that failed says why.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Those that Lightning started itself end here; those of a launcher are ended by their launcher.
+        if trainer.strategy.launcher is not None and hasattr(trainer.strategy.launcher, "procs"):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if _is_about_others(error):
+            raise _left_alone() from error
+        raise
+
+
+def wait_for_others() -> None:
+    """Return when every process has come here, as at the end of a command.
+
+    Raises: HonesError when one of them has ended before.
+    """
+    if not _several():
+        return
+    try:
+        distributed.all_gather_object([None] * distributed.get_world_size(), None)
+    except RuntimeError as error:
+        raise _left_alone() from error
+
+
+def leave_others() -> None:
+    """End this process's part in the process group, if there is one.
+
+    The threads of a group that is still there when Python exits end the process by SIGABRT.
+    """
+    if _several():
+        distributed.destroy_process_group()
 
 
 class SumOverRanks(Metric):  # type: ignore[misc]
@@ -238,8 +295,8 @@ def _gather(records: dict[int, Any]) -> dict[int, Any]:
     """The records of all ranks; an index that two ranks measured is an error."""
     if not _several():
         return records
-    shares: list[dict[int, Any]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, records)
+    shares: list[dict[int, Any]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(shares, records)
     together: dict[int, Any] = {}
     for share in shares:
         twice = together.keys() & share.keys()
@@ -254,14 +311,49 @@ def _from_first(progress: Progress | None) -> Progress | None:
     if not _several():
         return progress
     shared = [progress]
-    torch.distributed.broadcast_object_list(shared, src=0)
+    distributed.broadcast_object_list(shared, src=0)
     return shared[0]
 
 
 def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized()
 
 
-def local_rank() -> int:
-    """The number of this process on its node, as Lightning and torchrun set it; 0 when it is alone."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def _is_about_others(error: BaseException) -> bool:
+    """Whether a collective failed, which is how a process learns that another has ended; gloo has no type."""
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _left_alone() -> HonesError:
+    if not _several():
+        return HonesError(
+            "the other processes did not come: MASTER_ADDR and MASTER_PORT must reach the first"
+        )
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    return HonesError(f"process {rank} of {ranks} was left alone: another one ended, and says why itself")
+
+
+def _check_launch(devices: int, num_nodes: int) -> None:
+    """Compare what a launcher has started with what the flags say; Lightning would wait for the rest."""
+    wanted = f"--devices {devices} --num_nodes {num_nodes} is {devices * num_nodes}"
+    if TorchElasticEnvironment.detect():
+        _check_started(wanted, devices * num_nodes, "torchrun has started", os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        _check_started(wanted, devices * num_nodes, "SLURM_NTASKS says", os.environ["SLURM_NTASKS"])
+        per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
+        if devices * num_nodes > 1 and per_node != str(devices):
+            raise HonesError(f"--devices {devices} needs `srun --ntasks-per-node {devices}`, not {per_node}")
+    elif num_nodes > 1 and not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys():
+        raise HonesError(
+            f"--num_nodes {num_nodes} needs a launcher that starts the command on every node, torchrun or "
+            "srun: see docs/distributed.md"
+        )
+
+
+def _check_started(wanted: str, number: int, source: str, started: str) -> None:
+    if int(started) != number:
+        raise HonesError(
+            f"{source} {started} processes and {wanted}: the numbers have to agree, see docs/distributed.md"
+        )

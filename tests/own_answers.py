@@ -8,11 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+import torch
 from datasets import Dataset, Image, Value
 from lmms_runs import parquet, picture
 
 from hones_eval.__main__ import main
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.ranking import Ranking
 
 YAML = """\
 task: {name}
@@ -117,3 +120,31 @@ def write_splits(
             data = folder / f"{name}{suffix}.parquet"
             rows.select(range(start, end)).to_parquet(data)
             (folder / f"{name}{suffix}.yaml").write_text(YAML.format(name=f"{name}{suffix}", data=data))
+
+
+def assert_same_ranking(one: Ranking, two: Ranking) -> None:
+    """Equal rankings, numbers up to the order of additions."""
+    _assert_same(one.report, two.report)
+    assert two.provenance == one.provenance
+    for name in ("head_scores", "head_log_probability", "neuron_scores"):
+        mine, theirs = getattr(two, name), getattr(one, name)
+        assert mine.abs().max() > 0
+        # Sums are float64: only the last bit of the stored float32 may round another way.
+        torch.testing.assert_close(mine, theirs, rtol=1.2e-7, atol=1e-9)
+    assert two.heads(6) == one.heads(6)
+    assert two.neurons() == one.neurons()
+
+
+def _assert_same(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for first, second in zip(one, two, strict=True):
+            _assert_same(first, second)
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=1e-6)
+    else:
+        assert one == two

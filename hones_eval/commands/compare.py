@@ -51,7 +51,7 @@ def compare(
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: masked answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: of the random banks, the bootstrap and the permutations of levels.
     """
     comparison = Comparison(load_named(rankings), neurons, heads)

@@ -62,7 +62,7 @@ def lens(
         figures_of: how many examples get a figure.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
     """
     steering = _steering(against)
     job = Job.open(

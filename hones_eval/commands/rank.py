@@ -64,7 +64,7 @@ def rank(
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: recorded, and used by methods that draw at random and for the order of a race.
         resume: go on from what a killed run of the same command left in OUT/partial.
         race: for hones with a metric that is a mean over examples: the risk, such as 0.05, that the best

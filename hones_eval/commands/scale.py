@@ -86,7 +86,7 @@ def scale(
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: grid, search, signed, topk: answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: of the random bank and of the order of examples.
         resume: go on from what a killed run of the same command left in OUT/partial.
     """

@@ -67,7 +67,7 @@ def study(
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: of everything that is drawn at random.
     """
     names = tasks.split(",")

@@ -64,7 +64,7 @@ def trace(
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: patched passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; start the same command on each with torchrun or SLURM.
+        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
     """
     tasks = _task_pairs(clean, edited)
     whats = _whats(what)

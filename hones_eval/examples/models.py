@@ -79,9 +79,11 @@ def _parsed(model_args: str) -> dict[str, Any]:
 
 
 def _own_device() -> str:
+    """The GPU with the number of this process on its node, as torchrun, Lightning or SLURM gives it."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return f"cuda:{int(number) % torch.cuda.device_count()}"
 
 
 def _takes(cls: type, name: str) -> bool:
