@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments_of_command = chosen[chosen.subcommand].as_dict()
         arguments_of_command.pop("config")
         command(chosen.subcommand)(**arguments_of_command)
-        if several := sys.modules.get("hones_eval.loops"):
+        if several := sys.modules.get("hones_eval.processes"):
             several.wait_for_others()
     except (HonesError, ArgumentError) as error:
         if debug:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hones-eval: {' '.join(str(error).split())}{_way_out(error, given)}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     finally:
-        if several := sys.modules.get("hones_eval.loops"):
+        if several := sys.modules.get("hones_eval.processes"):
             several.leave_others()
     return 0
 

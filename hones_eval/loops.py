@@ -21,6 +21,7 @@ from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measure, Staged, Totals
 from hones_eval.partial import Partial, Progress
+from hones_eval.processes import is_about_others, left_alone, several
 
 # Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -121,31 +122,9 @@ def one_fails_all_fail(trainer: Trainer) -> Iterator[None]:
         # Those that Lightning started itself end here; those of a launcher are ended by their launcher.
         if trainer.strategy.launcher is not None and hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)
-        if _is_about_others(error):
-            raise _left_alone() from error
+        if is_about_others(error):
+            raise left_alone() from error
         raise
-
-
-def wait_for_others() -> None:
-    """Return when every process has come here, as at the end of a command.
-
-    Raises: HonesError when one of them has ended before.
-    """
-    if not _several():
-        return
-    try:
-        distributed.all_gather_object([None] * distributed.get_world_size(), None)
-    except RuntimeError as error:
-        raise _left_alone() from error
-
-
-def leave_others() -> None:
-    """End this process's part in the process group, if there is one.
-
-    The threads of a group that is still there when Python exits end the process by SIGABRT.
-    """
-    if _several():
-        distributed.destroy_process_group()
 
 
 class SumOverRanks(Metric):  # type: ignore[misc]
@@ -293,7 +272,7 @@ class _Bar(TQDMProgressBar):  # type: ignore[misc]
 
 def _gather(records: dict[int, Any]) -> dict[int, Any]:
     """The records of all ranks; an index that two ranks measured is an error."""
-    if not _several():
+    if not several():
         return records
     shares: list[dict[int, Any]] = [{}] * distributed.get_world_size()
     distributed.all_gather_object(shares, records)
@@ -308,31 +287,11 @@ def _gather(records: dict[int, Any]) -> dict[int, Any]:
 
 def _from_first(progress: Progress | None) -> Progress | None:
     """What the first rank has, on every rank."""
-    if not _several():
+    if not several():
         return progress
     shared = [progress]
     distributed.broadcast_object_list(shared, src=0)
     return shared[0]
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _is_about_others(error: BaseException) -> bool:
-    """Whether a collective failed, which is how a process learns that another has ended; gloo has no type."""
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
-
-
-def _left_alone() -> HonesError:
-    if not _several():
-        return HonesError(
-            "the other processes did not come: MASTER_ADDR and MASTER_PORT must reach the first"
-        )
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    return HonesError(f"process {rank} of {ranks} was left alone: another one ended, and says why itself")
 
 
 def _check_launch(devices: int, num_nodes: int) -> None:

@@ -81,6 +81,7 @@ def _patch_tasks(module: ModuleType) -> None:
     if _is_patched(manager):
         return
     build, index, match = manager.__init__, manager.initialize_tasks, manager.match_tasks
+    load = manager.load_task_or_group
     own_tasks = own_task_folders()
 
     @wraps(build)
@@ -92,7 +93,15 @@ def _patch_tasks(module: ModuleType) -> None:
     @wraps(index)
     def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
         given = [include_path] if isinstance(include_path, str) else list(include_path or [])
-        return index(self, [*given, *own_tasks] if include_defaults else given, include_defaults)
+        try:
+            return index(self, [*given, *own_tasks] if include_defaults else given, include_defaults)
+        except Exception:
+            if COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+                from hones_eval.task_files import broken_file
+
+                for blamed in filter(None, (broken_file(Path(folder)) for folder in given)):
+                    raise _ending(blamed) from blamed
+            raise
 
     @wraps(match)
     def match_tasks(self: Any, task_list: Sequence[str]) -> Any:
@@ -102,6 +111,17 @@ def _patch_tasks(module: ModuleType) -> None:
             raise _ending(HonesError(f"no task called {', '.join(unknown)}: --tasks list names them all"))
         return found
 
+    @wraps(load)
+    def load_task_or_group(self: Any, task_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+            from hones_eval.task_files import check_task_file, users_file
+
+            names = [task_list] if isinstance(task_list, str) else task_list or []
+            for path in filter(None, (users_file(self, name) for name in names if isinstance(name, str))):
+                check_task_file(path)
+        return load(self, task_list, *args, **kwargs)
+
+    manager.load_task_or_group = load_task_or_group
     manager.__init__ = __init__
     manager.initialize_tasks = initialize_tasks
     manager.match_tasks = match_tasks
@@ -205,6 +225,10 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
         return error
     if type(error).__name__ == "RetryError" and isinstance(error.__cause__, Exception):
         error = error.__cause__  # tenacity's own message names no reason
+    from hones_eval.processes import is_about_others, left_alone
+
+    if is_about_others(error):
+        error = left_alone()
     _close_progress_bars()
     if debug or not isinstance(error, HonesError):
         traceback.print_exception(error)

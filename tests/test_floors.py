@@ -42,6 +42,7 @@ FLOORS: dict[str, set[str]] = {
     "sites": {"errors"},
     "attach": {"errors"},
     "partial": BASE,
+    "processes": {"errors"},
     "margin": {"errors"},
     "racing": {"errors"},
     # 1: one model, or one result
@@ -61,7 +62,8 @@ FLOORS: dict[str, set[str]] = {
     "continuation": {*BASE, *EDITING, "anatomy", "passes", "caches", "replay"},
     "decoding": {*BASE, *EDITING, "anatomy", "passes", "replay", "continuation"},
     "targets": {"errors"},
-    "examples": {*BASE, "margin", "pictures", "targets"},
+    "task_files": {"errors"},
+    "examples": {*BASE, "margin", "pictures", "targets", "task_files"},
     "measure": {"examples"},
     "patching": {*MODEL},
     "together": {*MODEL, "examples"},
@@ -71,7 +73,7 @@ FLOORS: dict[str, set[str]] = {
     "editing": {*BASE, "pictures"},
     "toy": {*MEASURING, "pictures"},
     # 4: loops over examples; logs and their statistics
-    "loops": {"errors", "examples", "measure", "partial"},
+    "loops": {"errors", "examples", "measure", "partial", "processes"},
     "leaderboard": {*BASE, "pictures", "steering"},
     "resampling": {"errors", "leaderboard"},
     "fitting": {*MODEL, "examples", "methods", "loops", "partial"},
@@ -91,7 +93,9 @@ FLOORS: dict[str, set[str]] = {
     "lens_figures": {"figures", "methods", "streams", "trace_figures"},
 }
 BESIDE: dict[str, set[str]] = {
-    "model_wrappers": {*BASE, "margin", "pictures", "steering", "steer_model"},
+    "model_wrappers": {
+        *(*BASE, "margin", "pictures", "steering", "steer_model", "processes", "task_files"),
+    },
     "tasks": {"errors", "toy", "pictures"},
 }
 TOP = {"commands", "__main__", "__init__"}  # may import everything
@@ -190,7 +194,7 @@ def test_no_method_imports_another() -> None:
 # Libraries that only some rooms know.
 ONLY = {
     "lightning": {"loops", "fitting"},
-    "lmms_eval": {"examples", "targets", "leaderboard", "commands"},
+    "lmms_eval": {"examples", "targets", "task_files", "leaderboard", "commands"},
     "peft": {"export"},
 }
 

@@ -28,6 +28,7 @@ from PIL import Image
 def doc_to_visual(doc):
     return [Image.open(doc["image"]).convert("RGB")]
 """
+ALONE = "was left alone: another one ended, and says why itself"
 REASON = "hones-eval: the camera fell into the sea"
 
 
@@ -101,8 +102,7 @@ def test_a_node_of_srun_that_fails_ends_all_and_resume_goes_on(
     assert all(os.waitstatus_to_exitcode(status) == 1 for status in failed), err
     assert resumed == [0, 0], err
     lines = [line for line in err.splitlines() if line.startswith("hones-eval:")]
-    alone = "hones-eval: process 0 of 2 was left alone: another one ended, and says why itself"
-    assert sorted(lines) == sorted([REASON, alone])
+    assert sorted(lines) == sorted([REASON, f"hones-eval: process 0 of 2 {ALONE}"])
     assert "Traceback" not in err
     assert_same_ranking(one, Ranking.load(out))
     assert not (out / "partial").exists()
@@ -129,7 +129,8 @@ def test_lmms_eval_steered_on_two_processes(
     alone: Any = simple_evaluate(
         "hones_llava", steered, tasks=["own_a"], task_manager=manager, batch_size=1, bootstrap_iters=0
     )
-    expected = {one["doc_id"]: one["filtered_resps"] for one in alone["samples"]["own_a"]}
+    # As the samples file has them, which leaves off spaces at the ends.
+    expected = {one["doc_id"]: one["filtered_resps"][0].strip() for one in alone["samples"]["own_a"]}
     assert len(expected) == COUNT
 
     evaluation = {
@@ -157,7 +158,9 @@ def test_lmms_eval_steered_on_two_processes(
     assert shares == {0: ["0", "2", "4"], 1: ["1", "3"]}
 
     assert status != 0
-    assert "llava_hf, task own_broken, doc 3" in complaint(err)
+    # The other process may notice before the launcher ends it.
+    (reason,) = [line for line in err.splitlines() if line.startswith("hones-eval:") and ALONE not in line]
+    assert "llava_hf, task own_broken, doc 3" in reason
     assert not list((tmp_path / "broken").glob("*/*_results.json"))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import lmms_eval.models  # noqa: F401  before the tasks: it loads plug-ins, and ours registers its tasks
-import yaml
 from lmms_eval import utils
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -24,6 +23,7 @@ from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.models import one_line
 from hones_eval.examples.playback import quiet
+from hones_eval.task_files import broken_file, check_task_file, read_task_file, users_file
 
 
 def build_task(
@@ -37,6 +37,8 @@ def build_task(
     manager = _manager(model_name, include_path)
     name = _leaf(manager, name)
     _must_generate(manager, name)
+    if own_file := users_file(manager, name):
+        check_task_file(own_file)
     _let_datasets_fingerprint()
     with without_retries("download"), quiet():
         try:
@@ -93,7 +95,10 @@ def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
     try:
         theirs = TaskManager(include_path=str(folder), include_defaults=False, model_name=model_name)
     except Exception as error:
-        raise _blame(folder, error) from error
+        blamed = broken_file(folder)
+        raise blamed or TaskError(
+            f"lmms-eval cannot read the tasks of {folder}: {one_line(error)}"
+        ) from error
     manager = copy.copy(_own_tasks(model_name))
     manager._task_index = {**theirs.task_index, **manager.task_index}  # a built-in task of the same name wins
     manager._all_tasks = sorted(manager.task_index)
@@ -111,24 +116,6 @@ def _own_tasks(model_name: str) -> TaskManager:
 def _index() -> TaskManager:
     """Reading two thousand YAML files takes seconds."""
     return TaskManager()
-
-
-def _blame(folder: Path, error: Exception) -> TaskError:
-    """Say which file of a folder lmms-eval cannot read; its own message often names none."""
-    for path in sorted(folder.rglob("*.yaml")):
-        try:
-            utils.load_yaml_config(str(path), mode="simple")
-        except yaml.YAMLError as broken:
-            return TaskError(_yaml_line(broken, path))
-        except Exception as broken:  # noqa: BLE001  returned as the error that it is
-            return TaskError(f"{path} is not an lmms-eval task: {type(broken).__name__}: {one_line(broken)}")
-    return TaskError(f"lmms-eval cannot read the tasks of {folder}: {one_line(error)}")
-
-
-def _yaml_line(error: yaml.YAMLError, path: object) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{mark.name}, line {mark.line + 1}" if mark else str(path)
-    return f"{where}: not valid YAML: {getattr(error, 'problem', None) or one_line(error)}"
 
 
 def _leaf(manager: TaskManager, name: str) -> str:
@@ -149,24 +136,17 @@ def _leaves(manager: TaskManager, name: str) -> Iterator[str]:
     if entry["type"] in ("task", "python_task"):
         yield name
         return
-    members = entry["task"] if entry["type"] == "tag" else _config(entry["yaml_path"])["task"]
+    members = entry["task"] if entry["type"] == "tag" else read_task_file(Path(entry["yaml_path"]))["task"]
     for member in members:
         inner = member if isinstance(member, str) else member.get("task", member.get("group"))
         if isinstance(inner, str) and inner != name:
             yield from _leaves(manager, inner)
 
 
-def _config(path: str) -> dict[str, Any]:
-    try:
-        return dict(utils.load_yaml_config(path, mode="simple"))
-    except yaml.YAMLError as error:
-        raise TaskError(_yaml_line(error, path)) from None
-
-
 def _must_generate(manager: TaskManager, name: str) -> None:
     """Refuse what does not generate one answer, before its data set is fetched."""
     entry = manager.task_index[name]
-    output_type = _config(entry["yaml_path"]).get("output_type", "generate_until")
+    output_type = read_task_file(Path(entry["yaml_path"])).get("output_type", "generate_until")
     if output_type != "generate_until":
         raise TaskError(f"task {name} has output_type {output_type}; {_WANTED}")
 
@@ -190,8 +170,6 @@ def _failure(what: str, error: BaseException) -> TaskError:
     """The reason at the bottom of lmms-eval's retries and of YAML's and import's own wrappings."""
     if isinstance(error, RetryError):
         error = error.last_attempt.exception() or error
-    if isinstance(error, yaml.YAMLError):
-        return TaskError(_yaml_line(error, "its YAML"))
     if isinstance(error, HonesError):
         return TaskError(str(error))
     return TaskError(f"{what}: {type(error).__name__}: {one_line(error)}")

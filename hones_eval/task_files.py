@@ -1,0 +1,253 @@
+"""A user's own task file, checked before lmms-eval reads it: a mistake is one line with file, key and form.
+
+lmms-eval itself ends with a trace, takes a misspelt column for a constant text, or scores with what is left.
+Its built-in tasks are not checked, nor is what a `!function` of the file does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import lmms_eval.tasks
+import yaml
+from datasets import Dataset, Image
+from jinja2 import Environment, TemplateSyntaxError, meta
+from lmms_eval import utils
+from lmms_eval.api import metrics as _  # noqa: F401  registers them
+from lmms_eval.api.registry import AGGREGATION_REGISTRY
+from lmms_eval.api.task import TaskConfig, _resolve_hf_datasets_cache_dir
+from transformers import GenerationConfig
+from yaml import ScalarNode
+
+from hones_eval.errors import TaskError, first_line
+
+LOCAL = ("imagefolder", "csv", "json", "parquet", "arrow", "text")
+"""Builders of `datasets` that read files of the user's."""
+SCORES_ANSWERS = ("exact_match", "anls", "bleu", "chrf", "ter")
+"""lmms-eval's metrics for generated answers; its registry does not tell them from the others."""
+
+
+class Form(NamedTuple):
+    """What a key of a task file has to look like."""
+
+    types: tuple[type, ...]
+    says: str
+
+
+FORMS = {
+    "task": Form((str,), "a name, task: my_task"),
+    "dataset_path": Form((str,), "imagefolder, csv, json, parquet or the id of a data set on the hub"),
+    "dataset_kwargs": Form((dict,), "a mapping, such as {data_dir: /path/to/folder}"),
+    "test_split": Form((str,), "the name of a split, such as train"),
+    "validation_split": Form((str,), "the name of a split, such as train"),
+    "doc_to_visual": Form((str, ScalarNode), "a column of pictures, or !function"),
+    "doc_to_text": Form(
+        (str, ScalarNode), 'a column, a template such as "{{question}} Answer:", or !function'
+    ),
+    "doc_to_target": Form((str, ScalarNode), "a column, a template, or !function"),
+    "metric_list": Form((list,), "a list of mappings, such as - metric: exact_match"),
+    "generation_kwargs": Form((dict,), "a mapping, such as {max_new_tokens: 16}"),
+    "output_type": Form((str,), "generate_until"),
+}
+REQUIRED = ("task", "dataset_path", "doc_to_text", "doc_to_target")
+BESIDE_SETTINGS = {"until", "image_aspect_ratio", "max_gen_toks", "margin"}
+"""What wrappers take from `generation_kwargs` beside transformers' own settings."""
+
+
+def users_file(manager: Any, task: str) -> Path | None:
+    """The YAML file of a task that is neither lmms-eval's nor of this package; `manager` is lmms-eval's."""
+    entry = manager.task_index.get(task, {})
+    path = Path(str(entry.get("yaml_path"))).resolve()
+    if entry.get("type") != "task" or any(path.is_relative_to(folder) for folder in _built_in()):
+        return None
+    return path
+
+
+def _built_in() -> list[Path]:
+    spec = find_spec("hones_eval.tasks")
+    ours = list(spec.submodule_search_locations or []) if spec else []
+    return [Path(one).resolve() for one in (*ours, *lmms_eval.tasks.__path__)]
+
+
+def check_task_file(path: Path) -> None:
+    """Check a task's YAML file and, where its data lies in files, the columns and pictures that it names.
+
+    Raises: TaskError with the file, the key and the expected form.
+    """
+    config = read_task_file(path)
+    _check_keys(path, config)
+    _check_forms(path, config)
+    if str(config.get("output_type", "generate_until")).startswith("generate_until"):
+        _check_metrics(path, config)
+    _check_generation(path, config.get("generation_kwargs") or {})
+    if config["dataset_path"] in LOCAL and "process_docs" not in config:
+        _check_columns(path, config, _split(path, config))
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """The mapping of a task file with what it includes; `!function` values are left as YAML nodes."""
+    try:
+        return dict(utils.load_yaml_config(str(path), mode="simple"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else str(path)
+        raise TaskError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or first_line(error)}"
+        ) from None
+    except FileNotFoundError as error:
+        raise TaskError(f"{path}: include: there is no file {error.filename}, nor beside this one") from None
+    except Exception as error:
+        raise TaskError(
+            f"{path} is not an lmms-eval task: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def broken_file(folder: Path) -> TaskError | None:
+    """Which file of a folder lmms-eval cannot read, as its own message often names none."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            read_task_file(path)
+        except TaskError as error:
+            return error
+    return None
+
+
+def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
+    known = [one.name for one in fields(TaskConfig)]
+    for key in config:
+        if key not in known:
+            raise TaskError(f"{path}: {key}: lmms-eval knows no such key{_hint(str(key), known)}")
+    missing = next((key for key in REQUIRED if config.get(key) is None), None)
+    if missing:
+        raise TaskError(f"{path}: {missing}: missing; it should be {FORMS[missing].says}")
+    if not (config.get("test_split") or config.get("validation_split")):
+        raise TaskError(f"{path}: test_split: missing; it should be {FORMS['test_split'].says}")
+
+
+def _check_forms(path: Path, config: Mapping[str, Any]) -> None:
+    for key, form in FORMS.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, form.types):
+            raise TaskError(f"{path}: {key}: {value!r} should be {form.says}")
+
+
+def _check_metrics(path: Path, config: Mapping[str, Any]) -> None:
+    for place, one in enumerate(config.get("metric_list") or []):
+        key = f"metric_list[{place}]"
+        if not isinstance(one, dict) or not isinstance(one.get("metric"), str | ScalarNode):
+            raise TaskError(f"{path}: {key}: {one!r} should be a mapping with a metric, metric: exact_match")
+        name, own = one["metric"], config.get("process_results") is not None
+        if isinstance(name, str) and not own and name not in SCORES_ANSWERS:
+            raise TaskError(
+                f"{path}: {key}.metric: {name!r} should be one of {', '.join(SCORES_ANSWERS)}"
+                f"{_hint(name, SCORES_ANSWERS)}; others need process_results: !function"
+            )
+        how = one.get("aggregation")
+        if how is None and own:
+            raise TaskError(f"{path}: {key}.aggregation: missing; it should be mean, or !function")
+        if how is not None and not isinstance(how, ScalarNode) and how not in AGGREGATION_REGISTRY:
+            raise TaskError(f"{path}: {key}.aggregation: {how!r} should be mean, median, or !function")
+        higher = one.get("higher_is_better", True)
+        if not isinstance(higher, bool):
+            raise TaskError(f"{path}: {key}.higher_is_better: {higher!r} should be true or false")
+
+
+def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
+    known = [*GenerationConfig().to_dict(), *BESIDE_SETTINGS]
+    for key in settings:
+        if key not in known and _hint(str(key), known):  # a wrapper may take others
+            raise TaskError(f"{path}: generation_kwargs.{key}: no such setting{_hint(str(key), known)}")
+    for key in ("max_new_tokens", "num_beams"):
+        if key in settings and type(settings[key]) is not int:
+            raise TaskError(f"{path}: generation_kwargs.{key}: {settings[key]!r} should be a whole number")
+
+
+def _split(path: Path, config: Mapping[str, Any]) -> Dataset:
+    """The split that is evaluated; reading it leaves it in the cache that lmms-eval takes it from."""
+    settings = dict(config.get("dataset_kwargs") or {})
+    folder = settings.get("data_dir")
+    if folder is not None and not Path(folder).is_dir():
+        raise TaskError(
+            f"{path}: dataset_kwargs.data_dir: {folder} should be a folder, absolute or as seen from "
+            f"{Path.cwd()}"
+        )
+    settings.setdefault("cache_dir", _resolve_hf_datasets_cache_dir())
+    try:
+        found = datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), **settings)
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise TaskError(
+            f"{path}: dataset_kwargs: {config['dataset_path']} cannot read {config.get('dataset_kwargs')}: "
+            f"{type(reason).__name__}: {first_line(reason)}"
+        ) from error
+    key = "test_split" if config.get("test_split") else "validation_split"
+    if config[key] not in found:
+        raise TaskError(f"{path}: {key}: {config[key]!r} should be one of the splits: {', '.join(found)}")
+    return found[config[key]]
+
+
+def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None:
+    has = f"the columns are {', '.join(rows.column_names)}"
+    used = set[str]()
+    for key in ("doc_to_text", "doc_to_target"):
+        value = config[key]
+        if not isinstance(value, str):
+            continue
+        named = _named(path, key, value, rows)
+        missing = next((one for one in named if one not in rows.column_names), None)
+        if missing:
+            hint = _hint(missing, rows.column_names)
+            raise TaskError(f"{path}: {key}: {missing!r} should be a column{hint}; {has}")
+        used |= named
+    for column in sorted(used):
+        empty = [number for number, value in enumerate(rows[column]) if value in (None, "")]
+        if empty:
+            raise TaskError(
+                f"{path}: column {column}: {len(empty)} of {len(rows)} rows have no value, the first is row "
+                f"{empty[0]} from 0 (in a CSV file NA, None and null are read as none: write JSON lines)"
+            )
+    _check_pictures(path, config.get("doc_to_visual"), rows, has)
+
+
+def _named(path: Path, key: str, value: str, rows: Dataset) -> set[str]:
+    """The columns that a text names: itself where it is one word, or those in its template."""
+    if value in rows.column_names or value.isidentifier():
+        return {value}
+    try:
+        return meta.find_undeclared_variables(Environment().parse(value))
+    except TemplateSyntaxError as error:
+        raise TaskError(f"{path}: {key}: {value!r} is no Jinja template: {error}") from None
+
+
+def _check_pictures(path: Path, column: Any, rows: Dataset, has: str) -> None:
+    if not isinstance(column, str):
+        return
+    if column not in rows.column_names:
+        hint = _hint(column, rows.column_names)
+        raise TaskError(f"{path}: doc_to_visual: {column!r} should be a column of pictures{hint}; {has}")
+    if not isinstance(rows.features[column], Image):
+        raise TaskError(
+            f"{path}: doc_to_visual: column {column!r} should hold pictures, which dataset_path: imagefolder "
+            "makes of a column file_name"
+        )
+    pictures = enumerate(rows.cast_column(column, Image(decode=False))[column])
+    missing = [(row, one and one["path"]) for row, one in pictures if not _is_there(one)]
+    if missing:
+        row, name = missing[0]
+        raise TaskError(
+            f"{path}: doc_to_visual: {len(missing)} of {len(rows)} pictures are not there, the first is "
+            f"{name} of row {row} from 0; file_name should be relative to the table that names it"
+        )
+
+
+def _is_there(picture: dict[str, Any] | None) -> bool:
+    return picture is not None and (bool(picture["bytes"]) or Path(picture["path"]).is_file())
+
+
+def _hint(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

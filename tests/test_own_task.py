@@ -1,0 +1,244 @@
+"""docs/your_own_task.md, done as it says; and mistakes in a task file, each told in one line."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lmms_runs import answers, run_command
+from own_answers import complaint
+from PIL import Image
+
+from hones_eval.__main__ import main
+from hones_eval.errors import TaskError
+from hones_eval.task_files import check_task_file
+from hones_eval.toy import checkpoint_path
+from hones_eval.toy.documents import documents
+
+DOC = (Path(__file__).parent.parent / "docs" / "your_own_task.md").read_text()
+COUNT = 16
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOC, flags=re.DOTALL)
+
+
+def rows() -> list[dict[str, str]]:
+    made = documents("vqa_attribute", "plain", "test", COUNT)
+    return [
+        {"file_name": f"images/{i}.png", "question": one.prompt, "answer": one.answer}
+        for i, one in enumerate(made)
+    ]
+
+
+def write_csv(folder: Path, table: list[dict[str, str]]) -> None:
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def write_json(folder: Path, table: list[dict[str, str]]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader of the document has before the commands."""
+    place = tmp_path_factory.mktemp("reader")
+    (place / "shapes" / "images").mkdir(parents=True)
+    for i, one in enumerate(documents("vqa_attribute", "plain", "test", COUNT)):
+        Image.fromarray(one.pixels).save(place / "shapes" / "images" / f"{i}.png")
+    write_csv(place / "shapes", rows())
+    (place / "tasks").mkdir()
+    (place / "tasks" / "shapes.yaml").write_text(blocks("yaml")[0])
+    return place
+
+
+def run(line: str, folder: Path) -> None:
+    program, *arguments = shlex.split(line.replace("$MODEL", str(checkpoint_path())))
+    if program == "hones-eval":
+        assert main(arguments) == 0, line
+        return
+    assert program == "lmms-eval"
+    done = run_command(arguments, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_document_leads_from_a_folder_to_a_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    header = blocks("csv")[0].splitlines()[0]
+    assert header == ",".join(rows()[0])
+    assert list(json.loads(blocks("json")[0])) == list(rows()[0])
+    for line in blocks("bash")[0].splitlines():
+        run(line, folder)
+    assert sorted(answers(folder / "logs" / "baseline", "shapes")) == list(range(8, COUNT))
+    with (folder / "board" / "leaderboard.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["task"] == "shapes"
+    assert row["metric"] == "exact_match"
+    assert int(row["examples"]) == COUNT - 8
+    assert float(row["baseline"]) > 0.5, "the embedded model answers such questions"
+
+
+Edit = Callable[[dict[str, Any]], Any]
+MISTAKES: dict[str, tuple[Edit, str]] = {
+    "key": (
+        lambda one: one.update(doc_to_txt=one.pop("doc_to_text")),
+        "no such key; did you mean doc_to_text?",
+    ),
+    "missing key": (
+        lambda one: one.pop("doc_to_target"),
+        "doc_to_target: missing; it should be a column, a tem",
+    ),
+    "no split": (lambda one: one.pop("test_split"), "test_split: missing; it should be the name of a split"),
+    "metric": (
+        lambda one: one["metric_list"][0].update(metric="exact_mach"),
+        "metric_list[0].metric: 'exact_mach' should be one of exact_match, anls, bleu, chrf, ter; did you ",
+    ),
+    "metric's form": (
+        lambda one: one.update(metric_list="exact_match"),
+        "metric_list: 'exact_match' should be a list of mappings",
+    ),
+    "metric without a name": (
+        lambda one: one.update(metric_list=["exact_match"]),
+        "metric_list[0]: 'exact_match' should be a mapping with a metric",
+    ),
+    "aggregation": (
+        lambda one: one["metric_list"][0].update(aggregation="average"),
+        "metric_list[0].aggregation: 'average' should be mean, median, or !function",
+    ),
+    "direction": (
+        lambda one: one["metric_list"][0].update(higher_is_better="yes please"),
+        "higher_is_better: 'yes please' should be true or false",
+    ),
+    "column in a template": (
+        lambda one: one.update(doc_to_text="{{quesiton}} Answer:"),
+        "doc_to_text: 'quesiton' should be a column; did you mean question?; the columns are ",
+    ),
+    "template": (lambda one: one.update(doc_to_text="{{question"), "'{{question' is no Jinja template"),
+    "column": (
+        lambda one: one.update(doc_to_target="gold"),
+        "doc_to_target: 'gold' should be a column; the ",
+    ),
+    "column of pictures": (
+        lambda one: one.update(doc_to_visual="images"),
+        "doc_to_visual: 'images' should be a column of pictures; did you mean image?",
+    ),
+    "no pictures": (
+        lambda one: one.update(doc_to_visual="answer"),
+        "doc_to_visual: column 'answer' should hold pictures, which dataset_path: imagefolder",
+    ),
+    "type": (lambda one: one.update(task=7), "task: 7 should be a name"),
+    "setting": (
+        lambda one: one.update(generation_kwargs={"max_new_token": 8}),
+        "generation_kwargs.max_new_token: no such setting; did you mean max_new_tokens?",
+    ),
+    "setting's type": (
+        lambda one: one.update(generation_kwargs={"max_new_tokens": "eight"}),
+        "generation_kwargs.max_new_tokens: 'eight' should be a whole number",
+    ),
+    "folder": (
+        lambda one: one.update(dataset_kwargs={"data_dir": "/nowhere"}),
+        "dataset_kwargs.data_dir: /nowhere should be a folder",
+    ),
+    "split": (
+        lambda one: one.update(test_split="test"),
+        "test_split: 'test' should be one of the splits: train",
+    ),
+    "include": (lambda one: one.update(include="base.yaml"), "include: there is no file "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_file_key_and_form(name: str, folder: Path, tmp_path: Path) -> None:
+    edit, says = MISTAKES[name]
+    config = yaml.safe_load(blocks("yaml")[0])
+    config["dataset_kwargs"]["data_dir"] = str(folder / "shapes")
+    edit(config)
+    path = tmp_path / "shapes.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(TaskError) as told:
+        check_task_file(path)
+    assert str(path) in str(told.value)
+    assert says in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def without_picture(table: list[dict[str, str]]) -> None:
+    table[5]["file_name"] = "images/lost.png"
+
+
+def without_answer(table: list[dict[str, str]]) -> None:
+    table[3]["answer"] = ""
+
+
+def without_file_name(table: list[dict[str, str]]) -> None:
+    for row in table:
+        row["picture"] = row.pop("file_name")
+
+
+SPOILT = [
+    (without_picture, "doc_to_visual: 1 of 16 pictures are not there, the first is "),
+    (without_answer, "column answer: 1 of 16 rows have no value, the first is row 3 from 0"),
+    (without_file_name, "`file_name`, `*_file_name`, `file_names` or `*_file_names` must be present"),
+]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_json])
+@pytest.mark.parametrize(("spoil", "says"), SPOILT)
+def test_a_mistake_in_the_table_is_told(
+    write: Callable[..., None], spoil: Callable[..., None], says: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "shapes" / "images", tmp_path / "shapes" / "images")
+    table = rows()
+    spoil(table)
+    write(tmp_path / "shapes", table)
+    path = tmp_path / "shapes.yaml"
+    path.write_text(blocks("yaml")[0].replace("data_dir: shapes", f"data_dir: {tmp_path / 'shapes'}"))
+    with pytest.raises(TaskError, match=re.escape(says)):
+        check_task_file(path)
+
+
+def test_a_table_as_json_lines_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shapes" / "images", tmp_path / "shapes" / "images")
+    write_json(tmp_path / "shapes", rows())
+    path = tmp_path / "shapes.yaml"
+    path.write_text(blocks("yaml")[0].replace("data_dir: shapes", f"data_dir: {tmp_path / 'shapes'}"))
+    check_task_file(path)
+
+
+def test_both_commands_tell_it_in_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    path = tmp_path / "tasks" / "shapes.yaml"
+    path.parent.mkdir()
+    path.write_text(blocks("yaml")[0].replace("doc_to_target: answer", "doc_to_target: gold"))
+    says = f"hones-eval: {path}: doc_to_target: 'gold' should be a column; the columns are image, question, "
+    says += "answer"
+    rank, _, evaluate, *_ = (
+        shlex.split(
+            line.replace("$MODEL", str(checkpoint_path())).replace(
+                "--include_path tasks", f"--include_path {path.parent}"
+            )
+        )
+        for line in blocks("bash")[0].splitlines()
+    )
+    assert main(rank[1:]) == 1
+    assert complaint(capsys.readouterr().err) == says
+    done = run_command(evaluate[1:], folder)
+    assert done.returncode == 1, done.stdout[-500:]
+    assert complaint(done.stderr).startswith(says)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| [^|]+ \| `(.*)` \|$", DOC, flags=re.MULTILINE))
+def test_the_lines_in_the_document_are_tested(line: str) -> None:
+    told = [says for _, says in (*MISTAKES.values(), *SPOILT)]
+    assert any(says in line or line.removesuffix(" ...") in says for says in told)
