@@ -194,6 +194,10 @@ def _patch_evaluate(module: ModuleType) -> None:
             return evaluate(*args, **kwargs)
         tracker = kwargs.get("evaluation_tracker")
         try:
+            if (
+                kwargs.get("tasks") == []
+            ):  # where --tasks names a folder, lmms-eval looks for YAML files in it
+                raise HonesError("no task was found: is there a folder here with the name after --tasks?")
             results = evaluate(*args, **kwargs)
         except Exception as error:
             _write_apart(tracker, model, error)

@@ -32,8 +32,7 @@ def blocks(language: str) -> list[str]:
 def rows() -> list[dict[str, str]]:
     made = documents("vqa_attribute", "plain", "test", COUNT)
     return [
-        {"file_name": f"images/{i}.png", "question": one.prompt, "answer": one.answer}
-        for i, one in enumerate(made)
+        {"file_name": f"{i}.png", "question": one.prompt, "answer": one.answer} for i, one in enumerate(made)
     ]
 
 
@@ -52,10 +51,10 @@ def write_json(folder: Path, table: list[dict[str, str]]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader of the document has before the commands."""
     place = tmp_path_factory.mktemp("reader")
-    (place / "shapes" / "images").mkdir(parents=True)
+    (place / "pictures").mkdir(parents=True)
     for i, one in enumerate(documents("vqa_attribute", "plain", "test", COUNT)):
-        Image.fromarray(one.pixels).save(place / "shapes" / "images" / f"{i}.png")
-    write_csv(place / "shapes", rows())
+        Image.fromarray(one.pixels).save(place / "pictures" / f"{i}.png")
+    write_csv(place / "pictures", rows())
     (place / "tasks").mkdir()
     (place / "tasks" / "shapes.yaml").write_text(blocks("yaml")[0])
     return place
@@ -160,7 +159,7 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
 def test_a_mistake_is_told_with_file_key_and_form(name: str, folder: Path, tmp_path: Path) -> None:
     edit, says = MISTAKES[name]
     config = yaml.safe_load(blocks("yaml")[0])
-    config["dataset_kwargs"]["data_dir"] = str(folder / "shapes")
+    config["dataset_kwargs"]["data_dir"] = str(folder / "pictures")
     edit(config)
     path = tmp_path / "shapes.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -172,7 +171,7 @@ def test_a_mistake_is_told_with_file_key_and_form(name: str, folder: Path, tmp_p
 
 
 def without_picture(table: list[dict[str, str]]) -> None:
-    table[5]["file_name"] = "images/lost.png"
+    table[5]["file_name"] = "lost.png"
 
 
 def without_answer(table: list[dict[str, str]]) -> None:
@@ -196,21 +195,21 @@ SPOILT = [
 def test_a_mistake_in_the_table_is_told(
     write: Callable[..., None], spoil: Callable[..., None], says: str, folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(folder / "shapes" / "images", tmp_path / "shapes" / "images")
+    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
     table = rows()
     spoil(table)
-    write(tmp_path / "shapes", table)
+    write(tmp_path / "pictures", table)
     path = tmp_path / "shapes.yaml"
-    path.write_text(blocks("yaml")[0].replace("data_dir: shapes", f"data_dir: {tmp_path / 'shapes'}"))
+    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {tmp_path / 'pictures'}"))
     with pytest.raises(TaskError, match=re.escape(says)):
         check_task_file(path)
 
 
 def test_a_table_as_json_lines_is_read(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "shapes" / "images", tmp_path / "shapes" / "images")
-    write_json(tmp_path / "shapes", rows())
+    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
+    write_json(tmp_path / "pictures", rows())
     path = tmp_path / "shapes.yaml"
-    path.write_text(blocks("yaml")[0].replace("data_dir: shapes", f"data_dir: {tmp_path / 'shapes'}"))
+    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {tmp_path / 'pictures'}"))
     check_task_file(path)
 
 
