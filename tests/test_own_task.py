@@ -82,7 +82,8 @@ def test_the_document_leads_from_a_folder_to_a_row(folder: Path, monkeypatch: py
         (row,) = csv.DictReader(file)
     assert row["task"] == "shapes"
     assert row["metric"] == "exact_match"
-    assert int(row["examples"]) == COUNT - 8
+    assert int(row["n"]) == COUNT - 8
+    assert row["flags"] == "", "no picture of the discovery is among them"
     assert float(row["baseline"]) > 0.5, "the embedded model answers such questions"
 
 
