@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PHOTOS ?=
+QUESTIONS ?=
 # Two threads are slower than one on models as small as these.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -10,7 +11,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench boards study
 
 demo: $(READY)
-	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)") \
+		$(if $(QUESTIONS),--questions "$(QUESTIONS)")
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -4,9 +4,12 @@ import csv
 import json
 from pathlib import Path
 
+import edited
 import pytest
 
 from hones_eval.__main__ import main
+
+KEPT = ("indoor", "color", "action")
 
 
 def test_on_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +32,43 @@ def test_on_photographs(
     ranking = json.loads((out / "ranking" / "ranking.json").read_text())
     steering = json.loads((out / "steering" / "steering.json").read_text())
     assert steering["ranking"]["digest"] == ranking["digest"]
+
+
+def test_the_whole_v_seam_path_on_photographs(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Edit, trace, rank, rescale, evaluate, leaderboard; heads of one category are tested on others."""
+    monkeypatch.setenv("HONES_EVAL_DATA", "")
+    out = tmp_path / "demo"
+    kept = [row for row in json.loads((photos / "vseam_pairs.json").read_text()) if row["category"] in KEPT]
+    (tmp_path / "pairs.json").write_text(json.dumps(kept))
+    assert (
+        main(
+            ["demo", "--out", str(out), "--questions", str(tmp_path / "pairs.json"), "--photos", str(photos)]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "shows the path" in said
+    assert "not editable pair-action" in said
+    assert "5. Evaluate" in said
+    edits = {row["category"]: row for row in json.loads((out / "edits" / "vseam_pairs.json").read_text())}
+    assert set(edits) == {"indoor", "color"}
+    trace = json.loads((out / "trace" / "trace.json").read_text())
+    assert {"vseam_indoor", "vseam_color"} == {one["clean_task"] for one in trace["categories"]}
+    ranking = json.loads((out / "ranking" / "ranking.json").read_text())
+    steering = json.loads((out / "steering" / "steering.json").read_text())
+    assert steering["ranking"]["digest"] == ranking["digest"]
+    rows = board_of(out)
+    assert {(row["task"], row["n"]) for row in rows} == {("vseam_color_both", "2")}
+    assert {row["metric"] for row in rows} >= {"accuracy", "balanced_accuracy"}
+
+
+def test_questions_of_which_none_can_be_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = edited.write(tmp_path, [edited.record(object_positions=[])])
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--questions", str(questions)]) == 1
+    assert "none of 1 records could be edited: q1: it has no box for 'ball'" in capsys.readouterr().err
+    assert not (tmp_path / "demo" / "trace").exists()
 
 
 def test_photographs_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from hones_eval.__main__ import main
 from hones_eval.editing.reading import read_records
 from hones_eval.editing.run import Report, edit_records
+from hones_eval.editing.sheet import GAP, OUTLINE, THUMB
 from hones_eval.editing.work import EditSettings
 from hones_eval.errors import HonesError
 
@@ -89,6 +91,22 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     picture = edited.scene(seed=9)
     Image.fromarray(picture).save(path.parent / "scene.png")
     assert run(path, out).resumed == 0
+
+
+@pytest.mark.parametrize(("workers", "step", "kills"), [("0", "3", 3), ("2", "6", 2)])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    tmp_path: Path, workers: str, step: str, kills: int
+) -> None:
+    """Its workers end with it: a process that outlived it would keep its output open, and this waiting."""
+    path = edited.write(tmp_path, good())
+    flags = ["edit", "--questions", str(path), "--editor", "auto", "--workers", workers]
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    script = Path(__file__).with_name("killed_edits.py")
+    command = [sys.executable, script, step, *flags, "--out", tmp_path / "killed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) >= kills
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_edits_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -174,6 +192,31 @@ def test_pictures_made_elsewhere_are_judged(tmp_path: Path) -> None:
     assert "none.jpg (or another suffix) is not in" in report.problems[0].reason
 
 
+def test_a_box_that_holds_part_of_the_other_thing_is_not_moved(tmp_path: Path) -> None:
+    overlapping = edited.side_record(
+        question="Is the ball next to the box?", object_positions=[[18, 33, 90, 54], [98, 38, 44, 44]]
+    )
+    report = run(edited.write(tmp_path, [overlapping]), tmp_path / "out", editor="move", mask="box")
+    assert "the box of 'ball' would take part of 'box' along" in report.problems[0].reason
+    apart = edited.side_record(object_positions=[[18, 33, 54, 54], [76, 38, 10, 44]])
+    assert run(edited.write(tmp_path, [apart]), tmp_path / "two", editor="move", mask="box").accepted
+
+
+def test_the_table_says_which_of_two_things_was_moved(tmp_path: Path) -> None:
+    """The disc has no room on the right of the box, so the box goes to the left of the disc."""
+    corner = edited.side_record(object_positions=[[58, 33, 54, 54], [138, 38, 22, 44]])
+    path = edited.write(tmp_path, [corner])
+    picture = np.roll(edited.scene(), 40, axis=1)
+    picture[:, :20] = picture[:, 20:40]
+    Image.fromarray(picture).save(tmp_path / "scene.png")
+    (row,) = run(path, tmp_path / "out", editor="move", mask="box").accepted
+    assert row["edited_object"] == "box"
+    assert row["perturb_prompt"] == "ball to the right of box"
+    made = np.asarray(Image.open(tmp_path / "out" / row["edited"])).astype(int)
+    assert (made[45:75, 33:48, 2] > 150).all()
+    assert np.array_equal(made[40:80, 70:100], picture[40:80, 70:100])
+
+
 def test_an_editor_is_refused_a_level_that_it_does_not_serve(tmp_path: Path) -> None:
     with pytest.raises(HonesError, match="serves attribute, not object; for object there are remove, "):
         run(edited.write(tmp_path, good()), tmp_path / "out", editor="recolor", level="object")
@@ -196,6 +239,8 @@ def test_the_command_writes_a_folder_that_the_edited_tasks_read(
     page = (out / "contact_sheet.html").read_text()
     assert page.count("<article") == 4
     assert page.count("data:image/jpeg") == 12
+    assert "<li>bad: its answer is &#39;blue&#39;" in page
+    assert "<tr><th>attribute</th><td>2</td><td>0</td><td>0</td></tr>" in page
     assert Image.open(out / "contact_sheet.png").height > 4 * 100
     monkeypatch.setenv("HONES_EVAL_DATA", str(out))
     from hones_eval.tasks.vseam import data
@@ -204,6 +249,27 @@ def test_the_command_writes_a_folder_that_the_edited_tasks_read(
     assert (question.answer, question.edited_answer) == ("Yes", "No")
     assert question.picture
     assert question.edited_picture == out / "images" / "q1_edited.png"
+
+
+def test_a_sheet_of_some_shows_them_from_all_over(tmp_path: Path) -> None:
+    rows = [edited.record(question_id=f"n{place}") for place in range(7)]
+    flags = ["edit", "--questions", str(edited.write(tmp_path, rows)), "--editor", "recolor", "--sheet", "3"]
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert re.findall(r"<p>(n\d) ·", page) == ["n0", "n2", "n4"]
+    assert "3 of 7 edits are shown, taken evenly." in page
+
+
+def test_a_mask_is_outlined_on_the_sheet(tmp_path: Path) -> None:
+    path = edited.write(tmp_path, [edited.record()])
+    assert (
+        main(["edit", "--questions", str(path), "--editor", "recolor", "--out", str(tmp_path / "out")]) == 0
+    )
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB")).astype(int)
+    outlined = (np.abs(sheet - OUTLINE).max(-1) < 12).any(0)
+    assert outlined[THUMB : 2 * THUMB + GAP].any()
+    assert not outlined[:THUMB].any()
+    assert not outlined[2 * (THUMB + GAP) :].any()
 
 
 def test_a_page_shows_a_question_as_text_and_not_as_markup(tmp_path: Path) -> None:

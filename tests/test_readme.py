@@ -1,4 +1,4 @@
-"""What the README tells people to type is what the programs take."""
+"""What the READMEs tell people to type is what the programs take."""
 
 import re
 import shlex
@@ -11,7 +11,10 @@ from hones_eval.__main__ import _parser
 from hones_eval.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "editing" / "README.md")
+BLOCKS = [
+    block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+]
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 

@@ -3,13 +3,18 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from hones_eval.artefact import read_json
+from hones_eval.commands.edit import edit
+from hones_eval.commands.edit_answers import CATEGORIES
 from hones_eval.commands.leaderboard import leaderboard
 from hones_eval.commands.rank import rank
 from hones_eval.commands.scale import scale
 from hones_eval.commands.shared import say
+from hones_eval.commands.trace import trace
 from hones_eval.commands.verify import verify
 from hones_eval.errors import HonesError
 from hones_eval.toy import checkpoint_path
@@ -32,24 +37,34 @@ PHOTOS = _Plan("hones_vqa_discovery", "hones_vqa_development", ("hones_vqa_test"
 
 
 def demo(
-    out: Path = Path("demo"), photos: Path | None = None, examples: int = 48, factor: float = 1.5
+    out: Path = Path("demo"),
+    photos: Path | None = None,
+    questions: Path | None = None,
+    examples: int = 48,
+    factor: float = 1.5,
 ) -> None:
     """Run the whole job on the embedded model: rank, verify, scale, evaluate with lmms-eval, leaderboard.
 
     Args:
         out: the folder for everything that the steps write.
         photos: a folder of photographs with one JSON file of annotations; by default scenes are drawn.
+        questions: a file of yes/no questions with boxes, as the V-SEAM release has them; the job is then
+            V-SEAM's: edit, trace, rank heads, rescale, evaluate. Their pictures lie beside it or in --photos.
         examples: use at most so many examples to discover and to verify; four times as many to evaluate.
         factor: what the selected neurons are multiplied by.
     """
+    if photos is not None and not photos.exists():
+        raise HonesError(f"--photos {photos}: there is no such folder")
+    model, model_args = "hones_llava", f"pretrained={checkpoint_path()}"
+    if photos is not None or questions is not None:
+        say("note: the embedded model has only ever seen drawn scenes; on photographs this shows the path")
+    if questions is not None:
+        _with_edits(questions, photos, out, examples, model, model_args)
+        return
     plan = SCENES
     if photos is not None:
-        if not photos.exists():
-            raise HonesError(f"--photos {photos}: there is no such folder")
         os.environ["HONES_EVAL_DATA"] = str(photos.resolve())
         plan = PHOTOS
-        say("note: the embedded model has only ever seen drawn scenes; on photographs this shows the path")
-    model, model_args = "hones_llava", f"pretrained={checkpoint_path()}"
     say(f"\n1. Which heads and neurons carry {plan.discovery}?")
     rank(
         "hones",
@@ -65,9 +80,42 @@ def demo(
     say(f"\n3. Scale the neurons by {factor}.")
     scale(ranking=out / "ranking", how="fixed", factor=factor, out=out / "steering")
     say("\n4. Evaluate on a third set of pictures with lmms-eval, as it is and steered.")
+    _evaluate(model_args, plan.test, out, 4 * examples)
+
+
+def _with_edits(
+    questions: Path, photos: Path | None, out: Path, examples: int, model: str, model_args: str
+) -> None:
+    """V-SEAM on pairs that are made here; heads are found on one category and tested on the others."""
+    say("\n1. Edit the pictures so that the answers change.")
+    edit(out / "edits", "auto", questions=questions, images=photos)
+    pairs = read_json(out / "edits" / "vseam_pairs.json")
+    edited = [
+        name for name, _ in Counter(pair["category"] for pair in pairs).most_common() if name in CATEGORIES
+    ]
+    if not edited:
+        raise HonesError(f"{questions}: no edit of the categories {', '.join(CATEGORIES)} was accepted")
+    os.environ["HONES_EVAL_DATA"] = str((out / "edits").resolve())
+    say("\n2. Where does the model see the difference? Put clean activations into edited passes.")
+    clean = [f"vseam_{name}" for name in edited]
+    twins = [f"{name}_edited" for name in clean]
+    trace(",".join(clean), ",".join(twins), model, out / "trace", "image,text,last", model_args=model_args)
+    say(f"\n3. Which heads help and hurt on {clean[0]}, clean and edited?")
+    rank("vseam", model, f"{clean[0]}_both", out / "ranking", model_args=model_args, limit=examples, heads=8)
+    say("\n4. Rescale them by their signed scores.")
+    scale(ranking=out / "ranking", how="signed", out=out / "steering")
+    if len(clean) == 1:
+        say(f"\nnote: there is no other category, so {clean[0]} is tested on what its heads were found on")
+    tests = tuple(f"{name}_both" for name in clean[1:] or clean)
+    say("\n5. Evaluate with lmms-eval, as it is and steered.")
+    _evaluate(model_args, tests, out, 4 * examples)
+
+
+def _evaluate(model_args: str, tasks: tuple[str, ...], out: Path, limit: int) -> None:
+    """Baseline and steered runs of `out`'s steering, and the page that compares them."""
     for name, steering in (("baseline", ""), ("steered", f",steering={out / 'steering'}")):
-        _lmms_eval(model_args + steering, plan.test, out / "logs" / name, 4 * examples)
-    say("\n5. Did it help?")
+        _lmms_eval(model_args + steering, tasks, out / "logs" / name, limit)
+    say("\nDid it help?")
     leaderboard([out / "logs"], out / "board")
 
 

@@ -84,7 +84,7 @@ def edit(
         model: an lmms-eval model that answers the clean and the edited question, to count flipped answers.
         model_args: of that model, as in lmms-eval --model_args.
         workers: processes for editors that need no weights; 0 edits in this one.
-        sheet: show at most so many edits on the contact sheet.
+        sheet: show at most so many edits on the contact sheet, taken evenly from all.
         include_path: a folder with more task YAML files.
         seed: of everything that is drawn.
     """
@@ -124,7 +124,7 @@ def edit(
         raise HonesError(
             f"none of {len(reading.records) + len(reading.problems)} records could be edited{first}"
         )
-    contact_sheet(out, [*report.accepted, *report.rejected], shown=sheet, note=_summary(report))
+    contact_sheet(out, report, shown=sheet)
     _say(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
 
 

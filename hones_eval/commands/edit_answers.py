@@ -49,9 +49,10 @@ def count_flips(report: Report, out: Path, settings: EditSettings, model: str, m
 def _answers(lmm: lmms, task: str, model: str) -> Iterator[tuple[str, str]]:
     """Each question's id and what the model said, by lmms-eval's own prompt and decoding."""
     examples = TaskExamples(lmm, task, model_name=model)
-    for index in range(len(examples)):
-        output = lmm.generate_until([examples._request(index)])
-        yield str(examples.document(index)["question_id"]), str(unwrap_generation_output(output[0])[0])
+    places = range(len(examples))
+    outputs = lmm.generate_until([examples._request(index) for index in places])
+    for index, output in zip(places, outputs, strict=True):
+        yield str(examples.document(index)["question_id"]), str(unwrap_generation_output(output)[0])
 
 
 def _judged(row: dict[str, Any]) -> dict[str, Any]:

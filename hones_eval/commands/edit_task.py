@@ -1,21 +1,23 @@
 """Records to edit from the documents of an lmms-eval task."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
 
 from hones_eval.artefact import read_json, write_bytes
 from hones_eval.editing.photographs import png
+from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.reading import Reading, records_from
 from hones_eval.editing.single import file_name
 from hones_eval.errors import TaskError
 from hones_eval.examples.tasks import build_requests, build_task
-from hones_eval.pictures import image_hash
+from hones_eval.pictures import image_hash, whole_pictures
 
 
 def records_of_task(
@@ -38,20 +40,40 @@ def records_of_task(
     built = build_task(task, reader, model_name="default", include_path=include_path, gen_kwargs=None)
     requests = build_requests(built, limit, 0)
     folder = out.with_name(f"{out.name}_pictures")
-    rows = []
+    rows, problems = [], []
     for request in requests:
         doc = reader.task_dict[built.task_name][request.args[-1]][request.doc_id]
-        rows.append(_row(doc, request.doc_id) | {"clean": _keep(request.args[2](doc), folder, task)})
+        try:
+            rows.append(_row(doc, request.doc_id, request.args[2], folder, task))
+        except RecordError as error:
+            problems.append(Problem(str(doc.get("question_id", request.doc_id)), None, str(error)))
     graphs = read_json(scene_graphs) if scene_graphs else {}
-    return records_from(rows, scene_graphs=graphs, category=category or _category(task)), folder
+    reading = records_from(rows, scene_graphs=graphs, category=category or _category(task))
+    return Reading(reading.records, problems + reading.problems), folder
 
 
-def _row(doc: Mapping[str, Any], doc_id: int) -> dict[str, Any]:
+def _row(
+    doc: Mapping[str, Any], doc_id: int, show: Callable[[Any], list[Any]], folder: Path, task: str
+) -> dict[str, Any]:
+    """A document as a record, its picture kept.
+
+    Raises: RecordError when its picture, or the record that it carries, cannot be read.
+    """
     plain = {key: value for key, value in doc.items() if not isinstance(value, Image.Image)}
     if isinstance(plain.get("record"), str):
-        plain |= json.loads(plain["record"])
+        try:
+            plain |= json.loads(plain["record"])
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"its column 'record' is no JSON object: {error}") from None
+    try:
+        with whole_pictures():
+            clean = _keep(show(doc), folder, task)
+    except (OSError, SyntaxError) as error:
+        raise RecordError(f"its picture cannot be read: {' '.join(str(error).split())}") from None
     objects = plain.get("involved_objects") or plain.get("relevant_objects") or plain.get("objects")
-    return {"question_id": str(doc_id)} | plain | {"involved_objects": objects, "edited": None}
+    return (
+        {"question_id": str(doc_id)} | plain | {"involved_objects": objects, "edited": None, "clean": clean}
+    )
 
 
 def _keep(pictures: list[Any], folder: Path, task: str) -> str:
@@ -60,8 +82,6 @@ def _keep(pictures: list[Any], folder: Path, task: str) -> str:
     seen = pictures[0].convert("RGB")
     name = f"{file_name(image_hash(seen)[:24])}.png"
     if not (folder / name).is_file():
-        import numpy as np
-
         write_bytes(folder / name, png(np.asarray(seen)))
     return name
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hones_eval.editing.boxes import Box, Window
 from hones_eval.editing.counterfactual import Change, Kind
 from hones_eval.editing.layout import OPPOSITE, goal_of, mirrored_differ, must_not_hold, place
-from hones_eval.editing.masks import Masker
+from hones_eval.editing.masks import Masker, box_mask
 from hones_eval.editing.moving import best_stretch, mirror, move, remove
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.problems import RecordError
@@ -26,6 +26,8 @@ class Edited(NamedTuple):
 
     picture: Pixels
     mask: NDArray[np.bool_]
+    thing: str | None = None
+    """What was edited, where that is not the change's target."""
 
 
 Apply = Callable[[Pixels, Change, Masker, int], Edited]
@@ -107,7 +109,13 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
     box, anchor = window_of(change.target.box, picture), window_of(change.anchor.box, picture)
     goal = goal_of(change.value)
     must_not_hold(goal, box, anchor)
+    if masks is box_mask and box.overlaps(anchor):
+        raise RecordError(
+            f"its boxes overlap, so the box of {change.target.name!r} would take part of "
+            f"{change.anchor.name!r} along; use --mask cut or segmenter"
+        )
     height, width = picture.shape[:2]
+    moved = change.target.name
     try:
         shift = place(box, anchor, width, height, goal)
     except RecordError:
@@ -115,14 +123,14 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
             raise
         # Moving the other one the other way makes the same true.
         shift = place(anchor, box, width, height, OPPOSITE[goal])
-        box = anchor
+        box, moved = anchor, change.anchor.name
     region = masks(picture, box)
     if region.rough:
         raise RecordError(
-            "it cannot be cut out by its colours to be moved; "
-            "use --mask segmenter, or --mask box to move its box"
+            f"{moved!r} cannot be cut out by its colours to be moved; "
+            "use --mask segmenter, or, where its box holds nothing of the other thing, --mask box"
         )
-    return Edited(*move(picture, region, shift, seed))
+    return Edited(*move(picture, region, shift, seed), moved)
 
 
 def _mirror(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:

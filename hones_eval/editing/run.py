@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,8 +31,8 @@ from hones_eval.editing.work import (
     guarded,
     in_worker,
     make_one,
-    one_thread,
     problem_of,
+    start_worker,
 )
 from hones_eval.errors import HonesError
 
@@ -146,9 +147,17 @@ def _claim(out: Path, settings: EditSettings) -> None:
                 f"{out} holds edits made with another {', '.join(differing)}; "
                 "choose another --out, or remove it"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not _UNFINISHED.match(one.name) for one in out.iterdir()):
         raise HonesError(f"{out} holds other files and no settings.json of edits; choose another --out")
+    for folder in (out, *(out / name for name in ("images", "masks", "rows"))):
+        for one in folder.iterdir() if folder.is_dir() else ():
+            if _UNFINISHED.match(one.name):
+                one.unlink()
     write_json(path, mine)
+
+
+# What a kill in the middle of a write leaves under its temporary name.
+_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.[a-z0-9_]{8}$")
 
 
 def _kept(record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any] | None:
@@ -190,7 +199,7 @@ def _in_parallel(
     """Results in the order of the jobs, with few of them waiting in memory."""
     waiting: deque[tuple[Job, Future[Made | Problem]]] = deque()
     coming = iter(jobs)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker) as pool:
         try:
             for job in islice(coming, 2 * workers):
                 waiting.append((job, pool.submit(in_worker, job, settings)))

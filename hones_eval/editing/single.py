@@ -97,7 +97,7 @@ def finish(prepared: Prepared, edited: Edited) -> Made:
         verdict = verdict._replace(reasons=(broken,))
     name = file_name(prepared.job.record.question_id)
     clean_name, clean_bytes = _clean_file(prepared)
-    row = _row(prepared, verdict) | {
+    row = _row(prepared, edited, verdict) | {
         "clean": clean_name,
         "edited": f"images/{name}_edited.png",
         "mask": f"masks/{name}.png",
@@ -127,7 +127,7 @@ def _mask_file(mask: NDArray[np.bool_]) -> bytes:
     return photographs.png(np.where(mask, 255, 0).astype(np.uint8))
 
 
-def _row(prepared: Prepared, verdict: Verdict) -> dict[str, Any]:
+def _row(prepared: Prepared, edited: Edited, verdict: Verdict) -> dict[str, Any]:
     record, change = prepared.job.record, prepared.change
     counterfactual = {
         "counterfactual_question": change.counterfactual_question,
@@ -146,7 +146,7 @@ def _row(prepared: Prepared, verdict: Verdict) -> dict[str, Any]:
         "object_positions": [thing.box._asdict() if thing.box else None for thing in record.things],
         "perturb_prompt": change.prompt,
         "editor": prepared.editor.name,
-        "edited_object": change.target.name,
+        "edited_object": edited.thing or change.target.name,
         "value": change.value,
         "answer_from": change.answer_from,
         "accepted": verdict.accepted,

@@ -1,8 +1,11 @@
 """What one process does with one record, and the settings that decide it; no torch is loaded for it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import cv2
 
@@ -71,9 +74,18 @@ def problem_of(job: Job, reason: str) -> Problem:
     return Problem(job.record.question_id, job.record.level, reason)
 
 
-def one_thread() -> None:
+def start_worker() -> None:
     """What a process does first that is one of several."""
     cv2.setNumThreads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's processes wait for work for ever once the process that gives it has been killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def in_worker(job: Job, settings: EditSettings) -> Made | Problem:
