@@ -121,6 +121,41 @@ def test_what_reaches_the_pipeline(checkpoint: Path, monkeypatch: pytest.MonkeyP
     assert made.shape == (120, 162, 3)
 
 
+def test_parts_that_wait_off_the_device_paint_the_same(checkpoint: Path) -> None:
+    """By accelerate's own hooks; where there is no other device they move parts from the CPU to the CPU."""
+    whole = Inpainter(InpaintSettings(str(checkpoint), steps=2))
+    parts = Inpainter(InpaintSettings(str(checkpoint), steps=2, device="cpu:0", offload=True))
+    hooked = [name for name, part in parts._pipeline.components.items() if hasattr(part, "_hf_hook")]
+    assert set(hooked) == {"text_encoder", "unet", "vae"}
+    assert not [part for part in whole._pipeline.components.values() if hasattr(part, "_hf_hook")]
+    assert np.array_equal(*(next(iter(one.paint([painting(1)]))) for one in (whole, parts)))
+
+
+def test_a_picture_that_the_safety_checker_blanks_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter = Inpainter(InpaintSettings(str(checkpoint), steps=1, batch=2))
+
+    def checked(self: Any, images: Any, *rest: Any) -> Any:
+        return images, [False, True][: len(images)]
+
+    monkeypatch.setattr(type(painter._pipeline), "run_safety_checker", checked)
+    one, blanked = painter.paint([painting(1), painting(2)])
+    assert one.shape == (120, 162, 3)
+    assert "safety checker blanked the picture" in str(blanked)
+
+
+def test_no_memory_for_the_checkpoint_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+
+    def full(*given: Any, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
+    with pytest.raises(HonesError, match=r"no memory on cpu for .*: use --offload or a smaller --dtype"):
+        Inpainter(InpaintSettings(str(checkpoint)))
+
+
 def test_no_memory_stops_one_picture_and_not_the_rest(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +190,42 @@ def test_the_command_paints(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert all(row["psnr_outside"] is None and row["edited_answer"] == "No" for row in one)
     assert main([*flags, "--composite", "false", "--out", str(tmp_path / "whole")]) == 0
     assert "rejected q1: outside the mask the PSNR is" in capsys.readouterr().out
+
+
+def test_questions_have_seeds_of_their_own_whatever_runs_beside_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Records that cannot be painted, other sizes and batches between them change no other's picture."""
+    twins = [edited.object_record(question_id=name, perturb_prompt="cat") for name in ("one", "two")]
+    small = edited.object_record(question_id="small", imageId="small")
+    bad = [
+        edited.object_record(question_id="nobox", object_positions=[]),
+        edited.object_record(question_id="flat", object_positions=[[3, 3, 0, 5]]),
+        edited.object_record(question_id="gone", imageId="gone"),
+    ]
+    path = edited.write(tmp_path, [twins[0], *bad, small, twins[1]])
+    Image.fromarray(edited.scene()[:90, :150]).save(tmp_path / "small.png")
+    (tmp_path / "alone.json").write_text(json.dumps([twins[1]]))
+    flags = ["edit", "--editor", "inpaint", "--checkpoint", str(checkpoint), "--steps", "1", "--mask", "box"]
+    flags += ["--images", str(tmp_path)]
+    out = tmp_path / "out"
+    assert main([*flags, "--batch", "2", "--questions", str(path), "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [one["question_id"] for one in report["not_editable"]] == ["flat", "nobox", "gone"]
+    rows = {row["question_id"]: row for row in json.loads((out / "vseam_pairs.json").read_text())}
+    assert list(rows) == ["one", "small", "two"]
+    made = {name: np.asarray(Image.open(out / row["edited"])) for name, row in rows.items()}
+    assert made["small"].shape == (90, 150, 3)
+    assert not np.array_equal(made["one"], made["two"])
+    alone = tmp_path / "alone"
+    assert main([*flags, "--questions", str(tmp_path / "alone.json"), "--out", str(alone)]) == 0
+    again = np.asarray(Image.open(alone / "images" / "two_edited.png"))
+    assert np.abs(again.astype(int) - made["two"]).max() <= 2  # rounding of other kernels
+    # What is missing is painted again, alone, as it was; what is there stays.
+    (out / "rows" / "two.json").unlink()
+    assert main([*flags, "--batch", "2", "--questions", str(path), "--out", str(out)]) == 0
+    later = np.asarray(Image.open(out / "images" / "two_edited.png"))
+    assert np.abs(later.astype(int) - made["two"]).max() <= 2
 
 
 def test_what_is_no_inpainting_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -228,3 +299,41 @@ def test_a_segmenter_masks_inside_the_box(segmenter: Path) -> None:
     assert not touched[:, 85:].any()
     with pytest.raises(HonesError, match="cannot be loaded as a segmenter"):
         Segmenter(str(segmenter / "nothing"))
+
+
+def test_the_command_asks_a_segmenter(segmenter: Path, tmp_path: Path) -> None:
+    path = edited.write(tmp_path, [edited.object_record()])
+    flags = ["edit", "--questions", str(path), "--editor", "remove", "--mask", "segmenter"]
+    flags += ["--segmenter", str(segmenter), "--out", str(tmp_path / "out"), "--min_change", "0"]
+    assert main(flags) == 0
+    (row,) = json.loads((tmp_path / "out" / "vseam_pairs.json").read_text())
+    mask = np.asarray(Image.open(tmp_path / "out" / row["mask"])) > 0
+    made, clean = (np.asarray(Image.open(tmp_path / "out" / row[key])) for key in ("edited", "clean"))
+    assert mask.any()
+    assert np.array_equal(made[~mask], clean[~mask])
+
+
+@pytest.mark.parametrize("editor", ["remove", "inpaint"])
+def test_no_memory_for_one_mask_stops_one_record(
+    editor: str, checkpoint: Path, segmenter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import SamModel
+
+    real, calls = SamModel.forward, iter(range(9))
+
+    def crowded(self: Any, *given: Any, **more: Any) -> Any:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(SamModel, "forward", crowded)
+    path = edited.write(tmp_path, [edited.object_record(question_id=name) for name in ("one", "two")])
+    flags = ["edit", "--questions", str(path), "--editor", editor, "--mask", "segmenter", "--min_change", "0"]
+    flags += ["--segmenter", str(segmenter), "--out", str(tmp_path / "out")]
+    flags += ["--checkpoint", str(checkpoint), "--steps", "1"] if editor == "inpaint" else []
+    assert main(flags) == 0
+    (row,) = json.loads((tmp_path / "out" / "vseam_pairs.json").read_text())
+    assert row["question_id"] == "two"
+    (problem,) = json.loads((tmp_path / "out" / "report.json").read_text())["not_editable"]
+    assert problem["question_id"] == "one"
+    assert "no free memory" in problem["reason"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hones_eval.editing.masks import Region
 from hones_eval.editing.photographs import Pixels
-from hones_eval.editing.problems import RecordError
+from hones_eval.editing.problems import RecordError, no_memory
 from hones_eval.errors import HonesError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,7 +70,7 @@ class Inpainter:
             try:
                 made: list[Pixels | RecordError] = list(self._run(group))
             except (MemoryError, RuntimeError) as error:
-                if not _no_memory(error):
+                if not no_memory(error):
                     raise
                 made = self._singly(group)
             yield from made
@@ -81,7 +81,7 @@ class Inpainter:
             try:
                 made += self._run([job])
             except (MemoryError, RuntimeError) as error:
-                if not _no_memory(error):
+                if not no_memory(error):
                     raise
                 height, width = job.picture.shape[:2]
                 made.append(RecordError(f"no memory left to paint {width} x {height} pixels: {_SMALLER}"))
@@ -126,7 +126,7 @@ class Inpainter:
         return result
 
 
-_SMALLER = "lower --longest_side or --batch, or use --offload"
+_SMALLER = "lower --longest_side, or use --offload"
 
 
 def working_size(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -171,7 +171,8 @@ def _load(settings: InpaintSettings, device: str) -> Any:
         raise HonesError("the inpaint editor needs diffusers: pip install 'hones-eval[edit]'") from None
     import torch
 
-    dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "float16")
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "float16")
     try:
         pipeline: Any = diffusers.AutoPipelineForInpainting.from_pretrained(
             settings.checkpoint, torch_dtype=getattr(torch, dtype), trust_remote_code=False
@@ -182,15 +183,13 @@ def _load(settings: InpaintSettings, device: str) -> Any:
             return pipeline
         return pipeline.to(device)
     except (MemoryError, RuntimeError) as error:
-        if not _no_memory(error):
+        if not no_memory(error):
             raise
-        raise HonesError(f"no memory on {device} for {settings.checkpoint}: {_SMALLER}") from None
+        raise HonesError(
+            f"no memory on {device} for {settings.checkpoint}: use --offload or a smaller --dtype"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HonesError(
             f"{settings.checkpoint} cannot be loaded as a diffusers inpainting checkpoint: {reason}"
         ) from error
-
-
-def _no_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)

@@ -20,3 +20,10 @@ class Problem(NamedTuple):
     question_id: str
     level: Literal["object", "attribute", "relation"] | None
     reason: str
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error of Python or of torch says that there is no free memory, on whatever device."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate", "Insufficient memory")
+    )

@@ -20,18 +20,18 @@ from hones_eval.artefact import read_json, write_bytes, write_json
 from hones_eval.editing import photographs
 from hones_eval.editing.editors import EDITORS, Edited, levels_of
 from hones_eval.editing.inpaint import Inpainter, Painting
-from hones_eval.editing.masks import Masker, masker
+from hones_eval.editing.masks import Masker, Region, masker
+from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.reading import Reading
 from hones_eval.editing.records import Record
-from hones_eval.editing.single import Job, Made, file_name, finish, prepare, region_of
+from hones_eval.editing.single import Job, Made, Prepared, file_name, finish, prepare, region_of
 from hones_eval.editing.work import (
     EditSettings,
     elsewhere,
     guarded,
     in_worker,
     make_one,
-    problem_of,
     start_worker,
 )
 from hones_eval.errors import HonesError
@@ -230,21 +230,30 @@ def _painted(jobs: Sequence[Job], settings: EditSettings) -> Iterator[tuple[Job,
 def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[tuple[Job, Made | Problem]]:
     ready = []
     for job in jobs:
-        try:
-            prepared = prepare(job)
-            ready.append((prepared, region_of(prepared, masks)))
-        except RecordError as error:
-            yield job, problem_of(job, str(error))
+        one = guarded(job, lambda job: _ready(job, masks))
+        if isinstance(one, Problem):
+            yield job, one
+        else:
+            ready.append(one)
     ready.sort(key=lambda one: one[0].photograph.pixels.shape)
     paintings = [
         Painting(one.photograph.pixels, region, one.change.prompt, one.seed) for one, region in ready
     ]
-    for (prepared, region), painted in zip(ready, painter.paint(paintings), strict=True):
-        if isinstance(painted, RecordError):
-            yield prepared.job, problem_of(prepared.job, str(painted))
-        else:
-            edited = Edited(painted, region.footprint(*prepared.photograph.pixels.shape[:2]))
-            yield prepared.job, finish(prepared, edited)
+    for one, painted in zip(ready, painter.paint(paintings), strict=True):
+        job = one[0].job
+        yield job, guarded(job, lambda _, one=one, painted=painted: _finished(one, painted))  # type: ignore[misc]
+
+
+def _ready(job: Job, masks: Masker) -> tuple[Prepared, Region]:
+    prepared = prepare(job)
+    return prepared, region_of(prepared, masks)
+
+
+def _finished(ready: tuple[Prepared, Region], painted: Pixels | RecordError) -> Made:
+    if isinstance(painted, RecordError):
+        raise painted
+    prepared, region = ready
+    return finish(prepared, Edited(painted, region.footprint(*prepared.photograph.pixels.shape[:2])))
 
 
 def _write(made: Made, record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any]:

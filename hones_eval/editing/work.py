@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 import cv2
 
@@ -14,9 +15,11 @@ from hones_eval.editing.checks import Bounds
 from hones_eval.editing.editors import Edited, EditorName
 from hones_eval.editing.inpaint import InpaintSettings
 from hones_eval.editing.masks import Masker, MaskName, masker
-from hones_eval.editing.problems import Problem, RecordError
+from hones_eval.editing.problems import Problem, RecordError, no_memory
 from hones_eval.editing.records import Level, Record
 from hones_eval.editing.single import Job, Made, finish, make, prepare, region_of
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,20 @@ class EditSettings:
     """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
 
 
-def guarded(job: Job, work: Callable[[Job], Made]) -> Made | Problem:
+def guarded(job: Job, work: Callable[[Job], Result]) -> Result | Problem:
     """One record's failure is that record's alone."""
     try:
         return work(job)
     except RecordError as error:
         return problem_of(job, str(error))
-    except MemoryError:
-        return problem_of(job, "there is no free memory for its picture; use fewer --workers")
-    except cv2.error as error:
-        return problem_of(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
+    except (MemoryError, RuntimeError, cv2.error) as error:
+        if no_memory(error):
+            return problem_of(
+                job, "there is no free memory for its picture; use fewer --workers, or a smaller --batch"
+            )
+        if isinstance(error, cv2.error):
+            return problem_of(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
+        raise
 
 
 def make_one(job: Job, masks: Masker, settings: EditSettings) -> Made:
