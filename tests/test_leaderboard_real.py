@@ -11,6 +11,7 @@ import yaml
 from make_logs import Questions, Steered, write_run
 from PIL import Image
 
+from hones_eval.__main__ import main
 from hones_eval.leaderboard import Board, make_board
 from hones_eval.leaderboard.flips import Flip
 from hones_eval.leaderboard.lmms_tasks import TaskPictures
@@ -22,7 +23,10 @@ SCALES_SEED, SPREAD = 3, 6.0
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory, llava_checkpoint: Path) -> Path:
-    """A baseline and a steered run of one command, in one output folder."""
+    """A baseline and a steered run of one command, in one output folder.
+
+    In another, `reused`, the run of a steering that was chosen on two of the four examples.
+    """
     folder = tmp_path_factory.mktemp("real")
     task = lmms_runs.write_task(folder / "task", count=4)
     lmms_runs.write_steering(llava_checkpoint, folder / "steering", SCALES_SEED, spread=SPREAD)
@@ -35,12 +39,29 @@ def logs(tmp_path_factory: pytest.TempPathFactory, llava_checkpoint: Path) -> Pa
         "output_path": "logs",
     }
     place = f"pretrained={llava_checkpoint},device=cpu,device_map=cpu,dtype=float32"
-    runs = [common | {"model_args": place}, common | {"model_args": f"{place},steering=steering"}]
+    chosen = choose(place, task, folder / "chosen")
+    runs = [
+        common | {"model_args": place},
+        common | {"model_args": f"{place},steering=steering"},
+        common | {"model_args": f"{place},steering={chosen}", "output_path": "reused"},
+    ]
     (folder / "runs.yaml").write_text(yaml.safe_dump(runs))
     done = lmms_runs.run_command(["--config", "runs.yaml"], folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((folder / "logs").rglob("*_results.json"))) == 2, done.stderr[-2000:]
     return folder / "logs"
+
+
+def choose(place: str, task: Path, folder: Path) -> Path:
+    """A steering made by our own commands, on the first two examples of the task that it is tested on."""
+    model = ["--model", "hones_llava", "--model_args", place, "--tasks", "tiny_colours", "--limit", "2"]
+    ranking, steering = str(folder / "ranking"), folder / "steering"
+    given = [*model, "--include_path", str(task), "--neurons", "0.2", "--out", ranking]
+    assert main(["rank", "--method", "random", *given]) == 0
+    assert (
+        main(["scale", "--ranking", ranking, "--how", "fixed", "--factor", "9", "--out", str(steering)]) == 0
+    )
+    return steering
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +97,21 @@ def test_the_manifest_tells_the_steering_and_the_pictures(board: Board, logs: Pa
     pictures = row.pair.steered.samples["none"].pictures
     assert pictures is not None
     assert len({name for shown in pictures for name in shown}) == 4
+
+
+def test_examples_that_chose_a_steering_are_counted(logs: Path, tmp_path: Path) -> None:
+    """By their pictures, which any task may show, and by their places in the task."""
+    board = make_board([logs, logs.parent / "reused"], tmp_path, resamples=99, pictures=False)
+    flags = {row.pair.steered.steering.label: row.flags for row in board.rows if row.pair.steered.steering}
+    assert flags == {
+        "drawn": (),
+        "random fixed for tiny_colours": (
+            "2 of 4 examples show pictures that chose this steering",
+            "2 of 4 examples chose this steering",
+        ),
+    }
+    assert "examples reused" in (tmp_path / "leaderboard.md").read_text()
+    assert "examples reused" in (tmp_path / "index.html").read_text()
 
 
 def test_pictures_come_from_the_task_and_are_checked(board: Board, logs: Path) -> None:
