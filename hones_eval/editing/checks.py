@@ -91,9 +91,10 @@ def psnr_outside(clean: Pixels, edited: Pixels, mask: Footprint) -> float | None
     for top in range(0, len(clean), BAND):
         band = slice(top, top + BAND)
         outside = ~mask[band]
-        difference = clean[band][outside].astype(np.int64) - edited[band][outside]
-        total += float((difference**2).sum())
-        count += difference.size
+        count += 3 * int(outside.sum())
+        if not np.array_equal(clean[band], edited[band]):
+            difference = clean[band][outside].astype(np.int64) - edited[band][outside]
+            total += float((difference**2).sum())
     return 10 * float(np.log10(255.0**2 * count / total)) if total else None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from jinja2 import Environment
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFile, ImageFont
 
 from hones_eval.artefact import write_bytes, write_text
 from hones_eval.editing.run import Report
@@ -54,7 +54,7 @@ def contact_sheet(out: Path, report: Report, *, shown: int = SHOWN) -> None:
 
 
 def _strip(out: Path, row: Mapping[str, Any]) -> Strip:
-    clean, edited = (_small(Image.open(out / row[key]).convert("RGB"), SHARP) for key in ("clean", "edited"))
+    clean, edited = (_small(Image.open(out / row[key]), SHARP) for key in ("clean", "edited"))
     mask = np.asarray(Image.open(out / row["mask"]).convert("L").resize(clean.size)) > 127
     seen = np.where(mask[..., None], np.asarray(clean), np.asarray(clean) * 0.35).astype(np.uint8)
     seen[mask & (cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) == 0)] = OUTLINE
@@ -62,9 +62,10 @@ def _strip(out: Path, row: Mapping[str, Any]) -> Strip:
 
 
 def _small(picture: Image.Image, side: int) -> Image.Image:
-    small = picture.copy()
+    """A copy of at most `side` pixels a side; of an opened JPEG no more is decoded than that needs."""
+    small = picture if isinstance(picture, ImageFile.ImageFile) else picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return small
+    return small.convert("RGB")
 
 
 def lines_of(row: Mapping[str, Any]) -> list[str]:
