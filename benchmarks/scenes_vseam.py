@@ -27,7 +27,7 @@ from hones_eval.toy.questions import KINDS
 
 LEVELS = tuple(f"vqa_{level}" for level in KINDS)
 PLAIN = ("--model", "llava_hf", "--model_args", f"pretrained={CHECKPOINT}")
-HOWS = ("signed", "topk")
+STRENGTHS = {"signed": "[0.5, 1, 2, 4]", "topk": "[0.5, 1]"}  # 0 is tried too
 HEADS = 5  # of 48
 ROLES = (
     "object=about;other object=circle,square,triangle,cross,star,ring;"
@@ -78,7 +78,7 @@ def rescale(work: Path, out: Path, examples: int, test: int) -> None:
     tasks = {level: [level, f"{level}_shifted"] for level in LEVELS}
     evaluate(work, "baseline", None, test, [task for level in LEVELS for task in tasks[level]])
     for level in LEVELS:
-        for how in HOWS:
+        for how in STRENGTHS:
             name = f"{level.removeprefix('vqa_')}_{how}"
             steered = steering(work / "steerings" / name, rank(work, level, examples), how, level, examples)
             if Steering.load(steered).is_noop:
@@ -95,7 +95,7 @@ def steering(folder: Path, ranking: str, how: str, level: str, examples: int) ->
     """Heads scaled with the strengths that do best on shifted pictures of the development split."""
     if not (folder / "steering.json").is_file():
         flags = ("--tasks", f"scenes_{level}_shifted_development", "--limit", str(examples))
-        chosen = ("--how", how, "--heads", str(HEADS), "--out", str(folder))
+        chosen = ("--how", how, "--heads", str(HEADS), "--strengths", STRENGTHS[how], "--out", str(folder))
         run_ours("scale", "--ranking", ranking, *MODEL, *flags, *chosen)
     return folder
 
