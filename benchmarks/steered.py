@@ -2,7 +2,8 @@
 
 One process, one thread, the same prompts, timed by the thread's CPU time. A round has one generation of each
 kind in random order; printed are the medians over rounds of the ratio to the same round's baseline, with 95 %
-intervals by bootstrap over rounds. `baseline again` shows the noise. Usage:
+intervals by bootstrap over rounds. `baseline again` shows the noise, and `bare hook`, hooks that multiply and
+check nothing, what any hook costs. Usage:
 
     python benchmarks/steered.py [--generations 200] [--profile]
 """
@@ -11,6 +12,7 @@ import argparse
 import cProfile
 import pstats
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,10 +21,10 @@ from plain_loop import Clock, answer, examples_for, small_llava
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance
 from hones_eval.sites import neuron_count
-from hones_eval.steer_model import attach_to
+from hones_eval.steer_model import attach_to, scaled_sites
 from hones_eval.steering import Steering
 
-WAYS = ("baseline", "baseline again", "hook", "fold")
+WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold")
 WARM_UP, RESAMPLES = 5, 10_000
 
 
@@ -37,6 +39,18 @@ def steering_of(anatomy: Anatomy) -> Steering:
     return Steering(head_scales, neuron_scales, Provenance("small", None, shape, "hones", {}, []))
 
 
+def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], object]:
+    """Steer in one of the ways; what is given back takes it off."""
+    if way in ("hook", "fold"):
+        return attach_to(anatomy, steering, way).detach  # type: ignore[arg-type]
+    sites = scaled_sites(anatomy, steering) if way == "bare hook" else []
+    handles = [
+        site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
+        for site, scales in sites
+    ]
+    return lambda: [handle.remove() for handle in handles]
+
+
 @torch.no_grad()
 def run(generations: int, profiled: bool) -> None:
     """A LLaVA of 6 layers, 8 heads, hidden 128; 16 image tokens, answers of up to 14."""
@@ -49,12 +63,11 @@ def run(generations: int, profiled: bool) -> None:
     for _ in range(WARM_UP + generations):
         clock = Clock()
         for way in drawn.sample(WAYS, len(WAYS)):
-            attached = attach_to(anatomy, steering, way) if way in ("hook", "fold") else None  # type: ignore[arg-type]
+            detach = attach(anatomy, steering, way)
             answer(model, example)  # not timed: attaching has just touched weights and hooks
             with clock(way):
                 answer(model, example)
-            if attached is not None:
-                attached.detach()
+            detach()
         rounds.append([clock.seconds[way] for way in WAYS])
     seconds = np.array(rounds[WARM_UP:])
     print(
