@@ -123,7 +123,7 @@ def one_fails_all_fail(trainer: Trainer) -> Iterator[None]:
         if trainer.strategy.launcher is not None and hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)
         if is_about_others(error):
-            raise left_alone() from error
+            raise left_alone(error) from error
         raise
 
 

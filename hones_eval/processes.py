@@ -2,7 +2,7 @@
 
 from torch import distributed
 
-from hones_eval.errors import HonesError
+from hones_eval.errors import HonesError, first_line
 
 
 def several() -> bool:
@@ -20,7 +20,7 @@ def wait_for_others() -> None:
     try:
         distributed.all_gather_object([None] * distributed.get_world_size(), None)
     except RuntimeError as error:
-        raise left_alone() from error
+        raise left_alone(error) from error
 
 
 def leave_others() -> None:
@@ -39,11 +39,12 @@ def is_about_others(error: BaseException) -> bool:
     )
 
 
-def left_alone() -> HonesError:
-    """What a process says that cannot go on without another one."""
+def left_alone(error: BaseException) -> HonesError:
+    """What a process says that cannot go on without another one; `error` is how it noticed."""
     if not several():
         return HonesError(
-            "the other processes did not come: MASTER_ADDR and MASTER_PORT must reach the first"
+            "the processes did not meet: MASTER_ADDR and MASTER_PORT have to be the first one's, and the "
+            f"port free ({first_line(error)})"
         )
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     return HonesError(f"process {rank} of {ranks} was left alone: another one ended, and says why itself")

@@ -194,9 +194,7 @@ def _patch_evaluate(module: ModuleType) -> None:
             return evaluate(*args, **kwargs)
         tracker = kwargs.get("evaluation_tracker")
         try:
-            if (
-                kwargs.get("tasks") == []
-            ):  # where --tasks names a folder, lmms-eval looks for YAML files in it
+            if kwargs.get("tasks") == []:  # lmms-eval looks for YAML files in a folder that --tasks names
                 raise HonesError("no task was found: is there a folder here with the name after --tasks?")
             results = evaluate(*args, **kwargs)
         except Exception as error:
@@ -232,7 +230,7 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
     from hones_eval.processes import is_about_others, left_alone
 
     if is_about_others(error):
-        error = left_alone()
+        error = left_alone(error)
     _close_progress_bars()
     if debug or not isinstance(error, HonesError):
         traceback.print_exception(error)

@@ -5,18 +5,23 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from lmms_eval import evaluator  # noqa: F401  the command has it when it reads task files
+from lmms_eval.tasks import TaskManager
 from lmms_runs import answers, run_command
 from own_answers import complaint
 from PIL import Image
 
 from hones_eval.__main__ import main
 from hones_eval.errors import TaskError
+from hones_eval.model_wrappers import plugin
 from hones_eval.task_files import check_task_file
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.documents import documents
@@ -236,6 +241,15 @@ def test_both_commands_tell_it_in_one_line(
     done = run_command(evaluate[1:], folder)
     assert done.returncode == 1, done.stdout[-500:]
     assert complaint(done.stderr).startswith(says)
+
+
+def test_a_file_that_lmms_eval_cannot_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under the command, which would print a trace that names no file."""
+    monkeypatch.setitem(sys.modules, plugin.COMMAND, ModuleType(plugin.COMMAND))
+    path = tmp_path / "shapes.yaml"
+    path.write_text("task: shapes\nmetric_list: [\n")
+    with pytest.raises(SystemExit, match=rf"hones-eval: {path}, line 3: not valid YAML"):
+        TaskManager("ERROR", str(tmp_path), model_name="hones_llava")
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\| [^|]+ \| `(.*)` \|$", DOC, flags=re.MULTILINE))

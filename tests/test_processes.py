@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
@@ -17,6 +18,7 @@ from own_answers import assert_same_ranking, complaint, write_tasks
 from PIL import Image
 
 from hones_eval.__main__ import main
+from hones_eval.examples.models import _own_device
 from hones_eval.ranking import Ranking
 
 COUNT = 5
@@ -200,6 +202,15 @@ def test_flags_and_launcher_have_to_agree(
         monkeypatch.setenv(name, value)
     assert main(rank(tasks, model_args, tmp_path / "out", *flags)) == 1
     assert says in complaint(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_a_process_takes_the_gpu_of_its_number(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert _own_device() == "cuda:0"
+    monkeypatch.setenv(variable, "3")
+    assert _own_device() == "cuda:3"
 
 
 def broken_picture(tasks: Path) -> str:
