@@ -86,7 +86,7 @@ def choose(
     *,
     higher_is_better: bool = True,
     override: str | None = None,
-) -> Adapter:
+) -> Candidate:
     """Choose how to get gold answers, and prove it: scored as answers they must come near the maximum.
 
     Args:
@@ -107,11 +107,11 @@ def choose(
         value = _tried(candidate, docs, score)
         tried.append((candidate, value))
         if candidate.named and isinstance(value, float) and _proves(value, nonsense, value, higher_is_better):
-            return candidate.adapter
+            return candidate
     best = max((value for _, value in tried if isinstance(value, float)), default=0.0)
     for candidate, value in tried:
         if isinstance(value, float) and _proves(value, nonsense, best, higher_is_better):
-            return candidate.adapter
+            return candidate
     raise TaskError(_unproven(task, metric, tried, nonsense, docs[0], override))
 
 

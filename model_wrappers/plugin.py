@@ -2,7 +2,8 @@
 
 lmms-eval has no entry point for tasks, chooses prompts by the name after `--model`, keys its answer cache on
 the text of `--model_args`, and ends with exit status 0 when a run fails. None of that can be put right from
-inside a model class, so a few methods are wrapped. Runs of other models pass through unchanged.
+inside a model class, so a few methods are wrapped. Runs of other models pass through unchanged, except that
+caption metrics start fewer Java programs.
 """
 
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hones_eval.errors import HonesError
 
 from .after_import import after_import
+from .caption_tools import share_caption_tools
 
 if TYPE_CHECKING:
     from .run_manifest import RunRecord
@@ -51,6 +53,7 @@ def install() -> None:
     after_import("lmms_eval.tasks", _patch_tasks)
     after_import("lmms_eval.caching.response_cache", _patch_cache)
     after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
+    after_import("pycocoevalcap.eval", share_caption_tools)
 
 
 def own_names() -> set[str]:

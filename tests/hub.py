@@ -27,11 +27,16 @@ def etag_of(content: bytes) -> str:
 
 
 @contextmanager
-def serving(repositories: Repositories) -> Iterator[str]:
-    """Serve data sets, name to path to content, for the length of a ``with`` block; gives the HF_ENDPOINT."""
+def serving(repositories: Repositories, faults: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Serve data sets, name to path to content, for the length of a ``with`` block; gives the HF_ENDPOINT.
+
+    `faults` names what is wrong with a data set: `gated` asks for a token of somebody with access, `cut` ends
+    in the middle of a file.
+    """
 
     class Handler(_HubHandler):
         repos = repositories
+        faulty = faults or {}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -46,11 +51,14 @@ def serving(repositories: Repositories) -> Iterator[str]:
 
 class _HubHandler(BaseHTTPRequestHandler):
     repos: Repositories
+    faulty: Mapping[str, str]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if path.startswith("/api/datasets/"):
+        if self._fault() == "gated" and "/resolve/" in path:
+            self._missing("GatedRepo", status=403)
+        elif path.startswith("/api/datasets/"):
             self._api(path.removeprefix("/api/datasets/"))
         elif path.startswith("/datasets/"):
             self._file(path.removeprefix("/datasets/"))
@@ -142,8 +150,12 @@ class _HubHandler(BaseHTTPRequestHandler):
     def _json(self, content: object) -> None:
         self._reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def _missing(self, code: str) -> None:
-        self._reply(404, b"{}", {"X-Error-Code": code, "X-Error-Message": f"{code}: {self.path}"})
+    def _fault(self) -> str:
+        path = unquote(urlsplit(self.path).path)
+        return next((fault for name, fault in self.faulty.items() if f"/{name}/" in f"{path}/"), "")
+
+    def _missing(self, code: str, status: int = 404) -> None:
+        self._reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": f"{code}: {self.path}"})
 
     def _reply(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -151,7 +163,12 @@ class _HubHandler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if self._fault() == "cut" and "/resolve/" in self.path:
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        else:
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:

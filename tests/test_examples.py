@@ -6,21 +6,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from drawn_data import write_folder
 from lmms_eval import evaluator
-from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
 from hones_eval.errors import HonesError, TaskError, UnsupportedModelError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.playback import Playback
-from hones_eval.examples.tasks import _own_tasks
 from hones_eval.margin import as_answer
 
 WRAPPERS = {"llava_hf": "llava", "qwen2_5_vl": "qwen2_5_vl", "instructblip": "instructblip"}
@@ -339,13 +335,16 @@ def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
         build(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(("task", "judged"), [("llava_in_the_wild", True), ("vqav2_val", False)])
-def test_tasks_that_ask_a_remote_model_are_known_by_their_code(task: str, judged: bool) -> None:
-    config = load_yaml_config(_own_tasks("llava_hf").task_index[task]["yaml_path"], mode="full")
-    aggregation = {one["metric"]: one["aggregation"] for one in config["metric_list"]}
-    judge = remote_judge(SimpleNamespace(config=SimpleNamespace(**config), aggregation=lambda: aggregation))
-    assert (judge is not None) == judged
-    assert not judged or "openai" in judge
+@pytest.mark.parametrize(
+    ("task", "judge"),
+    [("llava_in_the_wild", "openai"), ("mmvet", "openai")],
+)
+def test_tasks_that_ask_a_remote_model_are_refused_before_their_data_is_fetched(
+    llava: Any, task: str, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(TaskError, match=rf"task {task} is scored by a remote model \(.*({judge}).*\)"):
+        TaskExamples(llava, task, model_name="llava_hf")
 
 
 def test_models_are_found_by_name() -> None:

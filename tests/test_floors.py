@@ -36,6 +36,7 @@ FLOORS: dict[str, set[str]] = {
     # 0: tensors, names and files; no model is known here
     "errors": set(),
     "pictures": set(),
+    "lmms_calls": set(),
     "edits": set(),
     "readouts": set(),
     "artefact": {"errors"},
@@ -63,7 +64,7 @@ FLOORS: dict[str, set[str]] = {
     "decoding": {*BASE, *EDITING, "anatomy", "passes", "replay", "continuation"},
     "targets": {"errors"},
     "task_files": {"errors"},
-    "examples": {*BASE, "margin", "pictures", "targets", "task_files"},
+    "examples": {*BASE, "lmms_calls", "margin", "pictures", "targets", "task_files"},
     "measure": {"examples"},
     "patching": {*MODEL},
     "together": {*MODEL, "examples"},
@@ -74,7 +75,7 @@ FLOORS: dict[str, set[str]] = {
     "toy": {*MEASURING, "pictures"},
     # 4: loops over examples; logs and their statistics
     "loops": {"errors", "examples", "measure", "partial", "processes"},
-    "leaderboard": {*BASE, "pictures", "steering"},
+    "leaderboard": {*BASE, "lmms_calls", "pictures", "steering"},
     "resampling": {"errors", "leaderboard"},
     "fitting": {*MODEL, "examples", "methods", "loops", "partial"},
     # 5: whole jobs, and the figures that they draw
@@ -194,7 +195,7 @@ def test_no_method_imports_another() -> None:
 # Libraries that only some rooms know.
 ONLY = {
     "lightning": {"loops", "fitting"},
-    "lmms_eval": {"examples", "targets", "task_files", "leaderboard", "commands"},
+    "lmms_eval": {"examples", "targets", "task_files", "lmms_calls", "leaderboard", "commands"},
     "peft": {"export"},
 }
 

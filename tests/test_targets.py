@@ -29,10 +29,10 @@ def exact(docs: list[dict[str, Any]], column: str, best: float = 1.0) -> Callabl
 def chosen(docs: list[dict[str, Any]], column: str, native: Adapter | None = None, **more: Any) -> Gold:
     task, metric = more.pop("task", "own"), more.pop("metric", "exact_match")
     score = more.pop("score", exact(docs, column))
-    adapter = targets.choose(
+    candidate = targets.choose(
         task, metric, docs, native or (lambda doc: targets.most_common(["answer"])), score, **more
     )
-    return adapter(docs[0])
+    return candidate.adapter(docs[0])
 
 
 DOCS = [{"question": f"q{i}", "answer": "wrong", "label": f"right {i}", "gold": i} for i in range(4)]

@@ -112,6 +112,7 @@ class Job:
             "model": self.model,
             "model_args": self.model_args,
             "metric": self.examples.metric,
+            "target": self.examples.target_source,
             "dtype": self.dtype,
         } | others
 

@@ -1,8 +1,9 @@
 """Examples of any lmms-eval task as any lmms-eval model sees them."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ class TaskExamples(Dataset[Example]):
         self._scorer = Scorer(self._task)
         self._answers: OrderedDict[tuple[int, tuple[int, ...]], str] = OrderedDict()
         self._prints: dict[int, tuple[str, list[str]]] = {}
+        self._proofs: dict[str, list[Instance]] = {}
         self.metric = self._choose_metric(metric)
         self.higher_is_better = self._scorer.metrics()[self.metric]
         self.is_mean = self._scorer.is_mean(self.metric)
-        self._gold = self._choose_target(target)
+        chosen = self._choose_target(target)
+        self.target_source = chosen.name
+        self._gold = chosen.adapter
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -302,7 +306,7 @@ class TaskExamples(Dataset[Example]):
         reasons = []
         for metric in [asked] if asked else known:
             try:
-                self._trial(metric, ["~"] * len(self._proof()))
+                self._scorer.aggregate(metric, self._tried(["~"] * len(self._proof(metric)), metric))
             except TaskError as error:
                 reasons.append(str(error))
             else:
@@ -316,26 +320,43 @@ class TaskExamples(Dataset[Example]):
         except HonesError as error:
             raise TaskError(f"{self.task}, doc_id {request.doc_id}: {error}") from error
 
-    def _choose_target(self, override: str | None) -> targets.Adapter:
+    def _choose_target(self, override: str | None) -> targets.Candidate:
+        try:
+            return self._proven_target(override, self._scorer.aggregate)
+        except TaskError as unproven:
+            # The metric's scale may be one that only the whole data set fills, as OCRBench's share of 1000.
+            try:
+                return self._proven_target(override, self._scorer.mean_score)
+            except TaskError:
+                raise unproven from None
+
+    def _proven_target(
+        self, override: str | None, score: Callable[[str, list[dict[str, Any]]], float]
+    ) -> targets.Candidate:
         return targets.choose(
             self.task,
             self.metric,
-            [document(self._task, request.doc_id) for request in self._proof()],
+            [document(self._task, request.doc_id) for request in self._proof(self.metric)],
             self._native,
-            lambda answers: self._trial(self.metric, answers),
+            lambda answers: score(self.metric, self._tried(answers, self.metric)),
             higher_is_better=self.higher_is_better,
             override=override,
         )
 
-    def _proof(self) -> list[Instance]:
-        # A score of whole queries is proven on one.
-        return self._requests[: PROOF_EXAMPLES if self.margin_words is None else TOGETHER]
+    def _proof(self, metric: str) -> list[Instance]:
+        """The first examples that have a metric: not every one need have all, as in MME."""
+        if self.margin_words is not None:  # a score of whole queries is proven on one
+            return self._requests[:TOGETHER]
+        if metric not in self._proofs:
+            having = (one for one in self._requests if metric in self._scorer.score(one, "~"))
+            self._proofs[metric] = list(islice(having, PROOF_EXAMPLES))
+        return self._proofs[metric]
 
-    def _trial(self, metric: str, answers: list[str]) -> float:
+    def _tried(self, answers: list[str], metric: str) -> list[dict[str, Any]]:
         if self.margin_words is not None:
             answers = [margin.as_answer(text, self.margin_words) for text in answers]
-        proof = zip(self._proof(), answers, strict=True)
-        return self._scorer.aggregate(metric, [self._scorer.score(one, text) for one, text in proof])
+        proof = zip(self._proof(metric), answers, strict=True)
+        return [self._scorer.score(one, text) for one, text in proof]
 
     def _native(self, doc: Mapping[str, Any]) -> targets.Gold:
         """The task's `doc_to_target`, through its choices where it is the place of one."""

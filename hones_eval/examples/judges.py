@@ -1,25 +1,23 @@
 """Which tasks ask a remote model for their scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import CodeType, ModuleType
 from typing import Any
 
-from lmms_eval.api.task import Task
-
 JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "dashscope", "requests")
 
 
-def remote_judge(task: Task) -> str | None:
+def remote_judge(metadata: Any, functions: Iterable[Any]) -> str | None:
     """Name what a task would call to score an answer, or None when it scores by itself.
 
-    Read from the code of `process_results` and of the aggregations, and of what they call by name.
+    Args:
+        metadata: of the task's YAML.
+        functions: `process_results` and the aggregations; their code is read, and of what they call by name.
     """
-    metadata = getattr(task.config, "metadata", None)
     for part in metadata if isinstance(metadata, list) else [metadata]:
         if isinstance(part, dict) and part.get("gpt_eval_model_name"):
             return str(part["gpt_eval_model_name"])
-    functions = [getattr(task.config, "process_results", None), *task.aggregation().values()]
     seen: set[int] = set()
     for function in functions:
         for name in _reached(function, seen):

@@ -1,9 +1,6 @@
 """Scores of one answer and of a whole set, by the task's own filters, metrics and aggregation."""
 
-import argparse
-import inspect
 import math
-import tempfile
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -18,6 +15,7 @@ from hones_eval.errors import TaskError
 from hones_eval.examples.models import one_line
 from hones_eval.examples.playback import quiet
 from hones_eval.examples.tasks import document
+from hones_eval.lmms_calls import aggregate
 
 
 class Scorer:
@@ -37,9 +35,11 @@ class Scorer:
             try:
                 result = self._process(doc, [self._filtered(answered)])
             except Exception as error:
+                lacking = isinstance(error, KeyError) and error.args[0] not in doc
+                columns = f", which is no column of the data set ({', '.join(doc)})" if lacking else ""
                 raise TaskError(
                     f"{self.task.task_name}, doc_id {instance.doc_id}: process_results failed on the answer "
-                    f"{text[:80]!r}: {type(error).__name__}: {one_line(error)}"
+                    f"{text[:80]!r}: {type(error).__name__}: {one_line(error)}{columns}"
                 ) from error
         return dict(result)
 
@@ -52,16 +52,29 @@ class Scorer:
         name = f"{self.task.task_name}: {metric}"
         if not values:
             raise TaskError(f"{name} is in none of {len(results)} results")
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with quiet():
             try:
-                number = self._aggregated(metric, values, folder)
+                number = aggregate(self.task.aggregation()[metric], values)
             except Exception as error:
                 raise TaskError(
                     f"{name} cannot be aggregated: {type(error).__name__}: {one_line(error)}"
                 ) from error
+        number = number.item() if hasattr(number, "item") else number
         if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
             raise TaskError(f"{name} aggregates to {number!r}, which is not a finite number")
         return float(number)
+
+    def mean_score(self, metric: str, results: Sequence[dict[str, Any]]) -> float:
+        """Give the mean of the scores that a metric's entries list, for a metric on a scale of its own.
+
+        Raises: TaskError when an entry lists none.
+        """
+        entries = [result[metric] for result in results if metric in result]
+        listed = [entry.get("score") if isinstance(entry, dict) else None for entry in entries]
+        scores = [float(score) for score in listed if isinstance(score, Real)]
+        if not scores or len(scores) < len(entries):
+            raise TaskError(f"{self.task.task_name}: {metric} lists no score for each example")
+        return sum(scores) / len(scores)
 
     def is_mean(self, metric: str) -> bool:
         """Whether the task aggregates a metric by lmms-eval's plain mean."""
@@ -92,11 +105,3 @@ class Scorer:
         if not isinstance(result, dict):
             raise TypeError(f"it gave {type(result).__name__} instead of a dict of metrics")
         return result
-
-    def _aggregated(self, metric: str, values: list[Any], folder: str) -> Any:
-        function = self.task.aggregation()[metric]
-        if "args" in inspect.signature(function).parameters:
-            number = function(values, args=argparse.Namespace(output_path=folder))
-        else:
-            number = function(values)
-        return number.item() if hasattr(number, "item") else number

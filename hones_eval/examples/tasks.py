@@ -1,20 +1,20 @@
 """lmms-eval tasks by name, with their requests; what cannot serve as examples is refused by name."""
 
 import copy
+import os
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lmms_eval.models  # noqa: F401  before the tasks: it loads plug-ins, and ours registers its tasks
 from lmms_eval import utils
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.api.task import ConfigurableTask, Task
+from lmms_eval.api.registry import get_aggregation
+from lmms_eval.api.task import Task
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 from tenacity import RetryError
@@ -23,6 +23,7 @@ from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples.judges import remote_judge
 from hones_eval.examples.models import one_line
 from hones_eval.examples.playback import quiet
+from hones_eval.lmms_calls import without_retries
 from hones_eval.task_files import broken_file, check_task_file, read_task_file, users_file
 
 
@@ -39,6 +40,7 @@ def build_task(
     _must_generate(manager, name)
     if own_file := users_file(manager, name):
         check_task_file(own_file)
+    _must_score_alone(manager, name)
     _let_datasets_fingerprint()
     with without_retries("download"), quiet():
         try:
@@ -47,11 +49,6 @@ def build_task(
             raise
         except Exception as error:
             raise _failure(f"task {name} cannot be built", error) from error
-    judge = remote_judge(task)
-    if judge:
-        raise TaskError(
-            f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
-        )
     _adjust(task, gen_kwargs)
     lmm.task_dict[name] = task.dataset
     return task
@@ -151,6 +148,25 @@ def _must_generate(manager: TaskManager, name: str) -> None:
         raise TaskError(f"task {name} has output_type {output_type}; {_WANTED}")
 
 
+def _must_score_alone(manager: TaskManager, name: str) -> None:
+    """Refuse what asks a remote model for its scores, before its data set is fetched."""
+    try:
+        config = utils.load_yaml_config(manager.task_index[name]["yaml_path"], mode="full")
+    except Exception as error:
+        if type(error).__module__.startswith("openai"):  # a client that is made on import
+            raise TaskError(_judged(name, "openai")) from error
+        raise _failure(f"task {name} cannot be built", error) from error
+    named = [one.get("aggregation") for one in config.get("metric_list") or []]
+    aggregations = [get_aggregation(one) if isinstance(one, str) else one for one in named]
+    judge = remote_judge(config.get("metadata"), [config.get("process_results"), *aggregations])
+    if judge:
+        raise TaskError(_judged(name, judge))
+
+
+def _judged(name: str, judge: str) -> str:
+    return f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
+
+
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
     """What `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
     if gen_kwargs:
@@ -172,18 +188,23 @@ def _failure(what: str, error: BaseException) -> TaskError:
         error = error.last_attempt.exception() or error
     if isinstance(error, HonesError):
         return TaskError(str(error))
-    return TaskError(f"{what}: {type(error).__name__}: {one_line(error)}")
+    return TaskError(f"{what}: {type(error).__name__}: {one_line(error)}{_way_out(error)}")
 
 
-@contextmanager
-def without_retries(method: str) -> Iterator[None]:
-    """One try instead of five with two seconds between: what fails here fails for good."""
-    plain = getattr(getattr(ConfigurableTask, method), "__wrapped__", None)
-    if plain is None:
-        yield
-        return
-    with mock.patch.object(ConfigurableTask, method, plain):
-        yield
+def _way_out(error: BaseException) -> str:
+    """What to do about a data set that the hub does not give."""
+    text = str(error)
+    if "gated" in text:
+        return "; then log in with `hf auth login`, or set HF_TOKEN to a token that has access"
+    if isinstance(error, KeyError):
+        return ", which may be a column that its data set does not have"
+    unreached = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("http")
+    if unreached or type(error).__name__ in ("DatasetNotFoundError", "LocalEntryNotFoundError"):
+        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return f"; is {where} within reach? What was downloaded before does without it: HF_HUB_OFFLINE=1"
+    if type(error).__name__ == "ArrowInvalid":
+        return "; delete the file from the hub's cache ($HF_HOME/hub) to fetch it again"
+    return ""
 
 
 def _let_datasets_fingerprint() -> None:

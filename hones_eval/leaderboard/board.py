@@ -8,9 +8,17 @@ from typing import Literal
 
 import numpy as np
 
+from hones_eval.leaderboard.captions import is_caption_metric
 from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.lmms_tasks import find_aggregation
-from hones_eval.leaderboard.metrics import Scores, check_aggregation, corpus_items, scores_of
+from hones_eval.leaderboard.metrics import (
+    Corpus,
+    Scores,
+    caption_form,
+    check_aggregation,
+    corpus_of,
+    scores_of,
+)
 from hones_eval.leaderboard.pairing import Pair, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Metric, Run, read_logs
 from hones_eval.leaderboard.reuse import reused_examples
@@ -113,6 +121,9 @@ def _compared(pairs: Sequence[Pair], seed: int, resamples: int, include_path: Pa
         flags = reused_examples(pair.steered)
         for metric in pair.steered.metrics:
             row, scores, clusters = _row(pair, metric, flags)
+            corpus = None
+            if scores.kind == "corpus":
+                row, scores, clusters, corpus = _of_corpus(row, clusters)
             if scores.kind == "right/wrong" and clusters is None:
                 row = _with(row, _scaled(compare_right_wrong(*_columns(scores)), scores.scale), scores)
             elif scores.kind in ("right/wrong", "graded"):
@@ -120,10 +131,8 @@ def _compared(pairs: Sequence[Pair], seed: int, resamples: int, include_path: Pa
                 row = _with(row, row.comparison, scores)
                 key = (id(pair.baseline), metric.name, metric.filter, scores.scale, clusters is None)
                 graded[key].append((len(rows), (after - before) * scores.scale, clusters))
-            elif scores.kind == "corpus":
-                row = replace(
-                    row, comparison=_corpus(pair, metric, row, clusters, seed, resamples, include_path)
-                )
+            elif corpus is not None:
+                row = replace(row, comparison=_corpus(row, corpus, clusters, seed, resamples, include_path))
             rows.append(row)
     for jobs in graded.values():
         columns = np.column_stack([difference for _, difference, _ in jobs])
@@ -192,23 +201,42 @@ def _scaled(comparison: Comparison, scale: float) -> Comparison:
     return replace(comparison, difference=comparison.difference * scale, interval=ends)
 
 
+def _of_corpus(row: Row, clusters: Integers | None) -> tuple[Row, Scores, Integers | None, Corpus | None]:
+    """The row over the examples that have the metric; caption metrics in the form that resamples best."""
+    metric, pair, values = row.metric, row.pair, (row.baseline, row.steered)
+    corpus = corpus_of(metric, pair.baseline, pair.steered)
+    if isinstance(corpus, Corpus):
+        if clusters is not None:
+            clusters = clusters[corpus.kept]
+            row = replace(row, pictures=len(np.unique(clusters)))
+        row = replace(row, n=len(corpus.kept))
+        if not is_caption_metric(metric.name, corpus.baseline):
+            return row, Scores("corpus"), clusters, corpus
+        form = caption_form(metric, corpus, values)
+        if isinstance(form, Scores):
+            return replace(row, kind=form.kind), form, clusters, None
+        if isinstance(form, Corpus):
+            return row, Scores("corpus"), clusters, form
+        corpus = form
+    comparison = replace(row.comparison, note=f"no interval: {corpus}")
+    return replace(row, comparison=comparison), Scores("none"), clusters, None
+
+
 def _corpus(
-    pair: Pair,
-    metric: Metric,
     row: Row,
+    corpus: Corpus,
     clusters: Integers | None,
     seed: int,
     resamples: int,
     include_path: Path | None,
 ) -> Comparison:
-    function = find_aggregation(pair.steered.task, metric.name, include_path)
+    function = corpus.function or find_aggregation(row.pair.steered.task, row.metric.name, include_path)
     if isinstance(function, str):
         return replace(row.comparison, note=f"no per-example value, no interval: {function}")
-    items = [corpus_items(metric, run) for run in (pair.baseline, pair.steered)]
-    if problem := check_aggregation(function, items, (row.baseline, row.steered)):
+    if problem := check_aggregation(function, corpus.runs, (row.baseline, row.steered)):
         return replace(row.comparison, note=f"no interval: {problem}")
     draws = min(resamples, CORPUS_RESAMPLES)
-    return compare_corpus(function, items[0], items[1], clusters, seed=seed, resamples=draws, most=resamples)
+    return compare_corpus(function, *corpus.runs, clusters, seed=seed, resamples=draws, most=resamples)
 
 
 def _adjusted(rows: Sequence[Row], resamples: int) -> list[Row]:

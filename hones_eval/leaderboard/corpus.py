@@ -1,5 +1,6 @@
 """Paired comparison of metrics that only a whole corpus has, as BLEU-4 or F1, computed again."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def compare_corpus(
     generator = np.random.default_rng([seed, len(baseline), 2])
 
     def difference(units: Sequence[int] | Integers) -> float:
-        chosen = np.concatenate([places[unit] for unit in units]).tolist()
-        return metric([steered[k] for k in chosen]) - metric([baseline[k] for k in chosen])
+        drawn = _drawn(places, units)
+        return metric(_items(steered, drawn)) - metric(_items(baseline, drawn))
 
     everything = np.arange(len(places))
     observed = difference(everything)
@@ -74,6 +75,27 @@ def compare_corpus(
     base = metric(list(baseline))
     effect = Effect(observed / abs(base), "relative change") if base else None
     return Comparison(observed, interval, Test(p, f"exchange of {unit}"), effect, note)
+
+
+def _drawn(places: Sequence[Integers], units: Sequence[int] | Integers) -> list[tuple[int, int]]:
+    """The examples of the units that were drawn, each with how often its unit was drawn before."""
+    times: Counter[int] = Counter()
+    drawn = []
+    for unit in map(int, units):
+        drawn += [(k, times[unit]) for k in places[unit].tolist()]
+        times[unit] += 1
+    return drawn
+
+
+def _items(items: Sequence[Any], drawn: Sequence[tuple[int, int]]) -> list[Any]:
+    """Their items. What is drawn again is another question to a metric that groups by question, as MME's."""
+    return [items[k] if not again else _renamed(items[k], again) for k, again in drawn]
+
+
+def _renamed(item: Any, again: int) -> Any:
+    if isinstance(item, dict) and "question_id" in item:
+        return item | {"question_id": f"{item['question_id']} drawn again {again}"}
+    return item
 
 
 def _exchange_p(

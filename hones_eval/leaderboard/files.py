@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from hones_eval.errors import HonesError
 
 RESULTS, SAMPLES, MANIFEST = "_results.json", "_samples_", "hones_manifest_*.json"
+SUBMISSIONS = "submissions"  # what some tasks of lmms-eval write for a server, COCO's under such a name
 
 
 class Found(NamedTuple):
@@ -34,7 +35,7 @@ def find_files(paths: Sequence[Path]) -> Found:
             files.update(path.parent.glob(f"{stem(path)}*"))
             files.update((*path.parent.glob(MANIFEST), *path.parent.parent.glob(MANIFEST)))
     return Found(
-        sorted(file for file in files if file.name.endswith(RESULTS)),
+        sorted(file for file in files if file.name.endswith(RESULTS) and file.parent.name != SUBMISSIONS),
         sorted(file for file in files if SAMPLES in file.name and file.suffix == ".jsonl"),
         sorted(file for file in files if file.match(MANIFEST)),
     )

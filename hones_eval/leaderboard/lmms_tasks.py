@@ -14,6 +14,7 @@ from typing import Any
 from PIL.Image import Image
 
 from hones_eval.errors import HonesError
+from hones_eval.lmms_calls import aggregate, without_retries
 
 # What loading a task may raise when its data set is not on this machine, or is not as it was.
 LOAD_ERRORS = (
@@ -55,7 +56,7 @@ def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]
     def metric(items: list[Any]) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                value = float(function(items))
+                value = float(aggregate(function, items))
             except (ArithmeticError, HonesError, *LOAD_ERRORS):
                 return math.nan  # undefined on these items
         return value
@@ -86,7 +87,7 @@ class TaskPictures:
 
     def _load(self, name: str) -> tuple[Any, Any] | None:
         try:
-            with _offline():
+            with _offline(), without_retries("download"):
                 manager = _manager_of(name, self._include_path)
                 task = None if manager is None else manager.load_task_or_group([name], "simple").get(name)
                 return None if task is None else (task, task.eval_docs)

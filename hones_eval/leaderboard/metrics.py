@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from hones_eval.leaderboard.captions import bleu_of, caption_scores
 from hones_eval.leaderboard.reading import Metric, Run
-from hones_eval.leaderboard.samples import Floats, read_rows
+from hones_eval.leaderboard.samples import Floats, Integers, read_rows
 
 Kind = Literal["right/wrong", "graded", "corpus", "none"]
 SLOW_SECONDS = 0.1  # of processor, for one value of a corpus metric; resampling takes four thousand
@@ -52,20 +53,66 @@ def _not_numbers(name: str, doc_ids: Any, columns: Sequence[Floats]) -> str:
 
 
 def _scale(columns: Sequence[Floats], values: Sequence[float]) -> float | None:
-    """What the means are multiplied by to give the reported values (1 or 100); None if neither does."""
-    for scale in (1.0, 100.0):
+    """What the means are multiplied by to give the reported values; None if nothing known does.
+
+    It is 1, or 100 for percent; OCRBench counts the right answers of its 1000 questions, however many ran.
+    """
+    for scale in (1.0, 100.0, len(columns[0]) / 1000):
         if all(
-            math.isclose(column.mean() * scale, value, rel_tol=1e-6, abs_tol=1e-9)
+            _agrees(float(column.mean()) * scale, value)
             for column, value in zip(columns, values, strict=True)
         ):
             return scale
     return None
 
 
-def corpus_items(metric: Metric, run: Run) -> list[Any]:
-    """What `process_results` returned for the metric, for every example, read again from the samples."""
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """What a metric of the whole corpus is computed from: one item an example that has the metric.
+
+    `kept` `[n]` are the places of those examples among the samples; in MME every metric has its own.
+    `function` is None where it is the task's own aggregation.
+    """
+
+    baseline: list[Any]
+    steered: list[Any]
+    kept: Integers
+    function: Callable[[list[Any]], float] | None = None
+
+    @property
+    def runs(self) -> tuple[list[Any], list[Any]]:
+        """The items of both runs."""
+        return self.baseline, self.steered
+
+
+def corpus_of(metric: Metric, baseline: Run, steered: Run) -> Corpus | str:
+    """Read what `process_results` returned for a metric again from the samples, or say what is wrong."""
+    before, after = _entries(metric, baseline), _entries(metric, steered)
+    if [item is None for item in before] != [item is None for item in after]:
+        return f"{metric.name} is listed for other examples in the baseline"
+    kept = [k for k, item in enumerate(before) if item is not None]
+    return Corpus([before[k] for k in kept], [after[k] for k in kept], np.array(kept, dtype=np.int64))
+
+
+def _entries(metric: Metric, run: Run) -> list[Any]:
     samples = run.samples[metric.filter]
     return [row.get(metric.name) for row in read_rows(samples, np.arange(len(samples)))]
+
+
+def caption_form(metric: Metric, corpus: Corpus, values: tuple[float, float]) -> Scores | Corpus | str:
+    """A caption metric as a score per example, or as counts of which BLEU is a function, or why not."""
+    before, after = (caption_scores(metric.name, items) for items in corpus.runs)
+    for one in (before, after):
+        if isinstance(one, str):
+            return one
+    if isinstance(before, list) and isinstance(after, list):
+        return replace(corpus, baseline=before, steered=after, function=bleu_of(metric.name))
+    assert isinstance(before, np.ndarray)
+    assert isinstance(after, np.ndarray)
+    for column, reported in zip((before, after), values, strict=True):
+        if not _agrees(float(column.mean()), reported):
+            return _other_value(float(column.mean()), reported)
+    return Scores("graded", before, after)
 
 
 def check_aggregation(
@@ -74,10 +121,18 @@ def check_aggregation(
     """Why a recomputed metric cannot be used: it does not give the reported values, or takes too long."""
     for listed, reported in zip(items, values, strict=True):
         found = function(list(listed))
-        if not math.isclose(found, reported, rel_tol=1e-6, abs_tol=1e-9):
-            return f"computing it again gives {found:.6g} and not the reported {reported:.6g}"
+        if not _agrees(found, reported):
+            return _other_value(found, reported)
     took = min(_processor_seconds(function, items[0]) for _ in range(3))
     return f"computing it once takes {took:.1f} s, too long to resample" if took > SLOW_SECONDS else ""
+
+
+def _agrees(found: float, reported: float) -> bool:
+    return math.isclose(found, reported, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _other_value(found: float, reported: float) -> str:
+    return f"computing it again gives {found:.6g} and not the reported {reported:.6g}"
 
 
 def _processor_seconds(function: Callable[[list[Any]], float], items: list[Any]) -> float:
