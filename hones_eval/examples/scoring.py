@@ -1,10 +1,13 @@
 """Scores of one answer and of a whole set, by the task's own filters, metrics and aggregation."""
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.metrics import mean
 from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning_tags
@@ -31,7 +34,7 @@ class Scorer:
         answered = Instance(instance.request_type, instance.args, instance.idx, dict(instance.metadata))
         answered.resps = [text]
         doc = document(self.task, instance.doc_id)
-        with quiet():
+        with quiet(), _seeded(instance.doc_id):
             try:
                 result = self._process(doc, [self._filtered(answered)])
             except Exception as error:
@@ -105,3 +108,16 @@ class Scorer:
         if not isinstance(result, dict):
             raise TypeError(f"it gave {type(result).__name__} instead of a dict of metrics")
         return result
+
+
+@contextmanager
+def _seeded(doc_id: int) -> Iterator[None]:
+    """The same score for the same answer: MMMU guesses a choice at random where an answer names none."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(doc_id)
+    np.random.seed(doc_id)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
