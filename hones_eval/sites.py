@@ -28,16 +28,16 @@ def top_heads(scores: Tensor, count: int, among: Tensor | None = None) -> list[H
     Where only some were measured, `among` [L, H] says which: no other is chosen.
     """
     if among is None:
-        return [Head(*site) for site in _top(scores, count)]
+        return [Head(*site) for site in _top(scores, count, "heads")]
     measured = int(among.sum())
     if not 1 <= count <= measured:
         raise HonesError(f"cannot choose {count} of the {measured} heads that were measured")
-    return [Head(*site) for site in _top(scores.masked_fill(~among, -torch.inf), count)]
+    return [Head(*site) for site in _top(scores.masked_fill(~among, -torch.inf), count, "heads")]
 
 
 def top_neurons(scores: Tensor, count: int) -> list[Neuron]:
     """The `count` neurons with the highest scores [L, I]; ties go to the lower (layer, neuron)."""
-    return [Neuron(*site) for site in _top(scores, count)]
+    return [Neuron(*site) for site in _top(scores, count, "neurons")]
 
 
 def neuron_count(scores: Tensor, fraction: float) -> int:
@@ -63,11 +63,11 @@ def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
     return drawn
 
 
-def _top(scores: Tensor, count: int) -> list[tuple[int, int]]:
+def _top(scores: Tensor, count: int, what: str) -> list[tuple[int, int]]:
     if scores.ndim != 2:
-        raise HonesError(f"scores must be [layers, sites], but have the shape {tuple(scores.shape)}")
+        raise HonesError(f"scores must be [layers, {what}], but have the shape {tuple(scores.shape)}")
     if not 1 <= count <= scores.numel():
-        raise HonesError(f"cannot choose {count} of {scores.numel()} sites: ask for 1 to {scores.numel()}")
+        raise HonesError(f"cannot choose {count} of {scores.numel()} {what}: ask for 1 to {scores.numel()}")
     # A stable sort keeps equal scores in the order (layer, site).
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
     return [divmod(int(i), scores.shape[1]) for i in order]

@@ -252,7 +252,7 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
         "shows no gold answer.*--target; the columns are .*answer",
     ),
     "include_path": ({"include_path": "/nowhere"}, "/nowhere is not a folder"),
-    "heads": ({"heads": 99}, "cannot choose 99 of 16 sites: ask for 1 to 16"),
+    "heads": ({"heads": 99}, "cannot choose 99 of 16 heads: ask for 1 to 16"),
     "no heads": ({"heads": 0}, "cannot choose 0 of 16"),
     "neurons": ({"neurons": 0}, "share of neurons must lie above 0"),
     "many neurons": ({"neurons": 2}, "share of neurons must lie above 0 and at most 1, but is 2"),

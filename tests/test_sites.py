@@ -26,12 +26,12 @@ def test_many_ties_against_numpy() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 7])
 def test_an_impossible_number_of_sites_is_refused(count: int) -> None:
-    with pytest.raises(HonesError, match=f"cannot choose {count} of 6 sites: ask for 1 to 6"):
+    with pytest.raises(HonesError, match=f"cannot choose {count} of 6 heads: ask for 1 to 6"):
         top_heads(torch.zeros(2, 3), count)
 
 
 def test_scores_that_are_no_matrix_are_refused() -> None:
-    with pytest.raises(HonesError, match=r"\[layers, sites\], but have the shape \(6,\)"):
+    with pytest.raises(HonesError, match=r"\[layers, heads\], but have the shape \(6,\)"):
         top_heads(torch.zeros(6), 1)
 
 
