@@ -103,7 +103,8 @@ def heat_maps(scores: Mapping[str, Floats], label: str) -> Figure:
 
 def bars(values: Mapping[str, int], label: str) -> Figure:
     """Named counts as horizontal bars, the first on top."""
-    figure = Figure(figsize=(5, 0.8 + 0.3 * len(values)), layout="constrained")
+    room = 0.08 * max(map(len, values), default=0)  # inches that the longest name takes
+    figure = Figure(figsize=(3.5 + room, 0.8 + 0.3 * len(values)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(values)), list(values.values()), color=BLUE)
     for place, value in enumerate(values.values()):
