@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,18 @@ def test_an_evaluation_without_a_hub_ends_with_one_line(tmp_path: Path) -> None:
     assert last.startswith("hones-eval: "), last
     assert "pope" in last or "POPE" in last or "127.0.0.1:9" in last or "connect" in last.lower(), last
     assert not list(tmp_path.glob("logs/*/*_results.json"))
+
+
+def test_a_hub_that_accepts_and_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
+    model = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}"]
+    command = ["rank", "--method", "hones", *model, "--tasks", "pope", "--out", str(tmp_path / "ranking")]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LMMS_"))}
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, and nobody reads
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": url, "HF_HUB_ETAG_TIMEOUT": "1"}
+        program = [sys.executable, "-m", "hones_eval", *command]
+        done = subprocess.run(program, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=200)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith(f"hones-eval: task pope: {url} did not answer within 1 s; try later"), last
+    assert not (tmp_path / "ranking").exists()

@@ -3,6 +3,7 @@
 import copy
 import os
 import ssl
+import urllib.request
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lmms_eval.models  # noqa: F401  before the tasks: it loads plug-ins, and ours registers its tasks
+from huggingface_hub import constants, is_offline_mode
 from lmms_eval import utils
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -40,7 +42,9 @@ def build_task(
     _must_generate(manager, name)
     if own_file := users_file(manager, name):
         check_task_file(own_file)
-    _must_score_alone(manager, name)
+    config = _config(manager, name)
+    _must_score_alone(config, name)
+    _must_find_its_hub(config, name)
     _let_datasets_fingerprint()
     with without_retries("download"), quiet():
         try:
@@ -148,14 +152,18 @@ def _must_generate(manager: TaskManager, name: str) -> None:
         raise TaskError(f"task {name} has output_type {output_type}; {_WANTED}")
 
 
-def _must_score_alone(manager: TaskManager, name: str) -> None:
-    """Refuse what asks a remote model for its scores, before its data set is fetched."""
+def _config(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
-        config = utils.load_yaml_config(manager.task_index[name]["yaml_path"], mode="full")
+        config: dict[str, Any] = utils.load_yaml_config(manager.task_index[name]["yaml_path"], mode="full")
     except Exception as error:
         if type(error).__module__.startswith("openai"):  # a client that is made on import
             raise TaskError(_judged(name, "openai")) from error
         raise _failure(f"task {name} cannot be built", error) from error
+    return config
+
+
+def _must_score_alone(config: dict[str, Any], name: str) -> None:
+    """Refuse what asks a remote model for its scores, before its data set is fetched."""
     named = [one.get("aggregation") for one in config.get("metric_list") or []]
     aggregations = [get_aggregation(one) if isinstance(one, str) else one for one in named]
     judge = remote_judge(config.get("metadata"), [config.get("process_results"), *aggregations])
@@ -165,6 +173,25 @@ def _must_score_alone(manager: TaskManager, name: str) -> None:
 
 def _judged(name: str, judge: str) -> str:
     return f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
+
+
+def _must_find_its_hub(config: dict[str, Any], name: str) -> None:
+    """Refuse a hub that accepts a connection and says nothing: `datasets` asks it again for many minutes.
+
+    One that refuses, or answers with an error, fails at once and is left to `datasets`, with its cache.
+    """
+    source = str(config.get("dataset_path"))
+    if "/" not in source or Path(source).exists() or is_offline_mode():  # csv, json, a folder
+        return
+    asked = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(asked, timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
+    except OSError as error:  # a URLError is one too
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            raise TaskError(
+                f"task {name}: {constants.ENDPOINT} did not answer within {constants.HF_HUB_ETAG_TIMEOUT} s; "
+                f"try later, raise HF_HUB_ETAG_TIMEOUT, or set HF_HUB_OFFLINE=1 if {source} is in the cache"
+            ) from error
 
 
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
