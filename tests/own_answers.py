@@ -38,6 +38,10 @@ metric_list:
 UTILS = """\
 def doc_to_visual(doc):
     return [doc["image"].convert("RGB")]
+
+
+def gold(doc):
+    return doc["answer"]
 """
 QUESTIONS = {"own_a": "What colour is shape {}?", "own_b": "How many {} are there in the picture?"}
 MODEL = "llava_hf"
@@ -109,7 +113,11 @@ def _answer(lmm: Any, examples: TaskExamples, index: int) -> str:
 def write_splits(
     tasks: Path, folder: Path, parts: Mapping[str, tuple[int, int]], without_answer: Sequence[int] = ()
 ) -> None:
-    """Cut both tasks into tasks of their own, called by the task's name and a suffix."""
+    """Cut both tasks into tasks of their own, called by the task's name and a suffix.
+
+    Where answers are left out, a function gives them: a file's empty column is refused before that.
+    """
+    target = "!function utils.gold" if without_answer else "answer"
     folder.mkdir(parents=True)
     (folder / "utils.py").write_text(UTILS)
     for name in QUESTIONS:
@@ -119,7 +127,8 @@ def write_splits(
         for suffix, (start, end) in parts.items():
             data = folder / f"{name}{suffix}.parquet"
             rows.select(range(start, end)).to_parquet(data)
-            (folder / f"{name}{suffix}.yaml").write_text(YAML.format(name=f"{name}{suffix}", data=data))
+            text = YAML.format(name=f"{name}{suffix}", data=data)
+            (folder / f"{name}{suffix}.yaml").write_text(text.replace("target: answer", f"target: {target}"))
 
 
 def assert_same_ranking(one: Ranking, two: Ranking) -> None:

@@ -160,9 +160,8 @@ def test_lmms_eval_steered_on_two_processes(
     assert shares == {0: ["0", "2", "4"], 1: ["1", "3"]}
 
     assert status != 0
-    # The other process may notice before the launcher ends it.
-    (reason,) = [line for line in err.splitlines() if line.startswith("hones-eval:") and ALONE not in line]
-    assert "llava_hf, task own_broken, doc 3" in reason
+    # The other process may notice before the launcher ends it, or have left a progress bar on the line.
+    assert err.count("hones-eval: llava_hf, task own_broken, doc 3") == 1, err
     assert not list((tmp_path / "broken").glob("*/*_results.json"))
 
 

@@ -203,7 +203,9 @@ def test_weights_that_are_not_finite_are_named(lmm: Any, tasks: Path, rankings: 
     try:
         work = job(lmm, tasks, Ranking.load(rankings / "hones"))
         weight.data[0, 0] = float("nan")
-        with pytest.raises(HonesError, match=r"own_a, doc_id 4: the logits are not finite under baseline"):
+        with pytest.raises(
+            HonesError, match=r"own_a, doc_id 4, under baseline: the FFN activations of layer \d are not"
+        ):
             verify(work)
     finally:
         weight.data.copy_(kept)

@@ -161,6 +161,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
         "help: ask for other answers too"
     )
     offered = f"{one_answer}, or --metric balanced_accuracy"
+    nothing_to_lose = "the model scores 0 with nothing masked, so that masking costs nothing says nothing"
     no_positive = "no example is correct, so positive scores are not measured and stand as 0"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     reports = [
@@ -172,7 +173,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     ]  # fmt: skip
     assert warnings == [
         [no_positive, offered],
-        ["no positive head has a score above 0, so none was masked", offered],
+        ["no positive head has a score above 0, so none was masked", offered, nothing_to_lose],
         [one_answer],
     ]
     assert {f"warning: {line}" for lines in warnings for line in lines} <= set(said)
