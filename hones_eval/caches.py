@@ -67,8 +67,8 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         _, heads, _, width = rows[0].keys.shape
         tokens = max(row.keys.shape[2] for row in rows) + ROOM
-        # Values may be of another width than keys. What is not filled here is never read: a row takes part
-        # only up to the tokens that it has.
+        # Values may be of another width than keys. No row that goes on reads what is not filled: it takes
+        # part only up to the tokens that it has. A row that has ended may read it, and is cut off before.
         self._keys = rows[0].keys.new_empty(len(rows), heads, tokens, width)
         self._values = rows[0].values.new_empty(len(rows), heads, tokens, rows[0].values.shape[3])
         for number, row in enumerate(rows):

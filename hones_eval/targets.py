@@ -15,6 +15,7 @@ from hones_eval.errors import TaskError
 
 MOST_REFERENCES = 5
 NONSENSE = "~"
+"""An answer that no gold answer is."""
 
 
 class Gold(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -190,7 +191,7 @@ def _results(
     if workers > 0 and settings.mask != "segmenter":
         return _in_parallel(jobs, settings, workers)
     masks = masker(settings.mask, settings.segmenter, settings.device)
-    return ((job, guarded(job, lambda job: make_one(job, masks, settings))) for job in jobs)
+    return ((job, guarded(job, partial(make_one, job, masks, settings))) for job in jobs)
 
 
 def _in_parallel(
@@ -230,7 +231,7 @@ def _painted(jobs: Sequence[Job], settings: EditSettings) -> Iterator[tuple[Job,
 def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[tuple[Job, Made | Problem]]:
     ready = []
     for job in jobs:
-        one = guarded(job, lambda job: _ready(job, masks))
+        one = guarded(job, partial(_ready, job, masks))
         if isinstance(one, Problem):
             yield job, one
         else:
@@ -241,7 +242,7 @@ def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[t
     ]
     for one, painted in zip(ready, painter.paint(paintings), strict=True):
         job = one[0].job
-        yield job, guarded(job, lambda _, one=one, painted=painted: _finished(one, painted))  # type: ignore[misc]
+        yield job, guarded(job, partial(_finished, one, painted))
 
 
 def _ready(job: Job, masks: Masker) -> tuple[Prepared, Region]:

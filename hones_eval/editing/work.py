@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -38,10 +39,10 @@ class EditSettings:
     """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
 
 
-def guarded(job: Job, work: Callable[[Job], Result]) -> Result | Problem:
+def guarded(job: Job, work: Callable[[], Result]) -> Result | Problem:
     """One record's failure is that record's alone."""
     try:
-        return work(job)
+        return work()
     except RecordError as error:
         return problem_of(job, str(error))
     except (MemoryError, RuntimeError, cv2.error) as error:
@@ -98,4 +99,4 @@ def _end_with_parent() -> None:
 def in_worker(job: Job, settings: EditSettings) -> Made | Problem:
     """One record's work in a process of its own."""
     masks = masker(settings.mask, settings.segmenter, settings.device)
-    return guarded(job, lambda job: make_one(job, masks, settings))
+    return guarded(job, partial(make_one, job, masks, settings))

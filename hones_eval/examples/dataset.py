@@ -306,7 +306,9 @@ class TaskExamples(Dataset[Example]):
         reasons = []
         for metric in [asked] if asked else known:
             try:
-                self._scorer.aggregate(metric, self._tried(["~"] * len(self._proof(metric)), metric))
+                self._scorer.aggregate(
+                    metric, self._tried([targets.NONSENSE] * len(self._proof(metric)), metric)
+                )
             except TaskError as error:
                 reasons.append(str(error))
             else:
@@ -348,7 +350,7 @@ class TaskExamples(Dataset[Example]):
         if self.margin_words is not None:  # a score of whole queries is proven on one
             return self._requests[:TOGETHER]
         if metric not in self._proofs:
-            having = (one for one in self._requests if metric in self._scorer.score(one, "~"))
+            having = (one for one in self._requests if metric in self._scorer.score(one, targets.NONSENSE))
             self._proofs[metric] = list(islice(having, PROOF_EXAMPLES))
         return self._proofs[metric]
 

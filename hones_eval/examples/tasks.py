@@ -1,7 +1,6 @@
 """lmms-eval tasks by name, with their requests; what cannot serve as examples is refused by name."""
 
 import copy
-import os
 import ssl
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -227,8 +226,10 @@ def _way_out(error: BaseException) -> str:
         return ", which may be a column that its data set does not have"
     unreached = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("http")
     if unreached or type(error).__name__ in ("DatasetNotFoundError", "LocalEntryNotFoundError"):
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return f"; is {where} within reach? What was downloaded before does without it: HF_HUB_OFFLINE=1"
+        return (
+            f"; is {constants.ENDPOINT} within reach? What was downloaded before does without it: "
+            "HF_HUB_OFFLINE=1"
+        )
     if type(error).__name__ == "ArrowInvalid":
         return "; delete the file from the hub's cache ($HF_HOME/hub) to fetch it again"
     return ""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from hones_eval.errors import TaskError
-from hones_eval.tasks.hones.data import VARIABLE, place
+from hones_eval.tasks.hones.data import VARIABLE, named_by, place
 
 EDITED_VARIABLE = "HONES_EVAL_EDITED"
 LEVELS = {
@@ -234,12 +234,7 @@ def _coco_picture(image: str, name: str, folders: Sequence[Path]) -> Path | None
 
 
 def _root() -> Path:
-    given = os.environ.get(VARIABLE)
-    if not given:
-        raise TaskError(f"set {VARIABLE} to the folder that holds V-SEAM's question files and their pictures")
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise TaskError(f"{VARIABLE}={given}: there is no such file or folder")
+    path = named_by(VARIABLE, "the folder that holds V-SEAM's question files and their pictures")
     return path if path.is_dir() else path.parent
 
 
