@@ -14,9 +14,10 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
 
     install_import_hook(SHAPE_CHECKED, "beartype.beartype")
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import families  # noqa: E402
 import pytest  # noqa: E402
@@ -39,6 +40,29 @@ def family(request: pytest.FixtureRequest, build_family: Callable[[str], familie
 @pytest.fixture(scope="session")
 def llava_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.save_checkpoint("llava", tmp_path_factory.mktemp("checkpoints") / "llava")
+
+
+@pytest.fixture(scope="session")
+def model_args(llava_checkpoint: Path) -> str:
+    return f"pretrained={llava_checkpoint}"
+
+
+@pytest.fixture(scope="module")
+def models_loaded_once() -> Iterator[None]:
+    """Every command of a file loads the same checkpoints: keep what the real loader gave."""
+    from hones_eval.commands import shared
+    from hones_eval.examples import load_lmm
+
+    loaded: dict[tuple[str, str], Any] = {}
+
+    def load(model: str, arguments: str) -> Any:
+        if (model, arguments) not in loaded:
+            loaded[model, arguments] = load_lmm(model, arguments)
+        return loaded[model, arguments]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "load_lmm", load)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,11 @@ from PIL import Image
 from hones_eval import commands
 from hones_eval.__main__ import main
 from hones_eval.artefact import read_json
-from hones_eval.commands import shared
-from hones_eval.examples import load_lmm
 from hones_eval.ranking import Ranking
 from hones_eval.steering import Steering
 
 COUNT = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_loaded_once() -> Iterator[None]:
-    """Every command loads the same checkpoint: keep what the real loader gave."""
-    loaded: dict[tuple[str, str], Any] = {}
-
-    def load(model: str, model_args: str) -> Any:
-        if (model, model_args) not in loaded:
-            loaded[model, model_args] = load_lmm(model, model_args)
-        return loaded[model, model_args]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "load_lmm", load)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_args(llava_checkpoint: Path) -> str:
-    return f"pretrained={llava_checkpoint}"
+pytestmark = pytest.mark.usefixtures("models_loaded_once")
 
 
 @pytest.fixture(scope="module")

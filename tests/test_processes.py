@@ -35,11 +35,6 @@ REASON = "hones-eval: the camera fell into the sea"
 
 
 @pytest.fixture(scope="module")
-def model_args(llava_checkpoint: Path) -> str:
-    return f"pretrained={llava_checkpoint}"
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, model_args: str) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks") / "own", "llava_hf", model_args, COUNT)
 

@@ -26,7 +26,7 @@ from hones_eval.__main__ import main
 from hones_eval.artefact import read_json
 from hones_eval.commands import shared
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.examples import TaskExamples, inner_model
 from hones_eval.loops import _Pass
 from hones_eval.margin import margin_behind
 from hones_eval.ranking import Ranking
@@ -137,19 +137,11 @@ def scaled(model: nn.Module, bank: Sequence[Neuron], factor: float) -> Iterator[
 
 
 @pytest.fixture(scope="module", autouse=True)
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def drawn(tmp_path_factory: pytest.TempPathFactory, models_loaded_once: None) -> Iterator[None]:
     """The drawn pictures; and every model is loaded once, by the real loader."""
     folder = write_folder(tmp_path_factory.mktemp("drawn") / "data", PICTURES)
-    loaded: dict[tuple[str, str], Any] = {}
-
-    def load(model: str, arguments: str) -> Any:
-        if (model, arguments) not in loaded:
-            loaded[model, arguments] = load_lmm(model, arguments)
-        return loaded[model, arguments]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HONES_EVAL_DATA", str(folder))
-        patch.setattr(shared, "load_lmm", load)
         yield
 
 
