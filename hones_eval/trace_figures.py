@@ -37,6 +37,9 @@ def layer_curves(curves: Mapping[str, Mapping[What, Curve]]) -> Figure:
         for axes, measure in zip(row, MEASURES, strict=True):
             for number, (category, found) in enumerate(curves.items()):
                 _line(axes, found[what], measure, category, COLOURS[number % len(COLOURS)])
+            undefined = sum(getattr(found[what], measure) is None for found in curves.values())
+            if undefined:
+                _say_undefined(axes, undefined, len(curves))
             axes.axhline(0, color="black", linewidth=0.6)
             axes.grid(alpha=0.25, linewidth=0.5)
         row[0].set_ylabel(WHERE[what], fontsize=9)
@@ -51,8 +54,6 @@ def layer_curves(curves: Mapping[str, Mapping[What, Curve]]) -> Figure:
 def _line(axes: Axes, found: Curve, measure: str, label: str, colour: str) -> None:
     values = getattr(found, measure)
     if values is None:
-        axes.text(0.5, 0.5, "not defined", transform=axes.transAxes, ha="center", color="grey")
-        axes.set_yticks([])
         return
     places = range(len(values))
     axes.plot(places, values, marker="o", markersize=3, linewidth=1.3, color=colour, label=label)
@@ -62,6 +63,16 @@ def _line(axes: Axes, found: Curve, measure: str, label: str, colour: str) -> No
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     step = max(1, len(values) // 8)
     axes.set_xticks(range(0, len(values), step))
+
+
+def _say_undefined(axes: Axes, undefined: int, of: int) -> None:
+    """In the middle where there is no line, else in a corner."""
+    if undefined == of:
+        axes.text(0.5, 0.5, "not defined", transform=axes.transAxes, ha="center", color="grey")
+        axes.set_yticks([])
+        return
+    note = f"not defined for {undefined} of {of}"
+    axes.text(0.98, 0.97, note, transform=axes.transAxes, ha="right", va="top", color="grey", fontsize=8)
 
 
 def role_figure(found: RoleMap, title: str) -> Figure:

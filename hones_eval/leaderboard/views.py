@@ -149,15 +149,16 @@ def summary(row: Row, tested: int) -> str:
     if row.verdict == "not judged":
         return " ".join([*words, f"Not judged: {found.note}." if found.note else "Not judged."])
     interval, p = found.interval, probability(row.p_holm)
+    rows = f"{tested:,} row{'' if tested == 1 else 's'}"
     if row.verdict in CSS:
-        words.append(f"Steering made it {row.verdict}: p is {p} after correction for {tested:,} rows.")
+        words.append(f"Steering made it {row.verdict}: p is {p} after correction for {rows}.")
     elif interval is not None and (interval.low > 0 or interval.high < 0):
         words.append(
-            f"The interval excludes zero, but among {tested:,} rows some do by chance: p is {p} after "
+            f"The interval excludes zero, but among {rows} some do by chance: p is {p} after "
             "correction, no clear difference."
         )
     else:
-        words.append(f"No clear difference: p is {p} after correction for {tested:,} rows.")
+        words.append(f"No clear difference: p is {p} after correction for {rows}.")
     return " ".join(words)
 
 
