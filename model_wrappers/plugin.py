@@ -76,7 +76,7 @@ def base_name(model: Any) -> Any:
     """The name whose prompts a model is to see: a steered model's base, and any other model's own."""
     if isinstance(model, str):
         return BASES.get(model, generic_base if model in GENERIC and generic_base else model)
-    return getattr(model, "base_wrapper", model)
+    return _base_of(model) or model
 
 
 def _patch_tasks(module: ModuleType) -> None:
@@ -255,7 +255,13 @@ def _is_ours(model: Any) -> bool:
     """A name of ours, or one that can only be meant for one of ours."""
     if isinstance(model, str):
         return model.startswith(GENERIC)
-    return hasattr(model, "record") and hasattr(model, "base_wrapper")
+    return _base_of(model) is not None
+
+
+def _base_of(model: Any) -> str | None:
+    """The base of a steered model, asked of its class: a mock of a model has whatever it is asked for."""
+    base = getattr(type(model), "base_wrapper", None)
+    return base if isinstance(base, str) else None
 
 
 def _name(model: Any) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import lmms_eval.models  # noqa: F401 - which loads the plug-in
@@ -107,6 +108,18 @@ def _content_hash(request: Instance) -> str:
     from lmms_eval.caching import response_cache
 
     return str(response_cache._extract_content_hash(request))
+
+
+def test_a_mock_of_a_model_is_not_ours(cache: ResponseCache) -> None:
+    """A mock has a `record` and a `base_wrapper` when asked; lmms-eval's own tests hand mocks to the cache."""
+    mock = MagicMock()
+    mock.generate_until.return_value = ["answer 0", "answer 1"]
+    cache.execute(mock, "generate_until", requests())
+    again = Echo()
+    assert cache.execute(again, "generate_until", requests()) == ["answer 0", "answer 1"]
+    assert again.asked == [], "the mock's answers lie under lmms-eval's own keys"
+    mock.record.add.assert_not_called()
+    assert plugin.base_name(mock) is mock
 
 
 def test_answers_of_two_steerings_have_two_keys(cache: ResponseCache) -> None:
