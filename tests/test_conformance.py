@@ -111,7 +111,7 @@ def _content_hash(request: Instance) -> str:
 
 
 def test_a_mock_of_a_model_is_not_ours(cache: ResponseCache) -> None:
-    """A mock has a `record` and a `base_wrapper` when asked; lmms-eval's own tests hand mocks to the cache."""
+    """A mock has whatever it is asked for, and lmms-eval's own tests hand mocks to the cache."""
     mock = MagicMock()
     mock.generate_until.return_value = ["answer 0", "answer 1"]
     cache.execute(mock, "generate_until", requests())
