@@ -1,7 +1,9 @@
 """Learned scales: against a training loop in plain torch, with hooks and a schedule of its own."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from hones_eval.sites import Neuron, matched_random
 from hones_eval.steering import Steering
 
 COUNT = 6  # a step of four and one of two
+STRONG = 50.0  # a KL that four steps show
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +61,13 @@ def loop() -> Loop:
 BANK = [Neuron(0, 3), Neuron(1, 0), Neuron(1, 7), Neuron(3, 20)]
 
 
-def plain_logits(model: Any, example: Example, a: Tensor | None) -> Tensor:
+def plain_logits(model: Any, example: Example, bank: Sequence[Neuron], a: Tensor | None) -> Tensor:
     """Of the target's tokens behind the prompt, with every neuron of the bank times `1 + a`."""
 
     def hook(layer: int) -> Any:
         def scale(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             columns = list(args[0].unbind(-1))
-            for neuron, value in zip(BANK, a, strict=True):
+            for neuron, value in zip(bank, a, strict=True):
                 if neuron.layer == layer:
                     columns[neuron.neuron] = columns[neuron.neuron] * (1 + value)
             return (torch.stack(columns, -1),)
@@ -84,8 +87,11 @@ def plain_logits(model: Any, example: Example, a: Tensor | None) -> Tensor:
             handle.remove()
 
 
-def plain_fit(model: Any, examples: TaskExamples, settings: FitSettings) -> tuple[Tensor, list[float]]:
-    a = torch.zeros(len(BANK), requires_grad=True)
+def plain_fit(
+    model: Any, examples: TaskExamples, settings: FitSettings, bank: Sequence[Neuron]
+) -> tuple[Tensor, list[float]]:
+    """What is added to 1 for every neuron of the bank, and every example's cross-entropy in its order."""
+    a = torch.zeros(len(bank), requires_grad=True)
     optimizer = torch.optim.AdamW([a], lr=settings.learning_rate, weight_decay=0)
     steps = settings.epochs * math.ceil(len(examples) / settings.accumulate)
     done, losses = 0, []
@@ -99,11 +105,11 @@ def plain_fit(model: Any, examples: TaskExamples, settings: FitSettings) -> tupl
             total = torch.zeros(())
             for index in members:
                 example = examples[index]
-                p = plain_logits(model, example, a).softmax(-1)
+                p = plain_logits(model, example, bank, a).softmax(-1)
                 target = torch.tensor(example.target_ids)
                 entropy = -p[range(len(target)), target].log().mean()
                 losses.append(float(entropy.detach()))
-                q = plain_logits(model, example, None).softmax(-1).detach()
+                q = plain_logits(model, example, bank, None).softmax(-1).detach()
                 divergence = (q * (q / p).log()).sum(-1).mean()
                 total = total + entropy + settings.beta * divergence
             (total / len(members) + settings.penalty * (a**2).mean()).backward()
@@ -134,7 +140,7 @@ def test_fit_takes_the_steps_of_a_plain_loop(
     wanted = [p.requires_grad for p in model.parameters()]
     found = fit(replayer, examples, BANK, settings, loop)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
-    expected, losses = plain_fit(model, examples, settings)
+    expected, losses = plain_fit(model, examples, settings, BANK)
     scales = torch.ones_like(found.scales)
     for neuron, a in zip(BANK, expected, strict=True):
         scales[neuron] = 1 + a
@@ -150,25 +156,37 @@ def test_fit_takes_the_steps_of_a_plain_loop(
         assert float((found.scales - 1).abs().max()) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("how", ["learned", "learned_no_kl", "random"])
 def test_retrieval_is_learned_from_yes_and_no(
-    replayer: Replayer, lmm: Any, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, own: own_answers.Prepared, lmm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every candidate teaches the word that is right for it, at the one token where the margin is read."""
     monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "drawn", 3)))
+    part = ["--offset", 9, "--limit", COUNT]
     examples = TaskExamples(lmm, "hones_retrieval", model_name=own_answers.MODEL, offset=9, limit=COUNT)
     right = [examples.document(i)["positive"] for i in range(COUNT)]
     yes, no = (examples._tokenizer.convert_tokens_to_ids(word) for word in ("ĠYes", "ĠNo"))
     assert [examples[i].target_ids for i in range(COUNT)] == [[yes] if one else [no] for one in right]
     assert sum(right) == 1
-    settings = FitSettings(learning_rate=0.05)
-    found = fit(replayer, examples, BANK, settings, loop)
-    expected, losses = plain_fit(replayer.anatomy.model, examples, settings)
-    torch.testing.assert_close(
-        torch.stack([found.scales[neuron] for neuron in BANK]), 1 + expected, rtol=0, atol=2e-4
-    )
-    assert float(expected.abs().max()) > 0.05
-    first = sum(losses[:COUNT]) / COUNT
-    assert found.report["epoch_losses"][0]["cross_entropy"] == pytest.approx(first, rel=1e-3)
+    chosen = ["--ranking", own.rankings / "hones", "--how", how, "--out", tmp_path / how, "--seed", 5]
+    steps = ["--learning_rate", 0.05, "--beta", STRONG]
+    assert main(own.command("scale", *part, *chosen, *steps, task="hones_retrieval")) == 0
+    steering = Steering.load(tmp_path / how)
+    ranking = Ranking.load(own.rankings / "hones")
+    bank = ranking.neurons()
+    if how == "random":
+        bank = matched_random(bank, ranking.provenance.shape.neurons, 5)
+    settings = FitSettings(beta=0 if how == "learned_no_kl" else STRONG, learning_rate=0.05, seed=5)
+    expected, losses = plain_fit(inner_model(lmm), examples, settings, bank)
+    scales = torch.ones_like(steering.neuron_scales)
+    for neuron, a in zip(bank, expected, strict=True):
+        scales[neuron] = 1 + a
+    torch.testing.assert_close(steering.neuron_scales, scales, rtol=0, atol=2e-4)
+    other = dataclasses.replace(settings, beta=STRONG - settings.beta)
+    unlike, _ = plain_fit(inner_model(lmm), examples, other, bank)
+    assert float((unlike - expected).abs().max()) > 5e-3, "the KL changes nothing: this shows nothing"
+    first = steering.provenance.settings["epoch_losses"][0]["cross_entropy"]
+    assert first == pytest.approx(sum(losses[:COUNT]) / COUNT, rel=1e-3)
 
 
 def test_only_the_bank_is_trained_and_no_second_model_is_kept(replayer: Replayer) -> None:

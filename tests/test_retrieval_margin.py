@@ -1,10 +1,8 @@
 """Retrieval by margins: `rank`, `verify`, `scale` and `lmms-eval` beside plain forwards, one at a time."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +15,8 @@ import torch
 import yaml
 from drawn_data import write_folder
 from lmms_runs import run_command
+from margins import Slow
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from hones_eval import partial
@@ -26,11 +24,10 @@ from hones_eval.__main__ import main
 from hones_eval.artefact import read_json
 from hones_eval.commands import shared
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model
+from hones_eval.examples import TaskExamples
 from hones_eval.loops import _Pass
 from hones_eval.margin import margin_behind
 from hones_eval.ranking import Ranking
-from hones_eval.sites import Neuron
 from hones_eval.steering import Steering
 from hones_eval.toy import checkpoint_path
 
@@ -68,72 +65,15 @@ class Visit:
         return self.rank("ranking")
 
     @cached_property
-    def first(self) -> "Slow":
-        return Slow(self, offset=0)
+    def first(self) -> Slow:
+        return self.slow(offset=0)
 
     @cached_property
-    def second(self) -> "Slow":
-        return Slow(self, offset=2 * self.candidates)
+    def second(self) -> Slow:
+        return self.slow(offset=2 * self.candidates)
 
-
-class Slow:
-    """The reference: every candidate of two queries by itself, in one full forward with hooks of its own."""
-
-    def __init__(self, visit: Visit, offset: int) -> None:
-        lmm = shared.load_lmm(visit.model, visit.arguments)
-        self.model = inner_model(lmm).float()
-        examples = TaskExamples(
-            lmm, visit.task, model_name=visit.model, limit=2 * visit.candidates, offset=offset
-        )
-        self.tokens = [examples._tokenizer.convert_tokens_to_ids(word) for word in visit.words]
-        self.items = [examples[i] for i in range(len(examples))]
-        documents = [examples.document(i) for i in range(len(examples))]
-        self.queries = [one["query"] for one in documents]
-        self.right = [one.get("positive", one.get("answer") == "Yes") for one in documents]
-        assert sum(self.right) == 2
-
-    def logits(self, edit: plain.Edit | None = None) -> Tensor:
-        """Behind every prompt [items, vocabulary]."""
-        rows = [plain.forward(self.model, dict(item.inputs), edit).logits[-1] for item in self.items]
-        return torch.stack(rows).double()
-
-    def margins(self, logits: Tensor) -> list[float]:
-        yes, no = self.tokens
-        return (logits[:, yes] - logits[:, no]).tolist()
-
-    def ndcg(self, logits: Tensor) -> float:
-        """Sorted by margin, with the right candidate behind its equals."""
-        margins, gains = self.margins(logits), []
-        for query in sorted(set(self.queries)):
-            members = [i for i, one in enumerate(self.queries) if one == query]
-            order = sorted(members, key=lambda i: (-margins[i], self.right[i]))
-            place = next(place for place, i in enumerate(order) if self.right[i])
-            gains.append(1 / math.log2(place + 2) if place < 5 else 0.0)
-        return sum(gains) / len(gains)
-
-    def log_probability(self, logits: Tensor) -> float:
-        targets = torch.tensor([self.tokens[0] if right else self.tokens[1] for right in self.right])
-        return float(logits.log_softmax(-1).gather(1, targets[:, None]).mean())
-
-    def steered(self, bank: Sequence[Neuron], factor: float) -> Tensor:
-        with scaled(self.model, bank, factor):
-            return self.logits()
-
-
-@contextmanager
-def scaled(model: nn.Module, bank: Sequence[Neuron], factor: float) -> Iterator[None]:
-    """Some neurons multiplied by a factor, by hooks written out here."""
-    with ExitStack() as hooks:
-        for number, layer in enumerate(plain.layers(model)):
-            chosen = [one.neuron for one in bank if one.layer == number]
-
-            def scale(_: nn.Module, args: tuple[Tensor], chosen: list[int] = chosen) -> tuple[Tensor]:
-                x = args[0].clone()
-                x[..., chosen] = x[..., chosen] * factor
-                return (x,)
-
-            hooks.callback(layer.mlp.down_proj.register_forward_pre_hook(scale).remove)
-        yield
+    def slow(self, offset: int) -> Slow:
+        return Slow(self.model, self.arguments, self.task, self.words, 2 * self.candidates, offset)
 
 
 @pytest.fixture(scope="module", autouse=True)
