@@ -1,4 +1,4 @@
-"""The reference of retrieval by margins: every candidate by itself, in one full forward with hooks of its own."""
+"""The reference of retrieval by margins: one full forward a candidate, with hooks of its own."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""`study` and `compare` on retrieval by margins: every number of the embedded model's beside plain forwards."""
+"""`study` and `compare` on retrieval by margins: the embedded model's numbers beside plain forwards."""
 
 import json
 from collections.abc import Iterator
