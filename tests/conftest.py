@@ -89,3 +89,11 @@ def photos() -> Path:
             f"HONES_EVAL_TEST_DATA={given} holds no real/coco10.json; point it at the test data's folder"
         )
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what a test recorded as its summary, also when it ran in a worker."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(str(value))

@@ -1,41 +1,41 @@
 """lmms-eval with the plug-in does what it does without, for every model that is not ours."""
 
 import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
-from xml.etree import ElementTree
 
 import lmms_eval.models  # noqa: F401 - which loads the plug-in
 import pytest
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache, compute_cache_key, extract_gen_kwargs
 from lmms_eval.tasks import TaskManager
+from lmms_own_tests import GIVEN, HOW, compare, kind
 from lmms_runs import write_task
 
 from hones_eval.model_wrappers import plugin
 
-THEIR_TESTS = (
-    "test/models",
-    "test/cache",
-    "test/cli",
-    "test/eval/test_protocol.py",
-    "test/eval/test_request_construction_contract.py",
-)
-WITHOUT_PLUGIN = """
-import importlib.metadata as metadata
-
-everything = metadata.entry_points
+SOME_TESTS = """
+import lmms_eval.models
+import pytest
 
 
-def others(**wanted):
-    return metadata.EntryPoints(one for one in everything(**wanted) if one.name != "hones_eval")
+def test_that_passes():
+    pass
 
 
-metadata.entry_points = others
+def test_that_fails():
+    raise AssertionError("as ever")
+
+
+@pytest.mark.skip
+def test_that_is_skipped():
+    pass
+
+
+def test_that_the_plugin_breaks():
+    assert "hones" not in lmms_eval.models.list_available_models()
 """
 
 
@@ -143,33 +143,40 @@ def test_other_names_and_objects_stay_as_they_are() -> None:
         assert plugin.base_name(name) is name
 
 
-def test_their_own_tests_do_the_same_with_the_plugin(tmp_path: Path) -> None:
-    """lmms-eval's offline tests, with and without our entry point: the same ones pass, the same ones fail."""
-    given = os.environ.get("LMMS_EVAL_SOURCE")
+def test_lmms_evals_own_tests_end_as_without_the_plugin(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    given = os.environ.get(GIVEN)
     if not given:
-        pytest.skip(
-            "neither wheel nor sdist of lmms-eval holds its tests: set LMMS_EVAL_SOURCE to a checkout of the "
-            "installed version (git clone --branch v0.7.3 https://github.com/EvolvingLMMs-Lab/lmms-eval)"
-        )
-    shutil.copytree(Path(given) / "test", tmp_path / "test")
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
-    with_plugin = _outcomes(tmp_path, "with", {})
-    without = _outcomes(tmp_path, "without", {"PYTHONPATH": str(tmp_path / "without")})
-    assert sum(outcome == "passed" for outcome in without.values()) > 0
-    differing = {name: (without.get(name), with_plugin.get(name)) for name in without | with_plugin}
-    assert not {name: pair for name, pair in differing.items() if pair[0] != pair[1]}
+        pytest.skip(f"neither wheel nor sdist of lmms-eval holds its tests: {HOW}")
+    compared = compare(Path(given), tmp_path)
+    if compared.differing or not any(outcome.kind == "passed" for outcome in compared.without.values()):
+        pytest.fail(compared.summary())
+    record_property("summary", compared.summary())
 
 
-def _outcomes(folder: Path, name: str, extra: dict[str, str]) -> dict[str, str]:
-    """By test, whether it passed, failed or was skipped."""
-    report = folder / f"{name}.xml"
-    there = [test for test in THEIR_TESTS if (folder / test).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *there]
-    environment = os.environ | {"OPENAI_API_KEY": "none"} | extra
-    subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    outcomes = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
-    return outcomes
+def test_a_comparison_finds_what_the_plugin_changes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "test" / "cache").mkdir(parents=True)
+    (source / "test" / "models").mkdir()
+    (source / "test" / "cache" / "test_some.py").write_text(SOME_TESTS)
+    (source / "test" / "models" / "test_broken.py").write_text("import no_such_module")
+    (source / "pyproject.toml").write_text('[project]\nversion = "9.8.7"\n')
+    (tmp_path / "here").mkdir()
+    compared = compare(source, tmp_path / "here")
+    assert {name: (kind(a), kind(b)) for name, (a, b) in compared.differing.items()} == {
+        "test.cache.test_some::test_that_the_plugin_breaks": ("passed", "failure")
+    }
+    assert "without the plug-in: 2 passed, 1 failed, 1 not collected, 1 skipped" in compared.summary()
+    assert "with the plug-in:    1 passed, 2 failed, 1 not collected, 1 skipped" in compared.summary()
+    assert (
+        "fails in both: test.cache.test_some::test_that_fails: AssertionError: as ever" in compared.summary()
+    )
+    assert "breaks: passed without, failure with the plug-in: AssertionError" in compared.summary()
+    assert "of 9.8.7" in compared.summary()
+    assert "not in this source: test/cli" in compared.summary()
+
+
+def test_a_folder_without_lmms_evals_tests_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"LMMS_EVAL_SOURCE=.* holds none of .*git clone"):
+        compare(tmp_path / "none", tmp_path)
