@@ -24,3 +24,9 @@ class TaskError(HonesError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, cut to one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of bearable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."

@@ -195,11 +195,14 @@ def _patch_evaluate(module: ModuleType) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if not _is_ours(model):
             return evaluate(*args, **kwargs)
+        from hones_eval.task_failures import told_at_once
+
         tracker = kwargs.get("evaluation_tracker")
         try:
             if kwargs.get("tasks") == []:  # lmms-eval looks for YAML files in a folder that --tasks names
                 raise HonesError("no task was found: is there a folder here with the name after --tasks?")
-            results = evaluate(*args, **kwargs)
+            with told_at_once():
+                results = evaluate(*args, **kwargs)
         except Exception as error:
             _write_apart(tracker, model, error)
             raise _ending(error, debug=kwargs.get("verbosity") == "DEBUG") from error
@@ -228,8 +231,6 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
     """What to raise: under the command an end with one line and exit status 1, elsewhere the error itself."""
     if COMMAND not in sys.modules:
         return error
-    if type(error).__name__ == "RetryError" and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # tenacity's own message names no reason
     from hones_eval.processes import is_about_others, left_alone
 
     if is_about_others(error):

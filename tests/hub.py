@@ -6,6 +6,7 @@ With it, lmms-eval's built-in tasks run as they are, through the real command, o
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,8 +31,8 @@ def etag_of(content: bytes) -> str:
 def serving(repositories: Repositories, faults: Mapping[str, str] | None = None) -> Iterator[str]:
     """Serve data sets, name to path to content, for the length of a ``with`` block; gives the HF_ENDPOINT.
 
-    `faults` names what is wrong with a data set: `gated` asks for a token of somebody with access, `cut` ends
-    in the middle of a file.
+    `faults` names what is wrong with a data set, or by "" with the hub itself: `gated` asks for a token of
+    somebody with access, `cut` ends in the middle of a file, `slow` waits for a second before every reply.
     """
 
     class Handler(_HubHandler):
@@ -158,6 +159,8 @@ class _HubHandler(BaseHTTPRequestHandler):
         self._reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": f"{code}: {self.path}"})
 
     def _reply(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        if self._fault() == "slow":
+            time.sleep(1.0)
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

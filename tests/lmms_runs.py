@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -21,6 +22,8 @@ from hones_eval.steering import Steering
 
 COLOURS = ["red", "green", "blue", "yellow"]
 COMMAND = Path(sys.executable).with_name("lmms-eval")
+LMMS_EVAL, HONES_EVAL = "lmms_eval.cli.dispatch", "hones_eval.__main__"
+"""Where the two commands have their `main`."""
 
 TASK_YAML = """\
 task: tiny_colours
@@ -191,12 +194,51 @@ def run_command(
     arguments: Sequence[str], cwd: Path, hub_url: str = "http://127.0.0.1:9"
 ) -> subprocess.CompletedProcess[str]:
     """Run the installed ``lmms-eval`` as a user does, with a hub on the loopback and caches under ``cwd``."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LMMS_"))}
-    env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(cwd / "hf_home"), "HF_TOKEN": "hf_nobody"}
-    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = environment(cwd, hub_url)
     return subprocess.run(
         [str(COMMAND), *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
+
+
+def environment(home: Path, hub_url: str) -> dict[str, str]:
+    """The variables of a process that asks a hub on the loopback, as nobody, and keeps its caches apart."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LMMS_"))}
+    env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home / "hf_home"), "HF_TOKEN": "hf_nobody"}
+    return env | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Ended(NamedTuple):
+    """A command's exit status, and what it wrote to stderr."""
+
+    status: int
+    stderr: str
+
+
+SEVERAL = """
+import importlib, json, sys
+main = importlib.import_module(sys.argv[1]).main
+for sys.argv[1:] in json.loads(sys.argv[2]):
+    try:
+        status = main() or 0
+    except SystemExit as ended:
+        status = ended.code
+        if isinstance(status, str):  # as Python does
+            print(status, file=sys.stderr)
+            status = 1
+    print(f"\\nended with {status}", file=sys.stderr, flush=True)
+"""
+
+
+def run_each(
+    door: str, commands: Sequence[Sequence[str]], cwd: Path, hub_url: str, **variables: str
+) -> list[Ended]:
+    """Run several commands in one process, which imports once; `door` is `LMMS_EVAL` or `HONES_EVAL`."""
+    program = [sys.executable, "-c", SEVERAL, door, json.dumps(commands)]
+    env = environment(cwd, hub_url) | variables
+    done = subprocess.run(program, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = re.split(r"^ended with (.*)\n", done.stderr, flags=re.MULTILINE)
+    return [Ended(int(status), said) for said, status in zip(parts[::2], parts[1::2], strict=False)]
 
 
 def answers(logs: Path, task: str) -> dict[int, str]:

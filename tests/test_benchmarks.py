@@ -9,8 +9,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple
 import benchmark_data
 import pytest
 from hub import serving
-from lmms_runs import answers, manifest, prompts, run_command, write_steering
+from lmms_runs import HONES_EVAL, answers, manifest, prompts, run_command, run_each, write_steering
 
 from hones_eval.__main__ import main
 from hones_eval.toy import checkpoint_path
@@ -35,15 +33,6 @@ TASKS = (
 pytestmark = pytest.mark.skipif(
     not shutil.which("java"), reason="lmms-eval's caption metrics tokenize with java"
 )
-
-RANK = """
-import json, sys
-from hones_eval.__main__ import main
-for command in json.loads(sys.argv[1]):
-    print(json.dumps(command), flush=True)
-    if main(command):
-        sys.exit(1)
-"""
 
 
 class Work(NamedTuple):
@@ -84,7 +73,6 @@ def evaluate(folder: Path, url: str, logs: str, more: str) -> None:
 
 
 def rank(folder: Path, url: str) -> None:
-    """Every ranking in one process, whose environment names the hub before anything is imported."""
     model = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}"]
     generation = ["--gen_kwargs", GENERATION]
     commands = [
@@ -92,11 +80,8 @@ def rank(folder: Path, url: str) -> None:
         for task in TASKS
         for method in METHODS
     ]
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "LMMS_"))}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf_home"), "HF_TOKEN": "hf_nobody"}
-    program = [sys.executable, "-c", RANK, json.dumps(commands)]
-    done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    for command, ended in zip(commands, run_each(HONES_EVAL, commands, folder, url), strict=True):
+        assert ended.status == 0, f"{command}: {ended.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize("task", TASKS)

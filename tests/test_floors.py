@@ -64,7 +64,8 @@ FLOORS: dict[str, set[str]] = {
     "decoding": {*BASE, *EDITING, "anatomy", "passes", "replay", "continuation"},
     "targets": {"errors"},
     "task_files": {"errors"},
-    "examples": {*BASE, "lmms_calls", "margin", "pictures", "targets", "task_files"},
+    "task_failures": {"errors", "lmms_calls"},
+    "examples": {*BASE, "lmms_calls", "margin", "pictures", "targets", "task_failures", "task_files"},
     "measure": {"examples"},
     "patching": {*MODEL},
     "together": {*MODEL, "examples"},
@@ -95,7 +96,8 @@ FLOORS: dict[str, set[str]] = {
 }
 BESIDE: dict[str, set[str]] = {
     "model_wrappers": {
-        *(*BASE, "margin", "pictures", "steering", "steer_model", "processes", "task_files"),
+        *(*BASE, "margin", "pictures", "steering", "steer_model", "processes"),
+        *("task_failures", "task_files"),
     },
     "tasks": {"errors", "toy", "pictures"},
 }
@@ -195,7 +197,10 @@ def test_no_method_imports_another() -> None:
 # Libraries that only some rooms know.
 ONLY = {
     "lightning": {"loops", "fitting"},
-    "lmms_eval": {"examples", "targets", "task_files", "lmms_calls", "leaderboard", "commands"},
+    "lmms_eval": {
+        *("commands", "examples", "leaderboard", "lmms_calls"),
+        *("targets", "task_failures", "task_files"),
+    },
     "peft": {"export"},
 }
 

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from hones_eval import margin, targets
 from hones_eval.artefact import ExampleSet, hash_of
-from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples.models import one_line
+from hones_eval.errors import HonesError, TaskError, one_line
 from hones_eval.examples.playback import Playback
 from hones_eval.examples.scoring import Scorer
 from hones_eval.examples.tasks import build_requests, build_task, document

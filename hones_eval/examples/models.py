@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
-from hones_eval.errors import HonesError, UnsupportedModelError
+from hones_eval.errors import HonesError, UnsupportedModelError, one_line
 
 # What launchers set. A wrapper that sees them joins a process group and demands GPUs; here each process
 # measures its own examples, and whoever launched the processes adds their sums up.
@@ -118,9 +118,3 @@ def inner_model(lmm: lmms) -> PreTrainedModel:
     if not found[0].can_generate():
         raise UnsupportedModelError(f"{name} holds a {type(found[0]).__name__}, which cannot generate")
     return found[0]
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bearable length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + " ..."

@@ -21,8 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hones_eval import margin
-from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples.models import inner_model, one_line
+from hones_eval.errors import HonesError, TaskError, one_line
+from hones_eval.examples.models import inner_model
 
 
 class Call(NamedTuple):

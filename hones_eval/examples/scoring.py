@@ -14,11 +14,11 @@ from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning
 from lmms_eval.api.task import Task
 from lmms_eval.filters.transformation import StripThinkingFilter
 
-from hones_eval.errors import TaskError
-from hones_eval.examples.models import one_line
+from hones_eval.errors import TaskError, one_line
 from hones_eval.examples.playback import quiet
 from hones_eval.examples.tasks import document
 from hones_eval.lmms_calls import aggregate
+from hones_eval.task_failures import failure
 
 
 class Scorer:
@@ -38,12 +38,9 @@ class Scorer:
             try:
                 result = self._process(doc, [self._filtered(answered)])
             except Exception as error:
-                lacking = isinstance(error, KeyError) and error.args[0] not in doc
-                columns = f", which is no column of the data set ({', '.join(doc)})" if lacking else ""
-                raise TaskError(
-                    f"{self.task.task_name}, doc_id {instance.doc_id}: process_results failed on the answer "
-                    f"{text[:80]!r}: {type(error).__name__}: {one_line(error)}{columns}"
-                ) from error
+                where = f"{self.task.task_name}, doc_id {instance.doc_id}"
+                what = f"{where}: process_results failed on the answer {text[:80]!r}"
+                raise failure(what, error, doc) from error
         return dict(result)
 
     def aggregate(self, metric: str, results: Sequence[dict[str, Any]]) -> float:

@@ -2,7 +2,6 @@
 
 import copy
 import ssl
-import urllib.request
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lmms_eval.models  # noqa: F401  before the tasks: it loads plug-ins, and ours registers its tasks
-from huggingface_hub import constants, is_offline_mode
 from lmms_eval import utils
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -18,13 +16,11 @@ from lmms_eval.api.registry import get_aggregation
 from lmms_eval.api.task import Task
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
-from tenacity import RetryError
 
-from hones_eval.errors import HonesError, TaskError
+from hones_eval.errors import TaskError, one_line
 from hones_eval.examples.judges import remote_judge
-from hones_eval.examples.models import one_line
 from hones_eval.examples.playback import quiet
-from hones_eval.lmms_calls import without_retries
+from hones_eval.task_failures import failure, told_at_once
 from hones_eval.task_files import broken_file, check_task_file, read_task_file, users_file
 
 
@@ -43,15 +39,12 @@ def build_task(
         check_task_file(own_file)
     config = _config(manager, name)
     _must_score_alone(config, name)
-    _must_find_its_hub(config, name)
     _let_datasets_fingerprint()
-    with without_retries("download"), quiet():
+    with told_at_once(), quiet():
         try:
             task = get_task_dict([name], manager, "simple" if lmm.is_simple else "chat")[name]
-        except HonesError:
-            raise
         except Exception as error:
-            raise _failure(f"task {name} cannot be built", error) from error
+            raise failure(f"task {name} cannot be built", error) from error
     _adjust(task, gen_kwargs)
     lmm.task_dict[name] = task.dataset
     return task
@@ -73,7 +66,7 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[Instance]
         with quiet():
             task.build_all_requests(limit=limit, offset=offset, rank=0, world_size=1)
     except Exception as error:
-        raise _failure(f"task {name}: its requests cannot be built", error) from error
+        raise failure(f"task {name}: its requests cannot be built", error) from error
     finally:
         logger.enable("lmms_eval.api.task")
     requests = list(task.instances)
@@ -157,7 +150,7 @@ def _config(manager: TaskManager, name: str) -> dict[str, Any]:
     except Exception as error:
         if type(error).__module__.startswith("openai"):  # a client that is made on import
             raise TaskError(_judged(name, "openai")) from error
-        raise _failure(f"task {name} cannot be built", error) from error
+        raise failure(f"task {name} cannot be built", error) from error
     return config
 
 
@@ -174,25 +167,6 @@ def _judged(name: str, judge: str) -> str:
     return f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
 
 
-def _must_find_its_hub(config: dict[str, Any], name: str) -> None:
-    """Refuse a hub that accepts a connection and says nothing: `datasets` asks it again for many minutes.
-
-    One that refuses, or answers with an error, fails at once and is left to `datasets`, with its cache.
-    """
-    source = str(config.get("dataset_path"))
-    if "/" not in source or Path(source).exists() or is_offline_mode():  # csv, json, a folder
-        return
-    asked = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(asked, timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
-    except OSError as error:  # a URLError is one too
-        if isinstance(getattr(error, "reason", error), TimeoutError):
-            raise TaskError(
-                f"task {name}: {constants.ENDPOINT} did not answer within {constants.HF_HUB_ETAG_TIMEOUT} s; "
-                f"try later, raise HF_HUB_ETAG_TIMEOUT, or set HF_HUB_OFFLINE=1 if {source} is in the cache"
-            ) from error
-
-
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
     """What `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
     if gen_kwargs:
@@ -206,33 +180,6 @@ def _adjust(task: Task, gen_kwargs: str | None) -> None:
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)
-
-
-def _failure(what: str, error: BaseException) -> TaskError:
-    """The reason at the bottom of lmms-eval's retries and of YAML's and import's own wrappings."""
-    if isinstance(error, RetryError):
-        error = error.last_attempt.exception() or error
-    if isinstance(error, HonesError):
-        return TaskError(str(error))
-    return TaskError(f"{what}: {type(error).__name__}: {one_line(error)}{_way_out(error)}")
-
-
-def _way_out(error: BaseException) -> str:
-    """What to do about a data set that the hub does not give."""
-    text = str(error)
-    if "gated" in text:
-        return "; then log in with `hf auth login`, or set HF_TOKEN to a token that has access"
-    if isinstance(error, KeyError):
-        return ", which may be a column that its data set does not have"
-    unreached = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("http")
-    if unreached or type(error).__name__ in ("DatasetNotFoundError", "LocalEntryNotFoundError"):
-        return (
-            f"; is {constants.ENDPOINT} within reach? What was downloaded before does without it: "
-            "HF_HUB_OFFLINE=1"
-        )
-    if type(error).__name__ == "ArrowInvalid":
-        return "; delete the file from the hub's cache ($HF_HOME/hub) to fetch it again"
-    return ""
 
 
 def _let_datasets_fingerprint() -> None:
