@@ -15,7 +15,7 @@ from hones_eval.fitting import FitSettings
 from hones_eval.loops import Loop
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
-from hones_eval.methods.banks import neuron_banks
+from hones_eval.methods.banks import few_trials, neuron_banks
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
 from hones_eval.sites import Neuron
@@ -53,7 +53,10 @@ class Study:
     fit: FitSettings = dataclasses.field(default_factory=FitSettings)
 
     def __post_init__(self) -> None:
-        """Refuse a study without HONES, and tests that show pictures of any discovery or development set."""
+        """Refuse a study without HONES or without enough random banks, and tests that show pictures of any
+        discovery or development set.
+        """
+        few_trials(self.trials)
         if "hones" not in self.methods:
             raise HonesError("the methods of a study must hold hones, whose bank is scaled")
         chosen_on = [part for task in self.tasks for part in (task.discovery, task.development)]
@@ -89,7 +92,10 @@ def run(study: Study) -> dict[str, Any]:
     sizes = {
         task.name: {"test": len(task.test), "development": len(task.development)} for task in study.tasks
     }
-    notes = fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks})
+    notes = [
+        *filter(None, [few_trials(study.trials)]),
+        *fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks}),
+    ]
     return {"attribution": attribution, "steering": steering, "examples": sizes, "notes": notes}
 
 

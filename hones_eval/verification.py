@@ -14,7 +14,7 @@ from hones_eval.leaderboard.statistics import Floats
 from hones_eval.loops import Loop
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, Answered, AnswersUnder, answered
-from hones_eval.methods.banks import check_fits, head_banks, neuron_banks
+from hones_eval.methods.banks import check_fits, few_trials, head_banks, neuron_banks
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
 from hones_eval.resampling import numbered, resample_means, resample_results
@@ -42,10 +42,10 @@ class Verification:
 def verify(job: Verification) -> dict[str, Any]:
     """Mask every bank on the examples and give a report, ready for JSON; every rank gets the same.
 
-    Raises: HonesError when the ranking does not fit the model, or was made from a picture of the examples.
+    Raises: HonesError when the ranking does not fit the model, or was made from a picture of the examples, or
+        when there are fewer than two random banks.
     """
-    if job.trials < 1:
-        raise HonesError(f"--trials {job.trials}: at least one random bank is needed to compare with")
+    few = few_trials(job.trials)
     check_fits(job.ranking, job.replayer.anatomy.shape, type(job.replayer.anatomy.model).__name__)
     held_out = job.examples.example_set()
     refuse_shared_pictures(job.ranking.provenance, held_out, "verifying")
@@ -65,7 +65,7 @@ def verify(job: Verification) -> dict[str, Any]:
         "bank_sizes": {name: len(bank) for name, bank in banks.items()},
         "warnings": [
             *(f"no {name} head has a score above 0, so none was masked" for name in banks if not banks[name]),
-            *filter(None, [job.examples.one_answer(), measured.nothing_to_lose()]),
+            *filter(None, [few, job.examples.one_answer(), measured.nothing_to_lose()]),
         ],
         **measured.report(),
     }
@@ -163,9 +163,9 @@ class Measured:
     def _random(self) -> list[int]:
         return [k for k, name in enumerate(self.names) if name.startswith("random")]
 
-    def _spread(self, what: str) -> dict[str, float | None]:
+    def _spread(self, what: str) -> dict[str, float]:
         drops = [float(self._drop(what, k)(self.values[what].observed)) for k in self._random()]
-        spread = float(np.std(drops, ddof=1)) if len(drops) > 1 else None
+        spread = float(np.std(drops, ddof=1))
         return {"drop_mean": float(np.mean(drops)), "drop_sd": spread, "drop_largest": max(drops)}
 
     def _beyond(self, name: str) -> dict[str, Any]:

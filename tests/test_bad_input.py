@@ -49,7 +49,7 @@ def commands(own: own_answers.Prepared, out: Path, task: str = "own_a") -> dict[
     chosen = {
         f"scale {how}": command("scale", *held_out, "--how", how) for how in ("grid", "search", "learned")
     }
-    return {**ranked, "verify": command("verify", *held_out, "--trials", 1), **chosen}
+    return {**ranked, "verify": command("verify", *held_out, "--trials", 2), **chosen}
 
 
 def test_without_a_helpful_head_neurons_are_those_that_write_most(

@@ -177,7 +177,7 @@ def test_the_command_writes_tables_figures_and_banks_that_other_commands_take(
     assert "## Cross task" in (tmp_path / "compare.md").read_text()
     _agrees_with_verify(rows[0], own, tmp_path)
     group = next(path for path in sorted((tmp_path / "groups").iterdir()) if "+" not in path.name)
-    flags = ["--ranking", group, "--offset", 8, "--limit", 3, "--trials", 1, "--out", tmp_path / "verified"]
+    flags = ["--ranking", group, "--offset", 8, "--limit", 3, "--trials", 2, "--out", tmp_path / "verified"]
     assert main(own.command("verify", *flags)) == 0
     scaled = ["--how", "fixed", "--out", tmp_path / "scaled"]
     assert main(["scale", "--ranking", str(group), *map(str, scaled)]) == 0
@@ -187,7 +187,7 @@ def test_the_command_writes_tables_figures_and_banks_that_other_commands_take(
 
 
 def _agrees_with_verify(row: dict[str, Any], own: own_answers.Prepared, folder: Path) -> None:
-    flags = ["--limit", 4, "--offset", 4, "--trials", 1, "--out", folder / "alone"]
+    flags = ["--limit", 4, "--offset", 4, "--trials", 2, "--out", folder / "alone"]
     assert main(own.command("verify", "--ranking", own.rankings / "hones", *flags)) == 0
     alone = json.loads((folder / "alone" / "verify.json").read_text())
     assert float(row["baseline"]) == alone["baseline"]["metric"]

@@ -49,6 +49,7 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
     assert len(report["attribution"]) == 2 * (len(METHODS) + 1)
     page = (tmp_path / "study.md").read_text()
     assert "## Test" in page
+    assert "- only 2 random banks were masked" in page
     assert "## Shifted" not in page
     _masking_is_that_of_verify(report, own, splits, tmp_path)
     scores = Ranking.load(tmp_path / "rankings" / "own_a" / "hones")
@@ -102,7 +103,7 @@ def _masking_is_that_of_verify(report: dict, own: own_answers.Prepared, splits: 
 
 
 def test_a_study_tests_on_no_picture_that_it_chose_on(
-    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_answers.write_splits(
         own.tasks, tmp_path / "t", {"_discovery": (0, 4), "_development": (4, 7), "": (6, 12)}
@@ -114,6 +115,9 @@ def test_a_study_tests_on_no_picture_that_it_chose_on(
     assert "--shifted own_c=own_b: give TASK=OTHER" in own_answers.complaint(capsys.readouterr().err)
     assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--methods", '["dvp"]')) == 1
     assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
+    assert main(arguments(own, splits, tmp_path / "out", "--trials", "1")) == 1
+    assert "--trials 1: how far random banks differ" in own_answers.complaint(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_can_have_limits_of_its_own(

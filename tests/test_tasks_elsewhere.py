@@ -240,7 +240,7 @@ def test_neurons_of_one_folder_are_verified_on_all_of_them(
     metrics = {}
     for task in VARIABLES:
         out = tmp_path / task
-        verify = ["verify", "--ranking", ranking, *model, *small, "--tasks", task, "--trials", "1"]
+        verify = ["verify", "--ranking", ranking, *model, *small, "--tasks", task, "--trials", "2"]
         assert main([*verify, "--out", str(out)]) == 0
         report = json.loads((out / "verify.json").read_text())
         metrics[task] = report["metric"]

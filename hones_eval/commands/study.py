@@ -61,7 +61,7 @@ def study(
         heads: how many heads to condition neurons on.
         neurons: the share of all neurons to select, 0.01 for one percent.
         factor: of the fixed scales.
-        trials: random banks, as many neurons in each layer as HONES selects.
+        trials: random banks, as many neurons in each layer as HONES selects; two or more, better five.
         learning_rate: of the learned scales, for AdamW; it falls to a tenth.
         epochs: of the learned scales, passes over the development examples.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.

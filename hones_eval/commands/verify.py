@@ -50,7 +50,7 @@ def verify(
         sites: mask neurons or heads; auto is heads for rankings by vseam and neurons for the others.
         neurons: the share of all neurons to mask; by default the share of the ranking.
         heads: how many positive, how many negative and how many random heads to mask.
-        trials: random banks to compare with.
+        trials: random banks to compare with, two or more; with fewer than five a warning says so.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         batch_size: masked answers generated at once; auto fits them to the device.
         devices: processes on this node, one device each.

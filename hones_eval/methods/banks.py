@@ -9,6 +9,26 @@ from hones_eval.errors import HonesError, MisfitError
 from hones_eval.ranking import Ranking
 from hones_eval.sites import Head, Neuron, matched_random, top_heads
 
+FEWEST_TRIALS, FEW_TRIALS = 2, 5
+
+
+def few_trials(trials: int) -> str | None:
+    """What to say of so few random banks; None where there are enough.
+
+    Raises: HonesError where their spread cannot be told: a drop beside that of one random bank means nothing.
+    """
+    if trials < FEWEST_TRIALS:
+        raise HonesError(
+            f"--trials {trials}: how far random banks differ takes at least {FEWEST_TRIALS} of them, and "
+            f"{FEW_TRIALS} or more say it well"
+        )
+    if trials < FEW_TRIALS:
+        return (
+            f"only {trials} random banks were masked: how far they differ, and the most that one costs, is a "
+            f"weak estimate with fewer than {FEW_TRIALS} (--trials)"
+        )
+    return None
+
 
 def check_fits(ranking: Ranking, shape: ModelShape, name: str) -> None:
     """Raise MisfitError, naming both sides, when a ranking has sites that the model `name` does not have."""
