@@ -1,12 +1,15 @@
 """The `hones-eval` command."""
 
 import os
+import re
 import sys
+import tempfile
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -23,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default those of the process. `--debug` anywhere shows the
             trace of an error that is otherwise one line.
 
-    Returns: 0, or 1 when the command failed, or 2 when its flags cannot be read.
+    Returns: 0, or 1 when the command failed, 2 when its flags cannot be read, 130 when it was interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -33,25 +36,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _parser(given).parse_args(given)
         arguments_of_command = chosen[chosen.subcommand].as_dict()
         arguments_of_command.pop("config")
+        _check(**arguments_of_command)
         command(chosen.subcommand)(**arguments_of_command)
         if several := sys.modules.get("hones_eval.processes"):
             several.wait_for_others()
-    except (HonesError, ArgumentError) as error:
+    except (HonesError, ArgumentError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"hones-eval: {' '.join(str(error).split())}{_way_out(error, given)}", file=sys.stderr)
+        print(f"hones-eval: {_in_a_line(error)}{_way_out(error, given)}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns an interrupt of a pass into an exit without a word.
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
+            raise
+        print(f"hones-eval: interrupted{_way_on(given)}", file=sys.stderr)
+        return 130
     finally:
         if several := sys.modules.get("hones_eval.processes"):
             several.leave_others()
     return 0
 
 
+def _check(**arguments: Any) -> None:
+    """Refuse before any work what would fail after it: a folder to write to that is none, a seed below 0."""
+    if arguments.get("seed", 0) < 0:
+        raise HonesError(f"--seed {arguments['seed']}: a seed is 0 or more")
+    out = arguments["out"]
+    there = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise HonesError(f"--out {out}: {there} is a file, and a folder is to be written")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise HonesError(f"--out {out}: nothing can be written in {there} ({error.strerror})") from None
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an error says; of a flag what was given and what is expected, without the parser's reasoning."""
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    for pattern in _REFUSED_FLAGS:
+        if refused := re.fullmatch(pattern, said):
+            wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", refused["wanted"]).removesuffix(", NoneType")
+            return f"--{refused['flag']} {refused['given'] or repr('')}: {wanted} is expected"
+    return said
+
+
+# How jsonargparse says that a value has none of the types of a flag.
+_REFUSED_FLAGS = (
+    r'Parser key "(?P<flag>\w+)": Expected a (?P<wanted>.*)\. Got value: ?(?P<given>.*)',
+    r'Parser key "(?P<flag>\w+)": Does not validate .*? Subtypes: \[(?P<wanted>.*?)\] Errors: .*'
+    r" Given value: ?(?P<given>.*)",
+)
+
+
 def _way_out(error: Exception, given: Sequence[str]) -> str:
     """Errors of ours name it themselves; for flags it is the help."""
-    if isinstance(error, HonesError):
+    if not isinstance(error, ArgumentError):
         return ""
     return f" (see hones-eval {given[0]} --help)" if given and given[0] in COMMANDS else " (see --help)"
+
+
+def _way_on(given: Sequence[str]) -> str:
+    """What is not lost of a command that was interrupted."""
+    resumable = given[:1] and given[0] in COMMANDS and "resume" in signature(command(given[0])).parameters
+    return "; with --resume the same command goes on from what was measured" if resumable else ""
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:

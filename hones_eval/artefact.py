@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -68,13 +69,34 @@ class Provenance:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Rebuild from the JSON made by `to_json`; keys of the file that are not fields are left out."""
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        known["shape"] = ModelShape(**known["shape"])
-        known["examples"] = [ExampleSet(**one) for one in known["examples"]]
-        return cls(**known)
+        known["shape"] = _typed(ModelShape, known["shape"])
+        known["examples"] = [_typed(ExampleSet, one) for one in known["examples"]]
+        return _typed(cls, known)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return asdict(self)
+
+
+Kind = TypeVar("Kind")
+
+
+def _typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
+    """A dataclass from JSON, which people edit. Raises: TypeError when a value has not its field's type."""
+    made = kind(**content)
+    for name, wanted in get_type_hints(kind).items():
+        if not _is_a(wanted, getattr(made, name)):
+            raise TypeError(f"{name} should be {getattr(wanted, '__name__', wanted)}")
+    return made
+
+
+def _is_a(wanted: Any, value: object) -> bool:
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is UnionType:
+        return any(_is_a(part, value) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(parts[0], one) for one in value)
+    return isinstance(value, origin or wanted)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -120,8 +142,8 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; what is not JSON is an error that names the file and the place."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
         raise HonesError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HonesError(f"{path} is not valid JSON: {error}") from None
@@ -166,7 +188,9 @@ def load_artefact(folder: Path, kind: str) -> tuple[dict[str, Any], Provenance, 
     try:
         provenance = Provenance.from_json(header)
     except (KeyError, TypeError) as error:
-        raise HonesError(f"{folder / f'{kind}.json'} misses or misnames a field: {error}") from None
+        raise HonesError(
+            f"{folder / f'{kind}.json'} misses or misnames a field, or gives it another type: {error}"
+        ) from None
     return header, provenance, tensors
 
 

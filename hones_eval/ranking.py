@@ -65,6 +65,10 @@ class Ranking:
         if self.neuron_scores is None:
             raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
         share = self.provenance.settings.get("neurons", 0.01) if fraction is None else fraction
+        if not isinstance(share, int | float):
+            raise HonesError(
+                f"this ranking's settings give no share of neurons, but {share!r}: say --neurons"
+            )
         return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
 
     def save(self, folder: str | Path) -> None:
@@ -78,6 +82,8 @@ class Ranking:
         unknown = set(tensors) - {*_HEAD_TENSORS, "neuron_scores"}
         if unknown:
             raise HonesError(f"{folder}: a ranking has no tensors named {sorted(unknown)}")
+        if not provenance.examples:
+            raise HonesError(f"{folder}: this ranking does not say which examples it was made from")
         return cls(provenance=provenance, report=header.get("report"), **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:

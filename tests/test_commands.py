@@ -18,6 +18,7 @@ from PIL import Image
 from hones_eval import commands
 from hones_eval.__main__ import main
 from hones_eval.artefact import read_json
+from hones_eval.methods.hones import HeadLocalization
 from hones_eval.ranking import Ranking
 from hones_eval.steering import Steering
 
@@ -199,6 +200,13 @@ def test_the_list_of_commands(capfd: pytest.CaptureFixture[str]) -> None:
         (["scale", "--config", "/nowhere.yaml"], "nowhere.yaml"),
         (["scale", "--ranking", "x", "--how", "fixed", "--out", "y", "--factor", "inf"], "factor"),
         (["scale", "--ranking", "x", "--out", "y"], "how"),
+        (["rank", "--limit", "two"], "--limit two: int is expected (see"),
+        (["rank", "--limit", ""], "--limit '': int is expected (see"),
+        (["rank", "--batch_size", "all"], "--batch_size all: int, Literal['auto'] is expected (see"),
+        (
+            ["edit", "--level", "animal"],
+            "animal: Literal['object', 'attribute', 'relation'] is expected (see",
+        ),
         ([], "subcommand"),
     ],
 )
@@ -384,6 +392,44 @@ def test_a_scale_that_cannot_be_done(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", ["fixed", "grid"])
+def test_places_that_cannot_be_written_to_are_told_before_any_work(
+    how: str,
+    rankings: Path,
+    rank: Callable[..., list[str]],
+    complains: Callable[[list[str]], str],
+    tmp_path: Path,
+) -> None:
+    """Before a model is loaded: none of these has one."""
+    (tmp_path / "file").write_text("")
+    for out, says in (
+        (tmp_path / "file", "file is a file, and a folder is to be written"),
+        (tmp_path / "file" / "deep" / "out", f"{tmp_path / 'file'} is a file, and a folder"),
+        (Path("/proc/out"), "nothing can be written in /proc"),
+    ):
+        for given in (
+            scale(rankings / "hones", how, out),
+            rank(out, model="none"),
+            ["demo", "--out", str(out)],
+        ):
+            line = complains(given)
+            assert f"--out {out}: " in line
+            assert says in line
+
+
+def test_files_in_place_of_folders_and_seeds_below_0(
+    rankings: Path, complains: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    file = rankings / "hones" / "ranking.json"
+    assert f"{file / 'ranking.json'} does not exist" in complains(scale(file, "fixed", tmp_path / "out"))
+    line = complains(scale(rankings / "hones", "fixed", tmp_path / "out", seed=-1))
+    assert "--seed -1: a seed is 0 or more" in line
+    (tmp_path / "r" / "ranking.json").mkdir(parents=True)
+    line = complains(scale(tmp_path / "r", "fixed", tmp_path / "out"))
+    assert line == f"hones-eval: {tmp_path / 'r' / 'ranking.json'}: Is a directory"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_truncated_ranking(rankings: Path, complains: Callable[[list[str]], str], tmp_path: Path) -> None:
     shutil.copytree(rankings / "hones", tmp_path / "r")
     file = tmp_path / "r" / "ranking.safetensors"
@@ -420,15 +466,26 @@ def test_debug_shows_the_trace(capfd: pytest.CaptureFixture[str], tmp_path: Path
     assert shown.splitlines()[-1].startswith("hones-eval: ")
 
 
-def test_an_interrupted_ranking_leaves_no_ranking(
-    rank: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", [(Ranking, "save"), (HeadLocalization, "measure")])
+def test_an_interrupted_ranking_leaves_no_ranking_and_says_how_to_go_on(
+    where: tuple[type, str],
+    rank: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """At the end, and in a pass, where Lightning sees the interrupt first."""
+
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ranking, "save", interrupted)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main(rank(tmp_path / "out"))
+    monkeypatch.setattr(*where, interrupted)
+    assert main(rank(tmp_path / "out")) == 130
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == (
+        "hones-eval: interrupted; with --resume the same command goes on from what was measured"
+    )
+    assert "Traceback" not in "\n".join(lines)
     assert not (tmp_path / "out" / "ranking.json").exists()
 
 

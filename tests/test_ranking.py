@@ -1,5 +1,6 @@
 """Rankings: what they choose, and their files, which load whole or say why not."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,13 +15,14 @@ from hones_eval.ranking import Ranking
 from hones_eval.sites import Head, Neuron
 
 SHAPE = ModelShape(layers=2, heads=3, head_width=4, hidden=8, neurons=50, vocabulary=99)
+EXAMPLES = ExampleSet("vqa", "val", 2, 5, "f00d", [5, 6], ["aa", "bb"])
 PROVENANCE = Provenance(
     base_model="org/model",
     revision="abc",
     shape=SHAPE,
     method="hones",
     settings={"neurons": 0.03, "metric": "vqa_accuracy"},
-    examples=[ExampleSet("vqa", "val", 2, 5, "f00d", [5, 6], ["aa", "bb"])],
+    examples=[EXAMPLES],
     seed=7,
 )
 
@@ -136,6 +138,15 @@ def test_a_truncated_file_of_tensors_is_refused(saved: Path, keep: int) -> None:
         ({"shape": {"layers": 2}}, "misses or misnames a field"),
         ({"examples": [{"task": "x"}]}, "misses or misnames a field"),
         ({"base_model": None, "shape": None}, "misses or misnames a field"),
+        ({"settings": [1]}, "another type: settings should be dict"),
+        ({"seed": "7"}, "another type: seed should be int"),
+        ({"shape": dataclasses.asdict(SHAPE) | {"layers": "2"}}, "another type: layers should be int"),
+        (
+            {"examples": [dataclasses.asdict(EXAMPLES) | {"image_hashes": "aa"}]},
+            "image_hashes should be list",
+        ),
+        ({"examples": [dataclasses.asdict(EXAMPLES) | {"doc_ids": ["5"]}]}, "doc_ids should be list"),
+        ({"examples": []}, "does not say which examples it was made from"),
     ],
 )
 def test_a_header_of_another_kind_is_refused(saved: Path, change: dict[str, object], says: str) -> None:
@@ -150,6 +161,20 @@ def test_a_header_that_is_not_one_is_refused(saved: Path, text: str) -> None:
     (saved / "ranking.json").write_text(text)
     with pytest.raises(HonesError, match=r"ranking\.json is not"):
         Ranking.load(saved)
+
+
+def test_a_share_of_neurons_that_is_no_number_is_refused(saved: Path) -> None:
+    write_json(saved / "ranking.json", read_json(saved / "ranking.json") | {"settings": {"neurons": "1 %"}})
+    ranking = Ranking.load(saved)
+    with pytest.raises(HonesError, match="give no share of neurons, but '1 %': say --neurons"):
+        ranking.neurons()
+    assert len(ranking.neurons(0.1)) == 10
+
+
+def test_a_header_saved_with_a_byte_order_mark_is_read(saved: Path) -> None:
+    text = (saved / "ranking.json").read_text()
+    (saved / "ranking.json").write_text("\ufeff" + text)
+    assert Ranking.load(saved).provenance == PROVENANCE
 
 
 def test_a_header_that_lost_a_field_is_refused(saved: Path) -> None:
