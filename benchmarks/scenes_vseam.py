@@ -95,8 +95,9 @@ def steering(folder: Path, ranking: str, how: str, level: str, examples: int) ->
     """Heads scaled with the strengths that do best on shifted pictures of the development split."""
     if not (folder / "steering.json").is_file():
         flags = ("--tasks", f"scenes_{level}_shifted_development", "--limit", str(examples))
-        chosen = ("--how", how, "--heads", str(HEADS), "--strengths", STRENGTHS[how], "--out", str(folder))
-        run_ours("scale", "--ranking", ranking, *MODEL, *flags, *chosen)
+        chosen = ("--how", how, "--strengths", STRENGTHS[how], "--out", str(folder))
+        count = ("--heads", str(HEADS)) if how == "topk" else ()
+        run_ours("scale", "--ranking", ranking, *MODEL, *flags, *chosen, *count)
     return folder
 
 

@@ -299,7 +299,7 @@ def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, An
 
     try:
         _generate(anatomy, **inputs, **_without_tokenizer(settings), custom_generate=stop)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise HonesError(
             f"generate refuses this task's settings: {' '.join(str(error).split())}; "
             "change them with --gen_kwargs"

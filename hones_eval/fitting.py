@@ -52,6 +52,11 @@ def fit(
     """
     if settings.epochs < 1 or settings.accumulate < 1:
         raise HonesError("learning scales takes at least one epoch and steps of at least one example")
+    if settings.learning_rate <= 0 or settings.beta < 0:
+        raise HonesError(
+            f"learning scales takes a learning rate above 0 and a beta of 0 or more, not "
+            f"{settings.learning_rate:g} and {settings.beta:g}"
+        )
     if settings.accumulate % loop.world_size:
         raise HonesError(
             f"steps of {settings.accumulate} examples cannot be shared by {loop.world_size} processes: "

@@ -30,6 +30,17 @@ class Savings:
     screen_share: float = 0.25
     """The share of all heads that is measured, the best by the screen."""
 
+    def __post_init__(self) -> None:
+        """Refuse an option of what is not asked for, which would be passed over."""
+        for option, asked in (
+            ("race_bound", self.race),
+            ("race_span", self.race),
+            ("screen_share", self.screen),
+        ):
+            if asked is None and getattr(self, option) != getattr(type(self), option):
+                of = option.split("_")[0]
+                raise HonesError(f"--{option} {getattr(self, option)} says nothing without --{of}")
+
     def settings(self) -> dict[str, Any]:
         """What a ranking records: the settings in use."""
         used = [name for name in ("race", "screen") if getattr(self, name) is not None]

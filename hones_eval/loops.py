@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
@@ -49,11 +50,12 @@ class Loop:
             num_nodes: nodes; torchrun or srun starts the same command on each.
             progress: show a bar with a rate.
 
-        Raises: HonesError when a launcher has started another number of processes, or none on other nodes.
+        Raises: HonesError when there are not that many devices, or a launcher has started another number of
+            processes, or none on other nodes.
         """
         _check_launch(devices, num_nodes)
         self.world_size = devices * num_nodes
-        self.trainer = Trainer(
+        self.trainer = _trainer(
             accelerator="gpu" if accelerator == "cuda" else "cpu",
             devices=devices,
             num_nodes=num_nodes,
@@ -294,8 +296,19 @@ def _from_first(progress: Progress | None) -> Progress | None:
     return shared[0]
 
 
+def _trainer(**settings: Any) -> Trainer:
+    """A trainer, or why there is none: more devices are asked for than there are."""
+    try:
+        return Trainer(**settings)
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise HonesError(f"--devices {settings['devices']} cannot be had: {reason}") from None
+
+
 def _check_launch(devices: int, num_nodes: int) -> None:
     """Compare what a launcher has started with what the flags say; Lightning would wait for the rest."""
+    if min(devices, num_nodes) < 1:
+        raise HonesError(f"--devices {devices} --num_nodes {num_nodes}: each is 1 or more")
     wanted = f"--devices {devices} --num_nodes {num_nodes} is {devices * num_nodes}"
     if TorchElasticEnvironment.detect():
         _check_started(wanted, devices * num_nodes, "torchrun has started", os.environ["WORLD_SIZE"])

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from numbers import Real
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from lmms_eval.utils import apply_template
 
 from hones_eval.errors import TaskError
@@ -130,6 +131,8 @@ def _tried(
         except (LookupError, TypeError, ValueError) as error:
             answers.append(NONSENSE)
             why = f"no text ({type(error).__name__})"
+        except TemplateError as error:
+            return f"not a template over the columns ({error})"
         except TaskError as error:
             return str(error)
     if all(one == NONSENSE for one in answers):

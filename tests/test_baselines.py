@@ -118,6 +118,9 @@ def test_bad_requests_are_one_line(
 ) -> None:
     assert main(own.command("rank", "--method", "entropy", "--limit", LIMIT, "--out", tmp_path)) == 1
     assert "give the one to rank for and then others" in own_answers.complaint(capsys.readouterr().err)
+    for tasks, says in (("own_a,own_a", "a task is named twice"), ("own_a,", "a name is empty")):
+        assert main(own.command("rank", "--method", "entropy", "--out", tmp_path, task=tasks)) == 1
+        assert says in own_answers.complaint(capsys.readouterr().err)
     given = own.command("rank", "--method", "random", "--limit", LIMIT, "--neurons", 2, "--out", tmp_path)
     assert main(given) == 1
     assert "share of neurons" in own_answers.complaint(capsys.readouterr().err)

@@ -249,6 +249,12 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"gen_kwargs": "max_new_tokens=0"}, "max_new_tokens"),
     "no setting": ({"gen_kwargs": "max_new_tokens"}, "gen_kwargs .max_new_tokens. are not of the form"),
     "devices": ({"limit": 2, "devices": 3}, "2 examples cannot be shared by 3 processes"),
+    "no devices": ({"devices": 0}, "--devices 0 --num_nodes 1: each is 1 or more"),
+    "tokens in words": (
+        {"gen_kwargs": "max_new_tokens=x"},
+        "generate refuses .* change them with --gen_kwargs",
+    ),
+    "target template": ({"target": "{{colour}}"}, "not a template .*'colour' is undefined.*the columns are"),
 }
 
 
@@ -374,6 +380,9 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "share": ("hones", "fixed", {"neurons": 0}, "share of neurons must lie above 0"),
     "too many": ("vseam", "topk", {"heads": 17}, "cannot choose 17 of 16"),
     "no model": ("hones", "grid", {}, "give --model, --model_args and --tasks"),
+    "strength of fixed": ("hones", "fixed", {"strength": 3}, "--strength 3.0 says nothing .*fixed.* signed"),
+    "factor of signed": ("vseam", "signed", {"factor": 3}, "--factor 3.0 says nothing to --how signed"),
+    "heads of signed": ("vseam", "signed", {"heads": 3}, "--heads 3 says nothing .*: it is for topk"),
 }
 
 

@@ -252,6 +252,7 @@ def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
         ([], "4 of the 6 pictures of own_a"),
         (["--limits", '{"own_a": 5}'], "4 of the 5 pictures of own_a"),
         (["--limits", '{"own_b": 5}'], "--limits names own_b, which is none of --tasks own_a"),
+        (["--tasks", "own_a,own_b,own_a"], "--tasks own_a,own_b,own_a: a task is named twice"),
     ):
         assert main([*given, *limits]) == 1
         assert complaint in own_answers.complaint(capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """What is exported steers without this package: plain transformers and plain PEFT give the steered logits."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def test_exported_steering_gives_the_hooked_logits(
         found = exported.eval()(**inputs).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (expected - plain).abs().max() > 0.01
+
+
+def test_the_base_itself_is_not_written_over_and_nothing_is_not_exported(
+    steering_folder: Path, llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(llava_checkpoint, tmp_path / "base")
+    arguments = ["export", "--steering", str(steering_folder), "--pretrained", str(base)]
+    arguments += ["--to", "checkpoint"]
+    assert main([*arguments, "--out", str(tmp_path / "other" / ".." / "base")]) == 1
+    assert "is the base model itself, which would be lost" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--strength", "0"]) == 1
+    assert "at strength 0: every scale is 1, there is nothing to export" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for path in llava_checkpoint.iterdir():
+        assert (base / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_base_that_is_not_there_is_named(

@@ -245,6 +245,9 @@ def test_steps_that_cannot_be_shared_are_refused(replayer: Replayer, examples: T
         fit(replayer, examples, BANK, FitSettings(), Loop("cpu", devices=3, progress=False))
     with pytest.raises(HonesError, match="at least one epoch"):
         fit(replayer, examples, BANK, FitSettings(epochs=0), Loop("cpu", progress=False))
+    for wrong in (FitSettings(learning_rate=-1.0), FitSettings(learning_rate=0.0), FitSettings(beta=-0.1)):
+        with pytest.raises(HonesError, match="a learning rate above 0 and a beta of 0 or more, not "):
+            fit(replayer, examples, BANK, wrong, Loop("cpu", progress=False))
 
 
 def test_an_empty_target_is_named(replayer: Replayer, examples: TaskExamples, loop: Loop) -> None:

@@ -166,6 +166,7 @@ def test_the_command_writes_tables_and_figures(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     build_family: Callable[[str], Family],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "drawn", 4)))
     steering(build_family("llava"), 0).save(tmp_path / "steering")
@@ -187,4 +188,9 @@ def test_the_command_writes_tables_and_figures(
     ][1::2]
     assert report["means"]["other_answer"]["block"][-1] == pytest.approx(sum(last) / 2, rel=1e-4)
     assert report["means"]["divergence"]["block"][-1] > 0
-    assert main([*arguments[:-4], "--against", "steering=/nowhere", "--out", str(tmp_path / "no")]) == 1
+    for against in ("steering=/nowhere", "steering=/nowhere,strength=2", "steering="):
+        assert main([*arguments[:-4], "--against", against, "--out", str(tmp_path / "no")]) == 1
+        said = capsys.readouterr().err
+        assert (
+            "no steering at '/nowhere'" if against == "steering=/nowhere" else "by --strength; or"
+        ) in said

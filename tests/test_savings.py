@@ -63,6 +63,14 @@ def test_a_raced_head_scores_its_mean_over_the_examples_it_saw(raced: Ranking, d
     assert int(seen.min()) < int(seen.max()), "no head left early: the test has shown nothing"
 
 
+def test_options_of_what_is_not_asked_for_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, value, of in (("race_span", "9", "race"), ("screen_share", "0.1", "screen")):
+        assert main(command(tmp_path, f"--{flag}", value)) == 1
+        assert f"--{flag} {float(value)} says nothing without --{of}" in capsys.readouterr().err
+
+
 def test_the_report_says_how_the_race_went(raced: Ranking) -> None:
     assert raced.report is not None
     assert raced.head_examples is not None

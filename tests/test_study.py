@@ -133,6 +133,9 @@ def test_a_task_can_have_limits_of_its_own(
     counts = [Ranking.load(tmp_path / "rankings" / one / "hones").provenance for one in ("own_a", "own_b")]
     assert [one.examples[0].count for one in counts] == [4, 2]
     capsys.readouterr()
+    assert main(arguments(own, splits, tmp_path, "--tasks", "own_a")) == 1
+    said = own_answers.complaint(capsys.readouterr().err)
+    assert "entropy compares tasks, and --tasks own_a is one: leave it out" in said
     assert main(arguments(own, splits, tmp_path, "--limits", '{"own_c": 2}')) == 1
     said = own_answers.complaint(capsys.readouterr().err)
     assert "--limits names own_c, which is none of --tasks own_a,own_b" in said

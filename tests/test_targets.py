@@ -69,6 +69,10 @@ def test_what_cannot_be_proven_is_an_error_that_says_how_to_go_on() -> None:
     assert chosen(DOCS, "question", override="{{question}}").target == "q0"
     with pytest.raises(TaskError, match="x: no text"):
         chosen(DOCS, "question", override="x")
+    with pytest.raises(TaskError, match=r"not a template over the columns \('colour' is undefined"):
+        chosen(DOCS, "question", override="{{colour}}")
+    with pytest.raises(TaskError, match=r"not a template over the columns \(unexpected end of template"):
+        chosen(DOCS, "question", override="{{ question")
 
 
 def test_answers_that_are_not_there_are_said() -> None:

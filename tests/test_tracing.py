@@ -384,6 +384,8 @@ def test_the_command_refuses_in_one_line(
         (["--what", "heads"], "--what 'heads' is unknown; choose from image, text, last, attention, ffn"),
         (["--roles", "object"], "--roles 'object' is not of the form"),
         (["--edited", "a,b"], "--clean names 1 tasks and --edited 2"),
+        (["--clean", "a,a", "--edited", "a,b"], "--clean a,a: a task is named twice"),
+        (["--examples=-1"], "--examples -1: give how many pairs get figures"),
         (["--edited", "vseam_color"], "none of 6 pairs of vseam_color and vseam_color can be traced"),
     ):
         assert main(command(llava_checkpoint, tmp_path / "out", *more)) == 1

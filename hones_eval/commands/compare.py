@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval import comparison_report
-from hones_eval.commands.shared import DType, Job, Rows, limits_of, say
+from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
 from hones_eval.comparison import Comparison, Crossing, cross, load_named
 from hones_eval.comparison_levels import Sharing, levels_of, sharing
 from hones_eval.errors import HonesError
@@ -64,7 +64,7 @@ def compare(
     crossings: list[Crossing] = []
     first = True
     if model is not None and tasks is not None:
-        names = tasks.split(",")
+        names = names_in(tasks, "tasks")
         few = limits_of(names, limit, limits, "limits")
         chosen: dict[str, Any] = {
             "include_path": include_path,

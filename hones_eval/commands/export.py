@@ -28,7 +28,11 @@ def export(
         strength: a scale s becomes 1 + strength * (s - 1).
     """
     loaded = Steering.load(steering).at_strength(strength)
+    if loaded.is_noop:
+        raise HonesError(f"{steering} at strength {strength:g}: every scale is 1, there is nothing to export")
     base = pretrained or loaded.provenance.base_model
+    if out.resolve() == Path(base).resolve():
+        raise HonesError(f"--out {out} is the base model itself, which would be lost: give another folder")
     model = _model(base)
     if to == "ia3":
         export_ia3(model, loaded, out)

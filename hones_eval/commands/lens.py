@@ -11,6 +11,7 @@ from hones_eval import __version__, figures, lens_figures, tokens
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import Provenance, write_json, write_text
 from hones_eval.commands.shared import DType, Job, say
+from hones_eval.errors import HonesError
 from hones_eval.examples import inner_model, load_lmm
 from hones_eval.margin import tokenizer_in
 from hones_eval.measure import Totals
@@ -88,8 +89,15 @@ def lens(
 
 def _steering(against: str | None) -> Steering | None:
     """The steering that `--against steering=...` names, read before the model is."""
-    name, _, value = (against or "").partition("=")
-    return Steering.load(value) if name == "steering" and "," not in value else None
+    given = dict(one.partition("=")[::2] for one in (against or "").split(","))
+    if given.keys() - {"steering", "strength", "attach", "allow_noop"} or not against:
+        return None
+    if len(given) > 1 or not given.get("steering"):
+        raise HonesError(
+            f"--against {against}: give a steering alone, --against steering=FOLDER, and how strong it is by "
+            "--strength; or all model_args of another model, pretrained=..."
+        )
+    return Steering.load(given["steering"])
 
 
 def _other(job: Job, against: str, steering: Steering | None, strength: float) -> Other:

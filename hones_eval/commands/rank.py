@@ -6,7 +6,7 @@ from typing import Any
 
 from hones_eval import __version__
 from hones_eval.artefact import hash_of
-from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.commands.shared import DType, Job, Rows, names_in, say
 from hones_eval.discovery import Discovery, Method, discover, provenance
 from hones_eval.errors import HonesError
 from hones_eval.localizing import Savings, Screen
@@ -81,7 +81,11 @@ def rank(
         raise HonesError(f"--race and --screen save work of --method hones; {method} has nothing to save")
     task, others = tasks, list[str]()
     if method == "entropy":
-        task, *others = tasks.split(",")
+        task, *others = names_in(tasks, "tasks")
+        if not others:
+            raise HonesError(
+                "entropy compares tasks: give the one to rank for and then others, --tasks a,b,c"
+            )
     job = Job.open(
         model,
         model_args,

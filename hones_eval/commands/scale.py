@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -90,6 +91,15 @@ def scale(
         seed: of the random bank and of the order of examples.
         resume: go on from what a killed run of the same command left in OUT/partial.
     """
+    _refuse_others_flags(
+        how,
+        factor=factor,
+        strength=strength,
+        epsilon=epsilon,
+        heads=heads,
+        enhance=enhance,
+        suppress=suppress,
+    )
     scores = Ranking.load(ranking)
     choices: dict[str, Callable[[], Steering]] = {
         "fixed": lambda: scaling.fixed(scores, factor, neurons),
@@ -149,6 +159,24 @@ def scale(
         lost = steering.swallowed(job.anatomy.model.dtype)
         if lost:
             say(f"warning: {lost} scales are so near to 1 that rounding to {job.dtype} undoes them")
+
+
+# How much is scaled, and which heads: with another way of scaling it would be passed over.
+READ_BY = {
+    "factor": "fixed",
+    "strength": "signed",
+    "epsilon": "signed",
+    "heads": "topk",
+    "enhance": "topk",
+    "suppress": "topk",
+}
+
+
+def _refuse_others_flags(how: str, **given: float | None) -> None:
+    """Raise HonesError where a flag is not left at its default, and `how` does not read it."""
+    for flag, value in given.items():
+        if how != READ_BY[flag] and value != signature(scale).parameters[flag].default:
+            raise HonesError(f"--{flag} {value} says nothing to --how {how}: it is for {READ_BY[flag]}")
 
 
 def _save(steering: Steering, out: Path) -> None:

@@ -117,6 +117,16 @@ class Job:
         } | others
 
 
+def names_in(given: str, flag: str) -> list[str]:
+    """The tasks of a flag that takes several, a,b,c. Raises: HonesError when one is empty or named twice."""
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise HonesError(f"--{flag} {given!r}: a name is empty; give tasks as a,b,c")
+    if len(set(names)) < len(names):
+        raise HonesError(f"--{flag} {given}: a task is named twice")
+    return names
+
+
 def limits_of(
     names: Sequence[str], limit: int | None, limits: Mapping[str, int] | None, flag: str
 ) -> dict[str, int | None]:

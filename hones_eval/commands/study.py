@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval import study_report
-from hones_eval.commands.shared import DType, Job, Rows, limits_of, say
+from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
 from hones_eval.discovery import Method
 from hones_eval.errors import HonesError
 from hones_eval.fitting import FitSettings
@@ -50,7 +50,8 @@ def study(
         model_args: as in lmms-eval --model_args.
         shifted: what to append to a task's name for its shifted test set; or other tasks to transfer to, as
             in hones_vqa=gqa,hones_ocr=textvqa_val; empty for none.
-        methods: rankings to compare by masking their top neurons; by default hones and all of its baselines.
+        methods: rankings to compare by masking their top neurons; by default hones and all of its
+            baselines, but entropy only where there are several tasks to tell apart.
         include_path: a folder with more task YAML files.
         limit: use at most so many examples for discovery and as many for development.
         test_limit: use at most so many examples of each test.
@@ -70,9 +71,11 @@ def study(
         num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: of everything that is drawn at random.
     """
-    names = tasks.split(",")
-    if len(set(names)) < len(names):
-        raise HonesError(f"--tasks {tasks}: a task is named twice")
+    names = names_in(tasks, "tasks")
+    if methods is None:
+        methods = [one for one in METHODS if one != "entropy" or len(names) > 1]
+    elif "entropy" in methods and len(names) == 1:
+        raise HonesError(f"--methods: entropy compares tasks, and --tasks {tasks} is one: leave it out")
     chosen: dict[str, Any] = {"include_path": include_path, "gen_kwargs": gen_kwargs}
     few = limits_of(names, limit, limits, "limits")
     tested = limits_of(names, test_limit, test_limits, "test_limits")
@@ -93,7 +96,7 @@ def study(
         job.replayer,
         job.loop,
         [splits(name) for name in names],
-        methods or METHODS,
+        methods,
         out,
         job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs),
         heads,

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from hones_eval import figures, trace_figures, trace_tables
 from hones_eval.artefact import Provenance, write_json, write_text
 from hones_eval.commands.documents import keys_of
-from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.commands.shared import DType, Job, Rows, names_in, say
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import TaskExamples
 from hones_eval.loops import Loop
@@ -67,6 +67,8 @@ def trace(
         num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
     """
     tasks = _task_pairs(clean, edited)
+    if examples < 0:
+        raise HonesError(f"--examples {examples}: give how many pairs get figures, 0 or more")
     whats = _whats(what)
     read = _role_reader(roles)
     job = Job.open(
@@ -137,7 +139,7 @@ def _run(loop: Loop, method: CausalTrace, pairs: Pairs, only: Only) -> _Category
 
 
 def _task_pairs(clean: str, edited: str) -> list[tuple[str, str]]:
-    first, second = clean.split(","), edited.split(",")
+    first, second = names_in(clean, "clean"), [name.strip() for name in edited.split(",")]
     if len(first) != len(second):
         raise HonesError(f"--clean names {len(first)} tasks and --edited {len(second)}; give a twin for each")
     return list(zip(first, second, strict=True))
