@@ -8,6 +8,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,19 @@ PAIRS = "vseam_pairs.json"
 OPPOSITE = {"yes": "No", "no": "Yes"}
 SUFFIXES = (".jpg", ".png", ".jpeg")
 COCO = ("images", "val2014", "train2014", "coco/val2014", "coco/train2014")
+
+
+def task_name(share: str, split: str) -> str:
+    """What the task is called that shows `share`, as `gqa-animal-edited`, of the pictures of a split."""
+    kind, part, shown = share.split("-")
+    words = ["vseam", *([] if kind == "gqa" else [kind]), part, *([] if shown == "clean" else [shown])]
+    return "_".join([*words, *([] if split == "whole" else [split])])
+
+
+@lru_cache
+def warn_once(line: str) -> None:
+    """Say a line that every building of a task would say again; lmms-eval loads `utils` anew for each."""
+    logger.warning(line)
 
 
 class Question(NamedTuple):

@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
-from loguru import logger
 
 from hones_eval.errors import TaskError
 from hones_eval.tasks.hones import utils as hones
@@ -28,7 +27,8 @@ def make_documents(split: datasets.Dataset) -> datasets.Dataset:
 
     `dataset_name` in the YAML file says which: the set, its part, and whose pictures, as `gqa-animal-edited`.
     """
-    kind, part, shown = str(split.info.config_name).split("-")
+    name = str(split.info.config_name)
+    kind, part, shown = name.split("-")
     source = {"gqa": data.gqa, "pope": data.pope, "cocoqa": data.cocoqa}[kind](part)
     wanted = ["picture"] if shown == "clean" else ["picture", "edited_picture"]
     rows: list[dict[str, Any]] = []
@@ -37,7 +37,7 @@ def make_documents(split: datasets.Dataset) -> datasets.Dataset:
         if shown == "both":
             rows.append(_row(one, True) | {"question_id": f"{one.id} edited"})
     classes = _classes(kind, rows)
-    _warn_of_one_class(source, classes, rows)
+    _warn_of_one_class(data.task_name(name, str(split.split)), source, classes, rows)
     return datasets.Dataset.from_list([row | {"classes": classes} for row in rows], features=FEATURES)
 
 
@@ -67,15 +67,16 @@ def _classes(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _warn_of_one_class(
-    source: data.Source, classes: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    task: str, source: data.Source, classes: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     counts = Counter(_said(row["answer"]) for row in rows)
     if len(counts) == 1:
         (only,) = counts
-        logger.warning(
-            f"{source.path}: all {len(rows)} answers are {only!r}, so a model that always says so has an "
-            f"accuracy of 1; balanced_accuracy counts {', '.join(one for one in classes if one != only)} "
-            "as 0, and the tasks that end in _both ask for either answer"
+        absent = ", ".join(one for one in classes if one != only)
+        data.warn_once(
+            f"{task}: all {len(rows)} answers of {source.path} are {only!r}, so a model that always says so "
+            f"has an accuracy of 1; balanced_accuracy counts {absent} as 0, and the tasks that end in _both "
+            "ask for either answer"
         )
 
 

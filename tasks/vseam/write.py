@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hones_eval.tasks.vseam.data import LEVELS
+from hones_eval.tasks.vseam.data import LEVELS, task_name
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("whole", "discovery", "development", "test")
@@ -19,9 +19,8 @@ def task_files() -> dict[Path, str]:
 
 
 def _file(name: str, template: str, split: str) -> tuple[Path, str]:
-    kind, part, shown = name.split("-")
-    words = ["vseam", *([] if kind == "gqa" else [kind]), part, *([] if shown == "clean" else [shown])]
-    task = "_".join([*words, *([] if split == "whole" else [split])])
+    kind, _, shown = name.split("-")
+    task = task_name(name, split)
     lines = [
         f"include: ../template{'_' + template if template else ''}.yaml",
         f"task: {task}",
