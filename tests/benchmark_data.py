@@ -5,10 +5,10 @@ answers are right and wrong, and change under a steering. `repositories` is what
 """
 
 import io
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Image, Value
+from lmms_runs import parquet
 
 from hones_eval.toy import captions, scenes
 from hones_eval.toy.drawing import draw, to_image
@@ -29,12 +29,6 @@ def shown(index: int) -> dict[str, Any]:
     file = io.BytesIO()
     to_image(draw(SCENES[index])).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
-
-
-def parquet(rows: Sequence[Mapping[str, Any]], **features: Any) -> bytes:
-    file = io.BytesIO()
-    Dataset.from_list(list(rows), features=Features(features)).to_parquet(file)
-    return file.getvalue()
 
 
 def card(*configs: tuple[str, str]) -> bytes:

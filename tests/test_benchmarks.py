@@ -9,6 +9,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +18,20 @@ from typing import Any, NamedTuple
 import benchmark_data
 import pytest
 from hub import serving
-from lmms_runs import HONES_EVAL, answers, manifest, prompts, run_command, run_each, write_steering
+from lmms_runs import (
+    HONES_EVAL,
+    answers,
+    environment,
+    manifest,
+    prompts,
+    run_command,
+    run_each,
+    write_steering,
+)
 
 from hones_eval.__main__ import main
 from hones_eval.toy import checkpoint_path
+from hones_eval.toy.captions import captions
 
 TABLE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 REWRITE = "HONES_EVAL_REWRITE_DOCS"
@@ -34,12 +46,48 @@ pytestmark = pytest.mark.skipif(
     not shutil.which("java"), reason="lmms-eval's caption metrics tokenize with java"
 )
 
+DESCRIBED = [captions(scene) for scene in benchmark_data.SCENES]
+GOLDS = {
+    "vqav2_val": ("green", ["purple", "dark"], 1.0),
+    "gqa": ("green", ["purple"], 1.0),
+    "textvqa_val": ("zus", ["fug", "sign"], 1.0),
+    "docvqa_val": ("ZUS", ["FUG", "fug"], 1.0),
+    "pope": ("yes", ["no"], 1.0),
+    "mme": ("Yes", ["No"], 400.0),
+    "scienceqa_img": ("B", ["C"], 1.0),
+    "coco2014_cap_val": (" ".join(DESCRIBED[0]), DESCRIBED[1], 1.0),
+    "flickr30k_test": (" ".join(DESCRIBED[0]), DESCRIBED[1], 1.0),
+    "nocaps_val": (" ".join(DESCRIBED[0]), DESCRIBED[1], 1.0),
+    "refcoco_bbox_rec_val": ("[0.594, 0.062, 0.969, 0.438]", ["[0.594, 0.062, 0.969, 0.438]"], 1.0),
+    "refcoco_bbox_val": (
+        "the striped green star the large star",
+        ["the purple triangle", "the small triangle"],
+        1.0,
+    ),
+    "ocrbench": ("ZUS", ["FUG"], benchmark_data.COUNT / 1000),
+    "mmmu_val": ("B", ["C"], 1.0),
+}
+"""The target of the first example, the references of the second, and the metric of gold answers to all."""
+FIND_GOLDS = """
+import json, sys
+from hones_eval.examples import TaskExamples, load_lmm
+lmm = load_lmm("llava_hf", f"pretrained={sys.argv[1]}")
+found = {}
+for name in sys.argv[2:]:
+    examples = TaskExamples(lmm, name, model_name="llava_hf")
+    made = [examples[i] for i in range(len(examples))]
+    golds = [examples.score(i, one.references[0]) for i, one in enumerate(made)]
+    found[name] = [made[0].target, made[1].references, examples.aggregate(golds)]
+print(json.dumps(found))
+"""
+
 
 class Work(NamedTuple):
     """Where everything was written: `baseline` and `steered` logs, `board`, and a folder for each ranking."""
 
     folder: Path
     rows: list[dict[str, str]]
+    golds: dict[str, Any]
 
     def ranking(self, task: str, method: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / f"{task}-{method}" / "ranking.json").read_text())
@@ -59,10 +107,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
         evaluate(folder, url, "baseline", "")
         evaluate(folder, url, "steered", ",steering=steering")
         rank(folder, url)
+        golds = find_golds(folder, url)
     board = folder / "board"
     assert main(["leaderboard", str(folder / "baseline"), str(folder / "steered"), "--out", str(board)]) == 0
     with (board / "leaderboard.csv").open() as file:
-        yield Work(folder, list(csv.DictReader(file)))
+        yield Work(folder, list(csv.DictReader(file)), golds)
 
 
 def evaluate(folder: Path, url: str, logs: str, more: str) -> None:
@@ -82,6 +131,23 @@ def rank(folder: Path, url: str) -> None:
     ]
     for command, ended in zip(commands, run_each(HONES_EVAL, commands, folder, url), strict=True):
         assert ended.status == 0, f"{command}: {ended.stderr[-3000:]}"
+
+
+def find_golds(folder: Path, url: str) -> dict[str, Any]:
+    program = [sys.executable, "-c", FIND_GOLDS, str(checkpoint_path()), *TASKS]
+    env = environment(folder, url)
+    done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (folder / "submissions").exists()
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_gold_answers_are_right_by_the_tasks_own_scoring(task: str, work: Work) -> None:
+    target, references, metric = GOLDS[task]
+    assert work.golds[task][:2] == [target, references]
+    assert work.golds[task][2] == pytest.approx(metric, rel=5e-3)  # boxes are words of three decimals
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+import benchmark_data
 import pytest
 import yaml
 from hub import serving
@@ -16,9 +17,7 @@ from lmms_eval.models import MODEL_REGISTRY_V2, get_model_manifest
 from lmms_eval.tasks import TaskManager
 from lmms_runs import (
     answers,
-    hub_repositories,
     manifest,
-    picture,
     prompts,
     run_command,
     write_steering,
@@ -34,7 +33,7 @@ BUILT_IN = ("vqav2_val", "pope", "refcoco_bbox_rec_val")
 
 @pytest.fixture(scope="session")
 def hub_url() -> Iterator[str]:
-    with serving(hub_repositories()) as url:
+    with serving(benchmark_data.repositories()) as url:
         yield url
 
 
@@ -116,12 +115,12 @@ def test_manifests_say_what_ran(second: Path, llava_checkpoint: Path) -> None:
 def test_manifests_hash_what_was_shown(first: Path) -> None:
     shown = manifest(first / "baseline")["requests"]["pope"]
     for doc_id in range(3):
-        pixels = Image.open(BytesIO(picture(doc_id)["bytes"])).convert("RGB")
+        pixels = Image.open(BytesIO(benchmark_data.shown(doc_id)["bytes"])).convert("RGB")
         expected = hashlib.sha256(f"{pixels.width}x{pixels.height}:".encode() + pixels.tobytes())
         assert shown[str(doc_id)]["image_sha256"] == [expected.hexdigest()]
-    # The first two questions differ in a word; the first and the third are the same.
+    # The first question is about a star, the second and the third are about a cross.
     hashes = [shown[str(doc_id)]["prompt_sha256"] for doc_id in range(3)]
-    assert hashes[0] == hashes[2] != hashes[1]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 def test_a_swallowed_failure_ends_the_command(tmp_path: Path, llava_checkpoint: Path) -> None:
