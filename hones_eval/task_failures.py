@@ -25,12 +25,10 @@ def told_at_once() -> Iterator[None]:
     task = ConfigurableTask
     with without_retries("download"):
         told: dict[str, Any] = {
-            "download": _asking_first(ConfigurableTask.download),
-            "__init__": _named(ConfigurableTask.__init__, " cannot be built"),
-            "build_all_requests": _named(
-                ConfigurableTask.build_all_requests, ": its requests cannot be built"
-            ),
-            "process_results": _named(ConfigurableTask.process_results, ": an answer cannot be scored"),
+            "download": _asking_first(task.download),
+            "__init__": _named(task.__init__, " cannot be built"),
+            "build_all_requests": _named(task.build_all_requests, ": its requests cannot be built"),
+            "process_results": _named(task.process_results, ": an answer cannot be scored"),
         }
         with mock.patch.multiple(task, **told):
             yield

@@ -9,8 +9,10 @@ import benchmark_data
 import pyarrow.parquet as pq
 import pytest
 from hub import Repositories, serving
+from huggingface_hub import constants
 from lmms_runs import HONES_EVAL, LMMS_EVAL, Ended, run_command, run_each
 
+from hones_eval.task_failures import failure
 from hones_eval.toy import checkpoint_path
 
 MODEL = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}"]
@@ -106,6 +108,12 @@ def is_one_line(task: str, ended: Ended) -> None:
 
 def test_a_slow_hub_is_waited_for(ranked: dict[str, Ended]) -> None:
     assert ranked["textvqa_val"].status == 0, ranked["textvqa_val"].stderr[-3000:]
+
+
+def test_offline_the_way_out_is_to_go_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said = str(failure("task pope cannot be built", ConnectionError("Couldn't reach 'POPE' on the Hub")))
+    assert said.endswith("; HF_HUB_OFFLINE is set, so it has to be in the cache: unset it to fetch it")
 
 
 def test_an_evaluation_without_a_hub_ends_with_one_line(tmp_path: Path) -> None:
