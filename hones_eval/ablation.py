@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hones_eval import margin, readouts
+from hones_eval import choices, margin, readouts
+from hones_eval.choices import Choices
 from hones_eval.decoding import Decoder
-from hones_eval.errors import TaskError
+from hones_eval.errors import HonesError, TaskError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.margin import Margins
 from hones_eval.measure import Measurement, Totals
@@ -68,8 +69,12 @@ class Ablation:
             raise TaskError(
                 f"{example.task}, doc_id {example.doc_id}: its target {example.target!r} has no tokens"
             )
+        if self.examples.by_log_probability:
+            return self._measure_target(example)
         if example.margin is not None:
             return self._measure_margin(example)
+        if example.choices is not None:
+            return self._measure_choices(example, example.choices)
         sums = self.zeros()
         decoded = self.decoder.greedy(example.inputs, example.settings)
         target = _Target(example, self._number, sums["log_probability_drop"])
@@ -85,14 +90,8 @@ class Ablation:
                 changed[self._number[edit]] = self.examples.decode(example.index, tokens)
         if shared is None:
             self._replay_target(example, target, edits)
-        sums["measured"][list(self.in_play)] = 1
-        sums["log_probability"] += target.base
-        sums["examples"] += 1
         sums["plain_examples"] += decoded.passes is None
-        if not self.examples.is_mean:
-            return Measurement(sums, answers.record())
-        self._add_mean(example.index, answers, sums)
-        return Measurement(sums)
+        return self._measured(example, sums, answers, target.base)
 
     def _measure_margin(self, example: Example) -> Measurement:
         """The margin between two words at the next token, and the target's log-probability there."""
@@ -103,12 +102,56 @@ class Ablation:
         margins = torch.full((len(self.edits),), torch.nan)
         margins[numbers] = found.edited[:, 0].float()
         sums["log_probability_drop"][numbers] = log_p - found.edited[:, 1]
-        sums["measured"][numbers] = 1
         sums["differing_answers"] += ((margins[numbers] > 0) != (base > 0)).sum()
-        sums["log_probability"] += log_p
-        sums["examples"] += 1
         sums["shared"] += found.shared > 0
-        answers = _Answers(margin.as_text(base), Margins(margins))
+        return self._measured(example, sums, _Answers(margin.as_text(base), Margins(margins)), log_p)
+
+    def _measure_choices(self, example: Example, asked: Choices) -> Measurement:
+        """The value of every choice, as the wrapper makes it, and the right one's log-probability."""
+        sums = self.zeros()
+        edits = [self.edits[number] for number in self.in_play]
+        size = (1 + len(self.edits), len(asked.offered))
+        values, greedy = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.bool)
+        target = _Target(example, self._number, sums["log_probability_drop"], skipped=asked.start)
+        for place, choice in enumerate(asked.offered):
+            passes = self.replayer.record(choice.inputs, choice.scored + 1)
+            check_finite(passes, target.where)
+            values[0, place], greedy[0, place] = _only(choice.read(passes.base_logits[None], asked.reading))
+            if place == asked.gold:
+                target.start(passes)
+            for rows in passes.edited(edits):
+                numbers = [1 + self._number[edit] for edit in rows.edits]
+                found, likeliest = choice.read(rows.logits, asked.reading)
+                values[numbers, place], greedy[numbers, place] = found.double().cpu(), likeliest.cpu()
+                if place == asked.gold:
+                    target.add(rows)
+        if not bool(values.isfinite().all()):
+            raise HonesError(f"{target.where}: the logits under an edit are not finite")
+        said = [choices.as_text(*one) for one in zip(values.tolist(), greedy.tolist(), strict=True)]
+        answers = _Answers(said[0], {number: said[1 + number] for number in self.in_play})
+        preferred = values.argmin(1)
+        sums["differing_answers"] += sum(preferred[1 + number] != preferred[0] for number in self.in_play)
+        return self._measured(example, sums, answers, target.base)
+
+    def _measure_target(self, example: Example) -> Measurement:
+        """The target's log-probability alone, which is the metric too: nothing is decoded."""
+        sums = self.zeros()
+        self.decoder.learn_type(example.inputs, example.settings)
+        target = _Target(example, self._number, sums["log_probability_drop"])
+        self._replay_target(example, target, [self.edits[number] for number in self.in_play])
+        sums["metric_drop"] += sums["log_probability_drop"]
+        sums["metric"] += target.base
+        return self._measured(example, sums, None, target.base)
+
+    def _measured(
+        self, example: Example, sums: dict[str, Tensor], answers: _Answers | None, log_probability: float
+    ) -> Measurement:
+        """What all ways of measuring count alike; answers are scored, or kept where only a corpus can be."""
+        sums["measured"][list(self.in_play)] = 1
+        sums["log_probability"] += log_probability
+        sums["examples"] += 1
+        if answers is None:
+            return Measurement(sums)
         if not self.examples.is_mean:
             return Measurement(sums, answers.record())
         self._add_mean(example.index, answers, sums)
@@ -172,6 +215,11 @@ def _margin_and_target(example: Example, logits: Tensor) -> Tensor:
     return torch.stack([example.margin.of(logits), log_p], dim=1)
 
 
+def _only(read: tuple[Tensor, Tensor]) -> tuple[float, bool]:
+    """What was read of one row."""
+    return float(read[0]), bool(read[1])
+
+
 class _Scored:
     """The results of a corpus' answers, each scored once; margins are too many to remember."""
 
@@ -194,7 +242,11 @@ class _Scored:
 class _Target:
     """One example's target, teacher-forced behind the prompt, and its drops of log-probability [E]."""
 
-    def __init__(self, example: Example, number: dict[SiteEdit, int], drops: Tensor) -> None:
+    def __init__(
+        self, example: Example, number: dict[SiteEdit, int], drops: Tensor, skipped: int = 0
+    ) -> None:
+        self.skipped = skipped
+        """Tokens that are read before the target's."""
         self.where = f"{example.task}, doc_id {example.doc_id}"
         self.ids = torch.tensor(example.target_ids)
         self.number = number
@@ -202,7 +254,7 @@ class _Target:
         self.base = 0.0
 
     def start(self, passes: Passes) -> None:
-        """Read the unedited log-probability from a pass whose first read tokens are the target's.
+        """Read the unedited log-probability from a pass that reads the target behind the skipped tokens.
 
         Raises: HonesError where it is not finite.
         """
@@ -216,5 +268,6 @@ class _Target:
 
     def _read(self, logits: Tensor) -> list[float]:
         ids = self.ids.to(logits.device)
-        values: list[float] = readouts.sequence_log_probability(logits[:, : len(ids)], ids).tolist()
+        before = logits[:, self.skipped : self.skipped + len(ids)]
+        values: list[float] = readouts.sequence_log_probability(before, ids).tolist()
         return values

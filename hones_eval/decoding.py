@@ -25,6 +25,7 @@ from hones_eval.attach import editing
 from hones_eval.continuation import Differing, KeptKeys, disagreement, go_on, speakers, waiting_rows
 from hones_eval.errors import HonesError, first_line
 from hones_eval.passes import ROUNDING, FullPasses, Passes, RowLimit, Rows, SiteEdit, site_edits
+from hones_eval.prompts import appended
 from hones_eval.replay import Replay, Replayer
 
 
@@ -36,6 +37,7 @@ class Decoder:
         self.replayer = replayer
         self.anatomy = replayer.anatomy
         self.answer_type = 0
+        self._knows_type = False
         self.speaker: PreTrainedModel | None = None
         """What answers that differ are decoded on with, once that is proven; see `continuation`."""
         self.stops: str | None = None
@@ -52,28 +54,19 @@ class Decoder:
         logits = torch.cat(output.logits)
         return GreedyExample(self, inputs, settings, plan, tokens, logits)
 
+    def learn_type(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Find out what type id an answer's tokens have, in the families that have types; once."""
+        if not self._knows_type and "token_type_ids" in inputs:
+            self.greedy(inputs, settings)
+        self._knows_type = True
+
     def record(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> Passes:
         """One pass over a prompt and its answer, of which every token is read."""
         return self.replayer.record(self.append(inputs, tokens[:-1]), len(tokens), keep=self.stops is None)
 
     def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
-        """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
-
-        What else has the prompt's length grows with it: the attention mask by ones, type ids by the type
-        that an answer has in this family.
-        """
-        ids: Tensor = inputs["input_ids"]
-        new = torch.tensor([list(tokens)], dtype=ids.dtype, device=ids.device)
-        grown = {
-            "input_ids": new,
-            "attention_mask": torch.ones_like(new),
-            "token_type_ids": torch.full_like(new, self.answer_type),
-            "mm_token_type_ids": torch.zeros_like(new),
-        }
-        longer = dict(inputs)
-        for name in grown.keys() & inputs.keys():
-            longer[name] = torch.cat([inputs[name], grown[name].to(inputs[name].dtype)], dim=1)
-        return longer
+        """See `prompts.appended`, with the type that an answer has in this family."""
+        return appended(inputs, tokens, self.answer_type)
 
 
 class _Plan(NamedTuple):

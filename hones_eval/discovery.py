@@ -69,9 +69,7 @@ def _hones(job: Discovery) -> Ranking:
             totals.sums["differing_answers"] / totals.sums["measured"].sum()
         ),
         "examples_decoded_in_full": int(totals.sums["plain_examples"]),
-        "answers_that_differ": "decoded on from the first difference"
-        if localization.decoder.stops is None
-        else f"decoded from the start: {localization.decoder.stops}",
+        "answers_that_differ": _decoding(job.examples, localization.decoder.stops),
         "heads": [{"head": list(head), "score": float(head_scores[head])} for head in chosen],
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
@@ -193,6 +191,15 @@ def _report(job: Discovery, count: float) -> dict[str, Any]:
         "examples": int(count),
         "replay": "exact" if job.replayer.inexact is None else f"full forward passes: {job.replayer.inexact}",
     }
+
+
+def _decoding(examples: TaskExamples, stops: str | None) -> str:
+    """How the answers that differ were found."""
+    if examples.by_log_probability:
+        return "not asked for: the metric is the target's log-probability"
+    if examples.offers_choices:
+        return "another choice is preferred"
+    return "decoded on from the first difference" if stops is None else f"decoded from the start: {stops}"
 
 
 def _sharing(together: Together, totals: Totals) -> dict[str, Any]:

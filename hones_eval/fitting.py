@@ -80,8 +80,7 @@ def fit(
 def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:
     """A decoder that knows what type id an answer's tokens have, in the families that have types."""
     decoder, first = Decoder(replayer), examples[0]
-    if "token_type_ids" in first.inputs:
-        decoder.greedy(first.inputs, first.settings)
+    decoder.learn_type(first.inputs, first.settings)
     return decoder
 
 

@@ -3,11 +3,14 @@
 import argparse
 import copy
 import inspect
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 from unittest import mock
+
+from loguru import logger
 
 
 def aggregate(function: Callable[..., Any], items: Sequence[Any]) -> Any:
@@ -49,3 +52,15 @@ def without_retries(method: str) -> Iterator[None]:
         return
     with mock.patch.object(ConfigurableTask, method, plain):
         yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither bars nor prints nor throughput lines of lmms-eval inside: they come with every request."""
+    noisy = "lmms_eval.models.model_utils.gen_metrics"
+    logger.disable(noisy)
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.enable(noisy)

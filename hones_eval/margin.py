@@ -68,7 +68,12 @@ def margin_behind(
 
 
 def next_token(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: str) -> int:
-    """The token behind a prompt in the conversation encoded with the answer.
+    """The token behind a prompt in the conversation encoded with the answer; see `answer_tokens`."""
+    return answer_tokens(tokenizer, prompt, answer)[0]
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: str) -> list[int]:
+    """The tokens behind a prompt in the conversation encoded with the answer, at least one.
 
     A space stands before an answer, as in `ASSISTANT: Yes`, where the prompt ends in neither a blank nor a
     special token. Raises: HonesError when the encoded conversation does not go on from the prompt's tokens.
@@ -81,7 +86,7 @@ def next_token(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer
             f"{type(tokenizer).__name__} encodes the prompt's end {text[-20:]!r} otherwise when "
             f"{answer!r} follows, so the answer's first token cannot be told"
         )
-    return whole[len(tail)]
+    return whole[len(tail) :]
 
 
 def _tail(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> tuple[list[int], str]:

@@ -22,14 +22,12 @@ from hones_eval.anatomy import Anatomy
 from hones_eval.caches import KeptByLayer
 from hones_eval.errors import first_line
 from hones_eval.passes import ROUNDING, FullPasses, RowLimit, SiteEdit, replaced_by_mean
+from hones_eval.prompts import ALONG_THE_PROMPT, shortened
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron
 from hones_eval.stretches import BehindPrefix, Stretch
 
 Inputs = Mapping[str, Any]
-
-# What has the prompt's length; whatever else a model takes has to be the same for all prompts of a group.
-ALONG_THE_PROMPT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
 class NextTokens(NamedTuple):
@@ -151,9 +149,7 @@ class SharedPrefix:
         """Run the unedited model over the first `length` tokens, and on from there over the endings."""
         self.anatomy, self.limit, self.length = anatomy, limit, length
         own = [inputs["input_ids"][:, length:] for inputs in group]
-        shared = {
-            name: value[:, :length] if name in ALONG_THE_PROMPT else value for name, value in group[0].items()
-        }
+        shared = shortened(group[0], length)
         self._prefix = Stretch(anatomy, [length])
         cache = self._prefix.run(lambda: anatomy.model(**shared, use_cache=True)).past_key_values
         self._reach = [layer.keys.shape[-2] for layer in cache.layers]  # less than all where windows slide

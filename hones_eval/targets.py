@@ -117,6 +117,26 @@ def choose(
     raise TaskError(_unproven(task, metric, tried, nonsense, docs[0], override))
 
 
+def is_named(task: str) -> bool:
+    """Whether a task has an adapter in `BY_NAME`."""
+    return any(fnmatch(task, name) for name, _ in BY_NAME)
+
+
+def unproven(task: str, doc: Mapping[str, Any], override: str | None) -> Candidate:
+    """The gold answer of a task that no metric proves: only as it is named, by `override` or in `BY_NAME`.
+
+    Raises: TaskError when it is not named.
+    """
+    if override is None and not is_named(task):
+        raise TaskError(
+            f"task {task} has no metric that could prove a gold answer: name the column or a template with "
+            f"--target; the columns are {', '.join(map(str, doc))}"
+        )
+    first = _candidates(task, "", doc, lambda _: _one(""), override)[0]
+    source = f"--target {override}" if override is not None else first.name
+    return Candidate(f"{source}, which no score proves", first.adapter, True)
+
+
 def _tried(
     candidate: Candidate, docs: Sequence[Mapping[str, Any]], score: Callable[[list[str]], float]
 ) -> float | str:

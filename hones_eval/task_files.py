@@ -4,7 +4,7 @@ lmms-eval itself ends with a trace, takes a misspelt column for a constant text,
 Its built-in tasks are not checked, nor is what a `!function` of the file does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 from lmms_eval import utils
 from lmms_eval.api import metrics as _  # noqa: F401  registers them
 from lmms_eval.api.registry import AGGREGATION_REGISTRY
-from lmms_eval.api.task import TaskConfig, _resolve_hf_datasets_cache_dir
+from lmms_eval.api.task import ALL_OUTPUT_TYPES, TaskConfig, _resolve_hf_datasets_cache_dir
 from transformers import GenerationConfig
 from yaml import ScalarNode
 
@@ -27,8 +27,11 @@ from hones_eval.errors import TaskError, first_line
 
 LOCAL = ("imagefolder", "csv", "json", "parquet", "arrow", "text")
 """Builders of `datasets` that read files of the user's."""
-SCORES_ANSWERS = ("exact_match", "anls", "bleu", "chrf", "ter")
-"""lmms-eval's metrics for generated answers; its registry does not tell them from the others."""
+METRICS = {
+    "generate_until": ("exact_match", "anls", "bleu", "chrf", "ter"),
+    "multiple_choice": ("acc", "acc_norm", "exact_match", "f1", "mcc"),
+}
+"""lmms-eval's metrics for answers and for choices; its registry does not tell which are for which."""
 
 
 class Form(NamedTuple):
@@ -51,7 +54,10 @@ FORMS = {
     "doc_to_target": Form((str, ScalarNode), "a column, a template, or !function"),
     "metric_list": Form((list,), "a list of mappings, such as - metric: exact_match"),
     "generation_kwargs": Form((dict,), "a mapping, such as {max_new_tokens: 16}"),
-    "output_type": Form((str,), "generate_until"),
+    "doc_to_choice": Form(
+        (str, list, dict, ScalarNode), 'a column of lists, a list such as ["yes", "no"], or !function'
+    ),
+    "output_type": Form((str,), " or ".join(METRICS)),
 }
 REQUIRED = ("task", "dataset_path", "doc_to_text", "doc_to_target")
 BESIDE_SETTINGS = {"until", "image_aspect_ratio", "max_gen_toks", "margin"}
@@ -81,8 +87,16 @@ def check_task_file(path: Path) -> None:
     config = read_task_file(path)
     _check_keys(path, config)
     _check_forms(path, config)
-    if str(config.get("output_type", "generate_until")).startswith("generate_until"):
-        _check_metrics(path, config)
+    output_type = config.get("output_type", "generate_until")
+    if output_type not in ALL_OUTPUT_TYPES:
+        says = FORMS["output_type"].says
+        raise TaskError(
+            f"{path}: output_type: {output_type!r} should be {says}{_hint(str(output_type), METRICS)}"
+        )
+    if output_type in METRICS:
+        _check_metrics(path, config, METRICS[output_type])
+    if output_type == "multiple_choice" and config.get("doc_to_choice") is None:
+        raise TaskError(f"{path}: doc_to_choice: missing; it should be {FORMS['doc_to_choice'].says}")
     _check_generation(path, config.get("generation_kwargs") or {})
     if config["dataset_path"] in LOCAL and "process_docs" not in config:
         _check_columns(path, config, _split(path, config))
@@ -135,16 +149,16 @@ def _check_forms(path: Path, config: Mapping[str, Any]) -> None:
             raise TaskError(f"{path}: {key}: {value!r} should be {form.says}")
 
 
-def _check_metrics(path: Path, config: Mapping[str, Any]) -> None:
+def _check_metrics(path: Path, config: Mapping[str, Any], known: Sequence[str]) -> None:
     for place, one in enumerate(config.get("metric_list") or []):
         key = f"metric_list[{place}]"
         if not isinstance(one, dict) or not isinstance(one.get("metric"), str | ScalarNode):
-            raise TaskError(f"{path}: {key}: {one!r} should be a mapping with a metric, metric: exact_match")
+            raise TaskError(f"{path}: {key}: {one!r} should be a mapping with a metric, metric: {known[0]}")
         name, own = one["metric"], config.get("process_results") is not None
-        if isinstance(name, str) and not own and name not in SCORES_ANSWERS:
+        if isinstance(name, str) and not own and name not in known:
             raise TaskError(
-                f"{path}: {key}.metric: {name!r} should be one of {', '.join(SCORES_ANSWERS)}"
-                f"{_hint(name, SCORES_ANSWERS)}; others need process_results: !function"
+                f"{path}: {key}.metric: {name!r} should be one of {', '.join(known)}"
+                f"{_hint(name, known)}; others need process_results: !function"
             )
         how = one.get("aggregation")
         if how is None and own:
@@ -193,8 +207,8 @@ def _split(path: Path, config: Mapping[str, Any]) -> Dataset:
 def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None:
     has = f"the columns are {', '.join(rows.column_names)}"
     used = set[str]()
-    for key in ("doc_to_text", "doc_to_target"):
-        value = config[key]
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        value = config.get(key)
         if not isinstance(value, str):
             continue
         named = _named(path, key, value, rows)

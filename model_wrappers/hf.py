@@ -129,8 +129,8 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         raise HonesError("hones_hf asks once; tasks of several rounds need a wrapper that has them")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not served."""
-        raise HonesError("hones_hf generates; tasks of log-likelihoods need a wrapper that has them")
+        """Scored by `Steered`, behind the prompts that are generated from."""
+        raise NotImplementedError
 
     def inputs_of(self, conversations: Sequence[Messages]) -> dict[str, Any]:
         """What `generate` takes for a batch of conversations, all with pictures or all without."""
@@ -228,10 +228,7 @@ class SimpleHfModel(HfModel):
 
     def _read(self, place: int, request: Instance) -> Asked:
         text, settings, source, doc_id, task, split = request.args
-        shown = source(self.task_dict[task][split][doc_id]) or []
-        content = [as_part(medium(one)) for one in shown]
-        said = {"type": "text", "text": text}
-        return Asked(place, [{"role": "user", "content": [*content, said]}], settings)
+        return Asked(place, _one_turn(text, source(self.task_dict[task][split][doc_id])), settings)
 
 
 class Hf(Steered, HfModel):
@@ -244,6 +241,12 @@ class SimpleHf(Steered, SimpleHfModel):
     """Steered, under `--force_simple`."""
 
     base_wrapper = "hones_hf"
+
+
+def _one_turn(text: str, shown: Sequence[Any] | None) -> Messages:
+    """Pictures, then what is said."""
+    content = [as_part(medium(one)) for one in shown or []]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def _own_device(device: str | None) -> torch.device:

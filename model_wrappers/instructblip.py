@@ -18,6 +18,7 @@ class InstructBlip(Steered, InstructBLIP):  # type: ignore[misc]
     """
 
     base_wrapper = "instructblip"
+    own_likelihoods = False
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
         """The new tokens alone, `output` [batch, prompt + new] without the prompt when it is in there."""

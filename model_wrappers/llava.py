@@ -10,9 +10,11 @@ class Llava(Steered, LlavaHf):  # type: ignore[misc]
     """Steered `llava_hf`, prompted through its chat template."""
 
     base_wrapper = "llava_hf"
+    own_likelihoods = False  # they fail on transformers 5
 
 
 class SimpleLlava(Steered, SimpleLlavaHf):  # type: ignore[misc]
     """Steered `llava_hf` under `--force_simple`."""
 
     base_wrapper = "llava_hf"
+    own_likelihoods = False  # they fail on transformers 5

@@ -84,7 +84,7 @@ def _patch_tasks(module: ModuleType) -> None:
     if _is_patched(manager):
         return
     build, index, match = manager.__init__, manager.initialize_tasks, manager.match_tasks
-    load = manager.load_task_or_group
+    load, load_one = manager.load_task_or_group, manager._load_individual_task_or_group
     own_tasks = own_task_folders()
 
     @wraps(build)
@@ -124,6 +124,16 @@ def _patch_tasks(module: ModuleType) -> None:
                 check_task_file(path)
         return load(self, task_list, *args, **kwargs)
 
+    @wraps(load_one)
+    def load_one_in_its_form(
+        self: Any, config: Any = None, task_type: str = "simple", *args: Any, **kwargs: Any
+    ) -> Any:
+        ours = _is_ours(self.__dict__.get("model_name"))
+        if task_type == "chat" and ours and _offers_choices(self, config):
+            task_type = "simple"
+        return load_one(self, config, task_type, *args, **kwargs)
+
+    manager._load_individual_task_or_group = load_one_in_its_form
     manager.load_task_or_group = load_task_or_group
     manager.__init__ = __init__
     manager.initialize_tasks = initialize_tasks
@@ -132,6 +142,17 @@ def _patch_tasks(module: ModuleType) -> None:
         lambda self: base_name(self.__dict__.get("model_name")),
         lambda self, name: self.__dict__.update(model_name=name),
     )
+
+
+def _offers_choices(manager: Any, config: Any) -> bool:
+    """Whether a task is one of log-likelihoods, whose requests lmms-eval builds in the simple form alone."""
+    from hones_eval.task_files import read_task_file
+
+    name = config.get("task") if isinstance(config, dict) else config
+    entry = manager.task_index.get(name) if isinstance(name, str) else None
+    if not entry or entry["type"] != "task":
+        return False
+    return read_task_file(Path(entry["yaml_path"])).get("output_type") in ("multiple_choice", "loglikelihood")
 
 
 def _patch_cache(module: ModuleType) -> None:
@@ -145,16 +166,32 @@ def _patch_cache(module: ModuleType) -> None:
         if not _is_ours(lm):
             return execute(self, lm, reqtype, requests)
         lm.record.add(requests, lm.task_dict)
-        if not lm.fingerprint:
-            return execute(self, lm, reqtype, requests)
         stock = self._model_fingerprint_hash
-        self._model_fingerprint_hash = f"{stock}-steering-{lm.fingerprint}"
+        if lm.fingerprint:
+            self._model_fingerprint_hash = f"{stock}-steering-{lm.fingerprint}"
         try:
-            return execute(self, lm, reqtype, requests)
+            if reqtype != "loglikelihood":
+                return execute(self, lm, reqtype, requests)
+            from .steered import as_results
+
+            return as_results(execute(self, _Pairs(lm), reqtype, requests))
         finally:
             self._model_fingerprint_hash = stock
 
     cache.execute = keyed
+
+
+class _Pairs:
+    """A model of ours whose log-likelihoods are plain pairs, as the cache takes them."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        return [one.text for one in self._lm.loglikelihood(requests)]
 
 
 def _patch_tracker(module: ModuleType) -> None:

@@ -3,23 +3,32 @@
 import copy
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
-from lmms_eval.api.instance import Instance, unwrap_generation_output
+from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hones_eval.doors import Call, StandInForGenerate, replaced
 from hones_eval.errors import HonesError
-from hones_eval.margin import as_text, tokenizer_in, without, words_of
+from hones_eval.lmms_calls import quiet
+from hones_eval.margin import answer_tokens, as_text, tokenizer_in, without, words_of
+from hones_eval.prompts import appended
 from hones_eval.steer_model import AttachMode, attach_steering
 from hones_eval.steering import Steering
 
 from . import plugin
 from .run_manifest import RunRecord
 from .watch import AskedMargin, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
+
+SEES_BOTH_WAYS = ("paligemma",)
+"""Families whose prompts are attended to in both directions: an answer's tokens are of another type there."""
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
@@ -29,6 +38,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     """
 
     base_wrapper: str
+    own_likelihoods = True
+    """Whether the base wrapper is asked for log-likelihoods; False where none that work are known."""
 
     def __init__(
         self,
@@ -117,12 +128,55 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         """As `generate_until`, for tasks that ask again."""
         return self._answer("generate_until_multi_round", requests)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """As `generate_until`, for log-likelihoods where the base wrapper has them."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """As `generate_until`, for log-likelihoods; see `as_results`.
+
+        They are the base wrapper's own where it has some. Most have none: then a choice's value is the mean
+        loss of its tokens behind the prompt that the wrapper generates from, of which lmms-eval's tasks take
+        the smallest.
+        """
+        self.record.add(requests, self.task_dict)
         with self._watched.proving_forward():
-            answers = self._answer("loglikelihood", requests)
+            answers = self._likelihoods(requests)
         self._watched.check_ran()
-        return answers
+        return as_results(answers)
+
+    def _likelihoods(self, requests: list[Instance]) -> list[Any]:
+        if self.own_likelihoods:
+            try:
+                return self._through("loglikelihood", requests)
+            except HonesError as error:
+                if not isinstance(error.__cause__, NotImplementedError):
+                    raise
+        shown = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
+        return [self._likelihood(request) for request in shown]
+
+    @torch.inference_mode()
+    def _likelihood(self, request: Instance) -> tuple[float, bool]:
+        prompt = self._prompt(request)
+        choice = str(request.args[1]).strip()
+        ids = answer_tokens(tokenizer_in(self), prompt["input_ids"][0].tolist(), choice)
+        inputs = appended(prompt, ids, int(self._inner.config.model_type in SEES_BOTH_WAYS))
+        labels = inputs["input_ids"].clone()
+        labels[:, : -len(ids)] = -100  # no loss is taken of the prompt
+        logits = self._inner(**inputs, labels=labels).logits[0, -len(ids) - 1 : -1].float()
+        target = labels[0, -len(ids) :].to(logits.device)
+        return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
+
+    def _prompt(self, request: Instance) -> dict[str, Any]:
+        """What the base wrapper would generate from, were it asked for an answer in words."""
+        text, _, source, *where = request.args
+        parts = (text, {}, source) if self.is_simple else (text, partial(_messages, text, source), {})
+        asked = Instance("generate_until", (*parts, *where), request.idx, dict(request.metadata))
+        stand_in = StandInForGenerate(self._inner, [], with_prompt=True)
+        with replaced(self._inner, "generate", stand_in), quiet():
+            self._through("generate_until", [asked])
+        if len(stand_in.calls) != 1:
+            raise HonesError(
+                f"{self.base_wrapper}, task {request.task_name}, doc {request.doc_id}: it called generate "
+                f"{len(stand_in.calls)} times for one question, so its prompt cannot be told"
+            )
+        return Call.of(self._inner, stand_in.calls[0]).inputs
 
     def clean(self) -> None:
         """Take the steering off and let go of the model: lmms-eval calls this when all answers are there."""
@@ -133,6 +187,9 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def _answer(self, method: str, requests: list[Instance]) -> list[Any]:
         self.record.add(requests, self.task_dict)
+        return self._through(method, requests)
+
+    def _through(self, method: str, requests: list[Instance]) -> list[Any]:
         # Some wrappers write into gen_kwargs, and so change the keys under which answers are cached.
         handed = [self._handed(request) for request in requests]
         self._watched.restart()
@@ -165,6 +222,20 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
         kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
         return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
+
+
+def as_results(likelihoods: Iterable[Sequence[Any]]) -> list[GenerationResult]:
+    """Values and whether they are greedy, in the one form in which lmms-eval's evaluator leaves them alone.
+
+    It makes a text of anything else that a model answers, also of what its tasks of choices take apart.
+    """
+    return [GenerationResult(cast(Any, (float(value), bool(greedy)))) for value, greedy in likelihoods]
+
+
+def _messages(text: str, source: Callable[[Any], Any], doc: Any) -> list[dict[str, Any]]:
+    """A question with its pictures as one turn of a chat."""
+    shown = [{"type": "image", "url": picture} for picture in source(doc) or []]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
 def _words(request: Instance) -> tuple[str, str] | None:

@@ -78,6 +78,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
         "lmms-lab-encoder/RefCOCO": {shard("val"): refcoco()},
         "echo840/OCRBench": {shard("test"): ocrbench()},
         "lmms-lab-encoder/MMMU": {shard("validation"): mmmu()},
+        "lmms-lab-encoder/SEED-Bench": {shard("test"): seedbench()},
     }
 
 
@@ -458,4 +459,36 @@ def mmmu() -> bytes:
         rows,
         **dict.fromkeys([*texts, "question_type", "subfield"], TEXT),
         **dict.fromkeys([f"image_{k}" for k in range(1, 8)], PICTURE),
+    )
+
+
+def seedbench() -> bytes:
+    """Questions of four choices, of which the right one changes its place."""
+    rows = []
+    for i in range(COUNT):
+        question, answer = colour_question(i)
+        offered = [answer, *(one for one in ("red", "green", "blue", "yellow") if one != answer)][:4]
+        offered = offered[i % 4 :] + offered[: i % 4]
+        named = {f"choice_{letter}": one for letter, one in zip("abcd", offered, strict=True)}
+        rows.append(
+            {
+                "answer": "ABCD"[offered.index(answer)],
+                **named,
+                "data_id": f"{i}",
+                "data_type": "image",
+                "question": question,
+                "question_id": str(i),
+                "question_type_id": 5,
+                "image": [shown(i)],
+                "segment": [],
+            }
+        )
+    texts = ("answer", *(f"choice_{letter}" for letter in "abcd"), "data_id", "data_type", "question")
+    return parquet(
+        rows,
+        **dict.fromkeys(texts, TEXT),
+        question_id=TEXT,
+        question_type_id=INT64,
+        image=[PICTURE],
+        segment=[INT64],
     )

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.doors import Call
 from hones_eval.examples.models import inner_model
-from hones_eval.examples.playback import Call, Playback
+from hones_eval.examples.playback import Playback
 from hones_eval.passes import ROUNDING, replaced_by_mean
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head
@@ -158,6 +159,35 @@ def request(lm: lmms, question: Question, index: int) -> Instance:
     }
     arguments = (*ways[lm.is_simple], index, "circles", "test")
     return Instance("generate_until", arguments, index, {"task": "circles", "doc_id": index, "repeats": 1})
+
+
+def choice(lm: lmms, question: Question, text: str) -> Instance:
+    """The request of one choice of a question, which lmms-eval asks in the simple form alone."""
+    lm.task_dict["circles"] = {"test": [question]}
+    arguments = (question.text, f" {text}", lambda one: list(one.pictures), 0, "circles", "test")
+    return Instance("loglikelihood", arguments, 0, {"task": "circles", "doc_id": 0, "repeats": 1})
+
+
+def losses(lm: lmms, requests: Sequence[Instance]) -> list[float]:
+    lm.task_dict["circles"] = {"test": [QUESTIONS[0]]}
+    return [unwrap_generation_output(one)[0][0] for one in lm.loglikelihood(list(requests))]
+
+
+def forced_loss(model: PreTrainedModel, prompt: Mapping[str, Any], ids: Sequence[int]) -> float:
+    """The mean loss of some tokens as ``generate`` gives one after the other."""
+    length = prompt["input_ids"].shape[1]
+    told = model.generate(
+        **prompt,
+        max_new_tokens=len(ids),
+        do_sample=False,
+        eos_token_id=None,
+        prefix_allowed_tokens_fn=lambda _, said: [ids[len(said) - length]],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert told.sequences[0, length:].tolist() == list(ids)
+    steps = zip(told.logits, ids, strict=True)
+    return -sum(float(step[0].float().log_softmax(-1)[token]) for step, token in steps) / len(ids)
 
 
 def as_messages(question: Question) -> list[dict[str, Any]]:

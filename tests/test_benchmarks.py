@@ -40,7 +40,7 @@ GENERATION = "max_new_tokens=12"
 TASKS = (
     *("vqav2_val", "gqa", "textvqa_val", "docvqa_val", "pope", "mme", "scienceqa_img"),
     *("coco2014_cap_val", "flickr30k_test", "nocaps_val"),
-    *("refcoco_bbox_rec_val", "refcoco_bbox_val", "ocrbench", "mmmu_val"),
+    *("refcoco_bbox_rec_val", "refcoco_bbox_val", "ocrbench", "mmmu_val", "seedbench_ppl"),
 )
 pytestmark = pytest.mark.skipif(
     not shutil.which("java"), reason="lmms-eval's caption metrics tokenize with java"

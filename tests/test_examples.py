@@ -264,7 +264,7 @@ def test_a_corrupt_picture_is_named(
     [
         ("hones_vqs", "no task named 'hones_vqs': did you mean .*hones_vqa"),
         ("vqav2", "group of several tasks; choose one of: vqav2_test, vqav2_val"),
-        ("seedbench_ppl", "output_type multiple_choice; only tasks that generate"),
+        ("mmsearch_end2end", "output_type generate_until_multi_round; only tasks with one answer"),
     ],
 )
 def test_tasks_that_cannot_be_measured_are_refused_by_name(llava: Any, task: str, says: str) -> None:

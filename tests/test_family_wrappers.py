@@ -13,14 +13,16 @@ from family_doors import BOTH, DOORS, QUESTIONS, Door, Visit, ask
 from lmms_eval.models import get_model
 from lmms_runs import write_steering
 
+from hones_eval import prompts
 from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
+from hones_eval.examples.playback import Playback
 from hones_eval.steer_model import steer
 from hones_eval.steering import Steering
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 REWRITE = "HONES_EVAL_REWRITE_DOCS"
-COLUMNS = ("unsteered", "steered", "replay", "fold", "batches", "two pictures")
+COLUMNS = ("unsteered", "steered", "replay", "fold", "batches", "two pictures", "choices")
 ONE_AT_A_TIME = "one question at a time"
 
 
@@ -127,6 +129,24 @@ def test_two_pictures(at: Visit, found: Found) -> None:
     found[at.door]["two pictures"] = "yes"
 
 
+def test_log_likelihoods_of_choices_are_those_of_generating_them(at: Visit, found: Found) -> None:
+    """A choice's loss is that of its tokens when transformers is made to generate them one by one."""
+    requests = [family_doors.choice(at.baseline, QUESTIONS[0], text) for text in ("a red circle", "blue")]
+    losses = family_doors.losses(at.baseline, requests)
+    playback = Playback(at.baseline)
+    for request, loss in zip(requests, losses, strict=True):
+        asked = playback.record_choice(request)
+        prompt = prompts.shortened(asked.inputs, asked.inputs["input_ids"].shape[1] - asked.scored)
+        assert prompt["input_ids"].tolist() == at.calls[0].inputs["input_ids"].tolist()
+        assert at.baseline.tokenizer.decode(asked.ids).split() == request.args[1].split()
+        forced = family_doors.forced_loss(at.plain_model, prompt, asked.ids)
+        assert loss == pytest.approx(forced, rel=1e-4 if at.model.dtype == torch.float32 else 2e-2)
+        difference = family_doors.replay_difference(at.model, asked.inputs)
+        assert family_doors.within(difference, at.model), difference
+    assert family_doors.losses(at.build(f"steering={at.steering}"), requests) != losses
+    found[at.door]["choices"] = exactly(at)
+
+
 def exactly(at: Visit) -> str:
     """How a number that agrees is told: only float32 tells a mistake from rounding."""
     return "yes" if at.model.dtype == torch.float32 else "to the rounding of bfloat16"
@@ -146,6 +166,8 @@ with `base=` is the stock wrapper, steered; `--model hones_hf` is this package's
 - **fold**: scales folded into the weights give the logits and answers of hooks
 - **batches**: batches of two and three, padded on the left, give the logits and answers of single questions
 - **two pictures**: in one question, as transformers has them
+- **choices**: in tasks of log-likelihoods the loss of a choice is that of its tokens when transformers is
+  made to generate them one by one, behind the prompt of an answer; replay over it is exact
 
 "yes" is to 1e-4 of the largest logit in float32, answers being equal. Some stock wrappers load bfloat16
 whatever they are told; there logits agree to its rounding (8 % of the largest logit at most), and answers may

@@ -28,7 +28,7 @@ MODEL = {
     "streams",
     "tokens",
 }
-MEASURING = {*MODEL, "margin", "examples", "measure", "together", "ablation", "patching", "racing"}
+MEASURING = {*MODEL, "margin", "choices", "examples", "measure", "together", "ablation", "patching", "racing"}
 WHOLE = {*MEASURING, "methods", "loops", "leaderboard", "resampling"}
 
 # A room (a module or a folder of hones_eval) and the rooms that it may import.
@@ -45,6 +45,9 @@ FLOORS: dict[str, set[str]] = {
     "partial": BASE,
     "processes": {"errors"},
     "margin": {"errors"},
+    "prompts": set(),
+    "doors": set(),
+    "choices": set(),
     "racing": {"errors"},
     # 1: one model, or one result
     "anatomy": {*BASE, "attach"},
@@ -56,20 +59,23 @@ FLOORS: dict[str, set[str]] = {
     "caches": BASE,
     "replay": {*BASE, *EDITING, "anatomy", "passes", "caches"},
     "stretches": {*BASE, "anatomy", "passes", "caches", "replay"},
-    "prefixes": {*BASE, "sites", "anatomy", "passes", "caches", "replay", "stretches"},
+    "prefixes": {*BASE, "sites", "anatomy", "passes", "prompts", "caches", "replay", "stretches"},
     "streams": {*BASE, *EDITING, "anatomy", "passes", "replay"},
     "tokens": {*BASE, "anatomy"},
     "export": {*BASE, "anatomy", "steering", "steer_model"},
     "continuation": {*BASE, *EDITING, "anatomy", "passes", "caches", "replay"},
-    "decoding": {*BASE, *EDITING, "anatomy", "passes", "replay", "continuation"},
+    "decoding": {*BASE, *EDITING, "anatomy", "passes", "prompts", "replay", "continuation"},
     "targets": {"errors"},
     "task_files": {"errors"},
     "task_failures": {"errors", "lmms_calls"},
-    "examples": {*BASE, "lmms_calls", "margin", "pictures", "targets", "task_failures", "task_files"},
+    "examples": {
+        *(*BASE, "lmms_calls", "margin", "choices", "doors", "prompts", "pictures"),
+        *("targets", "task_failures", "task_files"),
+    },
     "measure": {"examples"},
     "patching": {*MODEL},
     "together": {*MODEL, "examples"},
-    "ablation": {*MODEL, "margin", "examples", "measure", "together"},
+    "ablation": {*MODEL, "margin", "choices", "examples", "measure", "together"},
     # 3: what is measured; pictures that are edited; the embedded model
     "methods": MEASURING,
     "editing": {*BASE, "pictures"},
@@ -96,8 +102,8 @@ FLOORS: dict[str, set[str]] = {
 }
 BESIDE: dict[str, set[str]] = {
     "model_wrappers": {
-        *(*BASE, "margin", "pictures", "steering", "steer_model", "processes"),
-        *("task_failures", "task_files"),
+        *(*BASE, "lmms_calls", "margin", "doors", "prompts", "pictures", "steering"),
+        *("steer_model", "processes", "task_failures", "task_files"),
     },
     "tasks": {"errors", "toy", "pictures"},
 }

@@ -157,6 +157,28 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         lambda one: one.update(test_split="test"),
         "test_split: 'test' should be one of the splits: train",
     ),
+    "kind of output": (
+        lambda one: one.update(output_type="multiple_choices"),
+        "output_type: 'multiple_choices' should be generate_until or multiple_choice; did you mean multiple_",
+    ),
+    "choices": (
+        lambda one: one.update(output_type="multiple_choice", metric_list=[{"metric": "acc"}]),
+        "doc_to_choice: missing; it should be a column of lists, a list such as",
+    ),
+    "metric of choices": (
+        lambda one: one.update(
+            output_type="multiple_choice",
+            metric_list=[{"metric": "exact_mach"}],
+            doc_to_choice=["red", "blue"],
+        ),
+        "metric_list[0].metric: 'exact_mach' should be one of acc, acc_norm, exact_match, f1, mcc",
+    ),
+    "column of choices": (
+        lambda one: one.update(
+            output_type="multiple_choice", metric_list=[{"metric": "acc"}], doc_to_choice="option"
+        ),
+        "doc_to_choice: 'option' should be a column",
+    ),
     "include": (lambda one: one.update(include="base.yaml"), "include: there is no file "),
 }
 
@@ -217,6 +239,27 @@ def test_a_table_as_json_lines_is_read(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "shapes.yaml"
     path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {tmp_path / 'pictures'}"))
     check_task_file(path)
+
+
+def test_choices_as_the_document_has_them(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
+    table: list[dict[str, Any]] = rows()
+    for row in table:
+        row["options"] = [row["answer"], "nothing"]
+    write_json(tmp_path / "pictures", table)
+    config = yaml.safe_load(blocks("yaml")[0]) | {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "options",
+    }
+    config["dataset_kwargs"]["data_dir"] = str(tmp_path / "pictures")
+    config["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    del config["generation_kwargs"]
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(config))
+    model = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}", "--limit", "3"]
+    task = ["--tasks", "shapes", "--include_path", str(tmp_path), "--heads", "2"]
+    out = tmp_path / "ranking"
+    assert main(["rank", "--method", "hones", *model, *task, "--out", str(out)]) == 0
+    assert json.loads((out / "ranking.json").read_text())["report"]["base_metric"] == 1.0
 
 
 def test_both_commands_tell_it_in_one_line(

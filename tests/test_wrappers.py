@@ -8,7 +8,7 @@ import lmms_eval.models
 import pytest
 import torch
 from lmms_eval import evaluator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.models.simple.llava_hf import LlavaHf
@@ -367,14 +367,20 @@ def test_log_likelihoods_prove_that_the_steering_acts(
         idle.loglikelihood(asked)
     plain = build(Scoring, device="cpu", device_map="cpu")[0].loglikelihood(asked)
     allowed, _ = build(SteeredScoring, steering=str(tmp_path / "ones"), attach=attach, allow_noop=True)
-    assert allowed.loglikelihood(asked) == build(SteeredScoring)[0].loglikelihood(asked) == plain
+    baseline, _ = build(SteeredScoring)
+    assert pairs(allowed.loglikelihood(asked)) == pairs(baseline.loglikelihood(asked)) == plain
 
     steering = str(steerings["llava"])
     proven, _ = build(SteeredScoring, steering=steering, attach=attach)
     unproven, _ = build(SteeredScoring, steering=steering, allow_noop=True)
-    first, found = proven.loglikelihood(asked[:1]), proven.loglikelihood(asked)
-    assert found == unproven.loglikelihood(asked) != plain
+    first, found = pairs(proven.loglikelihood(asked[:1])), pairs(proven.loglikelihood(asked))
+    assert found == pairs(unproven.loglikelihood(asked)) != plain
     assert first == found[:1]
+
+
+def pairs(results: list[GenerationResult]) -> list[tuple[float, bool]]:
+    """As lmms-eval's evaluator takes them: it makes a text of a plain pair."""
+    return [unwrap_generation_output(one)[0] for one in results]
 
 
 def answers_of(lm: Any, requests: list[Any]) -> list[str]:

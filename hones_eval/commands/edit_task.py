@@ -38,7 +38,7 @@ def records_of_task(
     # Only what a task asks of a model when it is built: whether it takes chats, and a place for its data.
     reader = cast(lmms, SimpleNamespace(is_simple=True, task_dict={}))
     built = build_task(task, reader, model_name="default", include_path=include_path, gen_kwargs=None)
-    requests = build_requests(built, limit, 0)
+    requests = [asked[0] for asked in build_requests(built, limit, 0)]
     folder = out.with_name(f"{out.name}_pictures")
     rows, problems = [], []
     for request in requests:

@@ -49,15 +49,16 @@ def rank(
             norm of what is written), dvp (what is written towards the answer), entropy (active in this task
             and not in others).
         model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
-        tasks: the lmms-eval task to discover on, one that generates; for entropy the tasks to tell it apart
-            from follow it, a,b,c.
+        tasks: the lmms-eval task to discover on, one that asks for an answer or a choice; for entropy the
+            tasks to tell it apart from follow it, a,b,c.
         out: the folder to write ranking.json and ranking.safetensors to.
         model_args: as in lmms-eval --model_args.
         include_path: a folder with more task YAML files.
         limit: use at most so many examples.
         offset: skip so many examples first; keep discovery, development and test apart with it.
         gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
-        metric: which of the task's metrics to use; by default its first that is a number.
+        metric: which of the task's metrics to use, or log_probability, that of the gold answer; by default
+            the task's first that is a number.
         target: the column, or a template, of the gold answer, where it is not found by itself.
         heads: how many heads to condition neurons on (hones), or to name as best and worst (vseam).
         neurons: the share of all neurons to select, 0.01 for one percent.

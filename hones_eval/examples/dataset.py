@@ -14,13 +14,17 @@ from torch.utils.data import Dataset
 
 from hones_eval import margin, targets
 from hones_eval.artefact import ExampleSet, hash_of
+from hones_eval.choices import Choices
 from hones_eval.errors import HonesError, TaskError, one_line
 from hones_eval.examples.playback import Playback
+from hones_eval.examples.questions import Questions
 from hones_eval.examples.scoring import Scorer
-from hones_eval.examples.tasks import build_requests, build_task, document
+from hones_eval.examples.tasks import build_requests, build_task, document, judge_of
 from hones_eval.margin import Margin
 from hones_eval.pictures import image_hash
 
+LOG_PROBABILITY = "log_probability"
+"""In the place of a task's metric: how likely its gold answer is, which every example has by itself."""
 TARGET_TOKENS = 128
 PROOF_EXAMPLES = 8
 TOGETHER = 64  # examples on one picture that are measured at once
@@ -51,6 +55,8 @@ class Example:
     text_hash: str
     margin: Margin | None = None
     """Where the answer is a margin between two words: the tokens that they begin with behind this prompt."""
+    choices: Choices | None = None
+    """Where the answer is the likeliest of some choices: what the model is asked for each."""
 
     @property
     def is_distractor(self) -> bool:
@@ -78,27 +84,37 @@ class TaskExamples(Dataset[Example]):
 
         Args:
             lmm: the model, as `load_lmm` gives it.
-            task: a task that generates, or a group with one such task.
+            task: a task that generates or chooses, or a group with one such task.
             model_name: the name after lmms-eval's `--model`, which chooses the task's prompts.
             include_path: a folder of further task YAML files.
             limit: at most so many examples.
             offset: the first document.
             gen_kwargs: as lmms-eval's `--gen_kwargs`.
-            metric: one of the task's metrics; by default its first that aggregates to a number.
+            metric: one of the task's metrics, or `log_probability`, that of the gold answer; by default the
+                task's first that aggregates to a number, and where there is none `log_probability`.
             target: the gold answer's column, or a Jinja template, where neither is found.
 
         Raises: TaskError, in one line, for whatever the task is not fit for.
         """
         self._task = build_task(
-            task, lmm, model_name=model_name, include_path=include_path, gen_kwargs=gen_kwargs
+            task,
+            lmm,
+            model_name=model_name,
+            include_path=include_path,
+            gen_kwargs=gen_kwargs,
+            scored=metric != LOG_PROBABILITY,
         )
         self.task = str(self._task.task_name)
-        self._requests = build_requests(self._task, limit, offset)
+        offered = build_requests(self._task, limit, offset)
+        self._requests = [requests[0] for requests in offered]
         self.split = str(self._requests[0].args[-1])
         self.offset = offset
         self._lmm = lmm
         self._playback = Playback(lmm)
         self._tokenizer = margin.tokenizer_in(lmm)
+        self._questions: Questions | None = None
+        if self._requests[0].request_type == "loglikelihood":
+            self._questions = Questions(self._task, self._playback, self._tokenizer, offered)
         settings = next((one for one in self._requests[0].args if isinstance(one, dict)), {})
         self.margin_words = margin.words_of(settings, self.task)
         self._ahead: dict[int, Example] = {}
@@ -106,9 +122,10 @@ class TaskExamples(Dataset[Example]):
         self._answers: OrderedDict[tuple[int, tuple[int, ...]], str] = OrderedDict()
         self._prints: dict[int, tuple[str, list[str]]] = {}
         self._proofs: dict[str, list[Instance]] = {}
-        self.metric = self._choose_metric(metric)
-        self.higher_is_better = self._scorer.metrics()[self.metric]
-        self.is_mean = self._scorer.is_mean(self.metric)
+        self.metric = self._choose_metric(metric, target)
+        self.by_log_probability = self.metric == LOG_PROBABILITY
+        self.higher_is_better = self.by_log_probability or self._scorer.metrics()[self.metric]
+        self.is_mean = self.by_log_probability or self._scorer.is_mean(self.metric)
         chosen = self._choose_target(target)
         self.target_source = chosen.name
         self._gold = chosen.adapter
@@ -126,26 +143,31 @@ class TaskExamples(Dataset[Example]):
             return self._ahead.pop(index)
         request = self._request(index)
         text_hash, image_hashes = self._print(index)
-        call = self._playback.record(request)
         gold = self._gold_of(request)
-        target_ids = self._tokenizer.encode(gold.target, add_special_tokens=False)[:TARGET_TOKENS]
-        between = None
+        asked, between = None, None
+        if self._questions is not None:
+            asked, inputs, ids = self._questions.ask(index, self.document(index), gold.target)
+            settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": len(ids) + 1}
+        else:
+            inputs, settings = self._playback.record(request)
+            ids = self._tokenizer.encode(gold.target, add_special_tokens=False)
         if self.margin_words is not None:
-            between = self._margin_behind(call.inputs["input_ids"][0].tolist(), request)
-            target_ids = [between.yes if gold.target == self.margin_words[0] else between.no]
+            between = self._margin_behind(inputs["input_ids"][0].tolist(), request)
+            ids = [between.yes if gold.target == self.margin_words[0] else between.no]
         return Example(
             index=index,
             task=self.task,
             split=self.split,
             doc_id=request.doc_id,
-            inputs=call.inputs,
-            settings=call.settings,
+            inputs=inputs,
+            settings=settings,
             target=gold.target,
             references=gold.references,
-            target_ids=target_ids,
+            target_ids=ids[:TARGET_TOKENS],
             image_hashes=image_hashes,
             text_hash=text_hash,
             margin=between,
+            choices=asked,
         )
 
     def together(self, index: int) -> list[Example]:
@@ -199,6 +221,8 @@ class TaskExamples(Dataset[Example]):
 
     def aggregate(self, results: list[dict[str, Any]]) -> float:
         """Give `metric` over the results of `score`, by the task's own aggregation."""
+        if self.by_log_probability:
+            return sum(float(result[self.metric]) for result in results) / len(results)
         return self._scorer.aggregate(self.metric, results)
 
     def doc_id(self, index: int) -> int:
@@ -211,7 +235,7 @@ class TaskExamples(Dataset[Example]):
 
     def pictures(self, index: int) -> list[Image.Image]:
         """Give the pictures that an example shows."""
-        return self._shown(self._request(index))[1]
+        return self._shown(index)[1]
 
     def example_set(self) -> ExampleSet:
         """Name these examples: their hash covers task, split, documents, prompts and pictures."""
@@ -269,16 +293,19 @@ class TaskExamples(Dataset[Example]):
     def _print(self, index: int) -> tuple[str, list[str]]:
         """Hashes of the prompt's text and of the pictures, remembered."""
         if index not in self._prints:
-            request = self._request(index)
-            texts, pictures = self._shown(request)
+            texts, pictures = self._shown(index)
             self._prints[index] = (hash_of(texts), [image_hash(one) for one in pictures])
         return self._prints[index]
 
-    def _shown(self, request: Instance) -> tuple[list[str], list[Image.Image]]:
+    def _shown(self, index: int) -> tuple[list[str], list[Image.Image]]:
+        request = self._request(index)
         where = f"{self.task}, doc_id {request.doc_id}"
         try:
             doc = self._lmm.task_dict[self.task][self.split][request.doc_id]
-            if self._lmm.is_simple:
+            if self._questions is not None:
+                texts = [str(request.args[0]), *(str(one.args[1]) for one in self._questions.offered[index])]
+                media = list(request.args[2](doc) or [])
+            elif self._lmm.is_simple:
                 texts, media = [str(request.args[0])], list(request.args[2](doc) or [])
             else:
                 texts, media = _contents(request.args[1](doc))
@@ -298,10 +325,19 @@ class TaskExamples(Dataset[Example]):
                 f"{self.task}, doc_id {request.doc_id}: it has no gold answer ({one_line(error)})"
             ) from error
 
-    def _choose_metric(self, asked: str | None) -> str:
+    @property
+    def offers_choices(self) -> bool:
+        """Whether the answer is the likeliest of some choices."""
+        return self._questions is not None
+
+    def _choose_metric(self, asked: str | None, target: str | None) -> str:
         known = self._scorer.metrics()
+        if asked == LOG_PROBABILITY:
+            return asked
         if asked is not None and asked not in known:
-            raise TaskError(f"task {self.task} has no metric {asked!r}; it has {', '.join(known)}")
+            raise TaskError(
+                f"task {self.task} has no metric {asked!r}; it has {', '.join([*known, LOG_PROBABILITY])}"
+            )
         reasons = []
         for metric in [asked] if asked else known:
             try:
@@ -312,7 +348,12 @@ class TaskExamples(Dataset[Example]):
                 reasons.append(str(error))
             else:
                 return metric
-        raise TaskError(f"task {self.task} has no metric to measure heads with: {'; '.join(reasons)}")
+        if asked is None and (target is not None or targets.is_named(self.task)):
+            return LOG_PROBABILITY
+        raise TaskError(
+            f"task {self.task} has no metric to measure heads with: {'; '.join(reasons)}. --metric "
+            f"{LOG_PROBABILITY} with --target measures how likely its gold answers are"
+        )
 
     def _margin_behind(self, prompt: list[int], request: Instance) -> Margin:
         assert self.margin_words is not None
@@ -322,25 +363,36 @@ class TaskExamples(Dataset[Example]):
             raise TaskError(f"{self.task}, doc_id {request.doc_id}: {error}") from error
 
     def _choose_target(self, override: str | None) -> targets.Candidate:
+        if not self.by_log_probability:
+            return self._proven_target(override, self.metric)
+        # Any metric that is a number proves a gold answer; one that asks a remote model is not asked.
+        for metric in () if judge_of(self._task) else self._scorer.metrics():
+            try:
+                return self._proven_target(override, metric)
+            except TaskError:
+                continue
+        return targets.unproven(self.task, self.document(0), override)
+
+    def _proven_target(self, override: str | None, metric: str) -> targets.Candidate:
         try:
-            return self._proven_target(override, self._scorer.aggregate)
+            return self._target_by(override, metric, self._scorer.aggregate)
         except TaskError as unproven:
             # The metric's scale may be one that only the whole data set fills, as OCRBench's share of 1000.
             try:
-                return self._proven_target(override, self._scorer.mean_score)
+                return self._target_by(override, metric, self._scorer.mean_score)
             except TaskError:
                 raise unproven from None
 
-    def _proven_target(
-        self, override: str | None, score: Callable[[str, list[dict[str, Any]]], float]
+    def _target_by(
+        self, override: str | None, metric: str, score: Callable[[str, list[dict[str, Any]]], float]
     ) -> targets.Candidate:
         return targets.choose(
             self.task,
-            self.metric,
-            [document(self._task, request.doc_id) for request in self._proof(self.metric)],
+            metric,
+            [document(self._task, request.doc_id) for request in self._proof(metric)],
             self._native,
-            lambda answers: score(self.metric, self._tried(answers, self.metric)),
-            higher_is_better=self.higher_is_better,
+            lambda answers: score(metric, self._tried(answers, metric)),
+            higher_is_better=self._scorer.metrics()[metric],
             override=override,
         )
 
@@ -349,21 +401,37 @@ class TaskExamples(Dataset[Example]):
         if self.margin_words is not None:  # a score of whole queries is proven on one
             return self._requests[:TOGETHER]
         if metric not in self._proofs:
-            having = (one for one in self._requests if metric in self._scorer.score(one, targets.NONSENSE))
+            having = (
+                one
+                for one in self._requests
+                if metric in self._scorer.score(one, self._as_answer(one, targets.NONSENSE))
+            )
             self._proofs[metric] = list(islice(having, PROOF_EXAMPLES))
         return self._proofs[metric]
 
     def _tried(self, answers: list[str], metric: str) -> list[dict[str, Any]]:
-        if self.margin_words is not None:
-            answers = [margin.as_answer(text, self.margin_words) for text in answers]
         proof = zip(self._proof(metric), answers, strict=True)
-        return [self._scorer.score(one, text) for one, text in proof]
+        return [self._scorer.score(one, self._as_answer(one, text)) for one, text in proof]
+
+    def _as_answer(self, request: Instance, text: str) -> str:
+        """A text as the task's scoring takes answers: also where they are margins or choices."""
+        if self.margin_words is not None:
+            return margin.as_answer(text, self.margin_words)
+        if self._questions is None:
+            return text
+        doc = document(self._task, request.doc_id)
+        if text == targets.NONSENSE:
+            return self._questions.wrong_answer(doc, self._native(doc).references)
+        return self._questions.answer(doc, text)
 
     def _native(self, doc: Mapping[str, Any]) -> targets.Gold:
-        """The task's `doc_to_target`, through its choices where it is the place of one."""
+        """The task's `doc_to_target`, through its choices where it is the place of one, or of several."""
         found = self._task.doc_to_target(dict(doc))
-        if isinstance(found, int) and getattr(self._task.config, "doc_to_choice", None) is not None:
-            found = self._task.doc_to_choice(dict(doc))[found]
+        if getattr(self._task.config, "doc_to_choice", None) is not None:
+            several = found if isinstance(found, list) else [found]
+            if all(isinstance(one, int) for one in several):
+                texts = self._task.doc_to_choice(dict(doc))
+                found = [texts[one] for one in several]
         return targets.most_common(targets.texts_in(found))
 
 

@@ -1,35 +1,28 @@
 """The door into an lmms-eval model: what it hands to `generate`, and what it makes of the tokens it gets.
 
 Both directions put a stand-in at the place of `generate` and call the model's own `generate_until`, so that
-prompts, pictures and post-processing are the wrapper's, for every wrapper, with no prompt code here.
+prompts, pictures and post-processing are the wrapper's, for every wrapper, with no prompt code here. For
+log-likelihoods the stand-in is at the place of `forward`.
 """
 
 import copy
-import inspect
-import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, NamedTuple, cast
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
-import torch
-from lmms_eval.api.instance import Instance, unwrap_generation_output
+from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import PreTrainedModel
 
 from hones_eval import margin
+from hones_eval.choices import Choice
+from hones_eval.doors import Call, CountedForward, StandInForForward, StandInForGenerate, replaced
 from hones_eval.errors import HonesError, TaskError, one_line
 from hones_eval.examples.models import inner_model
-
-
-class Call(NamedTuple):
-    """The arguments of one `generate`: what `forward` takes too, and the settings of generation."""
-
-    inputs: dict[str, Any]
-    settings: dict[str, Any]
+from hones_eval.lmms_calls import quiet
 
 
 class Playback:
@@ -39,8 +32,6 @@ class Playback:
         """Stand at the door of `lmm`; nothing is changed but during a call."""
         self.lmm = lmm
         self.model = inner_model(lmm)
-        self._settings = set(GenerationConfig().to_dict())
-        self._forward = set(inspect.signature(self.model.forward).parameters)
         self._cuts_prompt: bool | None = None
 
     def record(self, instance: Instance) -> Call:
@@ -49,7 +40,7 @@ class Playback:
         Raises: TaskError when the request fails, calls `generate` not once, or does not decode greedily.
         """
         arguments, _ = self._through(instance, self._end(), with_prompt=True)
-        call = self._sorted(arguments)
+        call = Call.of(self.model, arguments)
         _must_be_greedy(self.model, call.settings, instance)
         return call
 
@@ -64,6 +55,48 @@ class Playback:
             self._cuts_prompt = not nothing.strip()
         return self._through(instance, list(token_ids), with_prompt=self._cuts_prompt)[1]
 
+    def record_choice(self, instance: Instance) -> Choice:
+        """Give what the model's `forward` is called with for one choice, without a forward pass.
+
+        Raises: TaskError when the request fails, calls `forward` not once, or gives the choice no labels.
+        """
+        forward = StandInForForward(self.model)
+        self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        return self._choice(forward.calls[0], f"{instance.task_name}, doc_id {instance.doc_id}")
+
+    def score_choice(self, instance: Instance) -> float:
+        """Give the value that the wrapper itself makes of one choice, by a forward pass."""
+        forward = CountedForward(self.model)
+        output = self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        return float(_pair(output)[0])
+
+    def finds_greedy(self, instance: Instance, late: int) -> bool:
+        """Give whether the wrapper calls a choice greedy when the model is sure of each token.
+
+        It is sure at the position before, which predicts it, and with `late` 1 at the token's own.
+        """
+        forward = StandInForForward(self.model, sure=late)
+        output = self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        return bool(_pair(output)[1])
+
+    def _choice(self, arguments: dict[str, Any], where: str) -> Choice:
+        labels = arguments.pop("labels", None)
+        if not isinstance(labels, Tensor):
+            raise TaskError(
+                f"{where}: {type(self.lmm).__name__} hands no labels to its model, by which the choice's "
+                "tokens could be told from the question's"
+            )
+        given = {key: value for key, value in arguments.items() if value is not None}
+        inputs = Call.of(self.model, given).inputs
+        tokens = inputs["input_ids"].shape
+        scored = int((labels != -100).sum())
+        if tokens[0] != 1 or not 0 < scored < tokens[1] or bool((labels[0, -scored:] == -100).any()):
+            raise TaskError(
+                f"{where}: {type(self.lmm).__name__} gives labels to {scored} tokens of input_ids "
+                f"{list(tokens)}; wanted is one question with a choice behind it"
+            )
+        return Choice(inputs, scored)
+
     def _end(self) -> list[int]:
         end = self.model.generation_config.eos_token_id if self.model.generation_config else None
         return [] if end is None else [end] if isinstance(end, int) else list(end[:1])
@@ -72,78 +105,54 @@ class Playback:
         self, instance: Instance, token_ids: list[int], *, with_prompt: bool
     ) -> tuple[dict[str, Any], str]:
         """Send one request through `generate_until` with the answer already chosen."""
-        stand_in = _StandIn(self.model, token_ids, with_prompt)
+        stand_in = StandInForGenerate(self.model, token_ids, with_prompt)
+        output = self._ask("generate_until", instance, "generate", stand_in, stand_in.calls)
+        return stand_in.calls[0], str(unwrap_generation_output(output)[0])
+
+    def _ask(
+        self,
+        method: str,
+        instance: Instance,
+        name: str,
+        stand_in: Callable[..., Any],
+        calls: Sequence[object],
+    ) -> Any:
+        """Send one request through a method of the wrapper, with one of the inner model's replaced.
+
+        Raises: TaskError unless it was called exactly once and nothing went wrong.
+        """
         where = f"{instance.task_name}, doc_id {instance.doc_id}"
-        name = type(self.lmm).__name__
-        with _errors_heard() as heard, _generate_replaced(self.model, stand_in), quiet():
+        wrapper = type(self.lmm).__name__
+        with _errors_heard() as heard, replaced(self.model, name, stand_in), quiet():
             try:
-                output = self.lmm.generate_until([_fresh(instance)])
+                output = getattr(self.lmm, method)([_fresh(instance)])
             except HonesError:
                 raise  # a steered model's, which names task and document
             except Exception as error:
                 raise TaskError(
-                    f"{where}: {name} failed: {type(error).__name__}: {one_line(error)}"
+                    f"{where}: {wrapper} failed: {type(error).__name__}: {one_line(error)}"
+                    f"{_WITHOUT_LIKELIHOODS if method == 'loglikelihood' else ''}"
                 ) from error
         if heard:
-            raise TaskError(f"{where}: {name} answered after an error: {' '.join(heard[0].split())[:400]}")
-        if not stand_in.calls:
-            raise TaskError(f"{where}: {name} never called `generate` of its {type(self.model).__name__}")
-        if len(stand_in.calls) > 1:
+            raise TaskError(f"{where}: {wrapper} answered after an error: {' '.join(heard[0].split())[:400]}")
+        if not calls:
+            raise TaskError(f"{where}: {wrapper} never called `{name}` of its {type(self.model).__name__}")
+        if len(calls) > 1:
             raise TaskError(
-                f"{where}: {name} called `generate` {len(stand_in.calls)} times for one request; "
+                f"{where}: {wrapper} called `{name}` {len(calls)} times for one request; "
                 "only models that answer with a single call can be measured"
             )
-        return stand_in.calls[0], str(unwrap_generation_output(output[0])[0])
-
-    def _sorted(self, arguments: dict[str, Any]) -> Call:
-        inputs = {key: value for key, value in arguments.items() if self._is_input(key, value)}
-        return Call(inputs, {key: value for key, value in arguments.items() if key not in inputs})
-
-    def _is_input(self, key: str, value: object) -> bool:
-        if key in self._settings:
-            return False
-        return key in self._forward or isinstance(value, Tensor)
+        return output[0]
 
 
-class _StandIn:
-    """At the place of `generate`: keeps its arguments and returns an answer that is already chosen."""
+_WITHOUT_LIKELIHOODS = (
+    "; --model hones with base= this one scores choices by the prompts that it generates from"
+)
 
-    def __init__(self, model: PreTrainedModel, token_ids: list[int], with_prompt: bool) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self._model, self._token_ids, self._with_prompt = model, token_ids, with_prompt
-        self._signature = inspect.signature(cast(Any, type(model)).generate)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        arguments = self._named(args, kwargs)
-        self.calls.append(arguments)
-        sequences = self._sequences(arguments)
-        if arguments.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
-        return sequences
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name; `inputs`, which `generate` takes for any, under the model's own name."""
-        bound = self._signature.bind_partial(self._model, *args, **kwargs)
-        named: dict[str, Any] = {}
-        for name, value in list(bound.arguments.items())[1:]:
-            kind = self._signature.parameters[name].kind
-            named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-        if "inputs" in named:
-            first = named.pop("inputs")
-            if first is not None:
-                named[self._model.main_input_name] = first
-        return named
-
-    def _sequences(self, arguments: dict[str, Any]) -> Tensor:
-        prompt = arguments.get("input_ids")
-        if (
-            prompt is None
-            or not self._with_prompt
-            or getattr(self._model.config, "is_encoder_decoder", False)
-        ):
-            return torch.tensor([self._token_ids], dtype=torch.long, device=self._model.device)
-        answer = torch.tensor([self._token_ids] * len(prompt), dtype=prompt.dtype, device=prompt.device)
-        return torch.cat([prompt, answer], dim=1)
+def _pair(output: Any) -> Any:
+    """A value and whether it is greedy, which steered wrappers hand over as a result's text."""
+    return output.text if isinstance(output, GenerationResult) else output
 
 
 def _must_be_greedy(model: PreTrainedModel, settings: dict[str, Any], instance: Instance) -> None:
@@ -173,19 +182,6 @@ def _fresh(instance: Instance) -> Instance:
 
 
 @contextmanager
-def _generate_replaced(model: PreTrainedModel, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """`model.generate` is the stand-in inside, and what it was before, an instance's own included, after."""
-    before = vars(model).get("generate")
-    model.generate = stand_in  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del model.generate
-        if before is not None:
-            model.generate = before
-
-
-@contextmanager
 def _errors_heard() -> Iterator[list[str]]:
     """What is logged as an error inside: many wrappers log an exception and answer with nothing."""
     heard: list[str] = []
@@ -196,15 +192,3 @@ def _errors_heard() -> Iterator[list[str]]:
     # Not a loguru sink: adding one takes as long as all else that is done to play an answer back.
     with mock.patch.multiple(type(logger), error=hear, exception=hear, critical=hear):
         yield heard
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Neither bars nor prints nor throughput lines of lmms-eval inside: they come with every request."""
-    noisy = "lmms_eval.models.model_utils.gen_metrics"
-    logger.disable(noisy)
-    try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.enable(noisy)

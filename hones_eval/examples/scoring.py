@@ -14,10 +14,10 @@ from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning
 from lmms_eval.api.task import Task
 from lmms_eval.filters.transformation import StripThinkingFilter
 
+from hones_eval import choices
 from hones_eval.errors import TaskError, one_line
-from hones_eval.examples.playback import quiet
 from hones_eval.examples.tasks import document
-from hones_eval.lmms_calls import aggregate
+from hones_eval.lmms_calls import aggregate, quiet
 from hones_eval.task_failures import failure
 
 
@@ -30,13 +30,15 @@ class Scorer:
         self._filters = [*self._thinking(), *task._filters[0].filters]
 
     def score(self, instance: Instance, text: str) -> dict[str, Any]:
-        """Give the result of one answer: for every metric what its aggregation takes of a document."""
-        answered = Instance(instance.request_type, instance.args, instance.idx, dict(instance.metadata))
-        answered.resps = [text]
+        """Give the result of one answer: for every metric what its aggregation takes of a document.
+
+        The answer to a question of choices is the text of `choices.as_text`.
+        """
+        answers = choices.from_text(text) if instance.request_type == "loglikelihood" else [text]
         doc = document(self.task, instance.doc_id)
         with quiet(), _seeded(instance.doc_id):
             try:
-                result = self._process(doc, [self._filtered(answered)])
+                result = self._process(doc, [self._filtered(instance, answer) for answer in answers])
             except Exception as error:
                 where = f"{self.task.task_name}, doc_id {instance.doc_id}"
                 what = f"{where}: process_results failed on the answer {text[:80]!r}"
@@ -90,7 +92,9 @@ class Scorer:
         tags = parse_reasoning_tags_config(task_value=getattr(config, "reasoning_tags", None))
         return [StripThinkingFilter()] if getattr(config, "auto_strip_thinking", False) and not tags else []
 
-    def _filtered(self, answered: Instance) -> Any:
+    def _filtered(self, instance: Instance, answer: Any) -> Any:
+        answered = Instance(instance.request_type, instance.args, instance.idx, dict(instance.metadata))
+        answered.resps = [answer]
         responses: list[Any] = [answered.resps]
         for one in self._filters:
             responses = one.apply(responses, getattr(self.task, "task_docs", None))

@@ -19,41 +19,52 @@ from loguru import logger
 
 from hones_eval.errors import TaskError, one_line
 from hones_eval.examples.judges import remote_judge
-from hones_eval.examples.playback import quiet
+from hones_eval.lmms_calls import quiet
 from hones_eval.task_failures import failure, told_at_once
 from hones_eval.task_files import broken_file, check_task_file, read_task_file, users_file
 
 
 def build_task(
-    name: str, lmm: lmms, *, model_name: str, include_path: str | Path | None, gen_kwargs: str | None
+    name: str,
+    lmm: lmms,
+    *,
+    model_name: str,
+    include_path: str | Path | None,
+    gen_kwargs: str | None,
+    scored: bool = True,
 ) -> Task:
     """Build one lmms-eval task as `lmms-eval --model <model_name> --tasks <name>` would.
 
-    Raises: TaskError for an unknown task, a group of several, a task that does not generate one answer, or
-    one whose YAML or data set fails.
+    A task that a remote model judges is refused where it is to be `scored`.
+
+    Raises: TaskError for an unknown task, a group of several, a task that asks for neither one answer nor
+    choices, or one whose YAML or data set fails.
     """
     manager = _manager(model_name, include_path)
     name = _leaf(manager, name)
-    _must_generate(manager, name)
+    chooses = _output_type(manager, name) == CHOICE
     if own_file := users_file(manager, name):
         check_task_file(own_file)
     config = _config(manager, name)
-    _must_score_alone(config, name)
+    if scored:
+        _must_score_alone(config, name)
     _let_datasets_fingerprint()
     with told_at_once(), quiet():
         try:
-            task = get_task_dict([name], manager, "simple" if lmm.is_simple else "chat")[name]
+            # lmms-eval builds requests for log-likelihoods in the simple form alone.
+            form = "simple" if lmm.is_simple or chooses else "chat"
+            task = get_task_dict([name], manager, form)[name]
         except Exception as error:
             raise failure(f"task {name} cannot be built", error) from error
-    _adjust(task, gen_kwargs)
+    _adjust(task, None if chooses else gen_kwargs)
     lmm.task_dict[name] = task.dataset
     return task
 
 
-def build_requests(task: Task, limit: int | None, offset: int) -> list[Instance]:
-    """Give the task's requests, one a document, from document `offset` on and at most `limit` of them.
+def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Instance]]:
+    """Give every document's requests, one for an answer and one for each choice of a multiple-choice task.
 
-    Raises: TaskError when there is none.
+    Documents are those from `offset` on, at most `limit` of them. Raises: TaskError when there is none.
     """
     name = task.task_name
     if limit is not None and limit < 1:
@@ -61,6 +72,8 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[Instance]
     count = len(task.eval_docs_no_media)
     if offset < 0 or offset >= count:
         raise TaskError(f"task {name} has {count} examples; offset={offset} leaves none")
+    if task.OUTPUT_TYPE == CHOICE:
+        _must_score_choices(task)
     logger.disable("lmms_eval.api.task")
     try:
         with quiet():
@@ -69,14 +82,40 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[Instance]
         raise failure(f"task {name}: its requests cannot be built", error) from error
     finally:
         logger.enable("lmms_eval.api.task")
-    requests = list(task.instances)
-    other = next((one.request_type for one in requests if one.request_type != "generate_until"), None)
-    if other or len({one.doc_id for one in requests}) != len(requests):
-        raise TaskError(f"task {name} asks for {other or 'several answers a document'}; {_WANTED}")
-    return requests
+    by_document: dict[int, list[Instance]] = {}
+    for request in task.instances:
+        by_document.setdefault(request.doc_id, []).append(request)
+    found = list(by_document.values())
+    if task.OUTPUT_TYPE == CHOICE:
+        _must_offer_choices(task, found)
+    else:
+        other = next((one[0].request_type for one in found if one[0].request_type != ANSWER), None)
+        if other or any(len(requests) > 1 for requests in found):
+            raise TaskError(f"task {name} asks for {other or 'several answers a document'}; {_WANTED}")
+    return found
 
 
-_WANTED = "only tasks that generate one answer a document (output_type generate_until) can be measured"
+def _must_offer_choices(task: Task, found: list[list[Instance]]) -> None:
+    single = next((requests[0] for requests in found if len(requests) < 2), None)
+    if single is not None:
+        raise TaskError(
+            f"{task.task_name}, doc_id {single.doc_id}: there is one choice, and nothing to choose"
+        )
+
+
+def _must_score_choices(task: Task) -> None:
+    """Refuse what is scored by more than the log-likelihoods of choices behind one question."""
+    if task.multiple_input:
+        raise TaskError(f"task {task.task_name} offers several questions for one answer; {_WANTED}")
+    if "acc_mutual_info" in task.aggregation():
+        raise TaskError(
+            f"task {task.task_name} has the metric acc_mutual_info, which lmms-eval cannot ask pictures for: "
+            "leave it out of the metric_list"
+        )
+
+
+ANSWER, CHOICE = "generate_until", "multiple_choice"
+_WANTED = f"only tasks with one answer (output_type {ANSWER}) or choices ({CHOICE}) can be measured"
 
 
 def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
@@ -136,12 +175,13 @@ def _leaves(manager: TaskManager, name: str) -> Iterator[str]:
             yield from _leaves(manager, inner)
 
 
-def _must_generate(manager: TaskManager, name: str) -> None:
-    """Refuse what does not generate one answer, before its data set is fetched."""
+def _output_type(manager: TaskManager, name: str) -> str:
+    """What a task asks for. Raises: TaskError for what cannot be measured, before its data set is fetched."""
     entry = manager.task_index[name]
-    output_type = read_task_file(Path(entry["yaml_path"])).get("output_type", "generate_until")
-    if output_type != "generate_until":
+    output_type = str(read_task_file(Path(entry["yaml_path"])).get("output_type", ANSWER))
+    if output_type not in (ANSWER, CHOICE):
         raise TaskError(f"task {name} has output_type {output_type}; {_WANTED}")
+    return output_type
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -163,8 +203,16 @@ def _must_score_alone(config: dict[str, Any], name: str) -> None:
         raise TaskError(_judged(name, judge))
 
 
+def judge_of(task: Task) -> str | None:
+    """The remote model that scores a task's answers, if one does."""
+    return remote_judge(task.config.metadata, [task.config.process_results, *task.aggregation().values()])
+
+
 def _judged(name: str, judge: str) -> str:
-    return f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it"
+    return (
+        f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it, only with how "
+        "likely a gold answer is: --metric log_probability --target COLUMN"
+    )
 
 
 def _adjust(task: Task, gen_kwargs: str | None) -> None:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hones_eval import margin, readouts
+from hones_eval import choices, margin, readouts
 from hones_eval.attach import Edit, Site, editing
-from hones_eval.decoding import cut_at_end, repeat_example
+from hones_eval.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example, TaskExamples
 from hones_eval.measure import Measurement, Totals
@@ -31,6 +31,13 @@ class Answer(NamedTuple):
     correct: bool
 
 
+class _Said(NamedTuple):
+    """One row's answer as text, or its target's log-probability, and the logits that it begins with."""
+
+    answer: str | float
+    first: Tensor
+
+
 class Answered(NamedTuple):
     """One example's pictures, and its answers by the name of the steering."""
 
@@ -51,6 +58,7 @@ class AnswersUnder:
         Raises: MisfitError when a steering was made for a model of another shape.
         """
         self.anatomy, self.limit = replayer.anatomy, replayer.limit
+        self.decoder = Decoder(replayer)
         if BASELINE in steerings:
             raise HonesError(f"a steering cannot be called {BASELINE!r}: that is the model without one")
         for steering in steerings.values():
@@ -65,45 +73,46 @@ class AnswersUnder:
 
     def measure(self, example: Example) -> Measurement:
         """Answer and score one example; its record is an `Answered`."""
-        said = dict(zip([BASELINE], self._generate(example, [], rows=1), strict=True))
+        say = self._way_of_saying(example)
+        said = dict(zip([BASELINE], say(example, [], 1), strict=True))
         names, length = list(self.steerings), int(example.inputs["input_ids"].shape[1])
         if self._ends_by_token(example):
             for cut, answers in self.limit.cuts(
-                names, length, lambda cut: (cut, self._generate(example, cut, rows=len(cut)))
+                names, length, lambda cut: (cut, say(example, cut, len(cut)))
             ):
                 said |= zip(cut, answers, strict=True)
         else:
-            said |= {name: self._generate(example, [name], rows=1)[0] for name in names}
+            said |= {name: say(example, [name], 1)[0] for name in names}
         results: dict[str, dict[str, Any]] = {}
-        scored = {name: self._scored(example, name, *said[name], results) for name in said}
+        scored = {name: self._scored(example, name, said[name], results) for name in said}
         record = Answered(tuple(example.image_hashes), scored)
         return Measurement({"examples": torch.ones((), dtype=torch.float64)}, record)
 
     def _scored(
-        self,
-        example: Example,
-        name: str,
-        tokens: list[int],
-        first: Tensor,
-        results: dict[str, dict[str, Any]],
+        self, example: Example, name: str, said: "_Said", results: dict[str, dict[str, Any]]
     ) -> Answer:
-        if not bool(torch.isfinite(first).all()):
+        if not bool(torch.isfinite(said.first).all()):
             with editing(self._row_edits(tuple(one for one in [name] if one != BASELINE))):
                 where = f"{example.task}, doc_id {example.doc_id}, under {name}"
                 refuse_not_finite(self.anatomy, example.inputs, where)
-        if example.margin is not None:
-            said = margin.as_text(float(example.margin.of(first)))
+        if isinstance(said.answer, float):
+            result = {self.examples.metric: said.answer}
         else:
-            said = self.examples.decode(example.index, tokens)
-        if said not in results:
-            results[said] = self.examples.score(example.index, said)
-        target = torch.tensor(example.target_ids[:1], device=first.device)
-        probability = float(readouts.answer_probability(first[None], target))
-        return Answer(results[said], probability, int(first.argmax()) in example.target_ids)
+            if said.answer not in results:
+                results[said.answer] = self.examples.score(example.index, said.answer)
+            result = results[said.answer]
+        target = torch.tensor(example.target_ids[:1], device=said.first.device)
+        probability = float(readouts.answer_probability(said.first[None], target))
+        return Answer(result, probability, int(said.first.argmax()) in example.target_ids)
+
+    def _way_of_saying(self, example: Example) -> Callable[[Example, Sequence[str], int], list["_Said"]]:
+        if self.examples.by_log_probability:
+            return self._say_target
+        return self._generate if example.choices is None else self._choose
 
     @torch.no_grad()
-    def _generate(self, example: Example, names: Sequence[str], rows: int) -> list[tuple[list[int], Tensor]]:
-        """For every row the new tokens, and the logits [vocabulary] that the first was chosen from."""
+    def _generate(self, example: Example, names: Sequence[str], rows: int) -> list["_Said"]:
+        """What the wrapper makes of the new tokens, or the margin at the first, of every row."""
         model: Any = self.anatomy.model  # every served model mixes in GenerationMixin
         with editing(self._row_edits(tuple(names))):
             output = model.generate(
@@ -112,10 +121,45 @@ class AnswersUnder:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
+        first = output.logits[0]
+        if example.margin is not None:
+            margins = [margin.as_text(value) for value in example.margin.of(first).tolist()]
+            return [_Said(*one) for one in zip(margins, first, strict=True)]
         # Counted from the end: some families repeat the prompt in front, some do not.
         new = output.sequences[:, -len(output.logits) :].tolist()
         ends = self._end_tokens(example)
-        return [(cut_at_end(row, ends), first) for row, first in zip(new, output.logits[0], strict=True)]
+        texts = [self.examples.decode(example.index, cut_at_end(tokens, ends)) for tokens in new]
+        return [_Said(*one) for one in zip(texts, first, strict=True)]
+
+    def _choose(self, example: Example, names: Sequence[str], rows: int) -> list["_Said"]:
+        """What the wrapper makes of every choice, and the logits where the right one begins, of every row."""
+        assert example.choices is not None
+        offered, gold, start, reading = example.choices
+        read, first = [], torch.empty(0)
+        for place, choice in enumerate(offered):
+            logits = self._logits(choice.inputs, names, rows, choice.scored + 1)
+            read.append(choice.read(logits, reading))
+            if place == gold:
+                first = logits[:, start]
+        values, greedy = (torch.stack(parts, dim=1).tolist() for parts in zip(*read, strict=True))
+        said = [choices.as_text(*one) for one in zip(values, greedy, strict=True)]
+        return [_Said(*one) for one in zip(said, first, strict=True)]
+
+    def _say_target(self, example: Example, names: Sequence[str], rows: int) -> list["_Said"]:
+        """The target's log-probability behind the prompt, and the logits where it begins, of every row."""
+        self.decoder.learn_type(example.inputs, example.settings)
+        inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
+        logits = self._logits(inputs, names, rows, len(example.target_ids))
+        ids = torch.tensor(example.target_ids, device=logits.device)
+        values = readouts.sequence_log_probability(logits, ids).tolist()
+        return [_Said(*one) for one in zip(values, logits[:, 0], strict=True)]
+
+    @torch.no_grad()
+    def _logits(self, inputs: Mapping[str, Any], names: Sequence[str], rows: int, read: int) -> Tensor:
+        """Logits [rows, read, vocabulary] at the last positions, each row under its own steering."""
+        with editing(self._row_edits(tuple(names))):
+            logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
+        return logits[:, -read:]
 
     def _row_edits(self, names: tuple[str, ...]) -> list[tuple[Site, Edit]]:
         """An edit for every linear layer whose input some of the steerings scale."""

@@ -1,0 +1,134 @@
+"""Stand-ins at the doors of a model, `generate` and `forward`, which see what a wrapper hands over."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class Call(NamedTuple):
+    """The arguments of one `generate`: what `forward` takes too, and the settings of generation."""
+
+    inputs: dict[str, Any]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, arguments: Mapping[str, Any]) -> "Call":
+        """Sort a call's arguments, by name."""
+        settings = set(GenerationConfig().to_dict())
+        forward = inspect.signature(type(model).forward).parameters
+        inputs = {
+            key: value
+            for key, value in arguments.items()
+            if key not in settings and (key in forward or isinstance(value, Tensor))
+        }
+        return cls(inputs, {key: value for key, value in arguments.items() if key not in inputs})
+
+
+class StandInForGenerate:
+    """At the place of `generate`: keeps its arguments and returns an answer that is already chosen."""
+
+    def __init__(self, model: PreTrainedModel, token_ids: list[int], with_prompt: bool) -> None:
+        """The answer is `token_ids`, with the prompt in front as decoder-only models give it, or without."""
+        self.calls: list[dict[str, Any]] = []
+        self._model, self._token_ids, self._with_prompt = model, token_ids, with_prompt
+        self._signature = inspect.signature(cast(Any, type(model)).generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """As `generate`."""
+        arguments = self._named(args, kwargs)
+        self.calls.append(arguments)
+        sequences = self._sequences(arguments)
+        if arguments.get("return_dict_in_generate"):
+            return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
+        return sequences
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name; `inputs`, which `generate` takes for any, under the model's own name."""
+        named = _by_name(self._signature, self._model, args, kwargs)
+        if "inputs" in named:
+            first = named.pop("inputs")
+            if first is not None:
+                named[self._model.main_input_name] = first
+        return named
+
+    def _sequences(self, arguments: dict[str, Any]) -> Tensor:
+        prompt = arguments.get("input_ids")
+        if (
+            prompt is None
+            or not self._with_prompt
+            or getattr(self._model.config, "is_encoder_decoder", False)
+        ):
+            return torch.tensor([self._token_ids], dtype=torch.long, device=self._model.device)
+        answer = torch.tensor([self._token_ids] * len(prompt), dtype=prompt.dtype, device=prompt.device)
+        return torch.cat([prompt, answer], dim=1)
+
+
+class StandInForForward:
+    """At the place of `forward`: keeps its arguments and returns logits that say nothing.
+
+    With `sure` they are 1 for every token of `input_ids`: at the position before it (0) or at its own (1).
+    """
+
+    def __init__(self, model: PreTrainedModel, sure: int | None = None) -> None:
+        """`calls` are the arguments of every call, by name."""
+        self.calls: list[dict[str, Any]] = []
+        self._model, self._sure = model, sure
+        self._signature = inspect.signature(type(model).forward)
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """As `forward`."""
+        arguments = _by_name(self._signature, self._model, args, kwargs)
+        self.calls.append(arguments)
+        ids: Tensor = arguments["input_ids"]
+        nothing = torch.zeros((), device=ids.device, dtype=self._model.dtype)
+        logits = nothing.expand(*ids.shape, self._vocabulary)
+        if self._sure is not None:
+            known = ids.roll(self._sure - 1, dims=1).unsqueeze(-1)
+            logits = torch.zeros_like(logits).scatter(-1, known, 1.0)
+        return CausalLMOutputWithPast(loss=cast(Any, nothing), logits=cast(Any, logits))
+
+
+class CountedForward:
+    """At the place of `forward`: the same, and counted."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """`calls` has an entry for every call."""
+        self.calls: list[None] = []
+        self._forward = model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`."""
+        self.calls.append(None)
+        return self._forward(*args, **kwargs)
+
+
+def _by_name(
+    signature: inspect.Signature, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a call of a model's method by name, those in `**kwargs` among them."""
+    named: dict[str, Any] = {}
+    for name, value in list(signature.bind_partial(model, *args, **kwargs).arguments.items())[1:]:
+        kind = signature.parameters[name].kind
+        named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return named
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """A method of the model is the stand-in inside, and what it was before, an instance's own too, after."""
+    before = vars(model).get(name)
+    setattr(model, name, stand_in)
+    try:
+        yield
+    finally:
+        delattr(model, name)
+        if before is not None:
+            setattr(model, name, before)
