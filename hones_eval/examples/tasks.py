@@ -72,8 +72,8 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Inst
     count = len(task.eval_docs_no_media)
     if offset < 0 or offset >= count:
         raise TaskError(f"task {name} has {count} examples; offset={offset} leaves none")
-    if task.OUTPUT_TYPE == CHOICE:
-        _must_score_choices(task)
+    if task.OUTPUT_TYPE == CHOICE and task.multiple_input:
+        raise TaskError(f"task {name} offers several questions for one answer; {_WANTED}")
     logger.disable("lmms_eval.api.task")
     try:
         with quiet():
@@ -87,31 +87,15 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Inst
         by_document.setdefault(request.doc_id, []).append(request)
     found = list(by_document.values())
     if task.OUTPUT_TYPE == CHOICE:
-        _must_offer_choices(task, found)
+        for requests in found:
+            if len(requests) < 2:
+                where = f"{name}, doc_id {requests[0].doc_id}"
+                raise TaskError(f"{where}: there is one choice, and nothing to choose")
     else:
         other = next((one[0].request_type for one in found if one[0].request_type != ANSWER), None)
         if other or any(len(requests) > 1 for requests in found):
             raise TaskError(f"task {name} asks for {other or 'several answers a document'}; {_WANTED}")
     return found
-
-
-def _must_offer_choices(task: Task, found: list[list[Instance]]) -> None:
-    single = next((requests[0] for requests in found if len(requests) < 2), None)
-    if single is not None:
-        raise TaskError(
-            f"{task.task_name}, doc_id {single.doc_id}: there is one choice, and nothing to choose"
-        )
-
-
-def _must_score_choices(task: Task) -> None:
-    """Refuse what is scored by more than the log-likelihoods of choices behind one question."""
-    if task.multiple_input:
-        raise TaskError(f"task {task.task_name} offers several questions for one answer; {_WANTED}")
-    if "acc_mutual_info" in task.aggregation():
-        raise TaskError(
-            f"task {task.task_name} has the metric acc_mutual_info, which lmms-eval cannot ask pictures for: "
-            "leave it out of the metric_list"
-        )
 
 
 ANSWER, CHOICE = "generate_until", "multiple_choice"
