@@ -6,9 +6,11 @@ metrics starts 21, and heads that are ranked by BLEU-4 three each. Here captions
 are remembered, and one METEOR serves the process. The values stay what they are.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -27,27 +29,35 @@ def share_caption_tools(module: ModuleType) -> None:
 def _remembering(tokenize: Callable[[Any, Captions], Tokens]) -> Callable[[Any, Captions], Tokens]:
     """Remember whole calls: a sentence's tokens may depend on the line that follows."""
     known: OrderedDict[tuple[Any, ...], Tokens] = OrderedDict()
+    one_at_a_time = threading.Lock()
 
     def remembered(self: Any, captions: Captions) -> Tokens:
         asked = tuple((key, tuple(one["caption"] for one in said)) for key, said in captions.items())
-        if asked not in known:
-            known[asked] = tokenize(self, captions)
+        with one_at_a_time:
+            tokens = known.get(asked)
+        if tokens is None:
+            tokens = tokenize(self, captions)
+            if tokens.keys() != captions.keys():  # Java said too little: the next call is to ask again
+                return tokens
+        with one_at_a_time:
+            known[asked] = tokens
+            known.move_to_end(asked)
             if len(known) > REMEMBERED_CALLS:
                 known.popitem(last=False)
-        known.move_to_end(asked)
-        return {key: list(tokens) for key, tokens in known[asked].items()}
+        return {key: list(said) for key, said in tokens.items()}
 
     return remembered
 
 
 def _share_meteor(meteor: Any) -> None:
-    """One Java program for all METEOR scorers of the process, from the first that computes a score.
+    """One Java program for all METEOR scorers of a process, from the first that computes a score.
 
-    It ends with the process, when its input closes; a scorer that fails may leave half of an answer in it,
-    and the next starts another one.
+    It serves one scorer at a time, and ends with the process, when its input closes. A scorer that fails may
+    leave half of an answer in it, and a forked process would share the pipes: both start another one.
     """
     start, end, score = meteor.__init__, meteor.__del__, meteor.compute_score
-    running: list[Any] = []
+    running: dict[int, Any] = {}
+    one_at_a_time = threading.Lock()
 
     def __init__(self: Any) -> None:
         pass
@@ -58,18 +68,22 @@ def _share_meteor(meteor: Any) -> None:
             return self.lock
         if name != "meteor_p":
             raise AttributeError(name)
-        if not running:
-            running.append(SimpleNamespace())
-            start(running[0])
-        return running[0].meteor_p
+        if os.getpid() not in running:
+            program = SimpleNamespace()
+            start(program)
+            running[os.getpid()] = program
+        return running[os.getpid()].meteor_p
 
     def compute_score(self: Any, *args: Any) -> Any:
-        try:
-            return score(self, *args)
-        except BaseException:
-            while running:
-                end(running.pop())
-            raise
+        with one_at_a_time:
+            try:
+                return score(self, *args)
+            except BaseException:
+                self.lock = threading.Lock()
+                if os.getpid() in running:
+                    with suppress(OSError):  # of a pipe whose program is gone
+                        end(running.pop(os.getpid()))
+                raise
 
     meteor._shared_by_hones_eval = True
     meteor.__init__, meteor.__getattr__, meteor.compute_score = __init__, __getattr__, compute_score
