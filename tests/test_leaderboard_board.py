@@ -721,7 +721,23 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         make_board([tmp_path / "none"], tmp_path / "out")
     with pytest.raises(HonesError, match="run lmms-eval with --log_samples --output_path DIR"):
         make_board([tmp_path], tmp_path / "out")
+    write_pair(tmp_path)
+    with pytest.raises(HonesError, match="--resamples 38: an interval of 95 % takes 39 or more"):
+        make_board([tmp_path], tmp_path / "out", resamples=38)
+    with pytest.raises(HonesError, match="none is not a folder"):
+        make_board([tmp_path], tmp_path / "out", include_path=tmp_path / "none")
     assert not (tmp_path / "out").exists()
+
+
+def test_baselines_alone_are_told_the_way_out(tmp_path: Path) -> None:
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    board = make_board([tmp_path], tmp_path / "out", resamples=199)
+    (line,) = board.warnings
+    assert "none of these runs is steered" in line
+    for name in ("index.html", "leaderboard.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert line.capitalize() in text
+        assert "the reasons are below" not in text
 
 
 def test_the_csv_has_every_row_and_no_formula(tmp_path: Path) -> None:

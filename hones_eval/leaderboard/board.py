@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from hones_eval.errors import HonesError
 from hones_eval.leaderboard.captions import is_caption_metric
 from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.lmms_tasks import find_aggregation
@@ -32,6 +33,11 @@ from hones_eval.leaderboard.statistics import (
 
 Verdict = Literal["better", "worse", "no clear difference", "not judged"]
 CORPUS_RESAMPLES = 999  # a corpus metric is computed again for each of them
+FEWEST_RESAMPLES = 39  # with fewer, no draw lies outside an interval of 95 % on either side
+NONE_STEERED = (
+    "none of these runs is steered, so there is nothing to compare: run the same lmms-eval command with "
+    "steering= too"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +101,19 @@ def build_board(
 ) -> Board:
     """Read logs, pair the runs, and compare every metric of every pair; nothing is written.
 
-    Raises: HonesError when a path does not exist or holds no results at all.
+    Raises: HonesError when a path does not exist or holds no results at all, or `resamples` are too few.
     """
+    if resamples < FEWEST_RESAMPLES:
+        raise HonesError(f"--resamples {resamples}: an interval of 95 % takes {FEWEST_RESAMPLES} or more")
+    if include_path is not None and not include_path.is_dir():
+        raise HonesError(f"--include_path {include_path} is not a folder")
     found = read_logs(logs)
     pairs, unpaired = pair_runs(found.runs)
     rows = _compared(pairs, seed, resamples, include_path)
     rows = _ranked(_adjusted(rows, resamples))
     unranked = sorted(unpaired, key=lambda one: (one.run.task, one.run.date, str(one.run.results_path)))
-    warnings = [*found.unreadable, *(f"{one.run.name}: {one.reasons[0]}" for one in unranked)]
+    warnings = [NONE_STEERED] if all(run.steering is None for run in found.runs) else []
+    warnings += [*found.unreadable, *(f"{one.run.name}: {one.reasons[0]}" for one in unranked)]
     return Board(
         rows=tuple(rows),
         unranked=tuple(unranked),

@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hones_eval import __version__
-from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
+from hones_eval.leaderboard.board import CORPUS_RESAMPLES, NONE_STEERED, Board, Row
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
 from hones_eval.leaderboard.flips import flips_of
 from hones_eval.leaderboard.identity import SteeringRef
@@ -60,6 +60,7 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         matrix=matrix_view(board, views),
         unranked=[_left_out(one.run.steering, one) for one in board.unranked],
         unreadable=[one_line(one, 400) for one in board.unreadable],
+        none_steered=NONE_STEERED if NONE_STEERED in board.warnings else "",
         tested=tested_rows(board),
         few=FEW_DIFFERENT,
         seed=board.seed,

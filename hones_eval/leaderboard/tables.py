@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hones_eval.leaderboard.board import CORPUS_RESAMPLES, Board, Row
+from hones_eval.leaderboard.board import CORPUS_RESAMPLES, NONE_STEERED, Board, Row
 from hones_eval.leaderboard.text import cell, plain_cell
 
 COLUMNS = (
@@ -84,6 +84,8 @@ def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
     """The board as a Markdown document: rows, runs left out, and what the words mean."""
     lines = ["# Leaderboard", "", _summary(board), ""]
     lines += _table(views) if views else ["No steered run could be compared with a baseline.", ""]
+    if NONE_STEERED in board.warnings:
+        lines += [f"{NONE_STEERED.capitalize()}.", ""]
     if board.unranked or board.unreadable:
         lines += ["## Left out", ""]
         lines += [f"- {cell(one.run.name)}: {cell('; '.join(one.reasons))}" for one in board.unranked]
