@@ -1,12 +1,15 @@
-"""Pictures as they are: one hash each, and files that are cut short refused."""
+"""Pictures as they are seen: one hash each, upright, and files that are cut short refused."""
 
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
-from PIL import ImageFile
-from PIL.Image import Image
+import numpy as np
+from PIL import ImageCms, ImageFile, ImageOps
+from PIL.Image import Image, alpha_composite, fromarray
+from PIL.Image import new as new_image
 
 _reading = RLock()
 
@@ -31,3 +34,38 @@ def whole_pictures() -> Iterator[None]:
             yield
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def as_seen(picture: Image) -> Image:
+    """An opened picture in RGB as a viewer shows it.
+
+    It is turned as its EXIF says; transparency is laid on white; 16 bits are brought to 8, where Pillow's
+    own conversion would leave white; CMYK goes through its profile.
+    """
+    picture.load()
+    return _rgb(ImageOps.exif_transpose(picture))
+
+
+def _rgb(picture: Image) -> Image:
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        white = new_image("RGBA", seen.size, "white")
+        return alpha_composite(white, seen).convert("RGB")
+    if picture.mode in ("I", "I;16", "I;16B", "F"):
+        numbers = np.asarray(picture, dtype=np.float64)
+        top = 65535 if numbers.max(initial=0) > 255 else 255
+        return fromarray((numbers.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    profile = picture.info.get("icc_profile")
+    if picture.mode == "CMYK" and profile:
+        return _through_profile(picture, profile)
+    return picture.convert("RGB")
+
+
+def _through_profile(picture: Image, profile: bytes) -> Image:
+    """CMYK means nothing without its profile; one that cannot be used is left aside."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        made = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return picture.convert("RGB")
+    return made if made is not None else picture.convert("RGB")

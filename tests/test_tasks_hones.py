@@ -19,7 +19,7 @@ from lmms_eval.api.metrics import anls
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 from loguru import logger
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hones_eval.errors import TaskError
 from hones_eval.tasks.hones import data, retrieval, utils
@@ -110,6 +110,30 @@ def test_the_box_is_drawn_round_the_text(build: Callable[..., Any]) -> None:
     outside = doc | {"bbox": [70.0, 10.0, 5.0, 5.0]}
     with pytest.raises(TaskError, match=r"entry 3 .*lies outside of the picture"):
         task.doc_to_visual(outside)
+
+
+def test_pictures_and_their_boxes_are_those_that_a_viewer_shows(
+    build: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned by EXIF, with transparency, and of 16 bits."""
+    copy = write(tmp_path, monkeypatch, folder, lambda rows: None).parent / "images"
+    drawn = [Image.open(folder / "images" / f"drawn_{i}.png").convert("RGB") for i in range(3)]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    drawn[0].transpose(Image.Transpose.ROTATE_90).save(copy / "drawn_0.png", exif=exif)
+    black = np.asarray(drawn[1]).sum(-1) == 0
+    clear = np.dstack([np.asarray(drawn[1]), np.where(black, 0, 255).astype(np.uint8)])
+    Image.fromarray(clear).save(copy / "drawn_1.png")
+    grey = np.asarray(drawn[2].convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(copy / "drawn_2.png")
+    on_white = np.where(black[..., None], 255, np.asarray(drawn[1]))
+    task = build("hones_grounding")
+    docs = list(task.eval_docs)
+    for doc, wanted in zip(docs, (drawn[0], on_white, np.dstack([grey] * 3)), strict=False):
+        (shown,) = task.doc_to_visual(doc)
+        assert shown.mode == "RGB"
+        assert np.array_equal(np.asarray(shown), np.asarray(wanted))
+    assert docs[0]["bbox"] == pytest.approx([6 / 64, 8 / 56, 30 / 64, 32 / 56])
 
 
 def test_entries_without_text_are_left_out_and_counted(

@@ -166,12 +166,9 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     ranking, later = tmp_path / "ranking", ["--offset", "2"]
     model = ["--model", "llava_hf", "--model_args", f"pretrained={llava_checkpoint}", "--gen_kwargs", GREEDY]
     flags = [*model, "--tasks", "vseam_animal"]
-    found = ["--ranking", str(ranking), "--heads", "2"]
-    assert (
-        main(["rank", "--method", "vseam", *flags, "--limit", "2", "--heads", "2", "--out", str(ranking)])
-        == 0
-    )
-    assert main(["verify", *flags, *later, *found, "--out", str(tmp_path / "verify")]) == 0
+    found, few = ["--ranking", str(ranking)], ["--heads", "2"]
+    assert main(["rank", "--method", "vseam", *flags, *few, "--limit", "2", "--out", str(ranking)]) == 0
+    assert main(["verify", *flags, *later, *found, *few, "--out", str(tmp_path / "verify")]) == 0
     chosen = ["--how", "signed", "--strengths", "[1]", "--out", str(tmp_path / "scale")]
     assert main(["scale", *flags, *later, *found, *chosen, "--metric", "balanced_accuracy"]) == 0
     one_answer = (

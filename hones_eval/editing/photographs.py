@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from hones_eval.editing.problems import RecordError
-from hones_eval.pictures import whole_pictures
+from hones_eval.pictures import as_seen, whole_pictures
 
 Pixels = NDArray[np.uint8]
 MOST_PIXELS = 120_000_000
@@ -49,9 +49,7 @@ def read(path: Path) -> Photograph:
             if opened.width * opened.height > MOST_PIXELS:
                 raise RecordError(f"{path.name} has {opened.width} x {opened.height} pixels; {_LIMIT}")
             plain = opened.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return Photograph(np.asarray(_rgb(upright)), plain)
+            return Photograph(np.asarray(as_seen(opened)), plain)
     except FileNotFoundError:
         raise RecordError(f"its picture {path} does not exist") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -67,28 +65,3 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=4)
     return buffer.getvalue()
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        seen = picture.convert("RGBA")
-        white = Image.new("RGBA", seen.size, "white")
-        return Image.alpha_composite(white, seen).convert("RGB")
-    if picture.mode in ("I", "I;16", "I;16B", "F"):
-        numbers = np.asarray(picture, dtype=np.float64)
-        top = 65535 if numbers.max(initial=0) > 255 else 255
-        return Image.fromarray((numbers.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    profile = picture.info.get("icc_profile")
-    if picture.mode == "CMYK" and profile:
-        return _through_profile(picture, profile)
-    return picture.convert("RGB")
-
-
-def _through_profile(picture: Image.Image, profile: bytes) -> Image.Image:
-    """CMYK means nothing without its profile; one that cannot be used is left aside."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        made = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return picture.convert("RGB")
-    return made if made is not None else picture.convert("RGB")

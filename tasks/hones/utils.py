@@ -10,11 +10,11 @@ from datasets import Dataset
 from lmms_eval.api.metrics import levenshtein_distance
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 from loguru import logger
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from torchmetrics.functional.text import sacre_bleu_score
 
 from hones_eval.errors import TaskError
-from hones_eval.pictures import whole_pictures
+from hones_eval.pictures import as_seen, whole_pictures
 from hones_eval.tasks.hones import retrieval
 from hones_eval.tasks.hones.data import Entry, annotation_file, entries
 from hones_eval.tasks.hones.elsewhere import DATA_SETS, entries_elsewhere
@@ -57,8 +57,10 @@ def grounding_docs(split: Dataset) -> Dataset:
     def row(entry: Entry) -> dict[str, Any] | None:
         if not entry.content.get("grounding"):
             return None
-        with Image.open(entry.picture) as picture:
-            corners = _corners(entry.need_box("grounding", "bbox"), picture.width, picture.height)
+        with Image.open(entry.picture) as opened:
+            sideways = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            size = (opened.height, opened.width) if sideways else opened.size
+        corners = _corners(entry.need_box("grounding", "bbox"), *size)
         return {"phrase": entry.need("grounding", "phrase"), "bbox": corners}
 
     return _rows(split, row)
@@ -146,10 +148,10 @@ def _captions(entry: Entry) -> list[str]:
 
 
 def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """Give the picture; one that is cut short is an error, which lmms-eval would otherwise fill with grey."""
+    """Give the picture as it is seen; a cut one, which lmms-eval would fill with grey, is an error."""
     try:
         with whole_pictures(), Image.open(doc["image_path"]) as opened:
-            return [opened.convert("RGB")]
+            return [as_seen(opened)]
     except (OSError, SyntaxError) as error:
         raise TaskError(f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}") from error
 
