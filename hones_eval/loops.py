@@ -140,6 +140,7 @@ class SumOverRanks(Metric):  # type: ignore[misc]
         self.names = list(zeros)
         for name, zero in zeros.items():
             self.add_state(name, default=zero, dist_reduce_fx="sum")
+        self.update(zeros)  # a rank without examples has a sum too, which torchmetrics would warn of
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Add one example's sums."""

@@ -37,11 +37,11 @@ def layer_curves(curves: Mapping[str, Mapping[What, Curve]]) -> Figure:
         for axes, measure in zip(row, MEASURES, strict=True):
             for number, (category, found) in enumerate(curves.items()):
                 _line(axes, found[what], measure, category, COLOURS[number % len(COLOURS)])
+            axes.axhline(0, color="black", linewidth=0.6)
+            axes.grid(alpha=0.25, linewidth=0.5)
             undefined = sum(getattr(found[what], measure) is None for found in curves.values())
             if undefined:
                 _say_undefined(axes, undefined, len(curves))
-            axes.axhline(0, color="black", linewidth=0.6)
-            axes.grid(alpha=0.25, linewidth=0.5)
         row[0].set_ylabel(WHERE[what], fontsize=9)
     for axes, measure in zip(grid[0], MEASURES, strict=True):
         axes.set_title(TITLES[measure], fontsize=9)
@@ -66,11 +66,13 @@ def _line(axes: Axes, found: Curve, measure: str, label: str, colour: str) -> No
 
 
 def _say_undefined(axes: Axes, undefined: int, of: int) -> None:
-    """In the middle where there is no line, else in a corner."""
+    """In the middle where there is no line, else above all lines."""
     if undefined == of:
         axes.text(0.5, 0.5, "not defined", transform=axes.transAxes, ha="center", color="grey")
         axes.set_yticks([])
         return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.15 * (high - low))  # room for a line of text
     note = f"not defined for {undefined} of {of}"
     axes.text(0.98, 0.97, note, transform=axes.transAxes, ha="right", va="top", color="grey", fontsize=8)
 

@@ -102,7 +102,12 @@ def test_sums_are_kept_in_the_type_of_their_zeros() -> None:
     assert metric.compute()["a"].dtype == torch.float64
     assert metric.compute()["a"].tolist() == pytest.approx([1.0, 1e-11], rel=1e-6)
     metric.reset()
-    assert metric.compute()["a"].tolist() == [0, 0]
+    assert metric.sums()["a"].tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_rank_without_examples_adds_nothing_and_warns_of_nothing() -> None:
+    assert SumOverRanks({"a": torch.zeros(2)}).compute()["a"].tolist() == [0, 0]
 
 
 def test_two_processes_give_the_ranking_of_one(tasks: Path, model_args: str, tmp_path: Path) -> None:

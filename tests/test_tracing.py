@@ -10,6 +10,7 @@ import plain
 import pytest
 import torch
 from families import Family
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from hones_eval.anatomy import Anatomy
 from hones_eval.errors import HonesError
 from hones_eval.examples import Example
 from hones_eval.methods.tracing import WHATS, CausalTrace, Pair, Reading, Refused, Traced
+from hones_eval.trace_figures import layer_curves
+from hones_eval.trace_tables import Curve
 
 Inputs = dict[str, Tensor]
 Capture = pytest.CaptureFixture[str]
@@ -415,3 +418,22 @@ def _traced(roles: list[str], logit_changes: list[list[float]], gap: float) -> T
     values = torch.stack([changes * 0 + 0.25, changes + 1.0, changes - 1.0], -1)
     clean = Reading(0.5, 1.0 + gap, gap - 1.0)
     return Traced("k", ("Yes", "No"), roles, roles, clean, edited, (True, True), {"ffn": values})
+
+
+@pytest.mark.parametrize("rise", [1.0, -1.0])
+def test_a_note_of_what_is_not_defined_touches_no_point(rise: float) -> None:
+    """The curve that is defined ends where the note stands; below zero the line at zero is there."""
+    line = [rise * layer / 6 for layer in range(7)]
+    known = Curve(line, line, line, None, None)
+    figure = layer_curves({"one": {"image": known}, "other": {"image": known._replace(recovered=None)}})
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[2]
+    (note,) = axes.texts
+    assert note.get_text() == "not defined for 1 of 2"
+    box = note.get_window_extent().padded(2)
+    assert axes.get_window_extent().containsx(box.x1)
+    points = [axes.transData.transform(point) for drawn in axes.lines[:1] for point in drawn.get_xydata()]
+    assert len(points) == 7
+    assert not any(box.contains(*point) for point in points)
+    assert box.y0 > axes.transData.transform((0, 0))[1]
+    assert all(box.y0 > y for _, y in points)
