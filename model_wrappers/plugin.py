@@ -6,6 +6,7 @@ inside a model class, so a few methods are wrapped. Runs of other models pass th
 caption metrics start fewer Java programs.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def _patch_tasks(module: ModuleType) -> None:
         try:
             return index(self, [*given, *own_tasks] if include_defaults else given, include_defaults)
         except Exception:
-            if COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+            if COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
                 from hones_eval.task_files import broken_file
 
                 for blamed in filter(None, (broken_file(Path(folder)) for folder in given)):
@@ -110,13 +111,13 @@ def _patch_tasks(module: ModuleType) -> None:
     def match_tasks(self: Any, task_list: Sequence[str]) -> Any:
         found = match(self, task_list)
         unknown = [n for n in task_list if n not in found and "*" not in n and not Path(n).is_file()]
-        if unknown and COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+        if unknown and COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
             raise _ending(HonesError(f"no task called {', '.join(unknown)}: --tasks list names them all"))
         return found
 
     @wraps(load)
     def load_task_or_group(self: Any, task_list: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if COMMAND in sys.modules and _is_ours(self.__dict__.get("model_name")):
+        if COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
             from hones_eval.task_files import check_task_file, users_file
 
             names = [task_list] if isinstance(task_list, str) else task_list or []
@@ -128,7 +129,7 @@ def _patch_tasks(module: ModuleType) -> None:
     def load_one_in_its_form(
         self: Any, config: Any = None, task_type: str = "simple", *args: Any, **kwargs: Any
     ) -> Any:
-        ours = _is_ours(self.__dict__.get("model_name"))
+        ours = is_ours(self.__dict__.get("model_name"))
         if task_type == "chat" and ours and _offers_choices(self, config):
             task_type = "simple"
         return load_one(self, config, task_type, *args, **kwargs)
@@ -163,7 +164,7 @@ def _patch_cache(module: ModuleType) -> None:
 
     @wraps(execute)
     def keyed(self: Any, lm: Any, reqtype: str, requests: list[Any]) -> Any:
-        if not _is_ours(lm):
+        if not is_ours(lm):
             return execute(self, lm, reqtype, requests)
         lm.record.add(requests, lm.task_dict)
         stock = self._model_fingerprint_hash
@@ -204,7 +205,7 @@ def _patch_tracker(module: ModuleType) -> None:
     def save_with_manifest(self: Any, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
         name = self.general_config_tracker.model_source
-        if not _is_ours(name) or not self.output_path:
+        if not is_ours(name) or not self.output_path:
             return
         folder = _results_folder(self)
         results = f"{getattr(self, 'date_id', None)}_results.json"
@@ -230,7 +231,7 @@ def _patch_evaluate(module: ModuleType) -> None:
     @wraps(evaluate)
     def loud(*args: Any, **kwargs: Any) -> Any:
         model = kwargs.get("model", args[0] if args else None)
-        if not _is_ours(model):
+        if not is_ours(model):
             return evaluate(*args, **kwargs)
         from hones_eval.task_failures import told_at_once
 
@@ -289,10 +290,10 @@ def _close_progress_bars() -> None:
         bar.close()
 
 
-def _is_ours(model: Any) -> bool:
+def is_ours(model: Any) -> bool:
     """A name of ours, or one that can only be meant for one of ours."""
     if isinstance(model, str):
-        return model.startswith(GENERIC)
+        return re.split("[-_]", model)[0] in GENERIC
     return _base_of(model) is not None
 
 

@@ -1,7 +1,9 @@
 """lmms-eval with the plug-in does what it does without, for every model that is not ours."""
 
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,8 +13,8 @@ import pytest
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache, compute_cache_key, extract_gen_kwargs
 from lmms_eval.tasks import TaskManager
-from lmms_own_tests import GIVEN, HOW, compare, kind
-from lmms_runs import write_task
+from lmms_own_tests import GIVEN, HOW, WITHOUT_PLUGIN, compare, kind
+from lmms_runs import run_command, write_task
 
 from hones_eval.model_wrappers import plugin
 
@@ -141,6 +143,43 @@ def test_a_task_manager_without_defaults_has_none_of_ours(tmp_path: Path) -> Non
 def test_other_names_and_objects_stay_as_they_are() -> None:
     for name in ("llava_hf", "qwen2_5_vl", None, 3):
         assert plugin.base_name(name) is name
+    assert plugin.is_ours("hones_lava")
+    assert not plugin.is_ours("honest_llava")
+
+
+def test_a_run_of_another_model_leaves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real command with the plug-in and without: results, samples and cache."""
+    tasks = str(write_task(tmp_path / "tasks"))
+    command = ["--model", "dummy", "--tasks", "tiny_colours", "--include_path", tasks]
+    command += ["--output_path", "logs", "--log_samples", "--use_cache", "cache"]
+    left = {}
+    for name in ("with", "without"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "without":
+            (folder / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
+            monkeypatch.setenv("PYTHONPATH", str(folder))
+        done = run_command(command, folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        left[name] = list(what_is_left(folder))
+    assert left["with"] == left["without"]
+
+
+def what_is_left(folder: Path) -> Iterator[Any]:
+    """Files of a run of lmms-eval without their dates, and what they hold without times and addresses."""
+    passing = {"date", "start_time", "end_time", "total_evaluation_time_seconds", "efficiency", "git_hash"}
+    keyed = {"created_at", "cache_key", "eval_version"}  # the key holds the version, which holds git's commit
+    logs = sorted(path for path in (folder / "logs").rglob("*") if path.is_file())
+    yield [re.sub(r"\d{8}_\d{6}", "", str(path.relative_to(folder))) for path in logs]
+    results, samples = logs
+    yield without_keys(json.loads(re.sub(r" at 0x[0-9a-f]+", "", results.read_text())), passing)
+    yield [json.loads(line) for line in samples.read_text().splitlines()]
+    cached = (folder / "cache" / "cache.audit.jsonl").read_text().splitlines()
+    yield [without_keys(json.loads(line), keyed) for line in cached]
+
+
+def without_keys(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in keys}
 
 
 def test_lmms_evals_own_tests_end_as_without_the_plugin(
