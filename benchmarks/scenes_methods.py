@@ -6,11 +6,13 @@ takes the rankings of `scenes_study.py`, measures every bank below on each task'
 in the work folder), and writes tables and figures. Banks: every method's top 0.25 to 5 percent; without the
 last layer; the same number in each layer; one method's order with the other's numbers in each layer; HONES
 with other numbers and weights of heads. `truth` is the order of the ground truth itself: each neuron masked
-alone, by the drop of the target's log-probability.
+alone, by the drop of the target's log-probability; for retrieval by how far the right candidate's margin is
+above the others', which is measured here on `--truth` discovery candidates.
 """
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,18 +24,21 @@ from scenes_board import CHECKPOINT
 from scenes_study import CANDIDATES, TASKS
 from torch import Tensor
 
+from hones_eval.ablation import Ablation
 from hones_eval.anatomy import Anatomy
 from hones_eval.artefact import write_json
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.loops import Loop
+from hones_eval.margin import Margins
 from hones_eval.measure import Totals
 from hones_eval.methods.answers import AnswersUnder, answered
 from hones_eval.methods.hones import NeuronAttribution, inverse_document_frequency
+from hones_eval.passes import SiteEdit
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
 from hones_eval.toy import checkpoint_path
-from hones_eval.toy.ground_truth import Effects, load_ground_truth
+from hones_eval.toy.ground_truth import load_ground_truth
 from hones_eval.verification import Measured, masked
 
 METHODS = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
@@ -42,24 +47,31 @@ HEADS = 8  # that the study's rankings are conditioned on
 RANDOM = 5
 
 
+class Truth(NamedTuple):
+    """What masking each neuron alone costs [L, I]."""
+
+    metric: Tensor
+    answer: Tensor
+    """Of the target's log-probability; for margins of how far the right candidate is above the others."""
+
+
 class Task(NamedTuple):
     """What is known of a task before any bank is masked: scores [L, I] by name, and the truth."""
 
     name: str
     ranking: Ranking
     scores: dict[str, Tensor]
-    truth: Effects
+    truth: Truth
 
 
-def scores_of(lmm: Any, replayer: Replayer, name: str, study: Path, work: Path) -> Task:
+def scores_of(lmm: Any, replayer: Replayer, name: str, study: Path, work: Path, truth_examples: int) -> Task:
     """The study's rankings, HONES with other heads and weights, and the ground truth."""
     folder = study / "rankings" / f"scenes_{name}"
     rankings = {method: Ranking.load(folder / method) for method in METHODS}
-    # Of a margin the truth is that of the words: the log-probability of the same Yes or No at the same token.
-    truth = load_ground_truth().effects[name.removesuffix("_margin")]["neurons"]
+    truth = truth_of(lmm, replayer, name, work, truth_examples)
     hones = rankings["hones"]
     scores = {method: one.neuron_scores for method, one in rankings.items()}
-    scores |= {"truth": truth.log_probability}
+    scores |= {"truth": truth.answer}
     drops = head_drops(lmm, replayer, name, hones, work)
     assert hones.head_scores is not None
     assert hones.head_log_probability is not None
@@ -73,6 +85,41 @@ def scores_of(lmm: Any, replayer: Replayer, name: str, study: Path, work: Path) 
     scores["hones, 8 heads alike"] = importance(drops, torch.ones_like(metric), chosen)
     scores["hones, heads by log-probability"] = importance(drops, log_p, top_heads(log_p, HEADS))
     return Task(name, hones, scores, truth)  # type: ignore[arg-type]
+
+
+def truth_of(lmm: Any, replayer: Replayer, name: str, work: Path, count: int) -> Truth:
+    """As stored beside the model; for margins measured on `count` candidates and kept in the work folder."""
+    if not name.endswith("_margin"):
+        stored = load_ground_truth().effects[name]["neurons"]
+        return Truth(stored.metric, stored.log_probability)
+    shape, path = replayer.anatomy.shape, work / f"{name}_truth_{count}.safetensors"
+    if not path.is_file():
+        examples = TaskExamples(lmm, f"scenes_{name}_discovery", model_name="llava_hf", limit=count)
+        neurons = [Neuron(layer, i) for layer in range(shape.layers) for i in range(shape.neurons)]
+        work.mkdir(parents=True, exist_ok=True)
+        save_file(margin_drops(replayer, examples, neurons)._asdict(), path)
+    found = load_file(path)
+    return Truth(**{what: one.unflatten(0, (shape.layers, shape.neurons)) for what, one in found.items()})
+
+
+def margin_drops(replayer: Replayer, examples: TaskExamples, neurons: Sequence[Neuron]) -> Truth:
+    """What masking each of some neurons alone costs [E]: NDCG@5, and the right candidate's lead.
+
+    The lead is its margin minus the mean of the others' of its query, and its drop the mean over queries.
+    What raises or lowers all candidates alike, and changes no rank, is no part of it, unlike of the
+    log-probability of the right word.
+    """
+    ablation = Ablation(replayer, examples, [SiteEdit(neuron, "mask") for neuron in neurons])
+    totals = Loop("cpu", progress=False).run(examples, ablation, examples.task)
+    documents = [examples.document(index) for index in range(len(examples))]
+    sizes = Counter(one["query"] for one in documents)
+    lead = torch.zeros(len(neurons), dtype=torch.float64)
+    for index, one in enumerate(documents):
+        record = totals.records[index]
+        margins = torch.tensor([float(text) for text in Margins.of(record["margins"]).values()]).double()
+        weight = 1.0 if one["answer"] == "Yes" else -1 / (sizes[one["query"]] - 1)
+        lead += weight * (float(record["base"]) - margins)
+    return Truth(ablation.metric_drops(totals).float(), (lead / len(sizes)).float())
 
 
 def head_drops(lmm: Any, replayer: Replayer, name: str, hones: Ranking, work: Path) -> Tensor:
@@ -170,13 +217,16 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=TASKS, choices=TASKS, help="others stay as they are in --out"
     )
+    parser.add_argument(
+        "--truth", type=int, default=200, help="discovery candidates of retrieval, ten a query, for its truth"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path(CHECKPOINT)}", device="cpu")
     replayer = Replayer(Anatomy.of(inner_model(lmm)))
     reports = scenes_methods_report.known(given.out)
     for name in given.tasks:
-        task = scores_of(lmm, replayer, name, given.study, given.work)
+        task = scores_of(lmm, replayer, name, given.study, given.work, given.truth)
         banks = banks_of(task, seed=0)
         limit = int(CANDIDATES["test_limit"] * given.limit) if "retrieval" in name else given.limit
         found, metric = measured(lmm, replayer, task, banks, given.work, limit)

@@ -35,7 +35,7 @@ def task_report(
     agreed = []
     for name, scores in task.scores.items():
         row: dict[str, Any] = {"task": task.name, "scores": name}
-        for what in ("log_probability", "metric"):
+        for what in ("answer", "metric"):
             truth = getattr(task.truth, what)
             if truth.min() == truth.max():  # masking no single neuron changes the metric
                 row |= {f"precision_{what}": None, f"spearman_{what}": None}
@@ -74,11 +74,11 @@ def ranks(task: "Task", count: int = 3) -> Rows:
         {
             "task": task.name,
             "neuron": f"layer {neuron.layer}, {neuron.neuron}",
-            "log-probability lost": float(task.truth.log_probability[neuron]),
+            "answer lost": float(task.truth.answer[neuron]),
             "metric lost": float(task.truth.metric[neuron]),
         }
         | {name: int(place[neuron.layer * width + neuron.neuron]) + 1 for name, place in places.items()}
-        for neuron in top_neurons(task.truth.log_probability, count)
+        for neuron in top_neurons(task.truth.answer, count)
     ]
 
 
@@ -109,8 +109,9 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
         f"Unedited: {base}. Intervals are 95 %, paired, over pictures.\n",
         "## Agreement with masking every neuron alone\n",
         "Share of a ranking's top 1 % that is in the top 1 % of the truth (0.01 by chance) / Spearman's "
-        "correlation over all neurons. The truth is the drop of the target's log-probability; "
-        "`agreement.csv` has the same by the task's metric, which most single neurons leave as it is.\n",
+        "correlation over all neurons. The truth is what the answer loses: the target's log-probability, for "
+        "retrieval the right candidate's lead, its margin minus the mean of the others'. `agreement.csv` has "
+        "the same by the task's metric, which most single neurons leave as it is.\n",
         markdown_table(agreement_table(reports)),
         "## What masking the top 1 % costs\n",
         markdown_table(drop_table(reports, [f"{name} 1.00%" for name in (*METHODS, "truth")])),
@@ -146,7 +147,7 @@ def head_banks(report: Mapping[str, Any]) -> list[str]:
 
 def agreement_table(reports: Sequence[Mapping[str, Any]]) -> Rows:
     names = [row["scores"] for row in reports[0]["agreement"] if row["scores"] != "truth"]
-    cell = "{precision_log_probability:.2f} / {spearman_log_probability:+.2f}"
+    cell = "{precision_answer:.2f} / {spearman_answer:+.2f}"
     return table(reports, "agreement", "scores", names, lambda row: cell.format(**row))
 
 

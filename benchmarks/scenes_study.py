@@ -24,7 +24,7 @@ from hones_eval.comparison import group_name
 from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding", "retrieval_margin")
-SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr")
+SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "retrieval_margin")
 CANDIDATES = {"limit": 5, "test_limit": 2.5}  # times as many for retrieval, where ten make one query
 MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
 KEPT = ("*.md", "*.json", "*.csv", "*.png", "*.svg")

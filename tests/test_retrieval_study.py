@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 from margins import Slow
+from torch import Tensor
 
 from hones_eval.__main__ import main
+from hones_eval.anatomy import Anatomy
+from hones_eval.commands import shared
+from hones_eval.examples import TaskExamples
 from hones_eval.ranking import Ranking
+from hones_eval.replay import Replayer
 from hones_eval.sites import Neuron, matched_random, top_neurons
 from hones_eval.steering import Steering
 from hones_eval.study import WAYS
@@ -129,3 +134,34 @@ def test_the_cross_task_matrix_is_that_of_plain_forwards(studied: Path, tmp_path
         f"{OTHER}_discovery": len(other - one),
         "+".join(banks): len(one & other),
     }
+
+
+def test_the_truth_of_single_neurons_is_that_of_plain_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `benchmarks/scenes_methods.py` publishes: NDCG@5, and the right candidate's lead in its query."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import scenes_methods
+
+    reference = slow(RETRIEVAL)
+    lmm = shared.load_lmm(MODEL, ARGUMENTS)
+    examples = TaskExamples(lmm, RETRIEVAL, model_name=MODEL, limit=CANDIDATES)
+    neurons = [Neuron(0, 304), Neuron(0, 270), Neuron(2, 17), Neuron(4, 100), Neuron(5, 3)]
+    found = scenes_methods.margin_drops(Replayer(Anatomy.of(reference.model)), examples, neurons)
+    base = reference.logits()
+    masked = [reference.steered([neuron], 0.0) for neuron in neurons]
+    leads = [lead(reference, base) - lead(reference, one) for one in masked]
+    assert found.answer.tolist() == pytest.approx(leads, abs=1e-5)
+    assert found.metric.tolist() == pytest.approx(
+        [reference.ndcg(base) - reference.ndcg(one) for one in masked], abs=1e-6
+    )
+    assert max(map(abs, leads)) > 1e-2, "no neuron does anything: this shows nothing"
+
+
+def lead(reference: Slow, logits: Tensor) -> float:
+    """How far the right candidate's margin is above the mean of the others', over queries."""
+    members: dict[str, dict[bool, list[float]]] = {}
+    for query, right, margin in zip(
+        reference.queries, reference.right, reference.margins(logits), strict=True
+    ):
+        members.setdefault(query, {True: [], False: []})[right].append(margin)
+    leads = [sum(one[True]) - sum(one[False]) / len(one[False]) for one in members.values()]
+    return sum(leads) / len(leads)
