@@ -138,7 +138,7 @@ def _leaf(manager: TaskManager, name: str) -> str:
     """The task that a name stands for: itself, or the only leaf of a group or tag."""
     if name not in manager.task_index:
         near = get_close_matches(name, manager.all_tasks, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval tasks list` lists them"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval --tasks list` names them all"
         raise TaskError(f"lmms-eval has no task named {name!r}: {hint}")
     leaves = sorted(set(_leaves(manager, name)))
     if len(leaves) == 1:
