@@ -196,12 +196,21 @@ def _split(path: Path, config: Mapping[str, Any]) -> Dataset:
         reason = error.__cause__ or error
         raise TaskError(
             f"{path}: dataset_kwargs: {config['dataset_path']} cannot read {config.get('dataset_kwargs')}: "
-            f"{type(reason).__name__}: {first_line(reason)}"
+            f"{type(reason).__name__}: {first_line(reason)}{_table_hint(reason)}"
         ) from error
     key = "test_split" if config.get("test_split") else "validation_split"
     if config[key] not in found:
         raise TaskError(f"{path}: {key}: {config[key]!r} should be one of the splits: {', '.join(found)}")
     return found[config[key]]
+
+
+def _table_hint(reason: BaseException) -> str:
+    """What spreadsheets do to a table that is saved as CSV."""
+    if isinstance(reason, UnicodeDecodeError):
+        return "; save the table as UTF-8"
+    if "file_name" in str(reason):
+        return "; the table's first line names the columns, with commas between them"
+    return ""
 
 
 def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None:

@@ -295,12 +295,17 @@ def test_a_page_shows_a_question_as_text_and_not_as_markup(tmp_path: Path) -> No
             "needs a checkpoint",
         ),
         (["--editor", "remove", "--questions", "{in}/questions.json"], "none of 1 records could be edited"),
+        (["--editor", "remove", "--questions", "{in}/empty.json"], "empty.json: there is no record in it"),
+        (["--editor", "remove", "--limit=-1"], "--limit -1: give 1 or more"),
+        (["--editor", "remove", "--sheet=-1"], "--sheet -1: give 0 or more"),
+        (["--editor", "remove", "--workers=-1"], "--workers -1: give 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_1(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edited.write(tmp_path, [edited.record()])
+    (tmp_path / "empty.json").write_text("[]")
     given = [flag.format(**{"in": tmp_path}) for flag in flags]
     assert main(["edit", *given, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err

@@ -233,6 +233,30 @@ def test_a_mistake_in_the_table_is_told(
         check_task_file(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "encoding", "says"),
+    [
+        (str, "utf-8-sig", None),
+        (lambda text: text.replace("red", "grün"), "latin-1", "save the table as UTF-8"),
+        (lambda text: text.replace(",", ";"), "utf-8", "names the columns, with commas between them"),
+    ],
+)
+def test_a_table_as_spreadsheets_save_it(
+    change: Callable[[str], str], encoding: str, says: str | None, folder: Path, tmp_path: Path
+) -> None:
+    pictures = shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    table = pictures / "metadata.csv"
+    table.write_text(change(table.read_text()), encoding=encoding)
+    path = tmp_path / "shapes.yaml"
+    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {pictures}"))
+    if says is None:
+        check_task_file(path)
+        return
+    with pytest.raises(TaskError, match=says) as caught:
+        check_task_file(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_table_as_json_lines_is_read(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
     write_json(tmp_path / "pictures", rows())

@@ -116,7 +116,9 @@ def test_pictures_and_their_boxes_are_those_that_a_viewer_shows(
     build: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turned by EXIF, with transparency, and of 16 bits."""
-    copy = write(tmp_path, monkeypatch, folder, lambda rows: None).parent / "images"
+    table = write(tmp_path, monkeypatch, folder, lambda rows: None)
+    table.write_text(table.read_text(), encoding="utf-8-sig")  # as some editors save it
+    copy = table.parent / "images"
     drawn = [Image.open(folder / "images" / f"drawn_{i}.png").convert("RGB") for i in range(3)]
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

@@ -257,9 +257,11 @@ def test_splits_share_no_picture(llava: Any, tmp_path: Path, monkeypatch: pytest
     assert sum(map(len, clean)) == 40
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_pope_and_cocoqa_in_the_released_formats(
-    llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Any, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also when an editor has put a byte order mark in front."""
     monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path))
     labels = ["yes", "no", "yes", "no"]
     lines = [
@@ -271,7 +273,7 @@ def test_pope_and_cocoqa_in_the_released_formats(
         }
         for i, label in enumerate(labels, start=1)
     ]
-    (tmp_path / "pope_popular.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "pope_popular.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding=encoding)
     for i in range(1, 5):
         picture(tmp_path / "val2014" / f"COCO_val2014_{i:012d}.jpg", "red")
         picture(tmp_path / "images" / f"COCO_train2014_{i:012d}.jpg", "red")
@@ -279,7 +281,7 @@ def test_pope_and_cocoqa_in_the_released_formats(
     results = [pope.score(index, answer) for index, answer in enumerate(["Yes", "Yes, it is.", "no", "No"])]
     assert [one["accuracy"] for one in results] == [1, 0, 0, 1]
     assert pope.aggregate(results) == 0.5  # precision and recall are one half
-    with (tmp_path / "cocoqa_count.csv").open("w", newline="") as file:
+    with (tmp_path / "cocoqa_count.csv").open("w", newline="", encoding=encoding) as file:
         table = csv.writer(file)
         table.writerow(["", "train_image_id_count", "question_count", "answer_count"])
         table.writerows(

@@ -88,6 +88,9 @@ def edit(
         include_path: a folder with more task YAML files.
         seed: of everything that is drawn.
     """
+    for flag, value, least in (("limit", limit, 1), ("workers", workers, 0), ("sheet", sheet, 0)):
+        if value is not None and value < least:
+            raise HonesError(f"--{flag} {value}: give {least} or more")
     settings = EditSettings(
         editor=editor,
         level=level,
@@ -118,6 +121,8 @@ def edit(
         from hones_eval.commands.edit_answers import count_flips
 
         report = count_flips(report, out, settings, model, model_args)
+    if not reading.records and not reading.problems:
+        raise HonesError(f"{questions or task}: there is no record in it")
     _say_report(report)
     if not report.accepted and not report.rejected:
         first = f": {report.problems[0].question_id}: {report.problems[0].reason}" if report.problems else ""

@@ -108,7 +108,7 @@ def _content(path: Path) -> list[Any]:
 def read_json(path: Path) -> Any:
     """A file's JSON. Raises: TaskError when it is not."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} is not valid JSON: {error}") from None
 

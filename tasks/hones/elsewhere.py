@@ -99,7 +99,7 @@ def _sentences(called: str, sentences: Any) -> list[dict[str, Any]]:
 
 def _tokens(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     captions: dict[str, list[dict[str, str]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         name, tab, caption = line.partition("\t")
         name, sign, _ = name.partition("#")
         if not (name and tab and sign and caption.strip()):

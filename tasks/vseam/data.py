@@ -97,7 +97,7 @@ def pope(split: str) -> Source:
     path = _file([*names, *(f"{folder}/{name}" for folder in ("annotations", "pope") for name in names[:4])])
     folders = [_root() / one for one in COCO]
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         name = f"{path}, line {number}"
         record = _object(line, name)
         image, answer = str(_need(record, "image", name)), str(_need(record, "label", name)).capitalize()
@@ -112,7 +112,7 @@ def cocoqa(kind: str) -> Source:
     path = _file([f"{place}cocoqa_{kind}.csv" for place in ("", "annotations/", "cocoqa/")])
     folders = [_root() / one for one in COCO]
     questions = []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), start=1):
             name = f"{path}, row {number}"
             columns = {
@@ -162,7 +162,7 @@ def with_pictures(source: Source, wanted: Sequence[str], low: float, high: float
 def _gqa_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The released files are lists, but for one that is a dict by question id."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} is not valid JSON: {error}") from None
     if isinstance(content, dict):
