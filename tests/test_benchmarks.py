@@ -66,17 +66,22 @@ GOLDS = {
     ),
     "ocrbench": ("ZUS", ["FUG"], benchmark_data.COUNT / 1000),
     "mmmu_val": ("B", ["C"], 1.0),
+    "seedbench_ppl": ("green", ["purple"], 1.0),
 }
 """The target of the first example, the references of the second, and the metric of gold answers to all."""
 FIND_GOLDS = """
 import json, sys
+from hones_eval.choices import preferring
 from hones_eval.examples import TaskExamples, load_lmm
-lmm = load_lmm("llava_hf", f"pretrained={sys.argv[1]}")
+def answer(one):
+    asked = one.choices
+    return preferring(asked.gold, len(asked.offered)) if asked else one.references[0]
+lmm = load_lmm("hones_llava", f"pretrained={sys.argv[1]}")
 found = {}
 for name in sys.argv[2:]:
-    examples = TaskExamples(lmm, name, model_name="llava_hf")
+    examples = TaskExamples(lmm, name, model_name="hones_llava")
     made = [examples[i] for i in range(len(examples))]
-    golds = [examples.score(i, one.references[0]) for i, one in enumerate(made)]
+    golds = [examples.score(i, answer(one)) for i, one in enumerate(made)]
     found[name] = [made[0].target, made[1].references, examples.aggregate(golds)]
 print(json.dumps(found))
 """
