@@ -1,7 +1,7 @@
 """What a task's metric and its target's log-probability lose under one edit at a time."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hones_eval.examples import Example, TaskExamples
 from hones_eval.margin import Margins
 from hones_eval.measure import Measurement, Totals
 from hones_eval.passes import Passes, Rows, SiteEdit, check_finite
+from hones_eval.prefixes import LastTokens
 from hones_eval.replay import Replayer
 from hones_eval.together import Together
 
@@ -108,30 +109,43 @@ class Ablation:
 
     def _measure_choices(self, example: Example, asked: Choices) -> Measurement:
         """The value of every choice, as the wrapper makes it, and the right one's log-probability."""
-        sums = self.zeros()
-        edits = [self.edits[number] for number in self.in_play]
-        size = (1 + len(self.edits), len(asked.offered))
-        values, greedy = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.bool)
-        target = _Target(example, self._number, sums["log_probability_drop"], skipped=asked.start)
-        for place, choice in enumerate(asked.offered):
-            passes = self.replayer.record(choice.inputs, choice.scored + 1)
-            check_finite(passes, target.where)
-            values[0, place], greedy[0, place] = _only(choice.read(passes.base_logits[None], asked.reading))
-            if place == asked.gold:
-                target.start(passes)
-            for rows in passes.edited(edits):
-                numbers = [1 + self._number[edit] for edit in rows.edits]
-                found, likeliest = choice.read(rows.logits, asked.reading)
-                values[numbers, place], greedy[numbers, place] = found.double().cpu(), likeliest.cpu()
-                if place == asked.gold:
-                    target.add(rows)
-        if not bool(values.isfinite().all()):
-            raise HonesError(f"{target.where}: the logits under an edit are not finite")
+        sums, numbers = self.zeros(), torch.tensor(self.in_play)
+        size = (1 + len(self.edits), len(asked.offered))  # row 0 is unedited
+        values, greedy = torch.full(size, torch.nan).double(), torch.zeros(size, dtype=torch.bool)
+        log_p, ids = torch.zeros(size[0]).double(), torch.tensor(example.target_ids)
+        shared = 0
+        for part, member, logits in self._choice_logits(asked):
+            rows = [0 if edit is None else 1 + self._number[edit] for edit in part.edits]
+            found, is_greedy = asked.offered[member].read(logits, asked.reading)
+            values[rows, member], greedy[rows, member] = found.double().cpu(), is_greedy.cpu()
+            if member == asked.gold:
+                own = logits[:, asked.start : asked.start + len(ids)]
+                log_p[rows] = readouts.sequence_log_probability(own, ids.to(own.device)).double().cpu()
+            shared = part.shared
+        edited = 1 + numbers
+        if not bool(values[0].isfinite().all() and values[edited].isfinite().all()):
+            self._not_finite(example, asked)
         said = [choices.as_text(*one) for one in zip(values.tolist(), greedy.tolist(), strict=True)]
         answers = _Answers(said[0], {number: said[1 + number] for number in self.in_play})
-        preferred = values.argmin(1)
-        sums["differing_answers"] += sum(preferred[1 + number] != preferred[0] for number in self.in_play)
-        return self._measured(example, sums, answers, target.base)
+        sums["log_probability_drop"][numbers] = log_p[0] - log_p[edited]
+        sums["differing_answers"] += (values[edited].argmin(1) != values[0].argmin()).sum()
+        sums["shared"] += shared > 0
+        return self._measured(example, sums, answers, float(log_p[0]))
+
+    def _choice_logits(self, asked: Choices) -> Iterator[tuple[LastTokens, int, Tensor]]:
+        """Logits [rows, scored + 1, vocabulary] of every choice, which share their question."""
+        edits = [self.edits[number] for number in self.in_play]
+        reads = [one.scored + 1 for one in asked.offered]
+        sharing = self.together.sharing
+        for part in sharing.last_tokens([one.inputs for one in asked.offered], edits, reads):
+            for place, member in enumerate(part.members):
+                yield part, member, part.logits[:, place, -reads[member] :]
+
+    def _not_finite(self, example: Example, asked: Choices) -> NoReturn:
+        where = f"{example.task}, doc_id {example.doc_id}"
+        for one in asked.offered:
+            check_finite(self.replayer.record(one.inputs, one.scored + 1), where)
+        raise HonesError(f"{where}: the logits under an edit are not finite")
 
     def _measure_target(self, example: Example) -> Measurement:
         """The target's log-probability alone, which is the metric too: nothing is decoded."""
@@ -215,11 +229,6 @@ def _margin_and_target(example: Example, logits: Tensor) -> Tensor:
     return torch.stack([example.margin.of(logits), log_p], dim=1)
 
 
-def _only(read: tuple[Tensor, Tensor]) -> tuple[float, bool]:
-    """What was read of one row."""
-    return float(read[0]), bool(read[1])
-
-
 class _Scored:
     """The results of a corpus' answers, each scored once; margins are too many to remember."""
 
@@ -242,11 +251,7 @@ class _Scored:
 class _Target:
     """One example's target, teacher-forced behind the prompt, and its drops of log-probability [E]."""
 
-    def __init__(
-        self, example: Example, number: dict[SiteEdit, int], drops: Tensor, skipped: int = 0
-    ) -> None:
-        self.skipped = skipped
-        """Tokens that are read before the target's."""
+    def __init__(self, example: Example, number: dict[SiteEdit, int], drops: Tensor) -> None:
         self.where = f"{example.task}, doc_id {example.doc_id}"
         self.ids = torch.tensor(example.target_ids)
         self.number = number
@@ -254,7 +259,7 @@ class _Target:
         self.base = 0.0
 
     def start(self, passes: Passes) -> None:
-        """Read the unedited log-probability from a pass that reads the target behind the skipped tokens.
+        """Read the unedited log-probability from a pass whose first read tokens are the target's.
 
         Raises: HonesError where it is not finite.
         """
@@ -268,6 +273,5 @@ class _Target:
 
     def _read(self, logits: Tensor) -> list[float]:
         ids = self.ids.to(logits.device)
-        before = logits[:, self.skipped : self.skipped + len(ids)]
-        values: list[float] = readouts.sequence_log_probability(before, ids).tolist()
+        values: list[float] = readouts.sequence_log_probability(logits[:, : len(ids)], ids).tolist()
         return values

@@ -74,6 +74,8 @@ def _hones(job: Discovery) -> Ranking:
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
     }
+    if job.examples.offers_choices:
+        report |= _sharing(localization.together, totals)
     if job.examples.margin_words is not None:
         report |= _sharing(localization.together, totals) | {
             "margin": " - ".join(job.examples.margin_words),
@@ -203,7 +205,7 @@ def _decoding(examples: TaskExamples, stops: str | None) -> str:
 
 
 def _sharing(together: Together, totals: Totals) -> dict[str, Any]:
-    """What examples on one picture shared."""
+    """What examples on one picture, or the choices of one question, shared."""
     return {
         "prefix_sharing": together.sharing.inexact or "exact",
         "examples_sharing_a_prefix": int(totals.sums["shared"]),

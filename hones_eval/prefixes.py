@@ -30,10 +30,11 @@ from hones_eval.stretches import BehindPrefix, Stretch
 Inputs = Mapping[str, Any]
 
 
-class NextTokens(NamedTuple):
-    """Logits [edits, members, vocabulary] behind some prompts of a group, by their places in it.
+class LastTokens(NamedTuple):
+    """Logits [edits, members, read, vocabulary] at the end of some prompts of a group, by their places in it.
 
-    Of the edits None is the unedited model; `shared` is the length of their shared prefix, 0 for none.
+    Of the edits None is the unedited model; `shared` is the length of their shared prefix, 0 for none. Where
+    less is asked for of a member than of another, it stands last.
     """
 
     members: list[int]
@@ -43,7 +44,7 @@ class NextTokens(NamedTuple):
 
 
 class SharedReplayer:
-    """Next-token logits of groups of prompts, by a shared prefix where that is exact for this model."""
+    """Logits at the end of grouped prompts, by a shared prefix where that is exact for this model."""
 
     def __init__(self, replayer: Replayer) -> None:
         """Share with the replayer's model; prompts that share nothing are replayed one at a time."""
@@ -53,40 +54,46 @@ class SharedReplayer:
         self._proven = False
 
     @torch.no_grad()
-    def next_tokens(self, group: Sequence[Inputs], edits: Sequence[SiteEdit]) -> Iterator[NextTokens]:
-        """Logits behind every prompt (each a batch of one), unedited and under each edit, in parts.
+    def last_tokens(
+        self, group: Sequence[Inputs], edits: Sequence[SiteEdit], reads: Sequence[int] | None = None
+    ) -> Iterator[LastTokens]:
+        """Logits at the end of every prompt (each a batch of one), unedited and under each edit, in parts.
 
-        The first group that shares is also the proof: logits under a few edits must equal those of hooked
-        forwards. If they do not, `inexact` says by how much, and nothing is shared from then on.
+        `reads` says how many positions are read of each, by default the last one. The first group that shares
+        is also the proof: logits under a few edits must equal those of hooked forwards. If they do not,
+        `inexact` says by how much, and nothing is shared from then on.
         """
-        length = 0 if self.inexact else shared_length(group, self.anatomy)
+        reads = [1] * len(group) if reads is None else reads
+        length = 0 if self.inexact else shared_length(group, self.anatomy, reads)
         if length and not self._proven:
-            self.inexact = self._difference(group, length)
+            self.inexact = self._difference(group, length, reads)
             self._proven = True
         if length and not self.inexact:
-            yield from SharedPrefix(self.anatomy, group, length, self.replayer.limit).next_tokens(edits)
+            yield from self._shared(group, length, reads).last_tokens(edits)
             return
-        for member, inputs in enumerate(group):
-            passes = self.replayer.record(inputs, 1)
-            yield NextTokens([member], [None], passes.base_logits[None], 0)
+        for member, (inputs, read) in enumerate(zip(group, reads, strict=True)):
+            passes = self.replayer.record(inputs, read)
+            yield LastTokens([member], [None], passes.base_logits[None, None], 0)
             for rows in passes.edited(edits):
-                yield NextTokens([member], list(rows.edits), rows.logits, 0)
+                yield LastTokens([member], list(rows.edits), rows.logits[:, None], 0)
 
-    def _difference(self, group: Sequence[Inputs], length: int) -> str | None:
+    def _shared(self, group: Sequence[Inputs], length: int, reads: Sequence[int]) -> "SharedPrefix":
+        return SharedPrefix(self.anatomy, group, length, self.replayer.limit, max(reads))
+
+    def _difference(self, group: Sequence[Inputs], length: int, reads: Sequence[int]) -> str | None:
         """Why sharing is not exact here, or None: a few edits, behind the shortest and the longest prompt."""
         trial = _trial(self.anatomy)
         order = sorted(range(len(group)), key=lambda i: group[i]["input_ids"].shape[1])
         ends = [order[0], order[-1]]
-        full = [FullPasses(self.anatomy, group[i], 1) for i in ends]
+        full = [FullPasses(self.anatomy, group[i], reads[i]) for i in ends]
         expected: dict[tuple[int, SiteEdit | None], Tensor] = {}
         for i, one in zip(ends, full, strict=True):
-            expected[i, None] = one.base_logits[0]
-            expected |= {(i, rows.edits[0]): rows.logits[0, 0] for rows in one.edited(trial)}
+            expected[i, None] = one.base_logits
+            expected |= {(i, rows.edits[0]): rows.logits[0] for rows in one.edited(trial)}
         try:
-            shared = SharedPrefix(self.anatomy, group, length, self.replayer.limit)
             found = {
-                (member, edit): logits[place]
-                for part in shared.next_tokens(trial)
+                (member, edit): logits[place, -reads[member] :]
+                for part in self._shared(group, length, reads).last_tokens(trial)
                 for edit, logits in zip(part.edits, part.logits, strict=True)
                 for place, member in enumerate(part.members)
             }
@@ -107,17 +114,18 @@ def _trial(anatomy: Anatomy) -> list[SiteEdit]:
     return [*heads, *(SiteEdit(Neuron(layer, 0), "mask") for layer in sorted({0, shape.layers - 1}))]
 
 
-def shared_length(group: Sequence[Inputs], anatomy: Anatomy) -> int:
+def shared_length(group: Sequence[Inputs], anatomy: Anatomy, reads: Sequence[int] | None = None) -> int:
     """How many tokens all prompts of a group have in common in front, pictures included; 0 for none.
 
-    At least one token of every prompt is its own, and none of those stands for a picture.
+    What is read of a prompt, at least one token, is its own, and nothing of its own stands for a picture.
     """
+    reads = [1] * len(group) if reads is None else reads
     first = group[0]
     same = all(_same_beside_the_prompt(first, other) for other in group[1:])
     whole = all(bool(inputs.get("attention_mask", torch.ones(1)).all()) for inputs in group)
     if len(group) < 2 or not same or not whole:
         return 0
-    length = min(inputs["input_ids"].shape[1] for inputs in group) - 1
+    length = min(one["input_ids"].shape[1] - read for one, read in zip(group, reads, strict=True))
     for name in ALONG_THE_PROMPT & first.keys():
         for other in group[1:]:
             differs = (first[name][0, :length] != other[name][0, :length]).nonzero()
@@ -145,8 +153,13 @@ def _equal(one: Any, other: Any) -> bool:
 class SharedPrefix:
     """The recorded passes of one group: over what it shares, and over its prompts' own endings."""
 
-    def __init__(self, anatomy: Anatomy, group: Sequence[Inputs], length: int, limit: RowLimit) -> None:
-        """Run the unedited model over the first `length` tokens, and on from there over the endings."""
+    def __init__(
+        self, anatomy: Anatomy, group: Sequence[Inputs], length: int, limit: RowLimit, read: int = 1
+    ) -> None:
+        """Run the unedited model over the first `length` tokens, and on from there over the endings.
+
+        The last `read` positions of each ending are read.
+        """
         self.anatomy, self.limit, self.length = anatomy, limit, length
         own = [inputs["input_ids"][:, length:] for inputs in group]
         shared = shortened(group[0], length)
@@ -155,21 +168,21 @@ class SharedPrefix:
         self._reach = [layer.keys.shape[-2] for layer in cache.layers]  # less than all where windows slide
         order = sorted(range(len(own)), key=lambda i: own[i].shape[1])
         self._members = list(_chunks(order, limit.rows(own[order[-1]].shape[1])))
-        self._endings = [_endings(anatomy, [own[i] for i in chunk], cache) for chunk in self._members]
+        self._endings = [_endings(anatomy, [own[i] for i in chunk], cache, read) for chunk in self._members]
 
     @torch.no_grad()
-    def next_tokens(self, edits: Sequence[SiteEdit]) -> Iterator[NextTokens]:
-        """See `SharedReplayer.next_tokens`."""
+    def last_tokens(self, edits: Sequence[SiteEdit]) -> Iterator[LastTokens]:
+        """See `SharedReplayer.last_tokens`."""
         for members, ending in zip(self._members, self._endings, strict=True):
-            yield NextTokens(members, [None], ending.base_logits[None], self.length)
+            yield LastTokens(members, [None], ending.base_logits[None], self.length)
         order = sorted(edits, key=lambda edit: (edit.site.layer, not edit.is_head))
         tokens = self.length + max(ending.tokens for ending in self._endings)
         for cut, parts in self.limit.cuts(order, tokens, lambda cut: (cut, self._walk(cut))):
             for members, logits in zip(self._members, parts, strict=True):
-                yield NextTokens(members, list(cut), logits, self.length)
+                yield LastTokens(members, list(cut), logits, self.length)
 
     def _walk(self, edits: Sequence[SiteEdit]) -> list[Tensor]:
-        """Up the layers once: rows join at the layer of their edit. Logits [rows, members, V] a chunk."""
+        """Up the layers once: rows join at their edit's layer. Logits [rows, members, read, V] a chunk."""
         for stretch in (self._prefix, *self._endings):
             stretch.hidden = None
         top = self.anatomy.shape.layers - 1
@@ -190,7 +203,7 @@ def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(order[part * len(order) // count : (part + 1) * len(order) // count])
 
 
-def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache) -> Stretch:
+def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache, read: int) -> Stretch:
     """Record the model as it goes on from the prefix over some endings, padded on the right."""
     lengths = [ids.shape[1] for ids in own]
     batch = torch.cat([_padded(ids, max(lengths)) for ids in own])
@@ -200,10 +213,10 @@ def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache) -> Stretch:
         past.batch_repeat_interleave(len(ids))
         return anatomy.model(input_ids=ids, past_key_values=past, use_cache=True)
 
-    stretch = Stretch(anatomy, lengths, padded=max(lengths))
+    stretch = Stretch(anatomy, lengths, padded=max(lengths), read=read)
     stretch.run(lambda: go_on(batch))
     if len(own) > 1:  # masks and positions, which all endings share, are those of a batch of one
-        one = Stretch(anatomy, lengths[-1:], padded=max(lengths))
+        one = Stretch(anatomy, lengths[-1:], padded=max(lengths), read=read)
         one.run(lambda: go_on(batch[-1:]))
         stretch.called_like(one)
     return stretch

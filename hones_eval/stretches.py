@@ -23,13 +23,18 @@ class Stretch(Replay):
     A batch [rows * sequences, tokens, width] has the sequences of one row side by side.
     """
 
-    def __init__(self, anatomy: Anatomy, lengths: Sequence[int], padded: int | None = None) -> None:
-        """For sequences of these lengths, padded on the right to one; the last token of each is read."""
+    def __init__(
+        self, anatomy: Anatomy, lengths: Sequence[int], padded: int | None = None, read: int = 1
+    ) -> None:
+        """For sequences of these lengths, padded on the right to one; of each the last `read` are read.
+
+        Of a shorter one all are, behind its first token again as often as some are missing.
+        """
         self.anatomy = anatomy
         self.sequences = len(lengths)
         self.tokens = self.sequences * (padded or lengths[0])
         self.hidden: Tensor | None = None
-        self._last = torch.tensor(lengths) - 1
+        self._last = (torch.tensor(lengths)[:, None] + torch.arange(-read, 0)).clamp(min=0)
 
     def run(self, model: Callable[[], Any]) -> Any:
         """Record a pass of the model; its output."""
@@ -56,10 +61,10 @@ class Stretch(Replay):
             self.hidden = self.hidden + self._rows(added, len(self.hidden) // self.sequences)
 
     def logits(self) -> Tensor:
-        """Next-token logits [rows, sequences, vocabulary] at the top."""
+        """Logits [rows, sequences, read, vocabulary] at the top."""
         assert self.hidden is not None
-        logits = self.anatomy.logits(self._at_the_end(self.hidden))
-        return logits.reshape(-1, self.sequences, logits.shape[-1])
+        logits: Tensor = self.anatomy.logits(self._at_the_end(self.hidden))
+        return logits.reshape(-1, self.sequences, *logits.shape[1:])
 
     def _rows(self, recorded: Tensor, count: int) -> Tensor:
         return recorded.repeat(count, 1, 1)
@@ -68,17 +73,17 @@ class Stretch(Replay):
         return [(row, edits[row // self.sequences]) for row in range(len(edits) * self.sequences)]
 
     def _only_read(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        narrow = function(self._at_the_end(x)[:, None])
+        narrow = function(self._at_the_end(x))
         wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
-        wide[torch.arange(len(x)), self._ends(x)] = narrow[:, 0]
+        wide[torch.arange(len(x))[:, None], self._ends(x)] = narrow
         return wide
 
     def _at_the_end(self, x: Tensor) -> Tensor:
-        """Every sequence's last token [rows * sequences, width]."""
-        return x[torch.arange(len(x)), self._ends(x)]
+        """Every sequence's last tokens [rows * sequences, read, width]."""
+        return x[torch.arange(len(x))[:, None], self._ends(x)]
 
     def _ends(self, x: Tensor) -> Tensor:
-        return self._last.to(x.device).repeat(len(x) // self.sequences)
+        return self._last.to(x.device).repeat(len(x) // self.sequences, 1)
 
 
 class BehindPrefix:

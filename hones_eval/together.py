@@ -49,10 +49,10 @@ class Together:
         number = {edit: row for row, edit in enumerate([None, *edits])}
         found: list[Tensor | None] = [None] * len(group)
         shared = [0] * len(group)
-        for part in self.sharing.next_tokens([one.inputs for one in group], edits):
+        for part in self.sharing.last_tokens([one.inputs for one in group], edits):
             rows = [number[edit] for edit in part.edits]
             for place, member in enumerate(part.members):
-                values = self.read(group[member], part.logits[:, place]).double().cpu()
+                values = self.read(group[member], part.logits[:, place, -1]).double().cpu()
                 if not bool(torch.isfinite(values).all()):
                     self._not_finite(group[member])
                 kept = found[member]

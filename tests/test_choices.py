@@ -185,6 +185,8 @@ def test_heads_and_neurons_are_those_of_a_plain_loop(
     base = accuracy(tasks, lmm)
     assert 0 < base < 1
     assert ranking.report["base_metric"] == base
+    assert ranking.report["prefix_sharing"] == "exact"
+    assert ranking.report["examples_sharing_a_prefix"] == COUNT
     drops, logs = torch.zeros(2, len(plain.layers(model)), plain.head_count(model)).double()
     sure = [plain.log_probability(model, one) for one in questions]
     for edit in plain.all_heads(model):
@@ -347,7 +349,7 @@ def scoring(
             logs = logits[-count - 1 : -1].log_softmax(-1)[range(count), ids[0]]
             likeliest = logits.argmax(-1)[-count - 1 + (greedy_at or 0) :][:count]
             greedy = greedy_at is not None and bool((likeliest == ids[0]).all())
-            found.append((float(of(logs)), greedy))
+            found.append((float(of(logs.detach())), greedy))
         return found
 
     return loglikelihood

@@ -51,17 +51,17 @@ def group_of(family: Family, candidates: Sequence[str] = CANDIDATES, colour: str
 
 
 def gathered(
-    sharing: SharedReplayer, group: list[dict], edits: Sequence[SiteEdit]
+    sharing: SharedReplayer, group: list[dict], edits: Sequence[SiteEdit], reads: Sequence[int] | None = None
 ) -> tuple[dict[tuple[int, SiteEdit | None], Tensor], set[int]]:
     """Logits by prompt and edit, each exactly once, and the lengths of the prefixes that were shared."""
     found: dict[tuple[int, SiteEdit | None], Tensor] = {}
     lengths = set()
-    for part in sharing.next_tokens(group, edits):
+    for part in sharing.last_tokens(group, edits, reads):
         lengths.add(part.shared)
         for one, rows in zip(part.edits, part.logits, strict=True):
             for member, logits in zip(part.members, rows, strict=True):
                 assert (member, one) not in found
-                found[member, one] = logits
+                found[member, one] = logits[-1] if reads is None else logits[-reads[member] :]
     assert len(found) == len(group) * (1 + len(edits))
     return found, lengths
 
@@ -91,6 +91,22 @@ def test_logits_behind_a_shared_prefix_are_those_of_full_forwards(
     whole, _ = gathered(SharedReplayer(Replayer(anatomy)), group, EDITS)
     for key, logits in found.items():
         torch.testing.assert_close(logits, whole[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_several_tokens_are_read_of_each_prompt(name: str, build_family: Callable[[str], Family]) -> None:
+    """More of one than of another, and more than another's ending holds."""
+    family = build_family(name)
+    anatomy, group, reads = Anatomy.of(family.model), group_of(family), [2, 9, 1, 3, 2]
+    length = shared_length(group, anatomy, reads)
+    assert length == min(shared_length(group, anatomy), group[1]["input_ids"].shape[1] - 9)
+    sharing = SharedReplayer(Replayer(anatomy))
+    found, lengths = gathered(sharing, group, EDITS, reads)
+    assert (lengths, sharing.inexact) == ({length}, None)
+    for (member, one), logits in found.items():
+        kind = None if one is None else PLAIN_EDITS[EDITS.index(one)]
+        expected = plain.forward(family.model, group[member], kind).logits[-reads[member] :]
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max(), (member, one)
 
 
 def test_the_prefix_passes_once_a_row(build_family: Callable[[str], Family]) -> None:
