@@ -5,8 +5,8 @@ Both include recording an example from the task, decoding and scoring its answer
 it is exact, and the target's log-probability, which takes a pass of its own where another answer is given.
 Usage:
 
-    python benchmarks/localization.py [--what embedded generation log_probability next_token] [--examples 16]
-                                      [--profile]
+    python benchmarks/localization.py [--what embedded generation log_probability choices next_token]
+                                      [--examples 16] [--profile]
 
 `embedded` is the shipped model on its seven tasks, all by generation; the others are a LLaVA with random
 weights, `next_token` V-SEAM's head scores. The ratio of multiply-adds is the floor of the arithmetic: what
@@ -15,11 +15,14 @@ replay saves if nothing beside it took time.
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from plain_loop import (
+    WORDS,
     Clock,
+    TokenExample,
     TokenTask,
     answer,
     examples_for,
@@ -33,10 +36,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hones_eval.anatomy import Anatomy
+from hones_eval.choices import Choice, Choices, Reading, from_text
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.measure import Measurement, Totals
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.vseam import HeadContribution
+from hones_eval.prompts import appended
 from hones_eval.replay import Replayer
 from hones_eval.sites import Head
 from hones_eval.toy import checkpoint_path
@@ -134,6 +139,45 @@ def by_log_probability(count: int, profiled: bool) -> None:
     in_turn("by log-probability", count, 1, ours, plain, profiled)
 
 
+class ChoiceTask(TokenTask):
+    """Scores the choice with the smallest loss: the target is the first."""
+
+    def score(self, index: int, text: str) -> dict[str, float]:
+        values = [value for value, _ in from_text(text)]
+        return {"share": float(values[0] == min(values))}
+
+
+@torch.no_grad()
+def by_choices(count: int, profiled: bool) -> None:
+    """The same LLaVA, questions of 4 choices of 3 tokens, by the choices' log-likelihoods."""
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    examples = examples_for(model, count, new_tokens=1, target_tokens=TARGET)
+    offered = [offer(example) for example in examples]
+    for example, four in zip(examples, offered, strict=True):
+        asked = [Choice(appended(one.inputs, one.target_ids), TARGET) for one in four]
+        example.choices = Choices(asked, 0, 0, Reading("mean loss", 0))
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), ChoiceTask(examples))  # type: ignore[arg-type]
+
+    def ours(index: int) -> Tensor:
+        return localization.measure(examples[index]).sums["log_probability_drop"]  # type: ignore[arg-type]
+
+    def plain(index: int) -> Tensor:
+        def right_one() -> float:
+            values = [log_probability(model, one) for one in offered[index]]
+            return values[0]
+
+        return plain_drops(model, localization.heads, right_one)
+
+    in_turn("by choices, 4 a question", count, 1, ours, plain, profiled)
+
+
+def offer(example: TokenExample) -> list[TokenExample]:
+    """A question with each of four choices as its target, the right one first."""
+    generator = torch.Generator().manual_seed(1000 + example.index)
+    others = torch.randint(WORDS.start, WORDS.stop, (3, TARGET), generator=generator).tolist()
+    return [replace(example, target_ids=ids) for ids in (example.target_ids, *others)]
+
+
 @torch.no_grad()
 def by_next_token(count: int, profiled: bool) -> None:
     """V-SEAM on the same LLaVA, where a picture has one question, and where it has five in a row."""
@@ -211,6 +255,7 @@ WHAT = {
     "embedded": embedded,
     "generation": by_generation,
     "log_probability": by_log_probability,
+    "choices": by_choices,
     "next_token": by_next_token,
 }
 

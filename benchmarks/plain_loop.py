@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from hones_eval.choices import Choices
 from hones_eval.margin import Margin
 from hones_eval.sites import Head
 
@@ -31,6 +32,7 @@ class TokenExample:
     settings: dict[str, Any]
     target_ids: list[int]
     margin: Margin | None = None
+    choices: Choices | None = None
     is_distractor: bool = False
 
 
@@ -39,6 +41,7 @@ class TokenTask:
 
     higher_is_better = True
     is_mean = True
+    by_log_probability = False
     metric = "share"
 
     def __init__(self, examples: list[TokenExample]) -> None:

@@ -37,6 +37,7 @@ class Queries:
     metric = "ndcg_at_5"
     higher_is_better = True
     is_mean = False
+    by_log_probability = False
     margin_words = ("Yes", "No")
 
     def __init__(self, examples: list[TokenExample], candidates: int) -> None:
