@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from hones_eval import __version__
 from hones_eval.commands import COMMANDS, command
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [one for one in given if one != "--debug"]
     _calm_libraries()
     try:
-        chosen = _parser(given).parse_args(given)
+        chosen = _read(given)
         arguments_of_command = chosen[chosen.subcommand].as_dict()
         arguments_of_command.pop("config")
         _check(**arguments_of_command)
@@ -55,6 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if several := sys.modules.get("hones_eval.processes"):
             several.leave_others()
     return 0
+
+
+def _read(given: Sequence[str]) -> Namespace:
+    """The command and its flags. Raises: ArgumentError, or HonesError for a file of flags that is no text."""
+    try:
+        return _parser(given).parse_args(given)
+    except UnicodeDecodeError as error:
+        raise HonesError(f"the file that --config names is not UTF-8 text: {error}") from None
 
 
 def _check(**arguments: Any) -> None:

@@ -156,6 +156,12 @@ def test_a_config_file_that_is_not_yaml(tmp_path: Path, capfd: pytest.CaptureFix
     assert "config" in line
 
 
+def test_a_config_file_that_is_not_text(tmp_path: Path, complains: Callable[[list[str]], str]) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    line = complains(["scale", "--config", str(tmp_path / "bad.yaml")])
+    assert "the file that --config names is not UTF-8 text" in line
+
+
 def test_flags_from_a_file_and_the_command_line_wins(
     rankings: Path, tmp_path: Path, rank: Callable[..., list[str]]
 ) -> None:

@@ -188,6 +188,12 @@ def test_the_command_writes_tables_and_figures(
     ][1::2]
     assert report["means"]["other_answer"]["block"][-1] == pytest.approx(sum(last) / 2, rel=1e-4)
     assert report["means"]["divergence"]["block"][-1] > 0
+    for flags, says in (
+        (["--strength", "2"], "--strength 2 is that of a steering: give --against"),
+        (["--figures_of=-1"], "--figures_of -1: give how many examples"),
+    ):
+        assert main([*arguments[:-4], *flags, "--out", str(tmp_path / "no")]) == 1
+        assert says in capsys.readouterr().err
     for against in ("steering=/nowhere", "steering=/nowhere,strength=2", "steering="):
         assert main([*arguments[:-4], "--against", against, "--out", str(tmp_path / "no")]) == 1
         said = capsys.readouterr().err

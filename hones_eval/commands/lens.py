@@ -66,6 +66,10 @@ def lens(
         num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
     """
     steering = _steering(against)
+    if strength != 1 and steering is None:
+        raise HonesError(f"--strength {strength:g} is that of a steering: give --against steering=FOLDER")
+    if figures_of < 0:
+        raise HonesError(f"--figures_of {figures_of}: give how many examples get a figure, 0 or more")
     job = Job.open(
         model,
         model_args,
