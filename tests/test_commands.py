@@ -236,7 +236,6 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "model_args": ({"model_args": "pretrained"}, "not of the form name=value"),
     "two tasks": ({"tasks": "own_a,own_b"}, "one task at a time"),
     "group": ({"tasks": "vqav2"}, "vqav2.* group of several tasks; choose one of: vqav2_test, vqav2_val"),
-    "likelihood": ({"tasks": "seedbench_ppl"}, "only tasks that generate"),
     "limit": ({"limit": 0}, "limit=0 leaves"),
     "offset": ({"offset": 4}, "own_a.* 4 examples; offset=4 leaves none"),
     "metric": ({"metric": "blue"}, "has no metric 'blue'; it has exact_match"),
