@@ -240,6 +240,10 @@ def test_answers_under_a_steering_are_those_of_the_steered_wrapper(
             assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert scored[::2] != scored[1::2]
     assert [one["baseline"].result["acc"] for one in results] == [1.0, 1.0, 0.0]
+    for found, item in zip(results, items(tasks, lmm), strict=True):
+        begins = plain.forward(inner_model(lmm), item.inputs).logits[-1].float().softmax(-1)
+        assert found["baseline"].probability == pytest.approx(float(begins[item.target[0]]), abs=1e-5)
+        assert found["baseline"].correct == (int(begins.argmax()) in item.target)
 
 
 def test_the_command_reports_what_discovery_measures(tasks: Path, tmp_path: Path) -> None:

@@ -129,9 +129,10 @@ class Playback:
             except HonesError:
                 raise  # a steered model's, which names task and document
             except Exception as error:
+                hint = _WITHOUT_LIKELIHOODS if method == "loglikelihood" else ""
+                reason = one_line(error).rstrip(".") if hint else one_line(error)
                 raise TaskError(
-                    f"{where}: {wrapper} failed: {type(error).__name__}: {one_line(error)}"
-                    f"{_WITHOUT_LIKELIHOODS if method == 'loglikelihood' else ''}"
+                    f"{where}: {wrapper} failed: {type(error).__name__}: {reason}{hint}"
                 ) from error
         if heard:
             raise TaskError(f"{where}: {wrapper} answered after an error: {' '.join(heard[0].split())[:400]}")
