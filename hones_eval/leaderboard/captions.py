@@ -1,9 +1,10 @@
 """Caption metrics of lmms-eval in a form that can be resampled: tokens and n-grams are counted once.
 
-lmms-eval computes BLEU, METEOR, ROUGE-L and CIDEr with pycocoevalcap, which tokenizes in a Java program and
-counts n-grams anew for every set of examples. An example's counts do not depend on the others, so corpus BLEU
-is a function of their sums (Papineni et al. 2002); ROUGE-L is a mean over examples, and so is CIDEr with the
-document frequencies of the whole data set (Vedantam et al. 2015), which both runs share.
+lmms-eval computes BLEU, METEOR, ROUGE-L and CIDEr with pycocoevalcap, which tokenizes and aligns in Java
+programs and counts n-grams anew for every set of examples. An example's counts do not depend on the others:
+corpus BLEU is a function of their sums (Papineni et al. 2002), and METEOR one of sums of matches (Denkowski
+and Lavie 2014); ROUGE-L is a mean over examples, and so is CIDEr with the document frequencies of the whole
+data set (Vedantam et al. 2015), which both runs share.
 """
 
 import math
@@ -18,7 +19,9 @@ from hones_eval.leaderboard.samples import Floats
 
 TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's, so that no match gives nearly 0
 Counts = tuple[float, ...]
-NO_METEOR = "METEOR is counted by a Java program, too slow to resample"
+# METEOR 1.5 for English: how much recall counts, the penalty's exponent and weight, how much content words
+# count, and what a match is worth that is exact, of the stem, a synonym, a paraphrase.
+ALPHA, BETA, GAMMA, DELTA, WORTH = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8, 0.6])
 
 
 def is_caption_metric(metric: str, items: Sequence[Any]) -> bool:
@@ -30,26 +33,81 @@ def is_caption_metric(metric: str, items: Sequence[Any]) -> bool:
 
 
 def caption_scores(metric: str, items: Sequence[dict[str, Any]]) -> Floats | list[Counts] | str:
-    """Give a score per example `[n]`, or a row of counts per example for BLEU, or why there is neither.
+    """Give a score per example `[n]`, or counts per example for BLEU and METEOR, or why there is neither.
 
     Args:
         metric: the metric's name, such as `coco_Bleu_4`.
         items: `process_results`' entries, each with `answer`, the references, and `pred`.
     """
     kind = _kind(metric)
-    if kind == "METEOR":
-        return NO_METEOR
     from pycocoevalcap.eval import Cider, Rouge
 
     try:
         references = _tokens(tuple([tuple(item["answer"]) for item in items]))
         answers = _tokens(tuple([(item["pred"],) for item in items]))
+        if kind == "METEOR":
+            return meteor_counts(references, answers)
     except OSError as error:
-        return f"captions are tokenized by java, which does not run here ({error})"
+        return f"captions are read by java, which does not run here ({error})"
     if kind.startswith("Bleu"):
         return bleu_counts(references, answers)
     _, scores = (Rouge() if kind == "ROUGE_L" else Cider()).compute_score(references, answers)
     return np.asarray(scores, dtype=np.float64)
+
+
+def corpus_function(metric: str) -> Callable[[Sequence[Counts]], float]:
+    """BLEU or METEOR of a corpus as a function of its examples' counts."""
+    return meteor if _kind(metric) == "METEOR" else bleu_of(metric)
+
+
+def meteor(rows: Sequence[Counts]) -> float:
+    """METEOR of a corpus, of rows of `meteor_counts`.
+
+    Precision and recall of matched words, each worth what its kind is, less for the chunks that they are in.
+    """
+    total = np.sum(rows, axis=0)
+    (said, meant), (said_function, meant_function) = total[:2], total[2:4]
+    # By kind of match: content words of the answer and of the reference, then function words of both.
+    content, function = total[4:20].reshape(4, 4)[:, :2], total[4:20].reshape(4, 4)[:, 2:]
+    chunks, matched = total[20], total[21:23].mean()
+    found = WORTH @ (DELTA * content + (1 - DELTA) * function)
+    if not found.all():
+        return 0.0
+    precision = found[0] / (DELTA * (said - said_function) + (1 - DELTA) * said_function)
+    recall = found[1] / (DELTA * (meant - meant_function) + (1 - DELTA) * meant_function)
+    mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+    return float(mean * (1 - GAMMA * (chunks / matched) ** BETA))
+
+
+def meteor_counts(references: dict[int, list[str]], answers: dict[int, list[str]]) -> list[Counts]:
+    """One row `[23]` an example, as the Java program gives it for the reference that fits best.
+
+    Words of answer and reference, how many of them are function words; for each of four kinds of match the
+    matched content words of both and function words of both; chunks, and matched words of both. What is said
+    word for word is in no chunk.
+    """
+    given = (tuple((key, tuple(said)) for key, said in one.items()) for one in (references, answers))
+    return _meteor_counts(*given)
+
+
+@lru_cache(maxsize=32)  # a baseline is compared with many
+def _meteor_counts(references: Any, answers: Any) -> list[Counts]:
+    from pycocoevalcap.eval import Meteor
+
+    scorer, rows = Meteor(), []
+    align = scorer._stat
+
+    def kept(*asked: Any) -> Any:
+        line = align(*asked)
+        row = list(map(float, line.split()))
+        if row[20] == 1 and row[21:] == row[:2]:
+            row[20] = 0.0
+        rows.append(tuple(row))
+        return line
+
+    scorer._stat = kept
+    scorer.compute_score(dict(references), dict(answers))
+    return rows
 
 
 def bleu_of(metric: str) -> Callable[[Sequence[Counts]], float]:

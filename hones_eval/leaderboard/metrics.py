@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hones_eval.leaderboard.captions import bleu_of, caption_scores
+from hones_eval.leaderboard.captions import caption_scores, corpus_function
 from hones_eval.leaderboard.reading import Metric, Run
 from hones_eval.leaderboard.samples import Floats, Integers, read_rows
 
@@ -100,13 +100,13 @@ def _entries(metric: Metric, run: Run) -> list[Any]:
 
 
 def caption_form(metric: Metric, corpus: Corpus, values: tuple[float, float]) -> Scores | Corpus | str:
-    """A caption metric as a score per example, or as counts of which BLEU is a function, or why not."""
+    """A caption metric as a score per example, or as counts that it is a function of, or why not."""
     before, after = (caption_scores(metric.name, items) for items in corpus.runs)
     for one in (before, after):
         if isinstance(one, str):
             return one
     if isinstance(before, list) and isinstance(after, list):
-        return replace(corpus, baseline=before, steered=after, function=bleu_of(metric.name))
+        return replace(corpus, baseline=before, steered=after, function=corpus_function(metric.name))
     assert isinstance(before, np.ndarray)
     assert isinstance(after, np.ndarray)
     for column, reported in zip((before, after), values, strict=True):
