@@ -61,6 +61,10 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         Raises:
             HonesError: the steering is missing or does not fit, or a value makes no sense.
         """
+        if steering is not None and not str(steering).strip():
+            raise HonesError(
+                "steering= is empty: give a folder or a hub id, or leave it out for the baseline"
+            )
         _check_settings(strength, attach, allow_noop)
         loaded = None if steering is None else Steering.load(str(steering))
         base = _class_after(Steered, type(self))

@@ -435,6 +435,7 @@ def test_settings_that_make_no_sense(
 ) -> None:
     steering = str(steerings["llava"])
     for wrong, message in (
+        ({"steering": ""}, "steering= is empty: give a folder or a hub id, or leave it out"),
         ({"strength": "strong"}, "strength='strong' is not a number"),
         ({"attach": "glue"}, "attach='glue' is not known: use hook or fold"),
         ({"allow_noop": "maybe"}, "allow_noop='maybe' is neither true nor false"),
