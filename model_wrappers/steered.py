@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -147,11 +148,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def _likelihoods(self, requests: list[Instance]) -> list[Any]:
         if self.own_likelihoods:
-            try:
+            with suppress(NotImplementedError):
                 return self._through("loglikelihood", requests)
-            except HonesError as error:
-                if not isinstance(error.__cause__, NotImplementedError):
-                    raise
         shown = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
         return [self._likelihood(request) for request in shown]
 
@@ -203,6 +201,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         except Failure as failure:
             raise self._failed(failure.error) from failure.error
         except Exception as error:
+            if method == "loglikelihood" and isinstance(error, NotImplementedError):
+                raise
             raise self._failed(error) from error
         if self._watched.failure is not None:  # swallowed, and logged at most
             raise self._failed(self._watched.failure) from self._watched.failure

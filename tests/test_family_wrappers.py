@@ -143,7 +143,9 @@ def test_log_likelihoods_of_choices_are_those_of_generating_them(at: Visit, foun
         assert loss == pytest.approx(forced, rel=1e-4 if at.model.dtype == torch.float32 else 2e-2)
         difference = family_doors.replay_difference(at.model, asked.inputs)
         assert family_doors.within(difference, at.model), difference
-    assert family_doors.losses(at.build(f"steering={at.steering}"), requests) != losses
+    steered = at.build(f"steering={at.steering}")
+    assert family_doors.losses(steered, requests) != losses
+    assert not steered.record.errors
     found[at.door]["choices"] = exactly(at)
 
 
