@@ -111,6 +111,9 @@ class RunRecord:
         requests = self._requests.values()
         for request in tqdm(requests, desc="Hashing prompts and pictures", disable=self.rank != 0):
             document = (str(request.task_name), request.doc_id)
+            if request.request_type == "loglikelihood" and document in prompts:
+                prompts[document] += _texts(request)  # another choice behind the same question
+                continue
             texts, shown = _shown(request, self._task_dict)
             prompts.setdefault(document, []).extend(texts)
             pictures.setdefault(document, []).extend(image_hash(picture) for picture in shown)
@@ -125,8 +128,7 @@ class RunRecord:
 
 def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], list[Image]]:
     """The texts and pictures of one request, from the same functions that the wrapper asks."""
-    arguments = request.args
-    texts = [part for part in arguments[:1] if isinstance(part, str)]
+    arguments, texts = request.args, _texts(request)
     sources = [part for part in arguments if callable(part)]
     if not sources:
         return texts, []
@@ -137,6 +139,12 @@ def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], 
     if isinstance(content, list) and content and isinstance(content[0], dict) and "role" in content[0]:
         return list(_message_texts(content)), [part for part in _leaves(content) if isinstance(part, Image)]
     return texts, [part for part in _leaves(content) if isinstance(part, Image)]
+
+
+def _texts(request: Instance) -> list[str]:
+    """The question, and in a log-likelihood request the choice behind it."""
+    count = 2 if request.request_type == "loglikelihood" else 1
+    return [part for part in request.args[:count] if isinstance(part, str)]
 
 
 def _message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:

@@ -19,9 +19,11 @@ from transformers import AutoProcessor
 from hones_eval import choices
 from hones_eval.__main__ import main
 from hones_eval.anatomy import Anatomy
+from hones_eval.artefact import hash_of
 from hones_eval.errors import TaskError
 from hones_eval.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder
+from hones_eval.pictures import image_hash
 from hones_eval.ranking import Ranking
 from hones_eval.replay import Replayer
 from hones_eval.steering import Steering
@@ -254,8 +256,17 @@ def test_the_command_reports_what_discovery_measures(tasks: Path, tmp_path: Path
         assert done.returncode == 0, done.stderr[-2000:]
         (results,) = tmp_path.glob("logs/*/*_results.json")
         assert json.loads(results.read_text())["results"]["own_choice"]["acc,none"] == pytest.approx(2 / 3)
+        kept = lmms_runs.manifest(tmp_path / "logs")["requests"]["own_choice"]
+        assert kept == {str(row): fingerprint(tasks, row) for row in range(COUNT)}
         shutil.rmtree(tmp_path / "logs")
     assert rank(tasks, tmp_path / "ranking", "hones_llava").report["base_metric"] == pytest.approx(2 / 3)
+
+
+def fingerprint(tasks: Path, row: int) -> dict[str, Any]:
+    """Of the question with every choice, and of its picture, once."""
+    asked = asked_rows(tasks)[row]
+    texts = [text for option in asked["options"] for text in (asked["question"], f" {option}")]
+    return {"prompt_sha256": hash_of(texts), "image_sha256": [image_hash(picture_of(asked)[0])]}
 
 
 def test_own_tokens_leave_what_a_template_puts_round_a_choice() -> None:
