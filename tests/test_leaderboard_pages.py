@@ -16,7 +16,7 @@ from make_logs import Questions, Steered, provenance, save_steering, write_run
 
 from hones_eval.__main__ import main
 from hones_eval.leaderboard import make_board
-from hones_eval.leaderboard.text import LONGEST, cell, plain_cell, shown
+from hones_eval.leaderboard.text import LONGEST, cell, plain_cell, shown, shown_answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = [
@@ -445,3 +445,11 @@ def test_ten_thousand_flips_stay_quick_to_page(page: Any, tmp_path: Path) -> Non
     assert page.locator("*").count() < 1_500
     page.fill("#flip-search", "Question 9999?")
     assert page.locator("#flips li").count() == 1
+
+
+def test_choices_are_shown_by_their_values() -> None:
+    """As lmms-eval writes them into its samples, numbers and truths as texts."""
+    assert shown_answer([["6.5", "False"], ["0.25", "True"], [7.0, False]]) == "choice 2 of 6.5, 0.25, 7"
+    assert shown_answer(["red"]) == "red"
+    assert shown_answer(["red", "blue"]) == "['red', 'blue']"
+    assert shown_answer([["a", "True"], ["b", "False"]]) == "[['a', 'True'], ['b', 'False']]"

@@ -9,7 +9,7 @@ import numpy as np
 
 from hones_eval.leaderboard.board import Row
 from hones_eval.leaderboard.samples import Integers, Samples, read_rows
-from hones_eval.leaderboard.text import shown
+from hones_eval.leaderboard.text import shown, shown_answer
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def _flips(
             side=side,
             question=shown(old.get("input")),
             gold=shown(old.get("target")),
-            baseline=shown(old.get("filtered_resps")),
-            steered=shown(new.get("filtered_resps")),
+            baseline=shown_answer(old.get("filtered_resps")),
+            steered=shown_answer(new.get("filtered_resps")),
             scores=scores,
             picture=_shown_picture(after, int(place)) or _shown_picture(before, int(place)),
             media=str(next(iter(new.get("input_media") or old.get("input_media") or ()), "")),

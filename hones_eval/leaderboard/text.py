@@ -26,6 +26,25 @@ def shown(value: object, longest: int = LONGEST) -> str:
     return cut if len(text) <= longest else f"{cut} … ({len(text):,} characters)"
 
 
+def shown_answer(value: object) -> str:
+    """An answer as `shown`; of choices the one with the smallest value, and the values of all."""
+    if not isinstance(value, list) or len(value) < 2 or not all(map(_is_choice, value)):
+        return shown(value)
+    values = [float(one[0]) for one in value]
+    return f"choice {values.index(min(values)) + 1} of {', '.join(format(one, '.4g') for one in values)}"
+
+
+def _is_choice(value: object) -> bool:
+    """Whether this is a log-likelihood with whether it is greedy, as lmms-eval writes them."""
+    if not isinstance(value, list) or len(value) != 2 or str(value[1]) not in ("True", "False"):
+        return False
+    try:
+        float(value[0])
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def one_line(value: object, longest: int = 120) -> str:
     """As `shown`, on one line."""
     return " ".join(shown(value, longest).split())
