@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# What wrappers make of the log-probabilities [..., tokens] of a continuation.
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean loss": lambda logs: -logs.mean(-1),
-    "summed loss": lambda logs: -logs.sum(-1),
-    "mean log-likelihood": lambda logs: logs.mean(-1),
-    "summed log-likelihood": lambda logs: logs.sum(-1),
+from hones_eval.readouts import sequence_log_probability
+
+# What wrappers make of a continuation's log-probability [rows] and of how many tokens it has.
+VALUES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean loss": lambda log_p, tokens: -log_p / tokens,
+    "summed loss": lambda log_p, tokens: -log_p,
+    "mean log-likelihood": lambda log_p, tokens: log_p / tokens,
+    "summed log-likelihood": lambda log_p, tokens: log_p,
 }
 
 
@@ -52,9 +54,8 @@ class Choice(NamedTuple):
 
         `logits` [rows, scored + 1, vocabulary] are those of the last positions.
         """
-        ids = torch.tensor(self.ids, device=logits.device).expand(len(logits), -1)
-        logs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        value = VALUES[reading.value](logs)
+        ids = torch.tensor(self.ids, device=logits.device)
+        value = VALUES[reading.value](sequence_log_probability(logits[:, :-1], ids), self.scored)
         if reading.greedy_at is None:
             return value, torch.zeros(len(logits), dtype=torch.bool)
         likeliest = logits.argmax(-1)[:, reading.greedy_at :][:, : self.scored]

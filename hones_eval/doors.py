@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,14 +22,19 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel, arguments: Mapping[str, Any]) -> "Call":
         """Sort a call's arguments, by name."""
-        settings = set(GenerationConfig().to_dict())
-        forward = inspect.signature(type(model).forward).parameters
+        settings, forward = _settings_and_inputs(cast(Any, type(model)))
         inputs = {
             key: value
             for key, value in arguments.items()
             if key not in settings and (key in forward or isinstance(value, Tensor))
         }
         return cls(inputs, {key: value for key, value in arguments.items() if key not in inputs})
+
+
+@cache
+def _settings_and_inputs(model: type[PreTrainedModel]) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the settings of generation, and of what a kind of model takes; asked for with every call."""
+    return frozenset(GenerationConfig().to_dict()), frozenset(inspect.signature(model.forward).parameters)
 
 
 class StandInForGenerate:

@@ -119,7 +119,7 @@ def choose(
 
 def is_named(task: str) -> bool:
     """Whether a task has an adapter in `BY_NAME`."""
-    return any(fnmatch(task, name) for name, _ in BY_NAME)
+    return bool(_named(task, alternatives, None))
 
 
 def unproven(task: str, doc: Mapping[str, Any], override: str | None) -> Candidate:
@@ -127,14 +127,14 @@ def unproven(task: str, doc: Mapping[str, Any], override: str | None) -> Candida
 
     Raises: TaskError when it is not named.
     """
-    if override is None and not is_named(task):
+    named = _named(task, alternatives, override)
+    if not named:
         raise TaskError(
             f"task {task} has no metric that could prove a gold answer: name the column or a template with "
             f"--target; the columns are {', '.join(map(str, doc))}"
         )
-    first = _candidates(task, "", doc, lambda _: _one(""), override)[0]
-    source = f"--target {override}" if override is not None else first.name
-    return Candidate(f"{source}, which no score proves", first.adapter, True)
+    source = f"--target {override}" if override is not None else named[0].name
+    return Candidate(f"{source}, which no score proves", named[0].adapter, True)
 
 
 def _tried(
@@ -176,12 +176,19 @@ def _candidates(
     task: str, metric: str, doc: Mapping[str, Any], native: Adapter, override: str | None
 ) -> list[Candidate]:
     several = captions if _of_captions(metric) else alternatives
+    found = _named(task, several, override)
+    if override is not None:
+        return found
+    found.append(Candidate("doc_to_target", native))
+    return found + [Candidate(f"column {name}", several(name)) for name in COLUMNS if name in doc]
+
+
+def _named(task: str, several: Callable[[str], Adapter], override: str | None) -> list[Candidate]:
+    """The one way that `override` names, or else the first for the task in `BY_NAME`, if any."""
     if override is not None:
         return [Candidate(override, _template(override) if "{{" in override else several(override), True)]
     known = [Candidate(f"the adapter of {name}", one, True) for name, one in BY_NAME if fnmatch(task, name)]
-    found = known[:1]
-    found.append(Candidate("doc_to_target", native))
-    return found + [Candidate(f"column {name}", several(name)) for name in COLUMNS if name in doc]
+    return known[:1]
 
 
 def _of_captions(metric: str) -> bool:

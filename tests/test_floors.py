@@ -47,7 +47,7 @@ FLOORS: dict[str, set[str]] = {
     "margin": {"errors"},
     "prompts": set(),
     "doors": set(),
-    "choices": set(),
+    "choices": {"readouts"},
     "racing": {"errors"},
     # 1: one model, or one result
     "anatomy": {*BASE, "attach"},

@@ -6,7 +6,7 @@ log-likelihoods the stand-in is at the place of `forward`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -61,13 +61,13 @@ class Playback:
         Raises: TaskError when the request fails, calls `forward` not once, or gives the choice no labels.
         """
         forward = StandInForForward(self.model)
-        self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        self._ask("loglikelihood", instance, "forward", forward)
         return self._choice(forward.calls[0], f"{instance.task_name}, doc_id {instance.doc_id}")
 
     def score_choice(self, instance: Instance) -> float:
         """Give the value that the wrapper itself makes of one choice, by a forward pass."""
         forward = CountedForward(self.model)
-        output = self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        output = self._ask("loglikelihood", instance, "forward", forward)
         return float(_pair(output)[0])
 
     def finds_greedy(self, instance: Instance, late: int) -> bool:
@@ -76,7 +76,7 @@ class Playback:
         It is sure at the position before, which predicts it, and with `late` 1 at the token's own.
         """
         forward = StandInForForward(self.model, sure=late)
-        output = self._ask("loglikelihood", instance, "forward", forward, forward.calls)
+        output = self._ask("loglikelihood", instance, "forward", forward)
         return bool(_pair(output)[1])
 
     def _choice(self, arguments: dict[str, Any], where: str) -> Choice:
@@ -106,7 +106,7 @@ class Playback:
     ) -> tuple[dict[str, Any], str]:
         """Send one request through `generate_until` with the answer already chosen."""
         stand_in = StandInForGenerate(self.model, token_ids, with_prompt)
-        output = self._ask("generate_until", instance, "generate", stand_in, stand_in.calls)
+        output = self._ask("generate_until", instance, "generate", stand_in)
         return stand_in.calls[0], str(unwrap_generation_output(output)[0])
 
     def _ask(
@@ -114,8 +114,7 @@ class Playback:
         method: str,
         instance: Instance,
         name: str,
-        stand_in: Callable[..., Any],
-        calls: Sequence[object],
+        stand_in: StandInForGenerate | StandInForForward | CountedForward,
     ) -> Any:
         """Send one request through a method of the wrapper, with one of the inner model's replaced.
 
@@ -136,11 +135,11 @@ class Playback:
                 ) from error
         if heard:
             raise TaskError(f"{where}: {wrapper} answered after an error: {' '.join(heard[0].split())[:400]}")
-        if not calls:
+        if not stand_in.calls:
             raise TaskError(f"{where}: {wrapper} never called `{name}` of its {type(self.model).__name__}")
-        if len(calls) > 1:
+        if len(stand_in.calls) > 1:
             raise TaskError(
-                f"{where}: {wrapper} called `{name}` {len(calls)} times for one request; "
+                f"{where}: {wrapper} called `{name}` {len(stand_in.calls)} times for one request; "
                 "only models that answer with a single call can be measured"
             )
         return output[0]

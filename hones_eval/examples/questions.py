@@ -11,7 +11,7 @@ from lmms_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from hones_eval import choices, prompts
-from hones_eval.choices import Choice, Choices, Reading
+from hones_eval.choices import Choices, Reading
 from hones_eval.errors import TaskError
 from hones_eval.examples.playback import Playback
 
@@ -77,17 +77,14 @@ class Questions:
         choice = self.playback.record_choice(request)
         value = self.playback.score_choice(request)
         greedy_at = next((late for late in (0, 1) if self.playback.finds_greedy(request, late)), None)
+        with torch.no_grad():
+            logits = self.playback.model(**choice.inputs, use_cache=False).logits[:, -choice.scored - 1 :]
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5
         for reading in (Reading(name, greedy_at) for name in choices.VALUES):
-            if self._gives(choice, reading, value):
+            found = float(choice.read(logits, reading)[0])
+            if math.isclose(found, value, rel_tol=tolerance, abs_tol=tolerance):
                 return reading
         raise TaskError(
             f"{request.task_name}, doc_id {request.doc_id}: {type(self.playback.lmm).__name__} scores a "
             f"choice as {value:g}, neither loss nor log-likelihood of the tokens that it gives labels"
         )
-
-    @torch.no_grad()
-    def _gives(self, choice: Choice, reading: Reading, value: float) -> bool:
-        logits = self.playback.model(**choice.inputs, use_cache=False).logits[:, -choice.scored - 1 :]
-        tolerance = torch.finfo(logits.dtype).eps ** 0.5
-        found = float(choice.read(logits, reading)[0])
-        return math.isclose(found, value, rel_tol=tolerance, abs_tol=tolerance)
