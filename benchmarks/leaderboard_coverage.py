@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from hones_eval.leaderboard.corpus import compare_corpus
-from hones_eval.leaderboard.statistics import (
+from hones_eval.stats.corpus import compare_corpus
+from hones_eval.stats.paired import (
     bca_of_means,
     bonett_price,
     cluster_sums,

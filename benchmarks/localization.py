@@ -35,15 +35,15 @@ from plain_loop import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.choices import Choice, Choices, Reading, from_text
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.measure import Measurement, Totals
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head
+from hones_eval.engine.prompts import appended
+from hones_eval.engine.replay import Replayer
+from hones_eval.lmms.answers.choices import Choice, Choices, Reading, from_text
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.vseam import HeadContribution
-from hones_eval.prompts import appended
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head
+from hones_eval.runs.measure import Measurement, Totals
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import TASKS
 

@@ -17,12 +17,12 @@ import torch
 from plain_loop import TokenExample, examples_for, small_llava
 from torch import Tensor
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.loops import SumOverRanks
-from hones_eval.measure import Totals
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head
+from hones_eval.engine.replay import Replayer
 from hones_eval.methods.hones import NeuronAttribution
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head
+from hones_eval.runs.lightning import SumOverRanks
+from hones_eval.runs.measure import Totals
 
 LAYERS, HEADS, HIDDEN = 8, 8, 256
 Hook = Callable[[Any, int, dict[int, Tensor]], Any]

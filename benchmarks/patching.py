@@ -19,9 +19,9 @@ from plain_loop import small_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.patching import Patch, Patcher
-from hones_eval.tokens import positions
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.patching import Patch, Patcher
+from hones_eval.engine.tokens import positions
 
 Inputs = dict[str, Tensor]
 Part = Literal["attention", "ffn"]

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hones_eval.choices import Choices
-from hones_eval.margin import Margin
-from hones_eval.sites import Head
+from hones_eval.core.sites import Head
+from hones_eval.lmms.answers.choices import Choices
+from hones_eval.lmms.answers.margin import Margin
 
 IMAGE, END, WORDS = 5, 2, range(10, 1000)
 

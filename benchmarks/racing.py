@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.localizing import Savings, localize
-from hones_eval.loops import Loop
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.replay import Replayer
+from hones_eval.jobs.head_search import Savings, localize
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.raced import LOOK
-from hones_eval.racing import Bound, Race
-from hones_eval.replay import Replayer
+from hones_eval.runs.lightning import Loop
+from hones_eval.runs.racing import Bound, Race
 from hones_eval.toy import checkpoint_path, scenes
 
 SCENES = Path(__file__).resolve().parent.parent / "tasks" / "scenes"

@@ -25,12 +25,12 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.measure import Measure
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head
+from hones_eval.engine.replay import Replayer
 from hones_eval.methods.hones import HeadLocalization, NeuronAttribution
 from hones_eval.methods.vseam import HeadContribution
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head
+from hones_eval.runs.measure import Measure
 
 PROMPT, ANSWER, TARGET, EXAMPLES = 40, 24, 4, 5000
 SIDE = 24  # image tokens along one side: 576 in all

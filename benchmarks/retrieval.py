@@ -17,12 +17,12 @@ import torch
 from plain_loop import IMAGE, WORDS, TokenExample, plain_head, small_llava
 from torch import Tensor
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.margin import Margin
-from hones_eval.measure import Totals
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head
+from hones_eval.engine.replay import Replayer
+from hones_eval.lmms.answers.margin import Margin
 from hones_eval.methods.hones import HeadLocalization
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head
+from hones_eval.runs.measure import Totals
 
 MARGIN = Margin(3, 4)
 # Tokens in front of a candidate and behind it; that of Llama cuts "\nCandidate: " and the question like this.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.__main__ import main as hones_eval
-from hones_eval.steering import Steering
+from hones_eval.core.steering import Steering
 from hones_eval.toy import checkpoint_path
 
 QUESTIONS = ("vqa_object", "vqa_attribute", "vqa_relation")

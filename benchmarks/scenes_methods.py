@@ -24,22 +24,22 @@ from scenes_board import CHECKPOINT
 from scenes_study import CANDIDATES, TASKS
 from torch import Tensor
 
-from hones_eval.ablation import Ablation
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import write_json
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
-from hones_eval.margin import Margins
-from hones_eval.measure import Totals
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import write_json
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
+from hones_eval.engine.passes import SiteEdit
+from hones_eval.engine.replay import Replayer
+from hones_eval.jobs.verify import Measured, masked
+from hones_eval.lmms.answers.margin import Margins
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder, answered
 from hones_eval.methods.hones import NeuronAttribution, inverse_document_frequency
-from hones_eval.passes import SiteEdit
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
+from hones_eval.runs.ablation import Ablation
+from hones_eval.runs.lightning import Loop
+from hones_eval.runs.measure import Totals
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import load_ground_truth
-from hones_eval.verification import Measured, masked
 
 METHODS = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
 SIZES = (0.0025, 0.005, 0.01, 0.02, 0.05)

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from hones_eval import figures
-from hones_eval.artefact import read_json, write_json, write_text
-from hones_eval.comparison import by_layer
-from hones_eval.comparison_report import csv_table, markdown_table
-from hones_eval.sites import Neuron, top_neurons
+from hones_eval.core.artifact import read_json, write_json, write_text
+from hones_eval.core.sites import Neuron, top_neurons
+from hones_eval.jobs.compare import by_layer
+from hones_eval.jobs.verify import Measured
+from hones_eval.reports import figures
+from hones_eval.reports.comparison import csv_table, markdown_table
 from hones_eval.toy.yardstick import agreement
-from hones_eval.verification import Measured
 
 if TYPE_CHECKING:
     from scenes_methods import Task

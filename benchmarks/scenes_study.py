@@ -20,7 +20,7 @@ from pathlib import Path
 
 from scenes_board import CHECKPOINT, run_ours
 
-from hones_eval.comparison import group_name
+from hones_eval.jobs.compare import group_name
 from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding", "retrieval_margin")

@@ -21,7 +21,7 @@ from pathlib import Path
 from scenes_board import CHECKPOINT, evaluate, run_ours
 from scenes_study import MODEL, keep
 
-from hones_eval.steering import Steering
+from hones_eval.core.steering import Steering
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.questions import KINDS
 

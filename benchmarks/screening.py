@@ -13,12 +13,12 @@ import time
 import torch
 from torch import Tensor
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.replay import Replayer
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.first_order import FirstOrder
 from hones_eval.methods.hones import HeadLocalization
-from hones_eval.replay import Replayer
+from hones_eval.runs.lightning import Loop
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import TASKS
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from plain_loop import Clock, answer, examples_for, small_llava
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import Provenance
-from hones_eval.sites import neuron_count
-from hones_eval.steer_model import attach_to, scaled_sites
-from hones_eval.steering import Steering
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import Provenance
+from hones_eval.core.attach import attach_to, scaled_sites
+from hones_eval.core.sites import neuron_count
+from hones_eval.core.steering import Steering
 
 WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold")
 WARM_UP, RESAMPLES = 5, 10_000

@@ -4,14 +4,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from hones_eval.anatomy import Anatomy
-    from hones_eval.ranking import Ranking
-    from hones_eval.steer_model import steer
-    from hones_eval.steering import Steering
+from hones_eval.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["Anatomy", "Ranking", "Steering", "steer"]
+if TYPE_CHECKING:
+    from hones_eval.core.anatomy import Anatomy
+    from hones_eval.core.attach import steer
+    from hones_eval.core.ranking import Ranking
+    from hones_eval.core.steering import Steering
+
+__all__ = ["Anatomy", "Ranking", "Steering", "__version__", "steer"]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "model_wrappers").is_dir():
@@ -20,7 +21,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "model_wrappers").is_dir():
 
 # Imported when they are asked for: they bring torch along, and lmms-eval imports this package
 # only to learn the names of its models.
-_HOMES = {"Anatomy": "anatomy", "Ranking": "ranking", "Steering": "steering", "steer": "steer_model"}
+_HOMES = {
+    "Anatomy": "core.anatomy",
+    "Ranking": "core.ranking",
+    "Steering": "core.steering",
+    "steer": "core.attach",
+}
 
 
 def __getattr__(name: str) -> Any:

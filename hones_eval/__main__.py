@@ -14,9 +14,9 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
-from hones_eval import __version__
 from hones_eval.commands import COMMANDS, command
 from hones_eval.errors import HonesError
+from hones_eval.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments_of_command.pop("config")
         _check(**arguments_of_command)
         command(chosen.subcommand)(**arguments_of_command)
-        if several := sys.modules.get("hones_eval.processes"):
+        if several := sys.modules.get("hones_eval.runs.processes"):
             several.wait_for_others()
     except (HonesError, ArgumentError, OSError) as error:
         if debug:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hones-eval: interrupted{_way_on(given)}", file=sys.stderr)
         return 130
     finally:
-        if several := sys.modules.get("hones_eval.processes"):
+        if several := sys.modules.get("hones_eval.runs.processes"):
             several.leave_others()
     return 0
 

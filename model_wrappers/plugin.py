@@ -101,7 +101,7 @@ def _patch_tasks(module: ModuleType) -> None:
             return index(self, [*given, *own_tasks] if include_defaults else given, include_defaults)
         except Exception:
             if COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
-                from hones_eval.task_files import broken_file
+                from hones_eval.lmms.task_files import broken_file
 
                 for blamed in filter(None, (broken_file(Path(folder)) for folder in given)):
                     raise _ending(blamed) from blamed
@@ -118,7 +118,7 @@ def _patch_tasks(module: ModuleType) -> None:
     @wraps(load)
     def load_task_or_group(self: Any, task_list: Any = None, *args: Any, **kwargs: Any) -> Any:
         if COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
-            from hones_eval.task_files import check_task_file, users_file
+            from hones_eval.lmms.task_files import check_task_file, users_file
 
             names = [task_list] if isinstance(task_list, str) else task_list or []
             for path in filter(None, (users_file(self, name) for name in names if isinstance(name, str))):
@@ -147,7 +147,7 @@ def _patch_tasks(module: ModuleType) -> None:
 
 def _offers_choices(manager: Any, config: Any) -> bool:
     """Whether a task is one of log-likelihoods, whose requests lmms-eval builds in the simple form alone."""
-    from hones_eval.task_files import read_task_file
+    from hones_eval.lmms.task_files import read_task_file
 
     name = config.get("task") if isinstance(config, dict) else config
     entry = manager.task_index.get(name) if isinstance(name, str) else None
@@ -233,7 +233,7 @@ def _patch_evaluate(module: ModuleType) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if not is_ours(model):
             return evaluate(*args, **kwargs)
-        from hones_eval.task_failures import told_at_once
+        from hones_eval.lmms.failures import told_at_once
 
         tracker = kwargs.get("evaluation_tracker")
         try:
@@ -269,7 +269,7 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
     """What to raise: under the command an end with one line and exit status 1, elsewhere the error itself."""
     if COMMAND not in sys.modules:
         return error
-    from hones_eval.processes import is_about_others, left_alone
+    from hones_eval.runs.processes import is_about_others, left_alone
 
     if is_about_others(error):
         error = left_alone(error)

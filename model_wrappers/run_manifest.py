@@ -14,10 +14,10 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hones_eval import __version__
-from hones_eval.artefact import FORMAT_VERSION, hash_of, write_json
-from hones_eval.pictures import image_hash
-from hones_eval.steering import Steering
+from hones_eval.core.artifact import FORMAT_VERSION, hash_of, write_json
+from hones_eval.core.images import image_hash
+from hones_eval.core.steering import Steering
+from hones_eval.version import __version__
 
 Document = tuple[str, Any]
 MAKES_INPUT = ("generate_until", "generate_until_agentic", "generate_until_multi_round")

@@ -16,13 +16,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hones_eval.doors import Call, StandInForGenerate, replaced
+from hones_eval.core.attach import AttachMode, attach_steering
+from hones_eval.core.steering import Steering
+from hones_eval.engine.prompts import appended
 from hones_eval.errors import HonesError
-from hones_eval.lmms_calls import quiet
-from hones_eval.margin import answer_tokens, as_text, tokenizer_in, without, words_of
-from hones_eval.prompts import appended
-from hones_eval.steer_model import AttachMode, attach_steering
-from hones_eval.steering import Steering
+from hones_eval.lmms.answers.margin import answer_tokens, as_text, tokenizer_in, without, words_of
+from hones_eval.lmms.call_capture import Call, StandInForGenerate, replaced
+from hones_eval.lmms.calls import quiet
 
 from . import plugin
 from .run_manifest import RunRecord

@@ -12,9 +12,9 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hones_eval.core.attach import AttachedSteering
 from hones_eval.errors import EditError, HonesError
-from hones_eval.margin import margin_behind
-from hones_eval.steer_model import AttachedSteering
+from hones_eval.lmms.answers.margin import margin_behind
 
 Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
 

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHAPE_CHECKED = ["hones_eval.edits", "hones_eval.readouts"]
+SHAPE_CHECKED = ["hones_eval.core.edits", "hones_eval.core.readouts"]
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
@@ -51,7 +51,7 @@ def model_args(llava_checkpoint: Path) -> str:
 def models_loaded_once() -> Iterator[None]:
     """Every command of a file loads the same checkpoints: keep what the real loader gave."""
     from hones_eval.commands import shared
-    from hones_eval.examples import load_lmm
+    from hones_eval.lmms.examples import load_lmm
 
     loaded: dict[tuple[str, str], Any] = {}
 

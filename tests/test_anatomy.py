@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import ModelShape
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import ModelShape
 from hones_eval.errors import HonesError, UnsupportedModelError
 
 RED, BLUE = (Image.new("RGB", size, colour) for size, colour in (((64, 48), "red"), ((40, 90), "blue")))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hones_eval.attach import AttachedEdits, Site, editing, recording
+from hones_eval.core.hooks import AttachedEdits, Site, editing, recording
 from hones_eval.errors import EditError
 
 

@@ -15,7 +15,7 @@ from drawn_data import write_folder
 from transformers import LlavaForConditionalGeneration
 
 from hones_eval.__main__ import main
-from hones_eval.ranking import Ranking
+from hones_eval.core.ranking import Ranking
 
 pytestmark = pytest.mark.usefixtures("models_loaded_once")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.measure import Totals
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.baselines import NeuronActivity, entropy
-from hones_eval.ranking import Ranking
+from hones_eval.runs.measure import Totals
 
 LIMIT = 3
 

@@ -71,8 +71,8 @@ GOLDS = {
 """The target of the first example, the references of the second, and the metric of gold answers to all."""
 FIND_GOLDS = """
 import json, sys
-from hones_eval.choices import preferring
-from hones_eval.examples import TaskExamples, load_lmm
+from hones_eval.lmms.answers.choices import preferring
+from hones_eval.lmms.examples import TaskExamples, load_lmm
 def answer(one):
     asked = one.choices
     return preferring(asked.gold, len(asked.offered)) if asked else one.references[0]
@@ -216,7 +216,7 @@ by both methods, and the row that `hones-eval leaderboard` makes of the two runs
 finds what stands here, with the embedded model and tiny data sets that have the real ones' columns and types
 (`{REWRITE}=1` rewrites this page; otherwise the test compares).
 
-- **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/targets.py`, the
+- **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/lmms/targets.py`, the
   task's own `doc_to_target`, or a column that was proposed. Rankings name it
 - **metric**: the task's first that is a number, which `rank` measures by default; `--metric` takes any other
 - **rank**: heads measured by replay, neurons by what they write; the metric without an edit is the one that

@@ -16,17 +16,17 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from torch import nn
 from transformers import AutoProcessor
 
-from hones_eval import choices
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import hash_of
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import hash_of
+from hones_eval.core.images import image_hash
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.lmms.answers import choices
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder
-from hones_eval.pictures import image_hash
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.steering import Steering
 from hones_eval.toy import checkpoint_path, scenes
 from hones_eval.toy.drawing import draw, to_image
 from hones_eval.toy.questions import TEXT as WORDING

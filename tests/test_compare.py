@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from hones_eval.__main__ import main
-from hones_eval.comparison import Comparison, chance_of_sharing, group_name, groups, load_named, overlaps
-from hones_eval.comparison_levels import levels_of, sharing
-from hones_eval.comparison_report import short_names
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.ranking import Ranking
-from hones_eval.sites import Head, Neuron
-from hones_eval.steering import Steering
+from hones_eval.jobs.compare import Comparison, chance_of_sharing, group_name, groups, load_named, overlaps
+from hones_eval.jobs.compare_levels import levels_of, sharing
+from hones_eval.reports.comparison import short_names
 
 
 @pytest.fixture(scope="module")

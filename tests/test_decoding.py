@@ -12,14 +12,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval import continuation, decoding
-from hones_eval.anatomy import Anatomy
-from hones_eval.caches import ROOM, KeysValues
-from hones_eval.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine import continuation, decoding
+from hones_eval.engine.caches import ROOM, KeysValues
+from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.engine.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head, Neuron
 
 RED = Image.new("RGB", (64, 48), "white")
 ImageDraw.Draw(RED).ellipse([4, 4, 32, 24], fill="red")

@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     path = edited.write(tmp_path, good())
     flags = ["edit", "--questions", str(path), "--editor", "auto", "--workers", workers]
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    script = Path(__file__).with_name("killed_edits.py")
+    script = Path(__file__).parent / "helpers" / "killed_edits.py"
     command = [sys.executable, script, step, *flags, "--out", tmp_path / "killed"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

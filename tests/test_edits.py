@@ -5,7 +5,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from hones_eval import edits
+from hones_eval.core import edits
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

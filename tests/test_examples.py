@@ -15,9 +15,9 @@ from lmms_eval import evaluator
 from loguru import logger
 
 from hones_eval.errors import HonesError, TaskError, UnsupportedModelError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.examples.playback import Playback
-from hones_eval.margin import as_answer
+from hones_eval.lmms.answers.margin import as_answer
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.lmms.examples.playback import Playback
 
 WRAPPERS = {"llava_hf": "llava", "qwen2_5_vl": "qwen2_5_vl", "instructblip": "instructblip"}
 GREEDY = "max_new_tokens=6"

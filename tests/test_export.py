@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import Provenance
-from hones_eval.steer_model import steer
-from hones_eval.steering import Steering
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import Provenance
+from hones_eval.core.attach import steer
+from hones_eval.core.steering import Steering
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from family_doors import BOTH, DOORS, QUESTIONS, Door, Visit, ask
 from lmms_eval.models import get_model
 from lmms_runs import write_steering
 
-from hones_eval import prompts
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.attach import steer
+from hones_eval.core.steering import Steering
+from hones_eval.engine import prompts
 from hones_eval.errors import HonesError
-from hones_eval.examples.playback import Playback
-from hones_eval.steer_model import steer
-from hones_eval.steering import Steering
+from hones_eval.lmms.examples.playback import Playback
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 REWRITE = "HONES_EVAL_REWRITE_DOCS"

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.decoding import Decoder
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.decoding import Decoder
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
 from hones_eval.methods.first_order import FirstOrder
-from hones_eval.replay import Replayer
 
 RED = Image.new("RGB", (64, 48), "white")
 ImageDraw.Draw(RED).ellipse([4, 4, 32, 24], fill="red")

@@ -1,4 +1,4 @@
-"""Arrows only go down: which room of the house may import which, read from the sources."""
+"""Imports only point down: which folder of the package may import which, read from the sources."""
 
 import ast
 from collections.abc import Iterator
@@ -9,239 +9,164 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hones_eval"
 
-BASE = {"errors", "artefact"}
-EDITING = {"sites", "edits", "readouts", "attach"}
-MODEL = {
-    *BASE,
-    *EDITING,
-    "anatomy",
-    "ranking",
-    "steering",
-    "steer_model",
-    "passes",
-    "caches",
-    "replay",
-    "stretches",
-    "prefixes",
-    "continuation",
-    "decoding",
-    "streams",
-    "tokens",
-}
-MEASURING = {*MODEL, "margin", "choices", "examples", "measure", "together", "ablation", "patching", "racing"}
-WHOLE = {*MEASURING, "methods", "loops", "leaderboard", "resampling"}
-
-# A room (a module or a folder of hones_eval) and the rooms that it may import.
-FLOORS: dict[str, set[str]] = {
-    # 0: tensors, names and files; no model is known here
-    "errors": set(),
-    "pictures": set(),
-    "lmms_calls": set(),
-    "edits": set(),
-    "readouts": set(),
-    "artefact": {"errors"},
-    "sites": {"errors"},
-    "attach": {"errors"},
-    "partial": BASE,
-    "processes": {"errors"},
-    "margin": {"errors"},
-    "prompts": set(),
-    "doors": set(),
-    "choices": {"readouts"},
-    "racing": {"errors"},
-    # 1: one model, or one result
-    "anatomy": {*BASE, "attach"},
-    "ranking": {*BASE, "sites"},
-    "steering": {*BASE, "sites"},
-    # 2: a model at work, and what it works on
-    "steer_model": {*BASE, *EDITING, "anatomy", "steering"},
-    "passes": {*BASE, *EDITING, "anatomy"},
-    "caches": BASE,
-    "replay": {*BASE, *EDITING, "anatomy", "passes", "caches"},
-    "stretches": {*BASE, "anatomy", "passes", "caches", "replay"},
-    "prefixes": {*BASE, "sites", "anatomy", "passes", "prompts", "caches", "replay", "stretches"},
-    "streams": {*BASE, *EDITING, "anatomy", "passes", "replay"},
-    "tokens": {*BASE, "anatomy"},
-    "export": {*BASE, "anatomy", "steering", "steer_model"},
-    "continuation": {*BASE, *EDITING, "anatomy", "passes", "caches", "replay"},
-    "decoding": {*BASE, *EDITING, "anatomy", "passes", "prompts", "replay", "continuation"},
-    "targets": {"errors"},
-    "task_files": {"errors"},
-    "task_failures": {"errors", "lmms_calls"},
-    "examples": {
-        *(*BASE, "lmms_calls", "margin", "choices", "doors", "prompts", "pictures"),
-        *("targets", "task_failures", "task_files"),
-    },
-    "measure": {"examples"},
-    "patching": {*MODEL},
-    "together": {*MODEL, "examples"},
-    "ablation": {*MODEL, "margin", "choices", "examples", "measure", "together"},
-    # 3: what is measured; pictures that are edited; the embedded model
-    "methods": MEASURING,
-    "editing": {*BASE, "pictures"},
-    "toy": {*MEASURING, "pictures"},
-    # 4: loops over examples; logs and their statistics
-    "loops": {"errors", "examples", "measure", "partial", "processes"},
-    "leaderboard": {*BASE, "lmms_calls", "pictures", "steering"},
-    "resampling": {"errors", "leaderboard"},
-    "fitting": {*MODEL, "examples", "methods", "loops", "partial"},
-    # 5: whole jobs, and the figures that they draw
-    "localizing": WHOLE,
-    "discovery": {*WHOLE, "localizing"},
-    "verification": WHOLE,
-    "comparison": {*WHOLE, "verification"},
-    "choosing": {*WHOLE, "fitting", "verification"},
-    "figures": {*BASE, "ranking"},
-    "comparison_levels": {"errors", "comparison"},
-    "comparison_report": {*BASE, "comparison", "comparison_levels", "figures"},
-    "study": {*WHOLE, "choosing", "discovery", "fitting", "verification"},
-    "study_report": {*BASE, "comparison_report", "figures", "study"},
-    "trace_tables": {*BASE, "methods", "tokens"},
-    "trace_figures": {"figures", "methods", "tokens", "trace_tables"},
-    "lens_figures": {"figures", "methods", "streams", "trace_figures"},
-}
-BESIDE: dict[str, set[str]] = {
-    "model_wrappers": {
-        *(*BASE, "lmms_calls", "margin", "doors", "prompts", "pictures", "steering"),
-        *("steer_model", "processes", "task_failures", "task_files"),
-    },
-    "tasks": {"errors", "toy", "pictures"},
-}
-TOP = {"commands", "__main__", "__init__"}  # may import everything
+# A folder (or a top-level module) of hones_eval, and the ones that it may import, from the bottom up.
+FOLDERS: dict[str, set[str]] = {}
 
 
-def imports(source: str, package: str = "hones_eval") -> Iterator[str]:
-    """Rooms of the package that a source imports, wherever in it the import stands."""
+def level(folder: str, *may_import: str) -> None:
+    """Add a folder that may import the named ones and everything that those may import."""
+    FOLDERS[folder] = set(may_import).union(*(FOLDERS[other] for other in may_import))
+
+
+level("version")
+level("errors")
+level("core", "errors", "version")
+level("engine", "core")
+level("lmms", "engine")
+level("runs", "lmms")
+level("stats", "errors")
+level("methods", "runs")
+level("toy", "runs")
+level("editing", "core")
+level("leaderboard", "lmms", "stats")
+level("jobs", "methods", "stats")
+level("reports", "jobs")
+level("model_wrappers", "runs")
+FOLDERS["tasks"] = {"errors", "core", "toy"}
+EVERYTHING = {"commands", "__main__", "__init__"}  # may import all of the above
+
+# Libraries that only some folders may import.
+ONLY = {
+    "lightning": {"runs", "jobs"},
+    "lmms_eval": {"commands", "leaderboard", "lmms", "model_wrappers", "tasks"},
+    "peft": {"core"},
+}
+# Modules of pure tensor functions: no hook, no model.
+PURE = ("edits", "readouts", "sites")
+
+
+def sources(folder: str) -> list[Path]:
+    """Every Python file of a folder of the package, or a top-level module's own file."""
+    home = ROOT / folder if folder in {"model_wrappers", "tasks"} else PACKAGE / folder
+    return sorted(home.rglob("*.py")) if home.is_dir() else [PACKAGE / f"{folder}.py"]
+
+
+def modules(source: str, name: str = "hones_eval") -> Iterator[str]:
+    """Dotted names below `hones_eval` that a source imports, wherever in it the import is.
+
+    Args:
+        source: Python text.
+        name: the importing module's dotted name, against which relative imports are resolved.
+    """
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-            if node.module == package:
-                names = [f"{package}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, [*name.split(".")[: -node.level], base]))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith(f"{package}."))
+            yield from (alias.name for alias in node.names)
 
 
-def climbs(source: str) -> bool:
-    """Whether a relative import leaves the source's own folder, which would go round the table."""
-    return any(isinstance(node, ast.ImportFrom) and node.level > 1 for node in ast.walk(ast.parse(source)))
+def folders(source: str, name: str = "hones_eval") -> set[str]:
+    """Folders of the package that a source imports."""
+    return {
+        found.split(".")[1]
+        for found in modules(source, name)
+        if found.startswith("hones_eval.") and found.split(".")[1] in {*FOLDERS, *EVERYTHING}
+    }
 
 
-def offences(room: str, source: str, allowed: set[str], known: set[str]) -> list[str]:
-    return [
-        f"{room} imports {other}"
-        for other in imports(source)
-        if other in known and other != room and other not in allowed
-    ]
+def offenses(folder: str, source: str) -> set[str]:
+    """Folders that a source of `folder` imports and may not."""
+    return folders(source) - FOLDERS[folder] - {folder}
 
 
-def rooms(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {path.stem: [path] for path in folder.glob("*.py")}
-    for inner in folder.iterdir():
-        if (inner / "__init__.py").is_file():
-            found[inner.name] = sorted(inner.rglob("*.py"))
-    return found
+def libraries(source: str) -> set[str]:
+    return {name.split(".")[0] for name in modules(source)}
 
 
-HOUSES = rooms(PACKAGE)
-KNOWN = {*HOUSES, *BESIDE}
+def module_graph() -> dict[str, set[str]]:
+    """Every module of the package and the modules that it imports when it is itself imported."""
+    places = {"hones_eval": PACKAGE, "hones_eval.model_wrappers": ROOT / "model_wrappers"}
+    files = {
+        ".".join([base, *file.relative_to(home).with_suffix("").parts]).removesuffix(".__init__"): file
+        for base, home in places.items()
+        for file in home.rglob("*.py")
+        if file != PACKAGE / "__init__.py"  # re-exports names only when they are asked for
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        inner = f"{name}.__init__" if file.stem == "__init__" else name
+        found = set()
+        for imported in modules(file.read_text(encoding="utf-8"), inner):
+            parent = imported.rpartition(".")[0]
+            found |= {imported} & set(files) or {parent} & set(files)
+        graph[name] = found - {name}
+    return graph
 
 
-def test_imports_can_be_read_off_the_sources() -> None:
-    for room, paths in HOUSES.items():
-        for path in paths:
-            source = path.read_text(encoding="utf-8")
-            assert not climbs(source), f"{path}: relative imports stay in their folder"
-            assert path.parent != PACKAGE or "from ." not in source, f"{room}: imports are absolute"
+def test_every_folder_has_a_level() -> None:
+    found = {path.stem for path in PACKAGE.glob("*.py")}
+    found |= {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert found - EVERYTHING == set(FOLDERS) - {"model_wrappers", "tasks"}, "give the new folder its level"
 
 
-def test_every_room_has_a_floor() -> None:
-    assert set(HOUSES) - TOP == set(FLOORS), "a room came or went: give it its floor in FLOORS"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_only_what_is_below(folder: str) -> None:
+    found = {
+        path.name: offenses(folder, path.read_text(encoding="utf-8"))
+        for path in sources(folder)
+        if offenses(folder, path.read_text(encoding="utf-8"))
+    }
+    assert not found
 
 
-def test_the_table_itself_only_goes_down() -> None:
-    """No circle: rooms can be put in an order in which each imports only those before it."""
-    left = dict(FLOORS)
+def test_no_module_imports_itself_through_others() -> None:
+    """Modules can be put in an order in which each imports only those before it."""
+    left = module_graph()
+    assert len(left) > 100
     while left:
-        lowest = [room for room, allowed in left.items() if not allowed & (set(left) - {room})]
-        assert lowest, f"a circle among {sorted(left)}"
-        for room in lowest:
-            del left[room]
-
-
-@pytest.mark.parametrize("room", FLOORS)
-def test_a_room_imports_only_what_is_below(room: str) -> None:
-    found = [
-        offence
-        for path in HOUSES[room]
-        for offence in offences(room, path.read_text(encoding="utf-8"), FLOORS[room], KNOWN)
-    ]
-    assert not found
-
-
-@pytest.mark.parametrize("folder", BESIDE)
-def test_what_stands_beside_the_house(folder: str) -> None:
-    found = [
-        f"{path.name}: {offence}"
-        for path in (ROOT / folder).rglob("*.py")
-        for offence in offences(folder, path.read_text(encoding="utf-8"), BESIDE[folder], KNOWN)
-    ]
-    assert not found
+        lowest = [name for name, imported in left.items() if not imported & set(left)]
+        assert lowest, f"an import cycle among {sorted(left)}"
+        for name in lowest:
+            del left[name]
 
 
 def test_no_method_imports_another() -> None:
-    methods = {path.stem for path in (PACKAGE / "methods").glob("*.py")}
+    methods = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", *SHARED_BY_METHODS}
     for path in (PACKAGE / "methods").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hones_eval.methods"):
-                imported = {*(node.module or "").split(".")[2:], *(alias.name for alias in node.names)}
-                assert not imported & methods, f"{path.name} imports {imported & methods}"
+        found = modules(path.read_text(encoding="utf-8"), f"hones_eval.methods.{path.stem}")
+        imported = {name.split(".")[2] for name in found if name.startswith("hones_eval.methods.")}
+        assert not imported & methods, f"{path.name} imports {imported & methods}"
 
 
-# Libraries that only some rooms know.
-ONLY = {
-    "lightning": {"loops", "fitting"},
-    "lmms_eval": {
-        *("commands", "examples", "leaderboard", "lmms_calls"),
-        *("targets", "task_failures", "task_files"),
-    },
-    "peft": {"export"},
-}
-
-
-def outside(source: str) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-    return found
+# Not methods but what several of them share.
+SHARED_BY_METHODS: set[str] = set()
 
 
 @pytest.mark.parametrize("library", ONLY)
-def test_a_library_is_known_to_its_rooms_alone(library: str) -> None:
+def test_a_library_is_imported_by_its_folders_alone(library: str) -> None:
     users = {
-        room
-        for room, paths in HOUSES.items()
-        if any(library in outside(path.read_text(encoding="utf-8")) for path in paths)
+        folder
+        for folder in {*FOLDERS, *EVERYTHING}
+        if any(library in libraries(path.read_text(encoding="utf-8")) for path in sources(folder))
     }
     assert users <= ONLY[library]
 
 
-def test_pure_rooms_hold_no_hook_and_no_model() -> None:
-    for room in ("edits", "readouts", "sites"):
-        source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-        assert not outside(source) & {"transformers", "lmms_eval", "lightning"}
-        assert "register_forward" not in source
-        assert "nn.Module" not in source
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_hold_no_hook_and_no_model(name: str) -> None:
+    source = (PACKAGE / "core" / f"{name}.py").read_text(encoding="utf-8")
+    assert not libraries(source) & {"transformers", "lmms_eval", "lightning"}
+    assert "register_forward" not in source
+    assert "nn.Module" not in source
 
 
-OFFENDING = """\
+UPWARD = """\
 from hones_eval.errors import HonesError
-from hones_eval import edits, replay
+from hones_eval import engine
+from hones_eval.core import edits
 
 
 def late() -> None:
@@ -250,16 +175,10 @@ def late() -> None:
 """
 
 
-def test_an_import_upwards_is_seen_wherever_it_stands() -> None:
-    found = offences("attach", OFFENDING, FLOORS["attach"], KNOWN)
-    assert found == [
-        "attach imports edits",
-        "attach imports replay",
-        "attach imports methods",
-        "attach imports commands",
-    ]
-    assert not offences(
-        "attach", "from hones_eval.errors import EditError\nimport torch", FLOORS["attach"], KNOWN
-    )
-    assert climbs("from .. import commands")
-    assert not climbs("from .steered import Steered")
+def test_an_upward_import_is_seen_wherever_it_is() -> None:
+    assert offenses("core", UPWARD) == {"engine", "methods", "commands"}
+    assert not offenses("core", "from hones_eval.errors import EditError\nimport torch")
+    assert set(modules("from .. import commands", "hones_eval.core.hooks")) == {"hones_eval.commands"}
+    assert set(modules("from .steered import Steered", "hones_eval.model_wrappers.llava")) == {
+        "hones_eval.model_wrappers.steered.Steered"
+    }

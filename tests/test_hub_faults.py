@@ -12,7 +12,7 @@ from hub import Repositories, serving
 from huggingface_hub import constants
 from lmms_runs import HONES_EVAL, LMMS_EVAL, Ended, run_command, run_each
 
-from hones_eval.task_failures import failure
+from hones_eval.lmms.failures import failure
 from hones_eval.toy import checkpoint_path
 
 MODEL = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hones_eval.leaderboard import statistics as paired
-from hones_eval.leaderboard.corpus import compare_corpus
+from hones_eval.stats import paired as paired
+from hones_eval.stats.corpus import compare_corpus
 
 
 def fair_coin_p(gained: int, lost: int) -> float:

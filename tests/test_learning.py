@@ -15,17 +15,17 @@ from drawn_data import write_folder
 from torch import Tensor
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
-from hones_eval.choosing import Development, learned
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron, matched_random
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import EditError, HonesError
-from hones_eval.examples import Example, TaskExamples, inner_model, load_lmm
-from hones_eval.fitting import FitSettings, Slots, fit
-from hones_eval.loops import Loop
+from hones_eval.jobs.learn import FitSettings, Slots, fit
+from hones_eval.jobs.scale import Development, learned
+from hones_eval.lmms.examples import Example, TaskExamples, inner_model, load_lmm
 from hones_eval.methods.learning import LearnedScales, answer_loss, cosine
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.sites import Neuron, matched_random
-from hones_eval.steering import Steering
+from hones_eval.runs.lightning import Loop
 
 COUNT = 6  # a step of four and one of two
 STRONG = 50.0  # a KL that four steps show

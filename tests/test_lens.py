@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import Provenance
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import Provenance
+from hones_eval.core.attach import steer
+from hones_eval.core.steering import Steering
+from hones_eval.engine.activations import VIEWS
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples import Example
+from hones_eval.lmms.examples import Example
 from hones_eval.methods.lens import LogitLens, Other, Seen
-from hones_eval.steer_model import steer
-from hones_eval.steering import Steering
-from hones_eval.streams import VIEWS
 
 QUESTION = "Is the cat black?"
 

@@ -7,8 +7,8 @@ import pytest
 from lmms_eval.tasks.mme.utils import mme_aggregate_results
 from lmms_eval.tasks.ocrbench.utils import ocrbench_aggregate_accuracy
 
-from hones_eval.leaderboard.corpus import compare_corpus
-from hones_eval.lmms_calls import aggregate
+from hones_eval.lmms.calls import aggregate
+from hones_eval.stats.corpus import compare_corpus
 
 
 def test_what_an_aggregation_adds_up_and_writes_is_gone(

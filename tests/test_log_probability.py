@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hones_eval.__main__ import main
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.ranking import Ranking
+from hones_eval.core.ranking import Ranking
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 
 SCORED = "  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
 SUBMITTED = "  - metric: submission\n    aggregation: !function utils.written\n    higher_is_better: true\n"

@@ -11,11 +11,11 @@ from own_answers import assert_same_ranking, complaint, write_tasks
 from torch import Tensor
 
 from hones_eval.__main__ import main
+from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example, TaskExamples, load_lmm
-from hones_eval.loops import Loop, SumOverRanks
-from hones_eval.measure import Measurement
-from hones_eval.ranking import Ranking
+from hones_eval.lmms.examples import Example, TaskExamples, load_lmm
+from hones_eval.runs.lightning import Loop, SumOverRanks
+from hones_eval.runs.measure import Measurement
 
 COUNT = 5
 

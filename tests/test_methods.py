@@ -16,16 +16,16 @@ from drawn_data import write_folder
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.discovery import Discovery, Method, discover, provenance
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
+from hones_eval.jobs.rank import Discovery, Method, discover, provenance
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, inverse_document_frequency
 from hones_eval.methods.vseam import HeadContribution
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head
+from hones_eval.runs.lightning import Loop
 
 CHECKPOINTS = {"llava_hf": "llava", "qwen2_5_vl": "qwen", "instructblip": "instructblip"}
 SETTINGS = "max_new_tokens=4,min_new_tokens=2"

@@ -21,8 +21,8 @@ from PIL import Image
 
 from hones_eval.__main__ import main
 from hones_eval.errors import TaskError
+from hones_eval.lmms.task_files import check_task_file
 from hones_eval.model_wrappers import plugin
-from hones_eval.task_files import check_task_file
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.documents import documents
 

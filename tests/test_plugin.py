@@ -25,8 +25,8 @@ from lmms_runs import (
 )
 from PIL import Image
 
+from hones_eval.core.steering import Steering
 from hones_eval.model_wrappers import plugin
-from hones_eval.steering import Steering
 
 BUILT_IN = ("vqav2_val", "pope", "refcoco_bbox_rec_val")
 

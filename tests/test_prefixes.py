@@ -9,12 +9,12 @@ from families import Family
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hones_eval import stretches
-from hones_eval.anatomy import Anatomy
-from hones_eval.passes import SiteEdit, replaced_by_mean
-from hones_eval.prefixes import SharedReplayer, shared_length
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head, Neuron
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine import prefix_segment
+from hones_eval.engine.passes import SiteEdit, replaced_by_mean
+from hones_eval.engine.prefixes import SharedReplayer, shared_length
+from hones_eval.engine.replay import Replayer
 
 CANDIDATES = ("a red cat", "dogs run on the grass by a house", "two", "a red dog", "nothing at all")
 PLAIN_EDITS = (
@@ -172,12 +172,12 @@ def test_a_wrong_prefix_is_noticed(
 ) -> None:
     family = build_family("llava")
     group = group_of(family, CANDIDATES[:2])
-    right = stretches.BehindPrefix._behind
+    right = prefix_segment.BehindPrefix._behind
 
     def shifted(self: object, past: Tensor, new: Tensor) -> Tensor:
         return right(self, past * 1.01, new)
 
-    monkeypatch.setattr(stretches.BehindPrefix, "_behind", shifted)
+    monkeypatch.setattr(prefix_segment.BehindPrefix, "_behind", shifted)
     sharing = SharedReplayer(Replayer(Anatomy.of(family.model)))
     found, lengths = gathered(sharing, group, EDITS)
     assert lengths == {0}

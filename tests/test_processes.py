@@ -18,11 +18,11 @@ from own_answers import assert_same_ranking, complaint, write_tasks
 from PIL import Image
 
 from hones_eval.__main__ import main
-from hones_eval.examples.models import _own_device
-from hones_eval.ranking import Ranking
+from hones_eval.core.ranking import Ranking
+from hones_eval.lmms.examples.models import _own_device
 
 COUNT = 5
-LAUNCHED = Path(__file__).with_name("launched.py")
+LAUNCHED = Path(__file__).parent / "helpers" / "launched.py"
 OPEN_PICTURE = """\
 from PIL import Image
 

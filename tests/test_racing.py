@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.errors import HonesError
-from hones_eval.racing import STAKES, Race, bernstein_gain, betting_gain, centre
+from hones_eval.runs.racing import STAKES, Race, bernstein_gain, betting_gain, centre
 
 BOUNDS = ["betting", "bernstein"]
 

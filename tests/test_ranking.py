@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hones_eval import artefact
-from hones_eval.artefact import ExampleSet, ModelShape, Provenance, read_json, write_json, write_text
+from hones_eval.core import artifact
+from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance, read_json, write_json, write_text
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.ranking import Ranking
-from hones_eval.sites import Head, Neuron
 
 SHAPE = ModelShape(layers=2, heads=3, head_width=4, hidden=8, neurons=50, vocabulary=99)
 EXAMPLES = ExampleSet("vqa", "val", 2, 5, "f00d", [5, 6], ["aa", "bb"])
@@ -185,8 +185,8 @@ def test_a_header_that_lost_a_field_is_refused(saved: Path) -> None:
         Ranking.load(saved)
 
 
-def test_tensors_of_another_artefact_are_refused(saved: Path) -> None:
-    artefact.save_artefact(saved, "ranking", PROVENANCE, {"head_scales": torch.ones(2, 3)}, {})
+def test_tensors_of_another_artifact_are_refused(saved: Path) -> None:
+    artifact.save_artifact(saved, "ranking", PROVENANCE, {"head_scales": torch.ones(2, 3)}, {})
     with pytest.raises(HonesError, match=r"a ranking has no tensors named .*head_scales"):
         Ranking.load(saved)
 
@@ -206,7 +206,7 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(
     def cut_off(source: str, target: Path) -> None:
         raise error("cut off")
 
-    monkeypatch.setattr(artefact.os, "replace", cut_off)
+    monkeypatch.setattr(artifact.os, "replace", cut_off)
     with pytest.raises(error):
         write_text(file, "after" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == (["page.md"] if existed else [])
@@ -216,8 +216,8 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(
 def test_a_process_that_dies_before_renaming_leaves_the_old_pair(saved: Path) -> None:
     child = os.fork()
     if child == 0:
-        artefact.os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
-        artefact.write_text(saved / "ranking.json", "half")
+        artifact.os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
+        artifact.write_text(saved / "ranking.json", "half")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert Ranking.load(saved).digest == make().digest
@@ -231,7 +231,7 @@ def test_a_new_ranking_that_is_cut_off_between_its_files_is_not_taken_for_whole(
 
     other = make()
     other.head_scores[0, 0] = 9.0
-    monkeypatch.setattr(artefact, "write_json", cut_off)
+    monkeypatch.setattr(artifact, "write_json", cut_off)
     with pytest.raises(KeyboardInterrupt):
         other.save(saved)
     with pytest.raises(HonesError, match=r"not the file that ranking\.json was written with"):
@@ -258,9 +258,9 @@ def test_json_keeps_its_content_whatever_the_layout(tmp_path: Path) -> None:
 def test_the_digest_sees_names_types_shapes_and_bytes() -> None:
     x = torch.tensor([[0.0, 1.0]])
     variants = [{"a": x}, {"b": x}, {"a": x.T}, {"a": x.bfloat16()}, {"a": -x}, {"a": x, "b": x}]
-    assert len({artefact.digest(one) for one in variants}) == len(variants)
-    assert artefact.digest({"a": x, "b": -x}) == artefact.digest({"b": -x, "a": x})
-    assert artefact.hash_of(["ab", "c"]) != artefact.hash_of(["a", "bc"])
+    assert len({artifact.digest(one) for one in variants}) == len(variants)
+    assert artifact.digest({"a": x, "b": -x}) == artifact.digest({"b": -x, "a": x})
+    assert artifact.hash_of(["ab", "c"]) != artifact.hash_of(["a", "bc"])
 
 
 def test_shared_images() -> None:

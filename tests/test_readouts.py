@@ -5,7 +5,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from hones_eval import readouts
+from hones_eval.core import readouts
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

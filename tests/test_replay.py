@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval import replay as replay_module
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine import replay as replay_module
+from hones_eval.engine.passes import FullPasses, Passes, RowLimit, SiteEdit, edit_rows, replaced_by_mean
+from hones_eval.engine.replay import Replay, Replayer
 from hones_eval.errors import HonesError
-from hones_eval.passes import FullPasses, Passes, RowLimit, SiteEdit, edit_rows, replaced_by_mean
-from hones_eval.replay import Replay, Replayer
-from hones_eval.sites import Head, Neuron
 
 
 def draw(colour: str, size: tuple[int, int]) -> Image.Image:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from drawn_data import write_folder
 
-from hones_eval import partial
 from hones_eval.__main__ import main
 from hones_eval.errors import HonesError
-from hones_eval.loops import _Pass
-from hones_eval.partial import Partial, Progress
+from hones_eval.runs.checkpoint import Partial, Progress
+from hones_eval.runs.lightning import _Pass
 
 CAPTIONS = ["--tasks", "hones_caption", "--gen_kwargs", "max_new_tokens=3", "--heads", "4"]
 RACE = ["--tasks", "hones_vqa", "--gen_kwargs", "max_new_tokens=3", "--heads", "3", "--race", "0.9"]
@@ -37,7 +36,7 @@ def rank_arguments(tmp_path: Path, llava_checkpoint: Path, monkeypatch: pytest.M
 def test_killed_runs_end_with_the_same_bytes(
     tmp_path: Path, rank_arguments: list[str], kills: int, others: list[str]
 ) -> None:
-    script = [sys.executable, str(Path(__file__).parent / "killed_runs.py")]
+    script = [sys.executable, str(Path(__file__).parent / "helpers" / "killed_runs.py")]
     folders = [str(tmp_path / "whole"), str(tmp_path / "killed")]
     done = subprocess.run(
         [*script, *folders, str(kills), *rank_arguments, *others],

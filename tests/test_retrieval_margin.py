@@ -19,16 +19,15 @@ from margins import Slow
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hones_eval import partial
 from hones_eval.__main__ import main
-from hones_eval.artefact import read_json
 from hones_eval.commands import shared
+from hones_eval.core.artifact import read_json
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples
-from hones_eval.loops import _Pass
-from hones_eval.margin import margin_behind
-from hones_eval.ranking import Ranking
-from hones_eval.steering import Steering
+from hones_eval.lmms.answers.margin import margin_behind
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.runs.lightning import _Pass
 from hones_eval.toy import checkpoint_path
 
 PICTURES, CANDIDATES = 4, 16  # four pictures with five captions each: 1 + 15 candidates a query

@@ -11,14 +11,14 @@ from margins import Slow
 from torch import Tensor
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
 from hones_eval.commands import shared
-from hones_eval.examples import TaskExamples
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.sites import Neuron, matched_random, top_neurons
-from hones_eval.steering import Steering
-from hones_eval.study import WAYS
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron, matched_random, top_neurons
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
+from hones_eval.jobs.study import WAYS
+from hones_eval.lmms.examples import TaskExamples
 from hones_eval.toy import checkpoint_path
 
 MODEL, ARGUMENTS = "llava_hf", f"pretrained={checkpoint_path()}"

@@ -12,12 +12,12 @@ from own_answers import complaint, write_tasks
 from torch import Tensor
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
 from hones_eval.toy import checkpoint_path
 
 TASK, COUNT, KEEP = "scenes_vqa_attribute_discovery", 64, 1

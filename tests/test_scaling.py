@@ -10,19 +10,18 @@ import plain
 import pytest
 import torch
 
-from hones_eval import partial
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
-from hones_eval.choosing import Development, choose, grid, layer_groups, search
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.fitting import _Fit
-from hones_eval.loops import Loop, _Pass
+from hones_eval.jobs.learn import _Fit
+from hones_eval.jobs.scale import Development, choose, grid, layer_groups, search
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods import scaling
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.sites import Neuron
-from hones_eval.steering import Steering
+from hones_eval.runs.lightning import Loop, _Pass
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from hones_eval.core.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
 from hones_eval.errors import HonesError
-from hones_eval.sites import Head, Neuron, matched_random, neuron_count, top_heads, top_neurons
 
 
 def test_the_highest_come_first_and_ties_go_to_the_lower_layer_then_site() -> None:

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import ModelShape, Provenance
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import ModelShape, Provenance
+from hones_eval.core.attach import attach_steering, attach_to, steer
+from hones_eval.core.steering import Steering
 from hones_eval.errors import EditError, HonesError, MisfitError
-from hones_eval.steer_model import attach_steering, attach_to, steer
-from hones_eval.steering import Steering
 
 RED = Image.new("RGB", (64, 48), "red")
 How = Literal["hook", "fold"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hones_eval import steering as steering_module
-from hones_eval.artefact import ExampleSet, ModelShape, Provenance, read_json, save_artefact
+from hones_eval.core import steering as steering_module
+from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance, read_json, save_artifact
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.steering import Steering
 
 SHAPE = ModelShape(layers=2, heads=3, head_width=4, hidden=8, neurons=5, vocabulary=99)
 EXAMPLES = [ExampleSet("vqa", "dev", 1, 0, "f00d", [0], ["aa"])]
@@ -110,7 +110,7 @@ def test_scales_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def test_a_steering_that_lost_a_tensor_is_refused(tmp_path: Path) -> None:
-    save_artefact(tmp_path, "steering", make().provenance, {"head_scales": torch.ones(2, 3)}, {})
+    save_artifact(tmp_path, "steering", make().provenance, {"head_scales": torch.ones(2, 3)}, {})
     with pytest.raises(HonesError, match=r"holds head_scales and neuron_scales, not .'head_scales'"):
         Steering.load(tmp_path)
 

@@ -9,9 +9,9 @@ import own_answers
 import pytest
 
 from hones_eval.__main__ import main
-from hones_eval.ranking import Ranking
-from hones_eval.steering import Steering
-from hones_eval.study import WAYS, fallbacks, verdict
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.steering import Steering
+from hones_eval.jobs.study import WAYS, fallbacks, verdict
 
 METHODS = ["hones", "dvp", "entropy"]
 

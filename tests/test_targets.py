@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from hones_eval import targets
 from hones_eval.errors import TaskError
-from hones_eval.targets import Adapter, Gold
+from hones_eval.lmms import targets
+from hones_eval.lmms.targets import Adapter, Gold
 
 
 def exact(docs: list[dict[str, Any]], column: str, best: float = 1.0) -> Callable[[list[str]], float]:

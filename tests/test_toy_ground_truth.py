@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import FOLDER, TASKS, load_ground_truth
 from hones_eval.toy.yardstick import agreement, masking_area

@@ -14,14 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from hones_eval import patching, tokens, trace_tables
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine import patching, tokens
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example
+from hones_eval.lmms.examples import Example
 from hones_eval.methods.tracing import WHATS, CausalTrace, Pair, Reading, Refused, Traced
-from hones_eval.trace_figures import layer_curves
-from hones_eval.trace_tables import Curve
+from hones_eval.reports import trace_tables
+from hones_eval.reports.trace_figures import layer_curves
+from hones_eval.reports.trace_tables import Curve
 
 Inputs = dict[str, Tensor]
 Capture = pytest.CaptureFixture[str]

@@ -15,16 +15,16 @@ import torch
 from scipy import stats
 
 from hones_eval.__main__ import main
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
+from hones_eval.jobs.verify import Verification, verify
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.banks import few_trials, head_banks, neuron_banks
-from hones_eval.ranking import Ranking
-from hones_eval.replay import Replayer
-from hones_eval.resampling import numbered, resample_means, resample_metric, resample_results
-from hones_eval.sites import Head
-from hones_eval.verification import Verification, verify
+from hones_eval.runs.lightning import Loop
+from hones_eval.stats.resampling import numbered, resample_means, resample_metric, resample_results
 
 WRAPPER = own_answers.MODEL
 

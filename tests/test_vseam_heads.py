@@ -9,12 +9,12 @@ import torch
 from families import Family
 from PIL import Image
 
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
-from hones_eval.examples import Example
-from hones_eval.measure import Totals
+from hones_eval.lmms.examples import Example
 from hones_eval.methods.vseam import HeadContribution
-from hones_eval.replay import Replayer
+from hones_eval.runs.measure import Totals
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 

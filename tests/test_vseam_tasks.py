@@ -13,11 +13,11 @@ from loguru import logger
 from PIL import Image
 
 from hones_eval.__main__ import main
+from hones_eval.core.images import image_hash
+from hones_eval.core.ranking import Ranking
 from hones_eval.errors import TaskError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.examples.tasks import build_task
-from hones_eval.pictures import image_hash
-from hones_eval.ranking import Ranking
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.lmms.examples.tasks import build_task
 from hones_eval.tasks.vseam import data, write
 
 GREEDY = "max_new_tokens=4"

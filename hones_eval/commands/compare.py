@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval import comparison_report
 from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
-from hones_eval.comparison import Comparison, Crossing, cross, load_named
-from hones_eval.comparison_levels import Sharing, levels_of, sharing
 from hones_eval.errors import HonesError
+from hones_eval.jobs.compare import Comparison, Crossing, cross, load_named
+from hones_eval.jobs.compare_levels import Sharing, levels_of, sharing
+from hones_eval.reports import comparison as comparison_report
 
 
 def compare(

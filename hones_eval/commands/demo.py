@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from hones_eval.artefact import read_json
 from hones_eval.commands.edit import edit
 from hones_eval.commands.edit_answers import CATEGORIES
 from hones_eval.commands.leaderboard import leaderboard
@@ -16,6 +15,7 @@ from hones_eval.commands.scale import scale
 from hones_eval.commands.shared import say
 from hones_eval.commands.trace import trace
 from hones_eval.commands.verify import verify
+from hones_eval.core.artifact import read_json
 from hones_eval.errors import HonesError
 from hones_eval.toy import checkpoint_path
 

@@ -1,6 +1,6 @@
 """What examples of two tasks are matched by."""
 
-from hones_eval.examples import TaskExamples
+from hones_eval.lmms.examples import TaskExamples
 
 
 def keys_of(one: TaskExamples, other: TaskExamples) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from hones_eval.editing.run import Report, write_tables
 from hones_eval.editing.work import EditSettings
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, load_lmm
+from hones_eval.lmms.examples import TaskExamples, load_lmm
 
 CATEGORIES = ("animal", "indoor", "vehicle", "color", "material", "action", "spatial")
 

@@ -10,14 +10,14 @@ import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from hones_eval.artefact import read_json, write_bytes
+from hones_eval.core.artifact import read_json, write_bytes
+from hones_eval.core.images import image_hash, whole_pictures
 from hones_eval.editing.photographs import png
 from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.reading import Reading, records_from
 from hones_eval.editing.single import file_name
 from hones_eval.errors import TaskError
-from hones_eval.examples.tasks import build_requests, build_task
-from hones_eval.pictures import image_hash, whole_pictures
+from hones_eval.lmms.examples.tasks import build_requests, build_task
 
 
 def records_of_task(

@@ -6,9 +6,9 @@ from typing import Literal
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from hones_eval.commands.shared import say
+from hones_eval.core.export import export_checkpoint, export_ia3, write_whole
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
-from hones_eval.export import export_checkpoint, export_ia3, write_whole
-from hones_eval.steering import Steering
 
 
 def export(

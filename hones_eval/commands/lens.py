@@ -7,19 +7,21 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hones_eval import __version__, figures, lens_figures, tokens
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import Provenance, write_json, write_text
 from hones_eval.commands.shared import DType, Job, say
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import Provenance, write_json, write_text
+from hones_eval.core.attach import steer
+from hones_eval.core.steering import Steering
+from hones_eval.engine import tokens
+from hones_eval.engine.activations import VIEWS
 from hones_eval.errors import HonesError
-from hones_eval.examples import inner_model, load_lmm
-from hones_eval.margin import tokenizer_in
-from hones_eval.measure import Totals
+from hones_eval.lmms.answers.margin import tokenizer_in
+from hones_eval.lmms.examples import inner_model, load_lmm
 from hones_eval.methods.lens import LogitLens, Other, Said, Seen
-from hones_eval.steer_model import steer
-from hones_eval.steering import Steering
-from hones_eval.streams import VIEWS
-from hones_eval.trace_tables import csv_text
+from hones_eval.reports import figures, lens_figures
+from hones_eval.reports.trace_tables import csv_text
+from hones_eval.runs.measure import Totals
+from hones_eval.version import __version__
 
 HEADER = ["example", "doc_id", "model", "view", "layer", "position", "token", "entropy", "answer_probability"]
 

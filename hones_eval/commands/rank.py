@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hones_eval import __version__
-from hones_eval.artefact import hash_of
 from hones_eval.commands.shared import DType, Job, Rows, names_in, say
-from hones_eval.discovery import Discovery, Method, discover, provenance
+from hones_eval.core.artifact import hash_of
+from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
-from hones_eval.localizing import Savings, Screen
-from hones_eval.partial import Partial
-from hones_eval.racing import Bound
-from hones_eval.ranking import Ranking
+from hones_eval.jobs.head_search import Savings, Screen
+from hones_eval.jobs.rank import Discovery, Method, discover, provenance
+from hones_eval.runs.checkpoint import Partial
+from hones_eval.runs.racing import Bound
+from hones_eval.version import __version__
 
 
 def rank(

@@ -6,16 +6,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from hones_eval import __version__
-from hones_eval.artefact import hash_of
-from hones_eval.choosing import GRID, STRENGTHS, Development, choose, said_of
 from hones_eval.commands.shared import DType, Job, Rows, say
+from hones_eval.core.artifact import hash_of
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
-from hones_eval.fitting import FitSettings
+from hones_eval.jobs.learn import FitSettings
+from hones_eval.jobs.scale import GRID, STRENGTHS, Development, choose, said_of
 from hones_eval.methods import scaling
-from hones_eval.partial import Partial
-from hones_eval.ranking import Ranking
-from hones_eval.steering import Steering
+from hones_eval.runs.checkpoint import Partial
+from hones_eval.version import __version__
 
 
 def scale(

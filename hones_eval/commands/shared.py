@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 import torch
 from lmms_eval.api.model import lmms
 
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.loops import Loop
-from hones_eval.replay import Replayer
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.runs.lightning import Loop
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Rows = int | Literal["auto"]
@@ -107,7 +107,7 @@ class Job:
         return str(self.anatomy.model.dtype).removeprefix("torch.")
 
     def settings(self, **others: Any) -> dict[str, Any]:
-        """What an artefact records of this job, beside `others`."""
+        """What an artifact records of this job, beside `others`."""
         return {
             "model": self.model,
             "model_args": self.model_args,

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval import study_report
 from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
-from hones_eval.discovery import Method
 from hones_eval.errors import HonesError
-from hones_eval.fitting import FitSettings
-from hones_eval.study import Study, TaskSplits, run
+from hones_eval.jobs.learn import FitSettings
+from hones_eval.jobs.rank import Method
+from hones_eval.jobs.study import Study, TaskSplits, run
+from hones_eval.reports import study as study_report
 
 METHODS: tuple[Method, ...] = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
 

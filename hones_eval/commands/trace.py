@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from hones_eval import figures, trace_figures, trace_tables
-from hones_eval.artefact import Provenance, write_json, write_text
 from hones_eval.commands.documents import keys_of
 from hones_eval.commands.shared import DType, Job, Rows, names_in, say
+from hones_eval.core.artifact import Provenance, write_json, write_text
+from hones_eval.engine.tokens import Roles
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples import TaskExamples
-from hones_eval.loops import Loop
-from hones_eval.margin import tokenizer_in
+from hones_eval.lmms.answers.margin import tokenizer_in
+from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods.tracing import BY_TOKEN, WHATS, CausalTrace, Pairs, Refused, Traced, What
-from hones_eval.tokens import Roles
+from hones_eval.reports import figures, trace_figures, trace_tables
+from hones_eval.runs.lightning import Loop
 
 # Columns of this package's tasks that say which words of a question play a role.
 ROLE_COLUMNS = {"object": "objects", "attribute": "attributes", "relation": "relations"}

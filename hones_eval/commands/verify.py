@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval import figures
-from hones_eval.artefact import write_json
 from hones_eval.commands.shared import DType, Job, Rows, say
-from hones_eval.ranking import Ranking
-from hones_eval.verification import Sites, Verification
-from hones_eval.verification import verify as verify_banks
+from hones_eval.core.artifact import write_json
+from hones_eval.core.ranking import Ranking
+from hones_eval.jobs.verify import Sites, Verification
+from hones_eval.jobs.verify import verify as verify_banks
+from hones_eval.reports import figures
 
 
 def verify(

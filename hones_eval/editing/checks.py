@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hones_eval.core.images import whole_pictures
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.recolor import rgb_to_lab
-from hones_eval.pictures import whole_pictures
 
 Footprint = NDArray[np.bool_]
 BAND = 512

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hones_eval.core.images import as_seen, whole_pictures
 from hones_eval.editing.problems import RecordError
-from hones_eval.pictures import as_seen, whole_pictures
 
 Pixels = NDArray[np.uint8]
 MOST_PIXELS = 120_000_000

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from hones_eval.artefact import read_json
+from hones_eval.core.artifact import read_json
 from hones_eval.editing.locating import SceneGraphs, how_many, locate
 from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.questions import category_of

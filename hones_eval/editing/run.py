@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from hones_eval import __version__
-from hones_eval.artefact import read_json, write_bytes, write_json
+from hones_eval.core.artifact import read_json, write_bytes, write_json
 from hones_eval.editing import photographs
 from hones_eval.editing.editors import EDITORS, Edited, levels_of
 from hones_eval.editing.inpaint import Inpainter, Painting
@@ -36,6 +35,7 @@ from hones_eval.editing.work import (
     start_worker,
 )
 from hones_eval.errors import HonesError
+from hones_eval.version import __version__
 
 
 class Report(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 
-from hones_eval.artefact import write_bytes, write_text
+from hones_eval.core.artifact import write_bytes, write_text
 from hones_eval.editing.run import Report
 from hones_eval.editing.sheet_page import PAGE
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.captions import is_caption_metric
-from hones_eval.leaderboard.corpus import compare_corpus
 from hones_eval.leaderboard.lmms_tasks import find_aggregation
 from hones_eval.leaderboard.metrics import (
     Corpus,
@@ -24,7 +23,8 @@ from hones_eval.leaderboard.pairing import Pair, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Metric, Run, read_logs
 from hones_eval.leaderboard.reuse import reused_examples
 from hones_eval.leaderboard.samples import Floats, Integers
-from hones_eval.leaderboard.statistics import (
+from hones_eval.stats.corpus import compare_corpus
+from hones_eval.stats.paired import (
     Comparison,
     compare_graded,
     compare_right_wrong,

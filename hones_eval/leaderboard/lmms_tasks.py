@@ -14,7 +14,7 @@ from typing import Any
 from PIL.Image import Image
 
 from hones_eval.errors import HonesError
-from hones_eval.lmms_calls import aggregate, without_retries
+from hones_eval.lmms.calls import aggregate, without_retries
 
 # What loading a task may raise when its data set is not on this machine, or is not as it was.
 LOAD_ERRORS = (

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hones_eval import __version__
 from hones_eval.leaderboard.board import CORPUS_RESAMPLES, NONE_STEERED, Board, Row
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
 from hones_eval.leaderboard.flips import flips_of
@@ -22,7 +21,6 @@ from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.pictures import Thumbnails
 from hones_eval.leaderboard.scales import Scales, read_scales
-from hones_eval.leaderboard.statistics import FEW_DIFFERENT
 from hones_eval.leaderboard.text import one_line, shown
 from hones_eval.leaderboard.views import (
     clearest_first,
@@ -32,6 +30,8 @@ from hones_eval.leaderboard.views import (
     summary,
     tested_rows,
 )
+from hones_eval.stats.paired import FEW_DIFFERENT
+from hones_eval.version import __version__
 
 MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # on one page: at most, at least; on all pages
 FIRST_FLIPS = 25  # are shown at a time, and without script

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from hones_eval.core.images import image_hash
 from hones_eval.leaderboard.flips import Flip
 from hones_eval.leaderboard.lmms_tasks import TaskPictures
-from hones_eval.pictures import image_hash
 
 SIDE, MOST = 160, 200  # pixels of the longer side; pictures on one page
 

@@ -14,8 +14,8 @@ from hones_eval.leaderboard.board import Board, Row
 from hones_eval.leaderboard.drawing import interval_svg
 from hones_eval.leaderboard.identity import SPLITS
 from hones_eval.leaderboard.pairing import Pair
-from hones_eval.leaderboard.statistics import FEW_DIFFERENT, FEW_UNITS
 from hones_eval.leaderboard.text import number, one_line, probability, slug
+from hones_eval.stats.paired import FEW_DIFFERENT, FEW_UNITS
 
 CSS = {"better": "better", "worse": "worse"}
 SIGNS = {"better": "▲", "worse": "▼", "no clear difference": "○", "not judged": "–"}

@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hones_eval import choices, margin, readouts
-from hones_eval.attach import Edit, Site, editing
-from hones_eval.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.core import readouts
+from hones_eval.core.hooks import Edit, Site, editing
+from hones_eval.core.steering import Steering
+from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.engine.passes import refuse_not_finite
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example, TaskExamples
-from hones_eval.measure import Measurement, Totals
-from hones_eval.passes import refuse_not_finite
-from hones_eval.replay import Replayer
-from hones_eval.steering import Steering
+from hones_eval.lmms.answers import choices, margin
+from hones_eval.lmms.examples import Example, TaskExamples
+from hones_eval.runs.measure import Measurement, Totals
 
 BASELINE = "baseline"
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hones_eval.artefact import ModelShape
+from hones_eval.core.artifact import ModelShape
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron, matched_random, top_heads
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.ranking import Ranking
-from hones_eval.sites import Head, Neuron, matched_random, top_heads
 
 FEWEST_TRIALS, FEW_TRIALS = 2, 5
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hones_eval import readouts
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import ModelShape
-from hones_eval.attach import recording
+from hones_eval.core import readouts
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import ModelShape
+from hones_eval.core.hooks import recording
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example
-from hones_eval.measure import Measurement, Totals
+from hones_eval.lmms.examples import Example
+from hones_eval.runs.measure import Measurement, Totals
 
 
 class NeuronActivity:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hones_eval import edits, readouts
-from hones_eval.anatomy import Anatomy
-from hones_eval.attach import Site, input_of
+from hones_eval.core import edits, readouts
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.hooks import Site, input_of
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples import Example
-from hones_eval.measure import Measurement, Totals
+from hones_eval.lmms.examples import Example
+from hones_eval.runs.measure import Measurement, Totals
 
 Append = Callable[[Mapping[str, Any], list[int]], dict[str, Any]]
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hones_eval.anatomy import Anatomy
-from hones_eval.attach import Edit, editing
-from hones_eval.decoding import Decoder
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.hooks import Edit, editing
+from hones_eval.core.sites import Neuron
+from hones_eval.engine.decoding import Decoder
+from hones_eval.engine.passes import refuse_not_finite
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example
-from hones_eval.passes import refuse_not_finite
-from hones_eval.sites import Neuron
+from hones_eval.lmms.examples import Example
 
 
 class LearnedScales(nn.Module):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hones_eval.anatomy import Anatomy
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.activations import VIEWS, LayerViews
+from hones_eval.engine.tokens import positions, token_texts
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples import Example
-from hones_eval.measure import Measurement
-from hones_eval.streams import VIEWS, LayerViews
-from hones_eval.tokens import positions, token_texts
+from hones_eval.lmms.examples import Example
+from hones_eval.runs.measure import Measurement
 
 NAMED = ("last", "text", "image", "all")
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_eval.ablation import Ablation
 from hones_eval.errors import HonesError
-from hones_eval.examples import Example
-from hones_eval.measure import Measurement
-from hones_eval.racing import Race
+from hones_eval.lmms.examples import Example
+from hones_eval.runs.ablation import Ablation
+from hones_eval.runs.measure import Measurement
+from hones_eval.runs.racing import Race
 
 LOOK = 8
 """Examples between two looks, and so the most processes that can share a race."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_eval.artefact import ExampleSet, Provenance
+from hones_eval.core.artifact import ExampleSet, Provenance
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron, top_heads
+from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
-from hones_eval.ranking import Ranking
-from hones_eval.sites import Head, Neuron, top_heads
-from hones_eval.steering import Steering
 
 
 def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Steering:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hones_eval import readouts
-from hones_eval.anatomy import Anatomy
+from hones_eval.core import readouts
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.engine.activations import Part
+from hones_eval.engine.patching import Patch, Patcher
+from hones_eval.engine.tokens import MisalignedError, Places, Roles, align, token_roles, token_texts
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.examples import Example, TaskExamples
-from hones_eval.measure import Measurement
-from hones_eval.patching import Patch, Patcher
-from hones_eval.streams import Part
-from hones_eval.tokens import MisalignedError, Places, Roles, align, token_roles, token_texts
+from hones_eval.lmms.examples import Example, TaskExamples
+from hones_eval.runs.measure import Measurement
 
 What = Literal["image", "text", "last", "attention", "ffn"]
 WHATS: tuple[What, ...] = get_args(What)

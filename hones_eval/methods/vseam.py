@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_eval import readouts
+from hones_eval.core import readouts
+from hones_eval.core.sites import Head, top_heads
+from hones_eval.engine.passes import replaced_by_mean
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
-from hones_eval.examples import Example, TaskExamples
-from hones_eval.measure import Measurement, Totals
-from hones_eval.passes import replaced_by_mean
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head, top_heads
-from hones_eval.together import Together
+from hones_eval.lmms.examples import Example, TaskExamples
+from hones_eval.runs.measure import Measurement, Totals
+from hones_eval.runs.next_token import Together
 
 KINDS = ("signed", "positive", "negative")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from hones_eval.artefact import write_text
+from hones_eval.core.artifact import write_text
 from hones_eval.errors import HonesError
 from hones_eval.toy import scoring
 from hones_eval.toy.documents import Document, documents

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from hones_eval.ablation import Ablation
-from hones_eval.anatomy import Anatomy
-from hones_eval.artefact import digest, read_json, write_bytes, write_json
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import digest, read_json, write_bytes, write_json
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine.passes import SiteEdit
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.measure import Totals
-from hones_eval.passes import SiteEdit
-from hones_eval.replay import Replayer
-from hones_eval.sites import Head, Neuron
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.runs.ablation import Ablation
+from hones_eval.runs.measure import Totals
 from hones_eval.toy import checkpoint_path
 
 FOLDER = Path(__file__).resolve().parent / "ground_truth"

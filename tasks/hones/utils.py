@@ -13,8 +13,8 @@ from loguru import logger
 from PIL import ExifTags, Image, ImageDraw
 from torchmetrics.functional.text import sacre_bleu_score
 
+from hones_eval.core.images import as_seen, whole_pictures
 from hones_eval.errors import TaskError
-from hones_eval.pictures import as_seen, whole_pictures
 from hones_eval.tasks.hones import retrieval
 from hones_eval.tasks.hones.data import Entry, annotation_file, entries
 from hones_eval.tasks.hones.elsewhere import DATA_SETS, entries_elsewhere

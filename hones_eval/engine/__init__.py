@@ -1,0 +1,1 @@
+"""Edited forward passes, exact and fast: replay, shared prefixes, decoding, activation patching."""

@@ -1,0 +1,359 @@
+"""Restart the decoder at a layer, with many edits as the rows of one batch.
+
+A change of a head in layer `l` leaves all layers below `l` as they were. So one pass over an example is
+recorded, and every edited pass starts from there: walking up the layers once with a growing batch, the rows
+of layer `l` join the rows of the layers below, until one unembedding reads them all. What is shared is never
+computed twice: the vision tower, the layers below an edit, the attention of the edited layer itself, and in
+the last layer the FFN of positions that nobody reads.
+
+No family's layer is known here. A layer is called as it was called in the recorded pass; what the model adds
+between layers (deep-stack features, say) is the recorded input of one minus the recorded output of the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.hooks import recording, standing_in
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
+from hones_eval.engine.passes import (
+    ROUNDING,
+    FullPasses,
+    NeuronReader,
+    Passes,
+    RowLimit,
+    Rows,
+    SiteEdit,
+    edit_rows,
+    replaced_by_mean,
+)
+from hones_eval.errors import HonesError, first_line
+
+# Called for layers with the rows that walked through their attention: layer, rows, keys and values.
+KeyReader = Callable[[int, Sequence[int], KeysValues], None]
+
+
+class Replayer:
+    """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
+
+    def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
+        """Replay at most `rows` edited passes at once; by default as many as the device does best with."""
+        self.anatomy = anatomy
+        self.limit = RowLimit(rows, _tokens_at_once(anatomy))
+        self.inexact: str | None = None
+        self._proven = False
+
+    @torch.no_grad()
+    def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
+        """One unedited pass over an example (a batch of one); the last `read` positions are read.
+
+        With `keep` a replay also has keys and values, from which decoding can go on.
+
+        The first example is also the proof: its replayed logits must equal those of the hooked forward. If
+        they do not, `inexact` says by how much, and all passes are full forwards from then on.
+        """
+        if inputs["input_ids"].shape[0] != 1:
+            raise HonesError("replay takes one example at a time: heads are the rows of its batch")
+        if self.inexact is None:
+            replay = Replay(self.anatomy, inputs, read, self.limit, keep)
+            if not self._proven:
+                self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
+                self._proven = True
+            if self.inexact is None:
+                return replay
+        return FullPasses(self.anatomy, inputs, read)
+
+
+def _tokens_at_once(anatomy: Anatomy) -> int:
+    """Tokens in one layer call: few on a CPU, to stay in its caches; on a GPU what memory holds."""
+    weight = anatomy.unembedding
+    if weight.device.type != "cuda":
+        return 1024
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    shape = anatomy.shape
+    # The FFN's three widest tensors, a dozen of the residual stream's width beside them, and what every layer
+    # keeps to decode on from: keys and values, as many as there are query heads at most.
+    kept = 2 * shape.layers * shape.heads * shape.head_width
+    per_token = (3 * shape.neurons + 12 * shape.hidden + kept) * weight.element_size()
+    return max(1, int(0.5 * free) // per_token)
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerCall:
+    """How one decoder layer was called, and what came out: `x` and `output` are [1, tokens, hidden]."""
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    heads: Tensor
+    neurons: Tensor
+    attended: Any
+
+
+class Replay:
+    """One recorded pass of one example, from which edited passes restart."""
+
+    def __init__(
+        self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, limit: RowLimit, keep: bool = False
+    ) -> None:
+        """Run the unedited pass; the logits and activations of the last `read` positions can be read.
+
+        With `keep`, `keys_values` are its keys and values in every layer, else None.
+        """
+        self.anatomy = anatomy
+        self.read = slice(-read, None)
+        self.limit = limit
+        self.length = int(inputs["input_ids"].shape[-1])
+        cache = RecordedCache(anatomy.decoder.config) if keep else None
+        cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        output = self._record(lambda: anatomy.model(**inputs, **cached))
+        self.keys_values = None if cache is None else cache.of_layers(len(self._calls))
+        self.base_logits: Tensor = output.logits[0, self.read]
+
+    def _record(self, run: Callable[[], Any]) -> Any:
+        """Run the model once; keep every layer's call, and what is added between layers."""
+        self.cache: Any = KeptByLayer()  # at the place of the model's own, where the pass had one
+        with _taping(self.anatomy) as tape:
+            output = run()
+        self._calls = [_LayerCall(**entry) for entry in tape]
+        self._between = [self._added_after(i) for i in range(len(tape) - 1)]
+        return output
+
+    def base_neurons(self) -> list[Tensor]:
+        """FFN activations [read, I] of the unedited pass, one a layer."""
+        return [call.neurons[0, self.read] for call in self._calls]
+
+    @torch.no_grad()
+    def edited(
+        self,
+        edits: Sequence[SiteEdit],
+        on_neurons: NeuronReader | None = None,
+        on_keys: KeyReader | None = None,
+    ) -> Iterator[Rows]:
+        """See `Passes.edited`; `on_keys` receives the keys and values of rows edited below a layer."""
+        # Within a layer heads come before neurons, so that each kind enters together.
+        order = sorted(range(len(edits)), key=lambda i: (edits[i].site.layer, not edits[i].is_head))
+
+        def run(cut: Sequence[int]) -> Rows:
+            chosen = [edits[i] for i in cut]
+
+            def enter(layer: int, members: list[int]) -> Tensor:
+                return self._enter(layer, [chosen[i] for i in members])
+
+            layers = [edit.site.layer for edit in chosen]
+            return Rows(chosen, self.walk(layers, enter, cut, on_neurons, on_keys))
+
+        yield from self.limit.cuts(order, self.length, run)
+
+    def walk(
+        self,
+        layers: Sequence[int],
+        enter: Callable[[int, list[int]], Tensor],
+        numbers: Sequence[int],
+        on_neurons: NeuronReader | None = None,
+        on_keys: KeyReader | None = None,
+    ) -> Tensor:
+        """Walk up the layers once with a growing batch; logits [rows, read, vocabulary] at the top.
+
+        Args:
+            layers: for every row the layer that it starts at, ascending.
+            enter: gives the output [members, tokens, hidden] of a layer for the rows that start there, from
+                the layer and their places in `layers`.
+            numbers: what `on_neurons` is to call each row.
+            on_neurons: see `Passes.edited`.
+            on_keys: see `edited`; a row's keys and values are the recorded ones up to the layer it starts at.
+        """
+        hidden: Tensor | None = None
+        joined = 0
+        for layer in range(layers[0], len(self._calls)):
+            parts = []
+            if hidden is not None:
+                with self._reading(layer, numbers[:joined], on_neurons):
+                    parts.append(self.call(layer, hidden))
+                if on_keys is not None:
+                    on_keys(layer, numbers[:joined], self.cache.kept)
+            members = [i for i, start in enumerate(layers) if start == layer]
+            if members:
+                with self._reading(layer, [numbers[i] for i in members], on_neurons):
+                    parts.append(enter(layer, members))
+                joined += len(members)
+            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if layer < len(self._between) and (added := self._between[layer]) is not None:
+                hidden = hidden + added
+        assert hidden is not None  # the walk starts at the layer of the first row
+        return self.anatomy.logits(hidden[:, self.read])
+
+    def _enter(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """Output of a layer for rows edited in it: heads first, then neurons."""
+        heads = [edit for edit in edits if edit.is_head]
+        neurons = [edit for edit in edits if not edit.is_head]
+        parts = [self._enter_heads(layer, heads)] if heads else []
+        parts += [self._enter_neurons(layer, neurons)] if neurons else []
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """The layer's attention is not run again: only the mixing of its edited heads is."""
+        call, site = self._calls[layer], self.anatomy.heads_in[layer]
+        edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
+        mixed = self._on_read(layer, site.module, edited)
+        with standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)):
+            return self.call(layer, self._rows(call.x, len(edits)))
+
+    def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """Neither attention nor the FFN's first half are run again."""
+        call, site = self._calls[layer], self.anatomy.neurons_in[layer]
+        edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
+        written = self._on_read(layer, site.module, edited)
+        attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
+        mixed = self._rows(attended, len(edits))
+        with (
+            standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)),
+            standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+        ):
+            return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
+
+    def _rows(self, recorded: Tensor, count: int) -> Tensor:
+        """What was recorded [1, tokens, width] for each of some edits."""
+        return recorded.expand(count, -1, -1)
+
+    def _by_row(self, edits: Sequence[SiteEdit]) -> list[tuple[int, SiteEdit]]:
+        """Which row gets which edit."""
+        return list(enumerate(edits))
+
+    def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
+        """A position-wise module; in the last layer only the positions that are read."""
+        if layer < len(self._calls) - 1:
+            return tensor_of(module(x))
+        return self._only_read(module, x)
+
+    def _only_read(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A position-wise function of the positions that are read; the others come out as zeros."""
+        narrow = function(x[:, self.read])
+        wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
+        wide[:, self.read] = narrow
+        return wide
+
+    def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
+        """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
+        call = self._calls[layer]
+        kwargs = {name: self._argument(value, len(hidden)) for name, value in call.kwargs.items()}
+        with ExitStack() as stack:
+            if narrow and layer == len(self._calls) - 1:
+                for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
+                    stack.enter_context(self._narrowed(module))
+            return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
+
+    def _argument(self, value: Any, rows: int) -> Any:
+        """A recorded argument of a layer, for so many rows."""
+        if is_cache(value):
+            return self.cache
+        # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
+        if (
+            isinstance(value, Tensor)
+            and value.ndim == 2
+            and value.shape[0] == 1
+            and value.dtype != torch.long
+        ):
+            return value.expand(rows, -1)
+        return value
+
+    @contextmanager
+    def _narrowed(self, module: nn.Module) -> Iterator[None]:
+        """A position-wise module that computes only the positions that are read."""
+        forward = module.forward
+        with standing_in(module, lambda x: self._only_read(forward, x)):
+            yield
+
+    @contextmanager
+    def _reading(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader | None) -> Iterator[None]:
+        if on_neurons is None:
+            yield
+            return
+        parts: list[Tensor] = []  # heads and neurons enter a layer one after the other
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            parts.append(args[0][:, self.read])
+
+        handle = self.anatomy.neurons_in[layer].module.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+        on_neurons(layer, torch.tensor(list(rows)), torch.cat(parts))
+
+    def _added_after(self, layer: int) -> Tensor | None:
+        before, after = self._calls[layer].output, self._calls[layer + 1].x
+        if before is after or torch.equal(before, after.to(before.device)):
+            return None
+        return after - before.to(after.device)
+
+
+def _difference(replay: Replay, full: FullPasses) -> str | None:
+    """Why replay is not exact here, or None: one head of the first, a middle and the last layer."""
+    shape = replay.anatomy.shape
+    heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
+    trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "mask")]
+    expected = torch.cat([rows.logits for rows in full.edited(trial)])
+    try:
+        found = torch.cat([rows.logits for rows in replay.edited(trial)])
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"its decoder layers cannot be called with other rows ({first_line(error)})"
+    worst = float((found - expected).abs().max() / expected.abs().max())
+    if not worst <= ROUNDING[expected.dtype]:
+        return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"
+    return None
+
+
+@contextmanager
+def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
+    """Record how every layer is called, its output, its heads, and its attention's output."""
+    tape: list[dict[str, Any]] = [{} for _ in anatomy.layers]
+
+    def called(i: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            x = args[0] if args else rest.pop("hidden_states")
+            tape[i] |= {"x": x, "args": args[1:], "kwargs": rest}
+
+        return keep
+
+    def returned(i: int, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tape[i][name] = tensor_of(output) if name == "output" else output
+
+        return keep
+
+    handles = []
+    for i, layer in enumerate(anatomy.layers):
+        handles.append(layer.register_forward_pre_hook(called(i), with_kwargs=True))
+        handles.append(layer.register_forward_hook(returned(i, "output")))
+        handles.append(anatomy.attentions[i].register_forward_hook(returned(i, "attended")))
+    try:
+        with recording([*anatomy.heads_in, *anatomy.neurons_in]) as inputs:
+            yield tape
+        for i, entry in enumerate(tape):
+            entry["heads"] = inputs[anatomy.heads_in[i].name]
+            entry["neurons"] = inputs[anatomy.neurons_in[i].name]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
+    """A forward that returns what was recorded, with another first tensor."""
+    result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
+    return lambda *_, **__: result
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that a module returned, alone or first in a tuple."""
+    first = output[0] if isinstance(output, tuple) else output
+    assert isinstance(first, Tensor)
+    return first

@@ -1,6 +1,0 @@
-"""Examples made from any lmms-eval task with any lmms-eval model whose wrapper calls `generate`."""
-
-from hones_eval.examples.dataset import Example, TaskExamples
-from hones_eval.examples.models import inner_model, load_lmm
-
-__all__ = ["Example", "TaskExamples", "inner_model", "load_lmm"]

@@ -1,0 +1,1 @@
+"""Whole jobs as typed functions: rank, scale, verify, compare, study."""

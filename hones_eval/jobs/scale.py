@@ -1,0 +1,239 @@
+"""Scales chosen on development examples: of neurons by grid, search, learning (HONES 4), of heads by grid
+(V-SEAM 4).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+from hones_eval.core.artifact import ExampleSet
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron, matched_random
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError
+from hones_eval.jobs.learn import FitSettings, fit
+from hones_eval.jobs.verify import refuse_shared_pictures
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
+from hones_eval.methods.banks import check_fits
+from hones_eval.runs.lightning import Loop
+
+GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+How = Literal["grid", "search", "learned", "learned_no_kl", "random"]
+HowHeads = Literal["signed", "topk"]
+STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "topk": (0.25, 0.5, 0.75, 1)}
+
+
+@dataclass(frozen=True)
+class Development:
+    """A ranking, how many of its sites are scaled, and the development examples to choose the scales on."""
+
+    ranking: Ranking
+    replayer: Replayer
+    examples: TaskExamples
+    loop: Loop
+    neurons: float | None = None
+    factors: Sequence[float] = GRID
+    groups: int = 3
+    settings: FitSettings = field(default_factory=FitSettings)
+    heads: int = 10
+    epsilon: float = 0.0
+    strengths: Sequence[float] | None = None
+    """For heads; by default those of `STRENGTHS`. 0, which leaves the heads alone, is always tried too."""
+
+    def __post_init__(self) -> None:
+        """Refuse a ranking of another model, and one made from a development picture."""
+        model = self.replayer.anatomy.model
+        check_fits(self.ranking, self.replayer.anatomy.shape, type(model).__name__)
+        refuse_shared_pictures(self.ranking.provenance, self.examples.example_set(), "choosing scales")
+
+    @property
+    def bank(self) -> list[Neuron]:
+        """The selected neurons."""
+        return self.ranking.neurons(self.neurons)
+
+    @property
+    def example_set(self) -> ExampleSet:
+        """The development examples."""
+        return self.examples.example_set()
+
+
+def choose(job: Development, how: How | HowHeads) -> Steering:
+    """Choose scales; every rank gets the same steering. Its provenance names the development examples."""
+    steering = _chosen(job, how)
+    one_answer = job.examples.one_answer()
+    if one_answer is None:
+        return steering
+    settings = steering.provenance.settings | {"warnings": [one_answer]}
+    return replace(steering, provenance=replace(steering.provenance, settings=settings))
+
+
+def _chosen(job: Development, how: How | HowHeads) -> Steering:
+    if how == "signed" or how == "topk":
+        return head_grid(job, how)
+    if how == "grid":
+        return grid(job)
+    if how == "search":
+        return search(job)
+    return learned(job, how)
+
+
+def grid(job: Development) -> Steering:
+    """The one factor for the whole bank that does best on the development examples."""
+    bank = job.bank
+    candidates = {str(factor): _grouped(job, [bank], [factor]) for factor in job.factors}
+    found = _measure(job, candidates, "grid")
+    best = _best(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
+    factor = job.factors[best]
+    settings = {
+        "how": "grid",
+        "factor": factor,
+        "count": len(bank),
+        "metric": job.examples.metric,
+        "baseline": found[BASELINE],
+        "metric_by_factor": {str(one): found[str(one)] for one in job.factors},
+    }
+    return scaling.chosen(candidates[str(factor)], settings, job.example_set)
+
+
+def search(job: Development) -> Steering:
+    """A factor for each of a few groups of neighbouring layers, by coordinate search without gradients.
+
+    Twice over the groups, from the last layers down: of all factors the best one, the others' kept. As many
+    passes as there are groups, times two.
+    """
+    groups = layer_groups(job.bank, job.groups)
+    chosen = [1.0] * len(groups)
+    value = baseline = float("nan")
+    trace = []
+    for number, group in enumerate([*reversed(range(len(groups)))] * 2):
+        tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
+        candidates = {str(one): _grouped(job, groups, one) for one in tried}
+        found = _measure(job, candidates, f"search {number + 1}")
+        baseline = found[BASELINE]
+        steps = [sum(abs(factor - 1) for factor in one) for one in tried]
+        chosen = tried[_best(job, [found[str(one)] for one in tried], steps)]
+        value = found[str(chosen)]
+        trace.append({"group": group, "factors": chosen, "metric": value})
+    settings = {
+        "how": "search",
+        "factors": chosen,
+        "layers": [sorted({neuron.layer for neuron in group}) for group in groups],
+        "count": len(job.bank),
+        "metric": job.examples.metric,
+        "baseline": baseline,
+        "best": value,
+        "trace": trace,
+    }
+    return scaling.chosen(_grouped(job, groups, chosen), settings, job.example_set)
+
+
+def head_grid(job: Development, how: HowHeads) -> Steering:
+    """Heads scaled by their scores with the strengths that do best on the development examples.
+
+    `signed` tries every lambda, `topk` every pair of enhancing and suppressing (V-SEAM 4).
+
+    Raises: HonesError when no strength changes a scale.
+    """
+    tried = sorted({0.0, *(STRENGTHS[how] if job.strengths is None else job.strengths)})
+    if how == "signed":
+        candidates = {f"{one:g}": scaling.signed(job.ranking, one, job.epsilon) for one in tried}
+    else:
+        candidates = {
+            f"{up:g}, {down:g}": scaling.topk(job.ranking, job.heads, up, down)
+            for up, down in product(tried, repeat=2)
+        }
+    if all(one.is_noop for one in candidates.values()):
+        raise HonesError(
+            f"--how {how}: every scale is 1 at every strength, so there is nothing to choose: no head of the "
+            "ranking has a score"
+        )
+    found = _measure(job, candidates, how)
+    distances = [float((one.head_scales - 1).abs().sum()) for one in candidates.values()]
+    best = list(candidates)[_best(job, [found[name] for name in candidates], distances)]
+    settings = {
+        "metric": job.examples.metric,
+        "baseline": found[BASELINE],
+        "best": found[best],
+        "metric_by_strength": {name: found[name] for name in candidates},
+    }
+    return scaling.chosen(candidates[best], settings, job.example_set)
+
+
+def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
+    """Scales by gradient descent; `random` learns those of a random bank, as large in each layer."""
+    bank, settings = job.bank, learned_settings(job.settings, how)
+    if how == "random":
+        bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
+    fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
+    recorded = {"how": how, "count": len(bank), **fitted.report}
+    return scaling.chosen(scaling.of_neurons(job.ranking, fitted.scales, {}), recorded, job.example_set)
+
+
+def learned_settings(settings: FitSettings, how: How) -> FitSettings:
+    """The settings with which `how` is learned: `learned_no_kl` is not kept close to the model."""
+    return replace(settings, beta=0.0) if how == "learned_no_kl" else settings
+
+
+def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
+    """The bank cut between layers into at most `count` groups of about equal size, from the bottom up."""
+    if count < 1:
+        raise HonesError(f"--groups {count}: the bank is cut into at least one group")
+    layers = sorted({neuron.layer for neuron in bank})
+    groups: dict[int, list[Neuron]] = {}
+    below = 0
+    for layer in layers:
+        members = [neuron for neuron in bank if neuron.layer == layer]
+        # By the middle of the layer's neurons, so that one full layer does not start a group it fills alone.
+        group = int((below + len(members) / 2) / len(bank) * count)
+        groups.setdefault(min(group, count - 1), []).extend(members)
+        below += len(members)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _grouped(job: Development, groups: Sequence[Sequence[Neuron]], factors: Sequence[float]) -> Steering:
+    return scaling.of_neurons(job.ranking, scaling.grouped_scales(job.ranking, groups, factors), {})
+
+
+def _measure(job: Development, candidates: Mapping[str, Steering], name: str) -> dict[str, float]:
+    """The metric under every candidate, and under none; a job's passes have names of their own."""
+    steerings = {one: steering for one, steering in candidates.items() if not steering.is_noop}
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), name)
+    records = answered(totals)
+    found = {
+        one: job.examples.aggregate([record.answers[one].result for record in records])
+        for one in (BASELINE, *steerings)
+    }
+    return {one: found.get(one, found[BASELINE]) for one in (BASELINE, *candidates)}
+
+
+def _best(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:
+    """The place of the best value; of equal ones, that which changes the model least."""
+    sign = 1.0 if job.examples.higher_is_better else -1.0
+    order = [(sign * value, -distance) for value, distance in zip(values, distances, strict=True)]
+    return order.index(max(order))
+
+
+def said_of(settings: Mapping[str, Any]) -> str:
+    """One line about how scales were chosen."""
+    if settings["how"] == "grid":
+        best = settings["metric_by_factor"][str(settings["factor"])]
+        what = f"factor {settings['factor']:g} is best"
+    elif settings["how"] == "search":
+        best = settings["best"]
+        what = f"factors {', '.join(format(one, 'g') for one in settings['factors'])} are best"
+    elif settings["how"] == "signed":
+        best, what = settings["best"], f"strength {settings['lambda']:g} is best"
+    elif settings["how"] == "topk":
+        best = settings["best"]
+        what = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
+    else:
+        losses = [one["cross_entropy"] for one in settings["epoch_losses"]]
+        return (
+            f"{settings['steps']} steps; cross-entropy {losses[0]:.4g} in the first epoch, "
+            f"{losses[-1]:.4g} in the last; no scale moved more than {settings['largest_change']:.2g} from 1"
+        )
+    return f"{what} on development: {settings['metric']} {settings['baseline']:.4g} without, {best:.4g} with"

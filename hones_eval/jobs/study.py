@@ -1,0 +1,253 @@
+"""The whole experiment on several tasks: which neurons matter by which method, and does scaling them help."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_args
+
+import numpy as np
+
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError
+from hones_eval.jobs.learn import FitSettings
+from hones_eval.jobs.rank import Discovery, Method, discover, provenance
+from hones_eval.jobs.scale import Development, How, choose, learned_settings
+from hones_eval.jobs.verify import Measured, masked, refuse_shared_pictures
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
+from hones_eval.methods.banks import few_trials, neuron_banks
+from hones_eval.runs.lightning import Loop
+
+WAYS = ("fixed", *get_args(How))
+
+
+class TaskSplits(NamedTuple):
+    """One task's three image-disjoint sets, and a shifted test set where there is one."""
+
+    name: str
+    discovery: TaskExamples
+    development: TaskExamples
+    test: TaskExamples
+    shifted: TaskExamples | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """What to run, and the folder that keeps rankings and steerings, so that a second run goes on there."""
+
+    replayer: Replayer
+    loop: Loop
+    tasks: Sequence[TaskSplits]
+    methods: Sequence[Method]
+    out: Path
+    settings: dict[str, Any]
+    heads: int = 30
+    neurons: float = 0.01
+    factor: float = 2.0
+    trials: int = 5
+    seed: int = 0
+    fit: FitSettings = dataclasses.field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a study without HONES or without enough random banks, and tests that show pictures of any
+        discovery or development set.
+        """
+        few_trials(self.trials)
+        if "hones" not in self.methods:
+            raise HonesError("the methods of a study must hold hones, whose bank is scaled")
+        chosen_on = [part for task in self.tasks for part in (task.discovery, task.development)]
+        for task in self.tasks:
+            for held_out in (task.test, task.shifted):
+                for part in chosen_on if held_out is not None else ():
+                    source = provenance(self.replayer.anatomy, part, "hones", {}, self.seed)
+                    refuse_shared_pictures(source, held_out.example_set(), "testing")  # type: ignore[union-attr]
+
+
+def run(study: Study) -> dict[str, Any]:
+    """Rank, scale and test; every rank gets the same report, ready for JSON."""
+    rankings: dict[str, dict[str, Ranking]] = {
+        task.name: {method: _ranked(study, task, method) for method in study.methods} for task in study.tasks
+    }
+    steerings = {
+        task.name: {how: _scaled(study, task, rankings[task.name]["hones"], how) for how in WAYS}
+        for task in study.tasks
+    }
+    attribution: list[dict[str, Any]] = []
+    steering: list[dict[str, Any]] = []
+    for task in study.tasks:
+        masks = _masks(study, rankings[task.name])
+        everything = {
+            f"{source}|{how}": one for source, ways in steerings.items() for how, one in ways.items()
+        }
+        measured = _measured(study, task.test, {**masks, **everything})
+        attribution += _attribution_rows(study, task, rankings[task.name], measured)
+        steering += _steering_rows(task, "test", measured, everything)
+        if task.shifted is not None:
+            own = {name: one for name, one in everything.items() if name.startswith(f"{task.name}|")}
+            steering += _steering_rows(task, "shifted", _measured(study, task.shifted, own), own)
+    sizes = {
+        task.name: {"test": len(task.test), "development": len(task.development)} for task in study.tasks
+    }
+    notes = [
+        *filter(None, [few_trials(study.trials)]),
+        *fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks}),
+    ]
+    return {"attribution": attribution, "steering": steering, "examples": sizes, "notes": notes}
+
+
+def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
+    """What HONES ranked neurons by where no chosen head has a positive score."""
+    without = [name for name, one in rankings.items() if not (one.report or {})["heads_with_positive_score"]]
+    return [
+        f"{name}: no head's replacement lowers the metric, so neurons are ranked by contribution alone"
+        for name in without
+    ]
+
+
+def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:
+    folder = study.out / "rankings" / task.name / method
+    settings = study.settings | {"metric": task.discovery.metric}
+    source = provenance(study.replayer.anatomy, task.discovery, method, settings, study.seed)
+    if (folder / "ranking.json").exists():
+        known = Ranking.load(folder)
+        made, wanted = known.provenance, source
+        _same(folder, [made.examples[0].hash, made.seed], [wanted.examples[0].hash, wanted.seed])
+        _same(folder, made.settings, wanted.settings)
+        return known
+    others = [one.discovery for one in study.tasks if one is not task] if method == "entropy" else []
+    ranking = discover(
+        Discovery(study.replayer, task.discovery, study.loop, source, study.heads, study.neurons, others)
+    )
+    if study.loop.is_first:
+        ranking.save(folder)
+    return ranking
+
+
+def _scaled(study: Study, task: TaskSplits, ranking: Ranking, how: str) -> Steering:
+    folder = study.out / "steerings" / task.name / how
+    if (folder / "steering.json").exists():
+        known = Steering.load(folder)
+        _same(folder, (known.provenance.ranking or {}).get("digest"), ranking.digest)
+        wanted = _settings(study, ranking, how)
+        _same(folder, {name: known.provenance.settings.get(name) for name in wanted}, wanted)
+        if how != "fixed":
+            _same(folder, known.provenance.examples[-1].hash, task.development.example_set().hash)
+        return known
+    if how == "fixed":
+        steering = scaling.fixed(ranking, study.factor, study.neurons)
+    else:
+        job = Development(
+            ranking,
+            study.replayer,
+            task.development,
+            study.loop,
+            study.neurons,
+            settings=study.fit,
+        )
+        steering = choose(job, cast(How, how))
+    if study.loop.is_first:
+        steering.save(folder)
+    return steering
+
+
+def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
+    """What a steering made with these settings says of itself."""
+    wanted: dict[str, Any] = {"how": how, "count": len(ranking.neurons(study.neurons))}
+    if how == "fixed":
+        return wanted | {"factor": study.factor}
+    if how in ("grid", "search"):
+        return wanted
+    return wanted | dataclasses.asdict(learned_settings(study.fit, cast(How, how)))
+
+
+def _same(folder: Path, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise HonesError(f"{folder} was made from something else: give another --out, or delete it")
+
+
+def _masks(study: Study, rankings: dict[str, Ranking]) -> dict[str, Steering]:
+    """Every method's bank masked, and random banks like HONES's."""
+    hones = rankings["hones"]
+    banks: dict[str, list[Neuron]] = {
+        f"mask {name}": one.neurons(study.neurons) for name, one in rankings.items()
+    }
+    drawn = neuron_banks(hones, study.neurons, study.trials, study.seed)
+    banks |= {name: bank for name, bank in drawn.items() if name != "selected"}
+    return {name: masked(hones, bank) for name, bank in banks.items()}
+
+
+def _measured(study: Study, examples: TaskExamples, steerings: dict[str, Steering]) -> Measured:
+    totals = study.loop.run(examples, AnswersUnder(study.replayer, examples, steerings), examples.task)
+    return Measured(examples, answered(totals), study.seed)
+
+
+def _attribution_rows(
+    study: Study, task: TaskSplits, rankings: dict[str, Ranking], measured: Measured
+) -> list[dict[str, Any]]:
+    base = float(measured.values["metric"].observed[0])
+    banks = {name: set(one.neurons(study.neurons)) for name, one in rankings.items()}
+    random = [name for name in measured.names if name.startswith("random")]
+    last = study.replayer.anatomy.shape.layers - 1
+    rows = [
+        {
+            "task": task.name,
+            "method": name,
+            "metric": task.test.metric,
+            "baseline": base,
+            **_flat("drop", measured.drops(f"mask {name}")["metric_drop"]),
+            "neurons": len(bank),
+            "in_last_layer": sum(neuron.layer == last for neuron in bank),
+            "shared_with_hones": len(bank & banks["hones"]),
+        }
+        for name, bank in banks.items()
+    ]
+    values = [measured.drops(name)["metric_drop"]["value"] for name in random]
+    matched = {"drop": float(np.mean(values)), "drop_low": min(values), "drop_high": max(values)}
+    like = f"random, layers as hones ({len(values)} banks: mean, least, most)"
+    return [*rows, {**rows[0], **matched, "method": like, "shared_with_hones": 0}]
+
+
+def _steering_rows(
+    task: TaskSplits, where: str, measured: Measured, steerings: dict[str, Steering]
+) -> list[dict[str, Any]]:
+    metric = measured.values["metric"]
+    examples = task.test if where == "test" else task.shifted
+    rows = []
+    for name, steering in steerings.items():
+        source, how = name.split("|")
+        place = measured.names.index(name)
+        gain = metric.estimate(_gain(measured.sign, place))
+        rows.append(
+            {
+                "chosen_for": source,
+                "how": how,
+                "measured_on": task.name,
+                "split": where,
+                "tested_on": examples.task if examples else "",
+                "metric": examples.metric if examples else "",
+                BASELINE: float(metric.observed[0]),
+                "steered": float(metric.observed[place]),
+                **_flat("gain", gain.to_json()),
+                "largest_change_of_a_scale": float((steering.neuron_scales - 1).abs().max()),
+            }
+        )
+    return rows
+
+
+def _gain(sign: float, place: int) -> Callable[[Any], Any]:
+    return lambda values: sign * (values[..., place] - values[..., 0])
+
+
+def _flat(name: str, estimate: dict[str, Any]) -> dict[str, Any]:
+    return {name: estimate["value"], f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
+
+
+def verdict(low: float | None, high: float | None) -> str:
+    """Whether an interval of a gain excludes zero."""
+    if low is None or high is None:
+        return "same"
+    return "better" if low > 0 else "worse" if high < 0 else "same"

@@ -1,0 +1,180 @@
+"""Whether the selected sites matter: masked on held-out examples, beside random ones (HONES 3, V-SEAM 3)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hones_eval.core.artifact import ExampleSet, Provenance
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import BASELINE, Answered, AnswersUnder, answered
+from hones_eval.methods.banks import check_fits, few_trials, head_banks, neuron_banks
+from hones_eval.runs.lightning import Loop
+from hones_eval.stats.paired import Floats
+from hones_eval.stats.resampling import numbered, resample_means, resample_results
+from hones_eval.version import __version__
+
+Sites = Literal["auto", "neurons", "heads"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What to mask, where to measure, and beside how many random banks."""
+
+    ranking: Ranking
+    replayer: Replayer
+    examples: TaskExamples
+    loop: Loop
+    sites: Sites = "auto"
+    neurons: float | None = None
+    heads: int = 10
+    trials: int = 5
+    seed: int = 0
+
+
+def verify(job: Verification) -> dict[str, Any]:
+    """Mask every bank on the examples and give a report, ready for JSON; every rank gets the same.
+
+    Raises: HonesError when the ranking does not fit the model, or was made from a picture of the examples, or
+        when there are fewer than two random banks.
+    """
+    few = few_trials(job.trials)
+    check_fits(job.ranking, job.replayer.anatomy.shape, type(job.replayer.anatomy.model).__name__)
+    held_out = job.examples.example_set()
+    refuse_shared_pictures(job.ranking.provenance, held_out, "verifying")
+    banks = choose_banks(job)
+    steerings = {name: masked(job.ranking, bank) for name, bank in banks.items() if bank}
+    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "verify")
+    measured = Measured(job.examples, answered(totals), job.seed)
+    return {
+        "format": "hones-eval verification",
+        "package_version": __version__,
+        "ranking": {"method": job.ranking.provenance.method, "digest": job.ranking.digest},
+        "examples": asdict(held_out),
+        "metric": job.examples.metric,
+        "higher_is_better": job.examples.higher_is_better,
+        "sites": kind_of_sites(job),
+        "seed": job.seed,
+        "bank_sizes": {name: len(bank) for name, bank in banks.items()},
+        "warnings": [
+            *(f"no {name} head has a score above 0, so none was masked" for name in banks if not banks[name]),
+            *filter(None, [few, job.examples.one_answer(), measured.nothing_to_lose()]),
+        ],
+        **measured.report(),
+    }
+
+
+def kind_of_sites(job: Verification) -> Literal["neurons", "heads"]:
+    """What is masked: as asked for, else heads for V-SEAM's rankings and neurons for the others."""
+    if job.sites != "auto":
+        return job.sites
+    heads_alone = job.ranking.head_positive is not None or job.ranking.neuron_scores is None
+    return "heads" if heads_alone else "neurons"
+
+
+def choose_banks(job: Verification) -> Mapping[str, Sequence[Head] | Sequence[Neuron]]:
+    """The selected banks and the random ones, by name."""
+    if kind_of_sites(job) == "heads":
+        return head_banks(job.ranking, job.heads, job.trials, job.seed)
+    return neuron_banks(job.ranking, job.neurons, job.trials, job.seed)
+
+
+def masked(ranking: Ranking, bank: Sequence[Head | Neuron]) -> Steering:
+    """A steering that sets every site of a bank to zero."""
+    heads = [site for site in bank if isinstance(site, Head)]
+    neurons = [site for site in bank if isinstance(site, Neuron)]
+    settings = {"how": "masked", "count": len(bank)}
+    if heads:
+        return scaling.scaled_heads(ranking, heads, 0.0, settings)
+    return scaling.scaled_neurons(ranking, neurons, 0.0, settings)
+
+
+def refuse_shared_pictures(source: Provenance, held_out: ExampleSet, purpose: str) -> None:
+    """Raise HonesError with the count when examples show pictures that `source` was made from."""
+    for chosen in source.examples:
+        shared = chosen.shared_images(held_out)
+        if shared:
+            raise HonesError(
+                f"{len(shared)} of the {len(held_out.image_hashes)} pictures of {held_out.task} "
+                f"({held_out.split}) are among those of {chosen.task} ({chosen.split}) that the ranking was "
+                f"made from: {purpose} needs others, of another split or by --offset and --limit"
+            )
+
+
+class Measured:
+    """What a pass of answers says about masked banks, with paired intervals over pictures."""
+
+    def __init__(self, examples: TaskExamples, records: Sequence[Answered], seed: int) -> None:
+        """Resample the metric, the answer's probability and the accuracy of all conditions together."""
+        self.names = list(records[0].answers)
+        self.sign = 1.0 if examples.higher_is_better else -1.0
+        clusters = numbered([record.pictures for record in records])
+        results = [[record.answers[name].result for record in records] for name in self.names]
+        metric = resample_results(examples.metric, examples.aggregate, results, clusters, seed=seed)
+        first = {
+            what: resample_means(
+                np.array([[float(getattr(r.answers[n], what)) for n in self.names] for r in records]),
+                clusters,
+                seed=seed,
+            )
+            for what in ("probability", "correct")
+        }
+        self.values = {"metric": metric, "probability": first["probability"], "accuracy": first["correct"]}
+
+    def report(self) -> dict[str, Any]:
+        """The unedited values, every bank's drops, the random banks together, and what goes beyond them."""
+        chosen = [name for name in self.names[1:] if not name.startswith("random")]
+        return {
+            BASELINE: {what: float(one.observed[0]) for what, one in self.values.items()},
+            "banks": {name: self.drops(name) for name in self.names[1:]},
+            "random": {what: self._spread(what) for what in self.values},
+            "beyond_random": {name: self._beyond(name) for name in chosen},
+        }
+
+    def nothing_to_lose(self) -> str | None:
+        """What to say where the model scores 0 with nothing masked; None where it does not."""
+        if self.sign < 0 or float(self.values["metric"].observed[0]) != 0:
+            return None
+        return "the model scores 0 with nothing masked, so that masking costs nothing says nothing"
+
+    def drops(self, name: str) -> dict[str, Any]:
+        """One bank's values, and its absolute and relative drops; a drop is a loss, whatever the metric."""
+        place = self.names.index(name)
+        found: dict[str, Any] = {}
+        for what, one in self.values.items():
+            found[what] = float(one.observed[place])
+            found[f"{what}_drop"] = one.estimate(self._drop(what, place)).to_json()
+        base = self.values["metric"]
+        drop = self._drop("metric", place)
+        found["relative_drop"] = base.estimate(lambda v: drop(v) / np.abs(v[..., 0])).to_json()
+        return found
+
+    def _drop(self, what: str, place: int) -> Callable[[Floats], Floats]:
+        sign = self.sign if what == "metric" else 1.0
+        return lambda values: sign * (values[..., 0] - values[..., place])
+
+    def _random(self) -> list[int]:
+        return [k for k, name in enumerate(self.names) if name.startswith("random")]
+
+    def _spread(self, what: str) -> dict[str, float]:
+        drops = [float(self._drop(what, k)(self.values[what].observed)) for k in self._random()]
+        spread = float(np.std(drops, ddof=1))
+        return {"drop_mean": float(np.mean(drops)), "drop_sd": spread, "drop_largest": max(drops)}
+
+    def _beyond(self, name: str) -> dict[str, Any]:
+        """How much more a bank costs than random banks do on average."""
+        place, random = self.names.index(name), self._random()
+
+        def contrast(what: str) -> Callable[[Floats], Floats]:
+            drop = self._drop(what, place)
+            others = [self._drop(what, k) for k in random]
+            return lambda values: drop(values) - np.mean([other(values) for other in others], axis=0)
+
+        return {what: one.estimate(contrast(what)).to_json() for what, one in self.values.items()}

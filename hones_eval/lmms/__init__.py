@@ -1,0 +1,1 @@
+"""Everything that touches lmms-eval: tasks, recorded inputs, gold answers, kinds of answers."""

@@ -1,0 +1,86 @@
+"""What a pass over examples has measured so far, so that a run that was killed can go on."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hones_eval.core.artifact import write_bytes
+from hones_eval.errors import HonesError
+
+SECONDS = 20.0
+
+
+class Progress(NamedTuple):
+    """The first `done` examples of a rank's share: their sums, and their records by example."""
+
+    done: int
+    sums: dict[str, Tensor]
+    records: dict[int, Any]
+
+
+@dataclass
+class Partial:
+    """The folder of one run's unfinished passes: a file a pass and rank, each written whole.
+
+    `fingerprint` pins the examples and settings: what was measured with others is not gone on with.
+    A file is written when the last one is `SECONDS` old, since sums of neurons can be large.
+    """
+
+    folder: Path
+    fingerprint: str
+    resume: bool
+    _written: float = 0.0
+
+    def load(self, name: str, rank: int, ranks: int) -> Progress | None:
+        """What a killed run left of a pass, or None where there is nothing or it is not asked for.
+
+        Raises: HonesError when it was made with other examples or settings, or cannot be read.
+        """
+        self._written = time.monotonic()
+        path = self._path(name, rank, ranks)
+        if not self.resume or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise HonesError(f"{path} cannot be read ({error}): run without --resume") from None
+        if about["fingerprint"] != self.fingerprint:
+            raise HonesError(
+                f"{path} was measured with other examples, settings or versions: "
+                "run as before, or without --resume"
+            )
+        return Progress(about["done"], sums, {int(index): one for index, one in about["records"].items()})
+
+    def save(self, name: str, rank: int, ranks: int, progress: Progress, last: bool) -> None:
+        """Write what was measured if it is time to, and in any case after a rank's last example."""
+        if not last and time.monotonic() - self._written < SECONDS:
+            return
+        about = {"fingerprint": self.fingerprint, "done": progress.done, "records": progress.records}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in progress.sums.items()}
+        write_bytes(self._path(name, rank, ranks), save(tensors, metadata=_metadata(about)))
+        self._written = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove the folder: the run has ended well. Files that are none of its own stay."""
+        # A kill in the middle of a write leaves the file under its temporary name, which starts with a dot.
+        for pattern in ("*.safetensors", ".*.safetensors.*"):
+            for path in sorted(self.folder.glob(pattern)):
+                path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _path(self, name: str, rank: int, ranks: int) -> Path:
+        return self.folder / f"{name.replace('/', '_')}-{rank}-of-{ranks}.safetensors"
+
+
+def _metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    return {"about": json.dumps(about)}

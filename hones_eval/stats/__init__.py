@@ -1,0 +1,1 @@
+"""Resampling, paired tests and confidence intervals."""
