@@ -14,9 +14,9 @@ def manifests() -> "list[ModelManifest]":
     # Importing lmms_eval.models calls this function, so a module that comes first must not import it back.
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    from . import plugin
+    from . import plugin, registry
 
-    def manifest(name: str, family: plugin.Family) -> ModelManifest:
+    def manifest(name: str, family: registry.Family) -> ModelManifest:
         path = f"{__name__}.{name}"
         chat = f"{path}.{family.chat}" if family.chat else None
         return ModelManifest(f"hones_{name}", f"{path}.{family.simple}", chat, aliases=(f"vseam_{name}",))
@@ -24,6 +24,6 @@ def manifests() -> "list[ModelManifest]":
     plugin.install()
     any_base = f"{__name__}.any_base"
     return [
-        *(manifest(name, family) for name, family in plugin.FAMILIES.items()),
+        *(manifest(name, family) for name, family in registry.FAMILIES.items()),
         ModelManifest("hones", f"{any_base}.SimpleAnyBase", f"{any_base}.AnyBase", aliases=("vseam",)),
     ]

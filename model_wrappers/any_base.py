@@ -7,7 +7,7 @@ from lmms_eval.api.model import lmms
 
 from hones_eval.errors import HonesError
 
-from . import plugin
+from . import registry
 from .steered import Steered
 
 
@@ -21,7 +21,7 @@ class AnyBase(lmms):  # type: ignore[misc]
         if base is None:
             raise HonesError("--model hones needs base=<an lmms-eval model>, for example base=llava_hf")
         steered = steered_class(str(base), force_simple=cls.is_simple)
-        plugin.generic_base = str(base)
+        registry.generic_base = str(base)
         return steered(**kwargs)
 
 
@@ -39,11 +39,11 @@ def steered_class(base: str, *, force_simple: bool = False) -> type[Steered]:
     from lmms_eval.models import MODEL_REGISTRY_V2 as registry
 
     known = registry.list_model_names()
-    if base not in known or base in plugin.own_names():
-        near = get_close_matches(base, [name for name in known if name not in plugin.own_names()])
+    if base not in known or base in registry.own_names():
+        near = get_close_matches(base, [name for name in known if name not in registry.own_names()])
         hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval models` lists them"
         raise HonesError(f"base={base!r} is not a model of lmms-eval: {hint}")
-    own = plugin.own_name_of(base)
+    own = registry.own_name_of(base)
     if own is not None:
         return cast(type[Steered], registry.get_model_class(own, force_simple=force_simple))
     try:

@@ -6,7 +6,6 @@ inside a model class, so a few methods are wrapped. Runs of other models pass th
 caption metrics start fewer Java programs.
 """
 
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,39 +13,16 @@ from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from hones_eval.errors import HonesError
 
+from . import registry
 from .after_import import after_import
 from .caption_tools import share_caption_tools
+from .registry import base_name, is_ours
 
-if TYPE_CHECKING:
-    from .run_manifest import RunRecord
-
-
-class Family(NamedTuple):
-    """A model of ours: the wrapper of lmms-eval that it steers, and its classes in the module of its name."""
-
-    base: str
-    simple: str
-    chat: str | None = None
-
-
-FAMILIES = {
-    "llava": Family("llava_hf", "SimpleLlava", "Llava"),
-    "qwen2_5_vl": Family("qwen2_5_vl", "SimpleQwen", "Qwen"),
-    "instructblip": Family("instructblip", "InstructBlip"),
-    "hf": Family("hones_hf", "SimpleHf", "Hf"),
-}
-BASES = {f"{method}_{name}": one.base for method in ("hones", "vseam") for name, one in FAMILIES.items()}
-GENERIC = ("hones", "vseam")
 COMMAND = "lmms_eval.__main__"
-
-generic_base: str | None = None
-"""What `base=` named last: models are built before their tasks are loaded."""
-latest_record: "RunRecord | None" = None
-"""The record of the steered model that was built last."""
 
 
 def install() -> None:
@@ -57,27 +33,10 @@ def install() -> None:
     after_import("pycocoevalcap.eval", share_caption_tools)
 
 
-def own_names() -> set[str]:
-    """Every name that this plug-in gives to lmms-eval."""
-    return {*BASES, *GENERIC}
-
-
-def own_name_of(base: str) -> str | None:
-    """The name of our own class for a base wrapper, where we have one."""
-    return next((name for name, known in BASES.items() if known == base), None)
-
-
 def own_task_folders() -> list[str]:
     """Where our tasks lie, in a checkout or installed."""
     spec = find_spec("hones_eval.tasks")
     return list(spec.submodule_search_locations or []) if spec else []
-
-
-def base_name(model: Any) -> Any:
-    """The name whose prompts a model is to see: a steered model's base, and any other model's own."""
-    if isinstance(model, str):
-        return BASES.get(model, generic_base if model in GENERIC and generic_base else model)
-    return _base_of(model) or model
 
 
 def _patch_tasks(module: ModuleType) -> None:
@@ -173,7 +132,7 @@ def _patch_cache(module: ModuleType) -> None:
         try:
             if reqtype != "loglikelihood":
                 return execute(self, lm, reqtype, requests)
-            from .steered import as_results
+            from .likelihoods import as_results
 
             return as_results(execute(self, _Pairs(lm), reqtype, requests))
         finally:
@@ -214,8 +173,8 @@ def _patch_tracker(module: ModuleType) -> None:
                 HonesError(f"lmms-eval could not write its results into {folder}: its log says why")
             )
         try:
-            if latest_record is not None:
-                latest_record.write(folder, _name(name), results)
+            if registry.latest_record is not None:
+                registry.latest_record.write(folder, _name(name), results)
         except Exception as error:
             raise _ending(error) from error
 
@@ -255,10 +214,10 @@ def _write_apart(tracker: Any, model: Any, error: Exception | None = None) -> No
     """Write the manifest of a run that failed, or of a rank that saves no results."""
     # Known only once this run's model and tasks are there; before, the latest record may be of another run.
     source = getattr(getattr(tracker, "general_config_tracker", None), "model_source", None)
-    if latest_record is not None and source and tracker.output_path:
-        if error is not None and not latest_record.errors:
-            latest_record.add_error(None, error)
-        latest_record.write(_results_folder(tracker), _name(model))
+    if registry.latest_record is not None and source and tracker.output_path:
+        if error is not None and not registry.latest_record.errors:
+            registry.latest_record.add_error(None, error)
+        registry.latest_record.write(_results_folder(tracker), _name(model))
 
 
 def _results_folder(tracker: Any) -> Path:
@@ -288,19 +247,6 @@ def _close_progress_bars() -> None:
 
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()
-
-
-def is_ours(model: Any) -> bool:
-    """A name of ours, or one that can only be meant for one of ours."""
-    if isinstance(model, str):
-        return re.split("[-_]", model)[0] in GENERIC
-    return _base_of(model) is not None
-
-
-def _base_of(model: Any) -> str | None:
-    """The base of a steered model, asked of its class: a mock of a model has whatever it is asked for."""
-    base = getattr(type(model), "base_wrapper", None)
-    return base if isinstance(base, str) else None
 
 
 def _name(model: Any) -> str:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast, get_args
@@ -24,7 +24,8 @@ from hones_eval.lmms.answers.margin import answer_tokens, as_text, tokenizer_in,
 from hones_eval.lmms.call_capture import Call, StandInForGenerate, replaced
 from hones_eval.lmms.calls import quiet
 
-from . import plugin
+from . import registry
+from .likelihoods import as_results
 from .run_manifest import RunRecord
 from .watch import AskedMargin, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
@@ -90,7 +91,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             steering=loaded,
             settings={"path": steering, "strength": float(strength), "attach": attach},
         )
-        plugin.latest_record = self.record
+        registry.latest_record = self.record
 
     @property
     def fingerprint(self) -> str:
@@ -226,14 +227,6 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
         kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
         return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
-
-
-def as_results(likelihoods: Iterable[Sequence[Any]]) -> list[GenerationResult]:
-    """Values and whether they are greedy, in the one form in which lmms-eval's evaluator leaves them alone.
-
-    It makes a text of anything else that a model answers, also of what its tasks of choices take apart.
-    """
-    return [GenerationResult(cast(Any, (float(value), bool(greedy)))) for value, greedy in likelihoods]
 
 
 def _messages(text: str, source: Callable[[Any], Any], doc: Any) -> list[dict[str, Any]]:

@@ -216,8 +216,8 @@ by both methods, and the row that `hones-eval leaderboard` makes of the two runs
 finds what stands here, with the embedded model and tiny data sets that have the real ones' columns and types
 (`{REWRITE}=1` rewrites this page; otherwise the test compares).
 
-- **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/lmms/targets.py`, the
-  task's own `doc_to_target`, or a column that was proposed. Rankings name it
+- **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/lmms/targets.py`,
+  the task's own `doc_to_target`, or a column that was proposed. Rankings name it
 - **metric**: the task's first that is a number, which `rank` measures by default; `--metric` takes any other
 - **rank**: heads measured by replay, neurons by what they write; the metric without an edit is the one that
   `lmms-eval` reports, but for MMMU's, which guesses at random where an answer names no choice; here each

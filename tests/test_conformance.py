@@ -16,7 +16,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_own_tests import GIVEN, HOW, WITHOUT_PLUGIN, compare, kind
 from lmms_runs import run_command, write_task
 
-from hones_eval.model_wrappers import plugin
+from hones_eval.model_wrappers import registry
 
 SOME_TESTS = """
 import lmms_eval.models
@@ -121,7 +121,7 @@ def test_a_mock_of_a_model_is_not_ours(cache: ResponseCache) -> None:
     assert cache.execute(again, "generate_until", requests()) == ["answer 0", "answer 1"]
     assert again.asked == [], "the mock's answers lie under lmms-eval's own keys"
     mock.record.add.assert_not_called()
-    assert plugin.base_name(mock) is mock
+    assert registry.base_name(mock) is mock
 
 
 def test_answers_of_two_steerings_have_two_keys(cache: ResponseCache) -> None:
@@ -142,9 +142,9 @@ def test_a_task_manager_without_defaults_has_none_of_ours(tmp_path: Path) -> Non
 
 def test_other_names_and_objects_stay_as_they_are() -> None:
     for name in ("llava_hf", "qwen2_5_vl", None, 3):
-        assert plugin.base_name(name) is name
-    assert plugin.is_ours("hones_lava")
-    assert not plugin.is_ours("honest_llava")
+        assert registry.base_name(name) is name
+    assert registry.is_ours("hones_lava")
+    assert not registry.is_ours("honest_llava")
 
 
 def test_a_run_of_another_model_leaves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

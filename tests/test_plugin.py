@@ -26,7 +26,7 @@ from lmms_runs import (
 from PIL import Image
 
 from hones_eval.core.steering import Steering
-from hones_eval.model_wrappers import plugin
+from hones_eval.model_wrappers import plugin, registry
 
 BUILT_IN = ("vqav2_val", "pope", "refcoco_bbox_rec_val")
 
@@ -185,17 +185,17 @@ def test_an_unknown_task_ends_the_command(manager: TaskManager, monkeypatch: pyt
 
 
 def test_prompts_are_chosen_by_the_base(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, base in (*plugin.BASES.items(), ("llava_hf", "llava_hf"), ("qwen2_5_vl", "qwen2_5_vl")):
+    for name, base in (*registry.BASES.items(), ("llava_hf", "llava_hf"), ("qwen2_5_vl", "qwen2_5_vl")):
         manager.model_name = name
         assert manager.model_name == base
     monkeypatch.setattr(plugin, "generic_base", "gemma3")
-    for name in plugin.GENERIC:
+    for name in registry.GENERIC:
         manager.model_name = name
         assert manager.model_name == "gemma3"
 
 
 def test_every_name_is_registered() -> None:
-    for name in plugin.own_names():
+    for name in registry.own_names():
         loaded = get_model_manifest(name)
         assert loaded.simple_class_path
         for force_simple in (False, True):

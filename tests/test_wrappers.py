@@ -17,7 +17,7 @@ from lmms_runs import write_steering, write_task
 from loguru import logger
 
 from hones_eval.errors import EditError, HonesError, MisfitError
-from hones_eval.model_wrappers import plugin
+from hones_eval.model_wrappers import registry
 from hones_eval.model_wrappers.any_base import steered_class
 from hones_eval.model_wrappers.steered import Steered, inner_model
 from hones_eval.model_wrappers.watch import WatchedGenerate
@@ -294,7 +294,7 @@ def test_the_cache_answers_a_second_run(
     # Empty answers are never cached; the second run would fail at the first of them.
     assert all(texts(first))
     assert texts(evaluate("hones_llava", arguments, **settings)) == texts(first)
-    assert len(plugin.latest_record._fingerprints()["tiny_colours"]) == 3
+    assert len(registry.latest_record._fingerprints()["tiny_colours"]) == 3
 
 
 def test_a_steering_that_changes_no_logit_is_an_error(

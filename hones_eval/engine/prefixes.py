@@ -2,8 +2,8 @@
 
 The candidates of a picture, and the questions on it, are equal up to where their words differ. An edit acts
 at all positions, so an edited row has one prefix for all of them. The walk up the layers
-(`hones_eval.engine.replay`) then takes two stretches along: for every row the prefix, which leaves its keys and
-values in each layer, and behind it the prompts' own endings, as one batch, which attend to them.
+(`hones_eval.engine.replay`) then takes two stretches along: for every row the prefix, which leaves its keys
+and values in each layer, and behind it the prompts' own endings, as one batch, which attend to them.
 
 No family's layer is known here either. Both passes are recorded as the model itself makes them when it goes
 on from a cache; where that is not the pass over the whole prompt (attention in both directions, say), the
