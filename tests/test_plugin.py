@@ -188,7 +188,7 @@ def test_prompts_are_chosen_by_the_base(manager: TaskManager, monkeypatch: pytes
     for name, base in (*registry.BASES.items(), ("llava_hf", "llava_hf"), ("qwen2_5_vl", "qwen2_5_vl")):
         manager.model_name = name
         assert manager.model_name == base
-    monkeypatch.setattr(plugin, "generic_base", "gemma3")
+    monkeypatch.setattr(registry, "generic_base", "gemma3")
     for name in registry.GENERIC:
         manager.model_name = name
         assert manager.model_name == "gemma3"

@@ -1,7 +1,7 @@
 """A stretch of tokens that edited passes walk through: what some prompts share, or what each has of its own.
 
 `hones_eval.engine.prefixes` puts one after the other. In every layer the shared stretch leaves the keys
-and values of its rows, and the others attend to them, through stand-ins at the place of the model's own cache.
+and values of its rows, and the others attend to them, through stand-ins for the model's own cache.
 """
 
 import dataclasses
