@@ -36,18 +36,18 @@ def steered_class(base: str, *, force_simple: bool = False) -> type[Steered]:
 
     Raises: HonesError when lmms-eval has no such model, or cannot import it.
     """
-    from lmms_eval.models import MODEL_REGISTRY_V2 as registry
+    from lmms_eval.models import MODEL_REGISTRY_V2
 
-    known = registry.list_model_names()
+    known = MODEL_REGISTRY_V2.list_model_names()
     if base not in known or base in registry.own_names():
         near = get_close_matches(base, [name for name in known if name not in registry.own_names()])
         hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval models` lists them"
         raise HonesError(f"base={base!r} is not a model of lmms-eval: {hint}")
     own = registry.own_name_of(base)
     if own is not None:
-        return cast(type[Steered], registry.get_model_class(own, force_simple=force_simple))
+        return cast(type[Steered], MODEL_REGISTRY_V2.get_model_class(own, force_simple=force_simple))
     try:
-        stock = registry.get_model_class(base, force_simple=force_simple)
+        stock = MODEL_REGISTRY_V2.get_model_class(base, force_simple=force_simple)
     except ImportError as error:
         raise HonesError(f"base={base!r} cannot be imported by lmms-eval: {error}") from error
     return type(f"Steered{stock.__name__}", (Steered, stock), {"base_wrapper": base})
