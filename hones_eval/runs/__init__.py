@@ -1,0 +1,1 @@
+"""Loops over examples: Lightning predict loops, measurements, checkpoints, racing."""
