@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
-
-from hones_eval.lmms.answers import choices, margin
-from hones_eval.lmms.answers.choices import Choices
 from hones_eval.engine.decoding import Decoder
-from hones_eval.errors import HonesError, TaskError
-from hones_eval.lmms.examples import Example, TaskExamples
-from hones_eval.lmms.answers.margin import Margins
-from hones_eval.runs.measure import Measurement, Totals
 from hones_eval.engine.passes import Passes, Rows, SiteEdit, check_finite
 from hones_eval.engine.prefixes import LastTokens
 from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError, TaskError
+from hones_eval.lmms.answers import choices, margin
+from hones_eval.lmms.answers.choices import Choices
+from hones_eval.lmms.answers.margin import Margins
+from hones_eval.lmms.examples import Example, TaskExamples
+from hones_eval.runs.measure import Measurement, Totals
 from hones_eval.runs.next_token import Together
 
 

@@ -20,8 +20,8 @@ from torchmetrics import Metric
 
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
-from hones_eval.runs.measure import Measure, Staged, Totals
 from hones_eval.runs.checkpoint import Partial, Progress
+from hones_eval.runs.measure import Measure, Staged, Totals
 from hones_eval.runs.processes import is_about_others, left_alone, several
 
 # Lightning sets its own level when it is imported; its banners would bury what a pass has to say.

@@ -6,11 +6,11 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from hones_eval.errors import HonesError
-from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.engine.passes import SiteEdit, check_finite
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError
+from hones_eval.lmms.examples import Example, TaskExamples
 
 
 class Read(NamedTuple):
