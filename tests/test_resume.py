@@ -57,7 +57,7 @@ def test_other_settings_are_not_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(partial, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     step, out = _Pass.predict_step, tmp_path / "out"
 
     def interrupted(self: _Pass, *arguments: object) -> None:

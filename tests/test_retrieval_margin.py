@@ -246,7 +246,7 @@ def score(logs: Path, metric: str) -> float | None:
 def test_a_run_broken_off_within_a_query_ends_with_the_same_bytes(
     visits: dict[str, Visit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     visit, step = visits["llava"], _Pass.predict_step
     assert visit.ranking
 

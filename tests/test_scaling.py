@@ -283,7 +283,7 @@ def test_scales_chosen_in_pieces_are_those_chosen_at_once(
     stops: tuple[int, ...],
 ) -> None:
     """Six examples, two epochs: steps of four and two examples twice; or four passes of a search."""
-    monkeypatch.setattr(partial, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
     flags += ["--how", how, "--groups", 2, "--neurons", 0.2, "--factors", "[0, 1, 3]"]
     assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
