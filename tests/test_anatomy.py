@@ -125,7 +125,7 @@ def test_pictures_act_at_the_image_positions(family: Family) -> None:
 
 def test_a_prompt_without_a_picture_has_no_image_positions(build_family: Callable[[str], Family]) -> None:
     family = build_family("qwen2_5_vl")
-    with pytest.raises(HonesError, match="the prompt holds no picture"):
+    with pytest.raises(HonesError, match="the prompt has no image"):
         Anatomy.of(family.model).image_positions(family.inputs("How many?", []))
 
 
@@ -136,7 +136,7 @@ REASONS = {
     "blip2_opt": "Blip2ForConditionalGeneration: looked for one linear layer called o_proj .* found none",
     "florence2": "Florence2ForConditionalGeneration has an encoder-decoder language model",
     "aria": "AriaForConditionalGeneration: .*called down_proj .*mixture of experts",
-    "mllama": r"MllamaForConditionalGeneration: layers \[1\] attend to the picture by cross-attention",
+    "mllama": r"MllamaForConditionalGeneration: layers \[1\] attend to the image by cross-attention",
 }
 
 

@@ -257,7 +257,7 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "no devices": ({"devices": 0}, "--devices 0 --num_nodes 1: each is 1 or more"),
     "tokens in words": (
         {"gen_kwargs": "max_new_tokens=x"},
-        "generate refuses .* change them with --gen_kwargs",
+        "generate rejects .* change them with --gen_kwargs",
     ),
     "target template": ({"target": "{{colour}}"}, "not a template .*'colour' is undefined.*the columns are"),
 }

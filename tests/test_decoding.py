@@ -44,7 +44,7 @@ def agree(family: Family, inputs: dict[str, Tensor], settings: dict[str, Any]) -
     assert example.passes is not None, "the answer could not be verified by one pass"
     edits = means_of(family.model)
     found = dict(example.answers(edits))
-    assert decoder.stops is None
+    assert decoder.not_continued is None
     assert found.keys() == set(edits)
     for edit, tokens in found.items():
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
@@ -170,16 +170,16 @@ def test_only_answers_that_differ_are_decoded(
     family = build_family("llava")
     example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), {"max_new_tokens": 3})
     decoded: list[int] = []
-    ours = decoding.GreedyExample._go_on
+    ours = decoding.GreedyExample._continue
 
-    def counted(self: decoding.GreedyExample, speaker: Any, rows: list[Any]) -> Any:
+    def counted(self: decoding.GreedyExample, model: Any, rows: list[Any]) -> Any:
         decoded.append(len(rows))
-        return ours(self, speaker, rows)
+        return ours(self, model, rows)
 
     def from_the_start(*_: object) -> None:
         raise AssertionError("an answer that differs was decoded from the start")
 
-    monkeypatch.setattr(decoding.GreedyExample, "_go_on", counted)
+    monkeypatch.setattr(decoding.GreedyExample, "_continue", counted)
     monkeypatch.setattr(decoding.GreedyExample, "_decode_rows", from_the_start)
     found = list(example.answers(means_of(family.model)))
     differing = [tokens != example.tokens for _, tokens in found]
@@ -201,8 +201,8 @@ def test_keys_and_values_that_are_not_the_models_own_are_noticed(
     decoder = Decoder(Replayer(Anatomy.of(family.model)))
     inputs, settings = inputs_of(family), {"max_new_tokens": 5, "min_new_tokens": 5}
     found = dict(decoder.greedy(inputs, settings).answers(means_of(family.model)))
-    assert decoder.speaker is None
-    assert "logits behind the replayed keys and values differ" in str(decoder.stops)
+    assert decoder.continuing is None
+    assert "logits from replayed keys and values differ" in str(decoder.not_continued)
     item = plain.Item(inputs, settings, [])
     for edit, tokens in found.items():
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
@@ -216,13 +216,13 @@ def test_rows_that_wait_are_decoded_before_they_fill_the_memory(
     edits, replayer = means_of(family.model), Replayer(Anatomy.of(family.model), rows=4)
     expected = dict(Decoder(replayer).greedy(inputs, settings).answers(edits))
     batches: list[int] = []
-    ours = decoding.GreedyExample._go_on
+    ours = decoding.GreedyExample._continue
 
-    def counted(self: decoding.GreedyExample, speaker: Any, rows: list[Any]) -> Any:
+    def counted(self: decoding.GreedyExample, model: Any, rows: list[Any]) -> Any:
         batches.append(len(rows))
-        return ours(self, speaker, rows)
+        return ours(self, model, rows)
 
-    monkeypatch.setattr(decoding.GreedyExample, "_go_on", counted)
+    monkeypatch.setattr(decoding.GreedyExample, "_continue", counted)
     monkeypatch.setattr(decoding, "waiting_rows", lambda _: 2)
     assert dict(Decoder(replayer).greedy(inputs, settings).answers(edits)) == expected
     assert len(batches) > 1
@@ -319,7 +319,7 @@ def test_answers_that_are_not_greedy_are_refused(
     build_family: Callable[[str], Family], settings: dict[str, Any]
 ) -> None:
     family = build_family("llava")
-    with pytest.raises(HonesError, match="samples or searches with beams: pass --gen_kwargs do_sample=False"):
+    with pytest.raises(HonesError, match="samples or uses beam search: pass --gen_kwargs do_sample=False"):
         Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), settings)
 
 
@@ -328,7 +328,7 @@ def test_settings_that_generate_refuses_are_one_line(
     build_family: Callable[[str], Family], settings: dict[str, Any]
 ) -> None:
     family = build_family("llava")
-    with pytest.raises(HonesError, match=r"generate refuses this task's settings: .*--gen_kwargs") as caught:
+    with pytest.raises(HonesError, match=r"generate rejects this task's settings: .*--gen_kwargs") as caught:
         Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs_of(family), settings)
     assert "\n" not in str(caught.value)
 

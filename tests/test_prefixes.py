@@ -133,7 +133,7 @@ def test_the_prefix_passes_once_a_row(build_family: Callable[[str], Family]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("paligemma", "logits behind a shared prefix differ"), ("instructblip", None)]
+    ("name", "reason"), [("paligemma", "logits after a shared prefix differ"), ("instructblip", None)]
 )
 def test_what_cannot_share_is_measured_one_at_a_time(
     name: str, reason: str | None, build_family: Callable[[str], Family]
@@ -172,14 +172,14 @@ def test_a_wrong_prefix_is_noticed(
 ) -> None:
     family = build_family("llava")
     group = group_of(family, CANDIDATES[:2])
-    right = prefix_segment.BehindPrefix._behind
+    right = prefix_segment.AfterPrefix._joined
 
     def shifted(self: object, past: Tensor, new: Tensor) -> Tensor:
         return right(self, past * 1.01, new)
 
-    monkeypatch.setattr(prefix_segment.BehindPrefix, "_behind", shifted)
+    monkeypatch.setattr(prefix_segment.AfterPrefix, "_joined", shifted)
     sharing = SharedReplayer(Replayer(Anatomy.of(family.model)))
     found, lengths = gathered(sharing, group, EDITS)
     assert lengths == {0}
-    assert "differ from those of the full forward" in str(sharing.inexact)
+    assert "differ from those of full forwards" in str(sharing.inexact)
     assert_plain(family, group, found, members=(0,))

@@ -263,8 +263,8 @@ def remembers_the_pass(layer: torch.nn.Module) -> type[torch.nn.Module]:
 @pytest.mark.parametrize(
     ("variation", "says"),
     [
-        (depends_on_the_batch, r"replayed logits differ from those of the full forward by \d"),
-        (remembers_the_pass, "its decoder layers cannot be called with other rows"),
+        (depends_on_the_batch, r"replayed logits differ from those of full forwards by \d"),
+        (remembers_the_pass, "its decoder layers cannot be re-run with a different batch size"),
     ],
 )
 def test_what_cannot_be_replayed_is_run_in_full_and_said(variation: Any, says: str) -> None:
@@ -302,7 +302,9 @@ def test_a_batch_of_several_examples_is_refused(build_family: Callable[[str], Fa
 
 @pytest.mark.parametrize("rows", [0, -2])
 def test_no_rows_at_all_are_refused(build_family: Callable[[str], Family], rows: int) -> None:
-    with pytest.raises(HonesError, match=f"at least one row has to be replayed at once, not {rows}"):
+    with pytest.raises(
+        HonesError, match=f"the number of rows to replay at once must be at least 1, not {rows}"
+    ):
         Replayer(Anatomy.of(build_family("llava").model), rows)
 
 
@@ -364,9 +366,9 @@ def test_a_cut_that_memory_cannot_hold_is_halved_and_no_item_is_lost() -> None:
 
     for limit in (RowLimit(8, 0), RowLimit(None, 80)):
         tried.clear()
-        done = [item for cut in limit.cuts(range(11), 10, run) for item in cut]
+        done = [item for chunk in limit.chunks(range(11), 10, run) for item in chunk]
         assert done == list(range(11))
         assert tried[:3] == [8, 4, 2]
         assert max(tried[2:]) == 2  # the smaller size is kept
-    with pytest.raises(HonesError, match="cannot hold one edited pass of 10 tokens"):
-        list(RowLimit(1, 0).cuts([0], 10, lambda cut: run([0, 1, 2])))
+    with pytest.raises(HonesError, match="one edited pass of 10 tokens does not fit"):
+        list(RowLimit(1, 0).chunks([0], 10, lambda chunk: run([0, 1, 2])))

@@ -258,7 +258,7 @@ def test_bad_pairs_are_named(build_family: Callable[[str], Family]) -> None:
         (same, "clean and edited answers agree: 'Yes'"),
         (silent, "the answer '' has no tokens"),
         (alike, "'Yes' and 'No' have the same tokens"),
-        (other, "its prompts differ"),
+        (other, "the prompts differ"),
     ):
         found = traced(family, one, ["text"])
         assert isinstance(found, Refused)

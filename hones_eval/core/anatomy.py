@@ -1,7 +1,7 @@
-"""Where the heads, neurons, unembedding and image tokens are in any Hugging Face vision-language model.
+"""The anatomy of a Hugging Face vision-language model: its heads, neurons, unembedding and image tokens.
 
-Nothing is looked up by a list of class names: the decoder comes from `get_decoder()`, its sizes from its
-own configuration, and what was found is then proven by an experiment before anybody relies on it.
+There is no list of model classes. The decoder comes from `get_decoder()`, its sizes come from its own
+configuration, and an experiment proves what was found: an edit of every kind of site must change the logits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,11 +19,11 @@ from hones_eval.errors import EditError, HonesError, UnsupportedModelError
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model that scoring, replaying and steering need.
+    """The parts of a model that scoring, replay and steering need.
 
-    `layers`, `heads_in` and `neurons_in` have one entry a decoder layer of the language model: the layer
-    itself, and the two linear layers whose inputs hold the heads (`o_proj`) and the neurons (`down_proj`).
-    `attentions` and `ffns` are the modules that directly hold those two.
+    `layers`, `heads_in` and `neurons_in` have one entry per decoder layer of the language model: the layer,
+    and the two linear layers whose inputs hold the heads (`o_proj`) and the neurons (`down_proj`).
+    `attentions` and `ffns` are the modules that directly contain those two linear layers.
     """
 
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Anatomy":
-        """Find the anatomy and prove it.
+        """Find the anatomy of a model and prove it by an experiment.
 
         Raises: UnsupportedModelError, which names the model and the reason.
         """
@@ -90,16 +90,18 @@ class Anatomy:
         """`W_down` [hidden, neurons] of one layer."""
         weight = self.neurons_in[layer].module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise HonesError(f"{self.neurons_in[layer].name} is quantized: its write vectors cannot be read")
+            raise HonesError(
+                f"{self.neurons_in[layer].name} is quantized: its neurons' write directions cannot be read"
+            )
         return weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, unembedding and soft cap: [..., hidden] to [..., vocabulary]."""
+        """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, unembedding and soft cap."""
         logits: Tensor = self.unembed(self.final_norm(hidden))
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def image_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Where image tokens stand: bool [batch, tokens], by the image token's id in `input_ids`.
+        """Whether each position is an image token: bool [batch, tokens], by the image token id.
 
         Raises: HonesError when the configuration names no image token, or none is in the input.
         """
@@ -110,7 +112,7 @@ class Anatomy:
             raise HonesError(f"{type(self.model).__name__}: its configuration names no image token id")
         mask: Tensor = inputs["input_ids"] == known[0]
         if not bool(mask.any()):
-            raise HonesError(f"no image token (id {known[0]}) in input_ids: the prompt holds no picture")
+            raise HonesError(f"no image token (id {known[0]}) in input_ids: the prompt has no image")
         return mask
 
     def _prove_edits(self, name: str) -> None:
@@ -132,7 +134,7 @@ class Anatomy:
                     changed = last_logits()
                 if torch.equal(base, changed):
                     raise UnsupportedModelError(
-                        f"{name}: zeroing {site.name} changes no logit, so edits there would mean nothing"
+                        f"{name}: zeroing {site.name} changes no logit, so edits there have no effect"
                     )
 
 
@@ -168,7 +170,7 @@ def _layers(decoder: nn.Module, count: int, name: str) -> tuple[list[nn.Module],
     crossed = [i for i, layer in enumerate(stack) if _has_part(layer, "cross_attn")]
     if crossed:
         raise UnsupportedModelError(
-            f"{name}: layers {crossed} attend to the picture by cross-attention; only language models that "
+            f"{name}: layers {crossed} attend to the image by cross-attention; only language models that "
             "read image tokens in their own sequence are served"
         )
     return list(stack), path
@@ -184,7 +186,7 @@ def _has_part(module: nn.Module, part: str) -> bool:
 
 def _projection(layer: nn.Module, part: str, path: str, name: str) -> Site:
     found = [(inner, m) for inner, m in layer.named_modules() if inner.split(".")[-1] == part]
-    # The one down_proj of a mixture may be its shared expert's: the neurons of the others would be missed.
+    # The only down_proj of a mixture of experts may belong to its shared expert, without the routed ones.
     mixture = part == "down_proj" and _has_part(layer, "expert")
     if len(found) == 1 and hasattr(found[0][1], "in_features") and not mixture:
         inner, module = found[0]

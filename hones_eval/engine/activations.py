@@ -1,4 +1,4 @@
-"""What passes through a decoder in one forward: the residual stream, and what each layer's parts write."""
+"""Recorded activations of one forward pass: residual streams, and outputs of attentions and FFNs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,12 @@ VIEWS: tuple[View, ...] = get_args(View)
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """One pass: `streams` has L + 1 tensors [1, tokens, hidden], the others L; `logits` [vocabulary]."""
+    """The activations of one pass.
+
+    `streams` are the L + 1 residual streams [1, tokens, hidden]: the input of every layer and of the final
+    norm. `attention` and `ffn` are the L outputs [1, tokens, hidden]; `logits` [vocabulary] are the last
+    position's.
+    """
 
     streams: list[Tensor]
     attention: list[Tensor]
@@ -35,7 +40,7 @@ class Activations:
 
 @torch.no_grad()
 def activations(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Activations:
-    """Run the model once and keep what can be patched or read."""
+    """Run the model once and keep its residual streams and block outputs."""
     with (
         inputs_of([*anatomy.layers, anatomy.final_norm]) as streams,
         outputs_of(anatomy.attentions) as attention,
@@ -46,29 +51,31 @@ def activations(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Activations:
 
 
 class LayerViews(Replay):
-    """One recorded pass, in which every layer can be looked at in four places (V-SEAM 2, lens)."""
+    """One recorded pass with four views of every layer's hidden states (V-SEAM 2, lens)."""
 
     def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any]) -> None:
         """Run and record the pass over one example.
 
-        Raises: HonesError when a layer called again with the recorded parts does not give what it gave.
+        Raises: HonesError when re-running a layer with its recorded parts does not give its recorded output.
         """
         with outputs_of(anatomy.ffns) as written:
             super().__init__(anatomy, inputs, 1, RowLimit(1, 1))
         self._written = complete(written)
         for layer in (0, len(self._calls) - 1):
-            again, once = self._with_ffn(layer, self._written[layer]), self._calls[layer].output
-            worst = float((again - once).abs().max() / once.abs().max())
-            if not worst <= ROUNDING[once.dtype]:
+            again, recorded = self._with_ffn(layer, self._written[layer]), self._calls[layer].output
+            worst = float((again - recorded).abs().max() / recorded.abs().max())
+            if not worst <= ROUNDING[recorded.dtype]:
                 raise HonesError(
-                    f"layer {layer} of {type(anatomy.model).__name__} cannot be looked into: called again it "
-                    f"differs by {worst:.1e} of its largest value"
+                    f"layer {layer} of {type(anatomy.model).__name__} is not reproducible: re-running it "
+                    f"gives a relative difference of {worst:.1e}"
                 )
 
     @torch.no_grad()
     def view(self, view: View, layer: int) -> Tensor:
-        """Hidden states [tokens, hidden]: the output of attention or FFN as the module gives it, the residual
-        stream with the attention's output added, or the whole block's output.
+        """One view of a layer's hidden states [tokens, hidden].
+
+        `attention` and `ffn` are the outputs of these modules, `after_attention` is the residual stream with
+        the attention's output added, and `block` is the output of the layer.
         """
         if view == "after_attention":
             return self._with_ffn(layer, torch.zeros_like(self._written[layer]))[0]
@@ -80,8 +87,8 @@ class LayerViews(Replay):
     def _with_ffn(self, layer: int, written: Tensor) -> Tensor:
         """The layer's output with its recorded attention and a given FFN output.
 
-        With zeros that is the residual stream after attention in every family: norms behind the FFN (Gemma)
-        leave zeros as they are.
+        For an FFN output of zeros this is the residual stream after attention, also in families with a norm
+        after the FFN (Gemma), which keeps zeros.
         """
         call = self._calls[layer]
         attended = returning(call.attended, tensor_of(call.attended))
@@ -94,18 +101,18 @@ class LayerViews(Replay):
 
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The hidden states that modules are called with, by place; the last call counts."""
+    """The hidden states that each module receives, by index; the last call counts."""
     kept: dict[int, Tensor] = {}
 
-    def keep(place: int) -> Callable[..., None]:
+    def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept[place] = args[0] if args else kwargs["hidden_states"]
+            kept[index] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
     with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            handle = module.register_forward_pre_hook(keep(place), with_kwargs=True)
+        for index, module in enumerate(modules):
+            handle = module.register_forward_pre_hook(keep(index), with_kwargs=True)
             stack.callback(handle.remove)
         yield kept
         _check_ran(kept, len(modules))
@@ -113,27 +120,29 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The first tensor that modules give, by place."""
+    """The output tensor of each module, by index."""
     kept: dict[int, Tensor] = {}
 
-    def keep(place: int) -> Callable[..., None]:
+    def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept[place] = tensor_of(output)
+            kept[index] = tensor_of(output)
 
         return hook
 
     with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            stack.callback(module.register_forward_hook(keep(place)).remove)
+        for index, module in enumerate(modules):
+            stack.callback(module.register_forward_hook(keep(index)).remove)
         yield kept
         _check_ran(kept, len(modules))
 
 
 def _check_ran(kept: Mapping[int, Tensor], count: int) -> None:
     if len(kept) != count:
-        raise EditError(f"nothing recorded: a forward pass went through {len(kept)} of {count} modules")
+        raise EditError(
+            f"the forward pass called {len(kept)} of {count} modules: nothing to record for the others"
+        )
 
 
 def complete(kept: Mapping[int, Tensor]) -> list[Tensor]:
-    """What was kept, in order."""
-    return [kept[place] for place in range(len(kept))]
+    """The kept tensors in order."""
+    return [kept[index] for index in range(len(kept))]

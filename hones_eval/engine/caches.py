@@ -1,4 +1,10 @@
-"""Keys and values: those of a recorded pass, and stand-ins at the place of the model's own cache."""
+"""Key-value caches that record, preallocate or share what a model's attention layers see.
+
+Replay and decoding call a model's layers outside of its own `generate`. The classes here take the role of the
+model's cache in such calls: `RecordedCache` keeps the keys and values of one full pass, `KeptByLayer` serves
+a single layer of rows that have no past, and `RoomyCache` holds rows that are decoded on, with spare
+capacity.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Tokens that a `RoomyCache` makes room for at a time.
+# Number of tokens by which a `RoomyCache` grows at a time.
 ROOM = 32
 
 
@@ -19,42 +25,42 @@ class KeysValues(NamedTuple):
     values: Tensor
 
     def of_row(self, row: int, tokens: int) -> "KeysValues":
-        """One row's first tokens, in memory of their own."""
-        return KeysValues(*(one[row : row + 1, :, :tokens].clone() for one in self))
+        """A copy of the first `tokens` tokens of one row."""
+        return KeysValues(*(tensor[row : row + 1, :, :tokens].clone() for tensor in self))
 
 
 class RecordedCache(DynamicCache):
-    """The model's own cache, for one pass from the start; also keeps what sliding windows would let go."""
+    """The model's own cache for one pass from the start, which also keeps what sliding windows would drop."""
 
     def __init__(self, config: Any) -> None:
-        """For a language model's configuration; `recorded` has an entry a layer after the pass."""
+        """Make a cache for a language model's configuration; the pass fills `recorded` by layer."""
         super().__init__(config=config)
         self.recorded: dict[int, KeysValues] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As the model's own."""
+        """Record and update, as the model's own cache does."""
         self.recorded[layer_idx] = KeysValues(key_states, value_states)
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 
     def of_layers(self, layers: int) -> list[KeysValues] | None:
-        """What was recorded, layer by layer; None where a layer has nothing of its own."""
+        """Recorded keys and values by layer; None when some layer has none of its own."""
         known = [self.recorded[i] for i in range(layers) if i in self.recorded]
         return known if len(known) == layers else None
 
 
 class RoomyCache(Cache):
-    """Keys and values of some rows, of which the first take part, with room behind for what they add."""
+    """A preallocated cache of several rows, of which the first rows are active and can grow in place."""
 
     def __init__(self, rows: Sequence[Sequence[KeysValues]]) -> None:
-        """From every row's keys and values, layer by layer; rows may have different numbers of tokens."""
+        """Make a cache from every row's keys and values by layer; rows may differ in length."""
         self._roomy = [_RoomyLayer(layer) for layer in zip(*rows, strict=True)]
         super().__init__(layers=list(self._roomy))
 
     def reach(self, rows: int, tokens: int) -> None:
-        """Have the first rows and their first tokens take part."""
+        """Activate the first `rows` rows with their first `tokens` tokens."""
         for layer in self._roomy:
             layer.reach(rows, tokens)
 
@@ -67,8 +73,9 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         _, heads, _, width = rows[0].keys.shape
         tokens = max(row.keys.shape[2] for row in rows) + ROOM
-        # Values may be of another width than keys. No row that goes on reads what is not filled: it takes
-        # part only up to the tokens that it has. A row that has ended may read it, and is cut off before.
+        # Values may be wider than keys. Memory that is not filled is never read for a row that is still being
+        # decoded: a row is active only up to the tokens it has. A row that has ended may read it, but its
+        # answer is cut off before that.
         self._keys = rows[0].keys.new_empty(len(rows), heads, tokens, width)
         self._values = rows[0].values.new_empty(len(rows), heads, tokens, rows[0].values.shape[3])
         for number, row in enumerate(rows):
@@ -97,18 +104,18 @@ def _with_room(x: Tensor) -> Tensor:
 
 
 class KeptByLayer:
-    """Stands in for a layer's cache while rows without a past walk through it, and keeps theirs."""
+    """Replaces the cache in a call of one layer on rows without a past, and keeps their keys and values."""
 
     def __init__(self) -> None:
-        """Nothing is kept yet."""
+        """Start with nothing kept."""
         self.kept: KeysValues | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: itself."""
+        """Keep the new keys and values and return them: the rows attend to themselves only."""
         self.kept = KeysValues(keys, values)
         return keys, values
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a layer's argument is the model's cache."""
+    """Whether an argument of a layer is the model's cache."""
     return isinstance(value, Cache)

@@ -1,9 +1,9 @@
-"""Decode on from where an edited answer first differs, with the keys and values that the replay has made.
+"""Continue edited answers from their first difference, with the keys and values of the replayed pass.
 
-The replayed pass that shows the difference has computed everything up to it: the keys and values of the
-prompt and of the tokens that agree, and the token that differs. So the rows of one example go on together,
-one token a step, each under its own edit. All have the same length at any time, so that nothing is padded:
-a row joins the batch at the place where it differs.
+The replayed pass that shows a difference has already computed everything before it: the keys and values of
+the prompt and of the agreeing tokens, and the token that differs. The differing rows of one example are
+therefore decoded together from there, one token per step, each under its own edit. No padding is needed,
+because all rows have the same length at every step: a row joins the batch at the step at which it differs.
 """
 
 import itertools
@@ -22,14 +22,14 @@ from hones_eval.engine.caches import KeysValues, RoomyCache
 from hones_eval.engine.passes import ROUNDING, SiteEdit, site_edits
 from hones_eval.engine.replay import Replay
 
-# Keys and values that wait to be decoded on from: 1 GiB on a CPU, and on a GPU a share of what is free.
+# Memory for keys and values of answers that wait to be continued: 1 GiB on a CPU, a share of free GPU memory.
 BYTES, SHARE = 2**30, 0.25
 
 
 class Differing(NamedTuple):
-    """An edit whose answer first differs from the unedited one at `place`, where `token` comes instead.
+    """An edit whose answer first differs from the unedited answer at position `place`, where it has `token`.
 
-    `layers` has the keys and values of everything before, layer by layer.
+    `layers` are the keys and values of all earlier tokens, by layer.
     """
 
     edit: SiteEdit
@@ -39,21 +39,21 @@ class Differing(NamedTuple):
 
 
 class Rules(Protocol):
-    """How an example is decoded."""
+    """The rules by which one example is decoded greedily."""
 
     @property
     def prompt(self) -> Tensor:
-        """Its tokens [1, tokens] as `generate` sees them."""
+        """The prompt's tokens [1, tokens] as `generate` sees them."""
 
     def choices(self, seen: Tensor, logits: Tensor) -> Tensor:
-        """The greedy choice [rows] behind tokens [rows, tokens], from logits [rows, vocabulary]."""
+        """The greedy next token [rows] after tokens [rows, tokens], from logits [rows, vocabulary]."""
 
     def ended(self, seen: Tensor) -> Tensor:
-        """Which rows [rows] end with the last of their tokens [rows, tokens]."""
+        """Whether each row [rows] ends with the last of its tokens [rows, tokens]."""
 
 
 class KeptKeys:
-    """Keys and values of one cut of replayed rows, by their places in it, until it is known which differ."""
+    """Keys and values of one chunk of replayed rows, kept until it is known which answers differ."""
 
     def __init__(self, replay: Replay) -> None:
         """For a replay recorded with `keep`."""
@@ -61,11 +61,11 @@ class KeptKeys:
         self._layers: dict[int, tuple[dict[int, int], KeysValues]] = {}
 
     def __call__(self, layer: int, rows: Sequence[int], kept: KeysValues) -> None:
-        """Keep one layer's; see `hones_eval.engine.replay.KeyReader`."""
+        """Keep the keys and values of one layer; see `hones_eval.engine.replay.KeyReader`."""
         self._layers[layer] = ({number: row for row, number in enumerate(rows)}, kept)
 
     def of(self, number: int, tokens: int) -> list[KeysValues]:
-        """The first tokens' keys and values of the edit with a number: the recorded ones up to its layer."""
+        """Keys and values of the first `tokens` tokens under edit `number`; up to its layer, the recorded."""
         assert self.replay.keys_values is not None
         found = []
         for layer, recorded in enumerate(self.replay.keys_values):
@@ -75,17 +75,17 @@ class KeptKeys:
 
 
 def waiting_rows(row: Sequence[KeysValues]) -> int:
-    """How many rows as large as this one may wait."""
-    size = sum(one.numel() * one.element_size() for layer in row for one in layer)
+    """How many rows of this size may wait."""
+    size = sum(tensor.numel() * tensor.element_size() for layer in row for tensor in layer)
     device = row[0].keys.device
     room = BYTES if device.type != "cuda" else int(SHARE * torch.cuda.mem_get_info(device)[0])
     return max(1, room // size)
 
 
 class Continued(NamedTuple):
-    """Answers [rows, tokens], with other tokens behind the end of rows that ended before the others.
+    """Answers [rows, tokens]; what follows the end of a row that ended early is meaningless.
 
-    `first` has the first row's logits [steps, vocabulary], from which its tokens behind `start + 1` came.
+    `first` are the first row's logits [steps, vocabulary], which chose its tokens after position `start`.
     """
 
     answers: Tensor
@@ -93,28 +93,28 @@ class Continued(NamedTuple):
     first: Tensor
 
 
-def speakers(anatomy: Anatomy) -> list[PreTrainedModel]:
-    """Models that may take the next token alone: the whole one, or the language model that it wraps."""
+def candidates(anatomy: Anatomy) -> list[PreTrainedModel]:
+    """Models that may accept the next token alone: the whole model, or the language model inside it."""
     inner = [m for m in anatomy.model.modules() if isinstance(m, PreTrainedModel) and m is not anatomy.model]
     return [anatomy.model, *(m for m in inner if m.get_output_embeddings() is anatomy.unembed)]
 
 
 @torch.no_grad()
-def go_on(
-    speaker: PreTrainedModel,
+def continue_decoding(
+    model: PreTrainedModel,
     anatomy: Anatomy,
     rules: Rules,
     answer: Sequence[int],
     rows: Sequence[Differing],
 ) -> Continued:
-    """Decode some rows of one example on, greedily, until every one has ended by the rules.
+    """Continue some rows of one example greedily until every row has ended by the rules.
 
     Args:
-        speaker: one of `speakers`.
-        anatomy: of the whole model, unedited.
-        rules: of the example.
+        model: one of `candidates`.
+        anatomy: the anatomy of the whole model, unedited.
+        rules: the example's decoding rules.
         answer: the unedited answer.
-        rows: the edits, by their places ascending, with what they have computed so far.
+        rows: the edits in ascending order of `place`, with the keys and values computed so far.
     """
     length, prompt = rules.prompt.shape[1], rows[0].layers[0].keys.shape[2] - rows[0].place
     places = [row.place for row in rows]
@@ -138,7 +138,7 @@ def go_on(
                 hooked = active
             cache.reach(active, prompt + place)
             newest = text[:active, end - 1 : end]
-            logits = speaker(input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1]
             first.append(logits[0])
             if end == text.shape[1]:
                 text = torch.cat([text, text[:, -1:]], dim=1)
@@ -147,7 +147,7 @@ def go_on(
 
 
 def _text(prompt: Tensor, answer: Sequence[int], rows: Sequence[Differing]) -> Tensor:
-    """Prompt, the agreed part of the answer and the differing token of every row, padded to one length."""
+    """Every row's prompt, agreeing part of the answer and differing token, padded to one length."""
     longest = rows[-1].place + 1
     answers = torch.tensor(list(answer[:longest]), device=prompt.device).repeat(len(rows), 1)
     for row, tokens in zip(rows, answers, strict=True):
@@ -156,11 +156,11 @@ def _text(prompt: Tensor, answer: Sequence[int], rows: Sequence[Differing]) -> T
 
 
 def disagreement(continued: Continued, expected: Tensor) -> str | None:
-    """Why going on is not exact here, or None.
+    """Why continuing is not exact for this model, or None.
 
     Args:
-        continued: whose first row was decoded on.
-        expected: logits [answer, vocabulary] of one hooked pass over that row's prompt and answer.
+        continued: the result of `continue_decoding`, whose first row is compared.
+        expected: logits [answer, vocabulary] of a hooked pass over that row's prompt and answer.
     """
     expected = expected[continued.start + 1 :]
     found = continued.first[: len(expected)]
@@ -168,5 +168,5 @@ def disagreement(continued: Continued, expected: Tensor) -> str | None:
         return None
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
-        return f"logits behind the replayed keys and values differ from those of the full pass by {worst:.1e}"
+        return f"logits from replayed keys and values differ from those of a full pass by {worst:.1e}"
     return None

@@ -1,7 +1,14 @@
-"""Greedy answers of one example, unedited and with one head or neuron at a time edited.
+"""Greedy answers of one example, unedited and under one edit at a time.
 
-Decoding under an edit gives the unedited answer exactly when, with that answer appended to the prompt, every
-greedy choice along it agrees. One replayed pass tells; only the edits that differ are decoded.
+Decoding under every edit from the start would cost one generation per head. Most edits do not change the
+answer, and that can be checked without decoding: append the unedited answer to the prompt, replay one pass
+under the edit, and compare the greedy choice at every answer position (the end token included) with the
+answer. If all agree, decoding under the edit gives the unedited answer. Only edits with a disagreement are
+decoded, from their first difference, with the keys and values of the replayed pass (see
+`hones_eval.engine.continuation`).
+
+The check is valid only where one pass over prompt and answer gives the logits that `generate` saw. Every
+example is tested for this, and is decoded in full under every edit where it fails.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +29,14 @@ from transformers import (
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.hooks import editing
-from hones_eval.engine.continuation import Differing, KeptKeys, disagreement, go_on, speakers, waiting_rows
+from hones_eval.engine.continuation import (
+    Differing,
+    KeptKeys,
+    candidates,
+    continue_decoding,
+    disagreement,
+    waiting_rows,
+)
 from hones_eval.engine.passes import ROUNDING, FullPasses, Passes, RowLimit, Rows, SiteEdit, site_edits
 from hones_eval.engine.prompts import appended
 from hones_eval.engine.replay import Replay, Replayer
@@ -30,7 +44,7 @@ from hones_eval.errors import HonesError, first_line
 
 
 class Decoder:
-    """Greedy decoding of examples with the model's own `generate`, and under edits of single sites."""
+    """Greedy decoding of examples with the model's own `generate`, unedited and under edits."""
 
     def __init__(self, replayer: Replayer) -> None:
         """Decode with the model that `replayer` replays."""
@@ -38,10 +52,10 @@ class Decoder:
         self.anatomy = replayer.anatomy
         self.answer_type = 0
         self._knows_type = False
-        self.speaker: PreTrainedModel | None = None
-        """What answers that differ are decoded on with, once that is proven; see `continuation`."""
-        self.stops: str | None = None
-        """Why they are decoded from the start, where they are."""
+        self.continuing: PreTrainedModel | None = None
+        """The model that continues answers from their first difference, once it is proven to be exact."""
+        self.not_continued: str | None = None
+        """Why answers are decoded from the start, where continuing is not exact; else None."""
 
     @torch.no_grad()
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
@@ -55,22 +69,24 @@ class Decoder:
         return GreedyExample(self, inputs, settings, plan, tokens, logits)
 
     def learn_type(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Find out what type id an answer's tokens have, in the families that have types; once."""
+        """Learn the token type id of answers, in families whose inputs carry token types; once per model."""
         if not self._knows_type and "token_type_ids" in inputs:
             self.greedy(inputs, settings)
         self._knows_type = True
 
     def record(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> Passes:
-        """One pass over a prompt and its answer, of which every token is read."""
-        return self.replayer.record(self.append(inputs, tokens[:-1]), len(tokens), keep=self.stops is None)
+        """Record one pass over a prompt and its answer, in which every answer token is read."""
+        return self.replayer.record(
+            self.append(inputs, tokens[:-1]), len(tokens), keep=self.not_continued is None
+        )
 
     def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
-        """See `prompts.appended`, with the type that an answer has in this family."""
+        """See `prompts.appended`; answers have the token type of this family."""
         return appended(inputs, tokens, self.answer_type)
 
 
 class _Plan(NamedTuple):
-    """What `generate` would decode with, after its own preparation of settings."""
+    """The prompt, logits processors and stopping criteria that `generate` prepared for one example."""
 
     prompt: Tensor
     processors: LogitsProcessorList
@@ -84,11 +100,11 @@ class _Plan(NamedTuple):
 
     @property
     def ends_by_token(self) -> bool:
-        """Whether an answer ends at an end token or at full length, and by no other rule."""
+        """Whether answers end only at an end token or at full length."""
         return all(isinstance(rule, EosTokenCriteria | MaxLengthCriteria) for rule in self.criteria)
 
     def choices(self, seen: Tensor, logits: Tensor) -> Tensor:
-        """See `hones_eval.engine.continuation.Rules`: by the model's own logits processors."""
+        """See `hones_eval.engine.continuation.Rules`; uses the model's own logits processors."""
         scores = self.processors(cast(LongTensor, seen), cast(FloatTensor, logits.float()))
         return scores.argmax(-1)
 
@@ -99,7 +115,7 @@ class _Plan(NamedTuple):
 
 
 class GreedyExample:
-    """One decoded example, from which the answers under edits are worked out."""
+    """One decoded example, which can give its answers under edits."""
 
     def __init__(
         self,
@@ -115,9 +131,10 @@ class GreedyExample:
         self.passes: Passes | None = None
         self._decoder, self._inputs, self._settings, self._plan = decoder, inputs, settings, plan
         if not tokens:
-            raise HonesError("generate gave no new token at all: is max_new_tokens 0?")
-        # Text is of type 0 in most families that mark their picture tokens; where the prompt is attended to
-        # in both directions (PaliGemma), an answer is of type 1. The logits of `generate` tell which it is.
+            raise HonesError("generate returned no new token: set max_new_tokens to at least 1")
+        # Text has token type 0 in most families that mark their image tokens. Where prompts are attended to
+        # in both directions (PaliGemma), answers have type 1. The logits of `generate` show which one is
+        # right.
         for answer_type in (decoder.answer_type, 1 - decoder.answer_type):
             decoder.answer_type = answer_type
             passes = decoder.record(inputs, tokens)
@@ -128,29 +145,29 @@ class GreedyExample:
                 break
 
     def _explains(self, replayed: Tensor, generated: Tensor) -> bool:
-        """Whether one pass over prompt and answer gives what `generate` saw, so that it can verify."""
+        """Whether one pass over prompt and answer gives the logits that `generate` saw."""
         worst = (replayed - generated).abs().max() / generated.abs().max()
         if not bool(worst <= ROUNDING[replayed.dtype]):
             return False
         return first_difference(self._choices(replayed[None])[0], self.tokens) is None
 
     def covers(self, target: Sequence[int]) -> bool:
-        """Whether the pass that verifies the answer also reads every token of `target`."""
+        """Whether the pass that checks the answer also reads every token of `target`."""
         return self.passes is not None and self.tokens[: len(target)] == list(target)
 
     def answers(
         self, edits: Sequence[SiteEdit], on_rows: Callable[[Rows], None] | None = None
     ) -> Iterator[tuple[SiteEdit, list[int]]]:
-        """The answer's tokens under every edit, unchanged answers before those that have to be decoded.
+        """Yield the answer's tokens under every edit; unchanged answers come before those that are decoded.
 
-        `on_rows` sees the logits [rows, answer, vocabulary] along the unedited answer, as they are replayed.
+        `on_rows` receives the replayed logits [rows, answer, vocabulary] along the unedited answer.
         """
         if self.passes is None:
             yield from self._decoded(edits)
             return
         differing: list[SiteEdit] = []
         waiting: list[Differing] = []
-        kept = KeptKeys(self.passes) if self._goes_on(self.passes) else None
+        kept = KeptKeys(self.passes) if self._can_continue(self.passes) else None
         numbers = {edit: number for number, edit in enumerate(edits)}
         verified = self.passes.edited(edits) if kept is None else kept.replay.edited(edits, on_keys=kept)
         for rows in verified:
@@ -176,11 +193,11 @@ class GreedyExample:
         length: int = self._inputs["input_ids"].shape[1]
         return length
 
-    def _goes_on(self, passes: Passes) -> TypeGuard[Replay]:
-        """Whether there are keys and values to decode on from, where the model looks for them."""
+    def _can_continue(self, passes: Passes) -> TypeGuard[Replay]:
+        """Whether there are keys and values to continue from, where the model expects them."""
         kept = isinstance(passes, Replay) and passes.keys_values is not None
         mask = self._inputs.get("attention_mask")
-        return kept and self._decoder.stops is None and (mask is None or bool(mask.all()))
+        return kept and self._decoder.not_continued is None and (mask is None or bool(mask.all()))
 
     def _choices(self, logits: Tensor) -> list[list[int]]:
         """Greedy choices along the unedited answer, from logits [rows, answer, vocabulary]."""
@@ -194,52 +211,54 @@ class GreedyExample:
         return torch.stack(steps, dim=1).tolist()
 
     def _continued(self, rows: Sequence[Differing]) -> Iterator[tuple[SiteEdit, list[int]]]:
-        """Decode on from the first difference; the first row that ever is shows whether this is exact."""
+        """Continue answers from their first difference; the first such row proves whether that is exact."""
         decoder, rows = self._decoder, sorted(rows, key=lambda row: row.place)
         for row in rows:
-            if decoder.speaker is not None or decoder.stops is not None:
+            if decoder.continuing is not None or decoder.not_continued is not None:
                 break
             self._prove(row)
-        if decoder.speaker is None:
+        if decoder.continuing is None:
             yield from self._decoded([row.edit for row in rows])
             return
-        run = partial(self._go_on, decoder.speaker)
+        run = partial(self._continue, decoder.continuing)
         limit = RowLimit(max(1, len(rows)) if self._plan.ends_by_token else 1, self._length)
-        for cut in limit.cuts(rows, self._length, run):
-            yield from cut
+        for chunk in limit.chunks(rows, self._length, run):
+            yield from chunk
 
-    def _go_on(self, speaker: PreTrainedModel, rows: Sequence[Differing]) -> list[tuple[SiteEdit, list[int]]]:
-        continued = go_on(speaker, self._decoder.anatomy, self._plan, self.tokens, rows)
+    def _continue(
+        self, model: PreTrainedModel, rows: Sequence[Differing]
+    ) -> list[tuple[SiteEdit, list[int]]]:
+        continued = continue_decoding(model, self._decoder.anatomy, self._plan, self.tokens, rows)
         answers = [cut_at_end(row, self._plan.end_tokens) for row in continued.answers.tolist()]
         return [(row.edit, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def _prove(self, row: Differing) -> None:
-        """Find what can go on, by comparing logits with a hooked pass over prompt and edited answer."""
+        """Find a model that can continue, by comparing its logits with those of a hooked pass."""
         decoder, reasons = self._decoder, []
-        for speaker in speakers(decoder.anatomy):
+        for model in candidates(decoder.anatomy):
             try:
-                continued = go_on(speaker, decoder.anatomy, self._plan, self.tokens, [row])
+                continued = continue_decoding(model, decoder.anatomy, self._plan, self.tokens, [row])
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                reasons.append(f"it cannot take the next token alone ({first_line(error)})")
+                reasons.append(f"it cannot be called with the next token alone ({first_line(error)})")
                 continue
             answer = cut_at_end(continued.answers[0].tolist(), self._plan.end_tokens)
-            if len(answer) == continued.start + 1:  # ended where it differs: nothing to compare
+            if len(answer) == continued.start + 1:  # the differing token ends the answer: nothing to compare
                 return
             inputs = decoder.append(self._inputs, answer[:-1])
             full = next(iter(FullPasses(decoder.anatomy, inputs, len(answer)).edited([row.edit])))
             reason = disagreement(continued, full.logits[0])
             if reason is None:
-                decoder.speaker = speaker
+                decoder.continuing = model
                 return
             reasons.append(reason)
-        decoder.stops = "; ".join(reasons)
+        decoder.not_continued = "; ".join(reasons)
 
     def _decoded(self, edits: Sequence[SiteEdit]) -> Iterator[tuple[SiteEdit, list[int]]]:
-        """Decode under each edit from the start, as rows of one batch where rows end by themselves."""
+        """Decode under each edit from the start; as one batch where only end tokens stop an answer."""
         length = self._plan.prompt.shape[1]
         limit = self._decoder.replayer.limit if self._plan.ends_by_token else RowLimit(1, length)
-        for cut, answers in limit.cuts(edits, length, lambda cut: (cut, self._decode_rows(cut))):
-            yield from zip(cut, answers, strict=True)
+        for chunk, answers in limit.chunks(edits, length, lambda chunk: (chunk, self._decode_rows(chunk))):
+            yield from zip(chunk, answers, strict=True)
 
     @torch.no_grad()
     def _decode_rows(self, edits: Sequence[SiteEdit]) -> list[list[int]]:
@@ -251,14 +270,15 @@ class GreedyExample:
 
 
 def first_difference(choices: Sequence[int], answer: Sequence[int]) -> int | None:
-    """Where greedy choices first leave an answer of the same length."""
-    return next((i for i, (one, other) in enumerate(zip(choices, answer, strict=True)) if one != other), None)
+    """The first position at which greedy choices differ from an answer of the same length, or None."""
+    pairs = zip(choices, answer, strict=True)
+    return next((i for i, (choice, token) in enumerate(pairs) if choice != token), None)
 
 
 def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """One example's inputs `times` times over, along the first dimension.
+    """Repeat one example's inputs along the first dimension.
 
-    That is right for tensors [1, ...] and for pictures packed as [patches, ...] alike.
+    This is right for tensors [1, ...] and for images packed as [patches, ...] alike.
     """
     repeated: dict[str, Any] = {}
     for name, value in inputs.items():
@@ -270,13 +290,13 @@ def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
 
 
 def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
-    """The tokens up to and with the first end token; what follows in a batch is padding."""
+    """The tokens up to and including the first end token; in a batch, padding follows it."""
     ends = [i for i, token in enumerate(tokens) if token in end_tokens]
     return tokens[: ends[0] + 1] if ends else tokens
 
 
 def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> _Plan:
-    """Let `generate` prepare everything and stop before its decoding loop, to see what it would use."""
+    """Let `generate` prepare its rules and stop before its decoding loop, and return what it prepared."""
     seen: list[_Plan] = []
 
     def stop(
@@ -294,20 +314,20 @@ def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, An
         _generate(anatomy, **inputs, **_without_tokenizer(settings), custom_generate=stop)
     except (TypeError, ValueError) as error:
         raise HonesError(
-            f"generate refuses this task's settings: {' '.join(str(error).split())}; "
+            f"generate rejects this task's settings: {' '.join(str(error).split())}; "
             "change them with --gen_kwargs"
         ) from error
     plan = seen[0]
     if plan.config.do_sample or (plan.config.num_beams or 1) > 1:
         raise HonesError(
-            "heads are localized by greedy decoding, but this task samples or searches with beams: "
+            "heads are ranked by greedy decoding, but this task samples or uses beam search: "
             "pass --gen_kwargs do_sample=False,temperature=0,num_beams=1"
         )
     return plan
 
 
 def _without_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings with stop strings as a rule; `generate` hands a tokenizer to no function of ours."""
+    """The same settings with stop strings as a stopping criterion, which needs no tokenizer in `generate`."""
     rest = dict(settings)
     tokenizer, strings = rest.pop("tokenizer", None), rest.get("stop_strings")
     if tokenizer is not None and strings:
@@ -318,6 +338,6 @@ def _without_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generate(anatomy: Anatomy, **arguments: Any) -> Any:
-    # The class's own: on the instance a wrapper of ours may stand in, which watches over answers.
+    # Call the class's own method: one of our wrappers may have replaced `generate` on the instance.
     kind: Any = type(anatomy.model)
     return kind.generate(anatomy.model, **arguments)

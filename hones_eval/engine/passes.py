@@ -1,6 +1,8 @@
-"""Edited forward passes of one example, one site at a time: what is asked for, and the plain way to get it.
+"""Edited forward passes of one example: their interface, and its plain implementation by hooked forwards.
 
-`hones_eval.engine.replay` gives the same faster; the plain way is exact for every model, and its reference.
+`SiteEdit` names one edit, `Passes` is the interface, and `FullPasses` implements it with one hooked forward
+per edit, which is exact for every model. `hones_eval.engine.replay` implements the same interface faster and
+is checked against `FullPasses`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +21,18 @@ from hones_eval.errors import HonesError
 T = TypeVar("T")
 Result = TypeVar("Result")
 
-# Largest difference of logits, relative to their largest size, that rounding explains.
+# Largest difference of logits that rounding can explain, relative to the largest logit.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Called for every layer with the rows that passed it: layer, rows [rows], FFN activations [rows, read, I].
+# Called per layer: the layer, the numbers of the rows that passed it [rows], FFN activations [rows, read, I].
 NeuronReader = Callable[[int, Tensor, Tensor], None]
 
 
 class SiteEdit(NamedTuple):
-    """One site, edited at every position: a head becomes the `mean` of the others or `zero`, a neuron is
-    masked (`mask`), which is zero as well. The word also tells heads from neurons, whose tuples can be equal.
+    """An edit of one site at every position.
+
+    `mean` replaces a head by the mean of the layer's other heads, `zero` sets a head to zero, and `mask` sets
+    a neuron to zero. `how` also tells heads from neurons, because `Head` and `Neuron` tuples can be equal.
     """
 
     site: Head | Neuron
@@ -41,12 +45,12 @@ class SiteEdit(NamedTuple):
 
 
 def replaced_by_mean(heads: Sequence[Head]) -> list[SiteEdit]:
-    """HONES's and V-SEAM's edit for each of some heads."""
+    """Mean replacement of each of some heads, the edit of HONES 1 and V-SEAM 3."""
     return [SiteEdit(head) for head in heads]
 
 
 class Rows(NamedTuple):
-    """Some of the edits asked for, and the logits [rows, read, vocabulary] under each of them."""
+    """Some of the requested edits, and the logits [rows, read, vocabulary] under each."""
 
     edits: list[SiteEdit]
     logits: Tensor
@@ -58,18 +62,18 @@ class Rows(NamedTuple):
 
 
 class Passes(Protocol):
-    """What `Replay` and the plain forward passes both offer for one example."""
+    """The unedited and edited passes of one example, as `Replay` and `FullPasses` provide them."""
 
     base_logits: Tensor
 
     def base_neurons(self) -> list[Tensor]:
-        """FFN activations [read, I] of the unedited pass, one a layer."""
+        """FFN activations [read, I] of the unedited pass, by layer."""
 
     def edited(self, edits: Sequence[SiteEdit], on_neurons: NeuronReader | None = None) -> Iterator[Rows]:
-        """Logits under one edit at a time, in cuts of rows.
+        """Yield the logits under each edit alone, several edits at a time.
 
-        `on_neurons` receives, for every layer at or above a row's edit, the row's place among `edits` and
-        its FFN activations at the read positions; layers below an edit are those of `base_neurons`.
+        `on_neurons` receives, for every layer at or above a row's edit, the index of the row's edit in
+        `edits` and the FFN activations at the read positions. Below an edit they equal `base_neurons`.
         """
 
 
@@ -84,7 +88,7 @@ def check_finite(passes: Passes, where: str) -> None:
 
 
 def refuse_not_finite(anatomy: Anatomy, inputs: Mapping[str, Any], where: str) -> NoReturn:
-    """Raise HonesError as `check_finite` does, for the model as it is now, by a pass of its own."""
+    """Run one pass of the model as it is now, and raise HonesError as `check_finite` does."""
     with recording(anatomy.neurons_in) as kept, torch.no_grad():
         anatomy.model(**inputs, use_cache=False)
     _refuse([kept[site.name] for site in anatomy.neurons_in], where)
@@ -98,10 +102,10 @@ def _refuse(neurons: Sequence[Tensor], where: str) -> NoReturn:
 
 
 class FullPasses:
-    """The same answers by one hooked forward a head: slow, exact for every model, and the reference."""
+    """Edited passes by one hooked forward per edit: slow, exact for every model, the reference for replay."""
 
     def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int) -> None:
-        """Run the unedited pass; see `Replay`."""
+        """Run the unedited pass; the last `read` positions are read."""
         self.anatomy = anatomy
         self.inputs = inputs
         self.read = slice(-read, None)
@@ -110,7 +114,7 @@ class FullPasses:
         self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
 
     def base_neurons(self) -> list[Tensor]:
-        """FFN activations [read, I] of the unedited pass, one a layer."""
+        """FFN activations [read, I] of the unedited pass, by layer."""
         return self._neurons
 
     @torch.no_grad()
@@ -133,7 +137,7 @@ class FullPasses:
 
 
 def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
-    """For hooks on a batch of rows: edit `edits[i]` in row `i` alone, one hook a linear layer."""
+    """Edits for hooks on a batch of rows: `edits[i]` acts in row `i` only; one hook per linear layer."""
     places = sorted({(edit.site.layer, edit.is_head) for edit in edits})
     for layer, is_head in places:
         here = [(i, e) for i, e in enumerate(edits) if (e.site.layer, e.is_head) == (layer, is_head)]
@@ -142,7 +146,7 @@ def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Si
 
 
 def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
-    """The input [rows, tokens, width] of one linear layer with each row's own edit, of one kind of site."""
+    """Apply each row's own edit to the input [rows, tokens, width] of one linear layer."""
     for how in ("mean", "zero", "mask"):
         these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
         if not these:
@@ -158,37 +162,42 @@ def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatom
 
 
 class RowLimit:
-    """How many edited passes run at once: a number of rows, or what a number of tokens has room for."""
+    """The number of edited passes that run at once: a fixed number of rows, or a budget of tokens."""
 
     def __init__(self, rows: int | None, tokens: int) -> None:
-        """`rows` wins over `tokens`, the tokens of all rows together."""
+        """`rows` takes precedence over `tokens`, the number of tokens of all rows together."""
         if rows is not None and rows < 1:
-            raise HonesError(f"at least one row has to be replayed at once, not {rows}")
+            raise HonesError(f"the number of rows to replay at once must be at least 1, not {rows}")
         self._rows, self._tokens = rows, tokens
 
     def rows(self, length: int) -> int:
-        """Rows at once when each has `length` tokens; at least one."""
+        """The number of rows at once when each has `length` tokens; at least one."""
         return max(1, self._tokens // length) if self._rows is None else self._rows
 
-    def cuts(self, items: Sequence[T], length: int, run: Callable[[Sequence[T]], Result]) -> Iterator[Result]:
-        """`run` on one cut of the items after the other; a cut that memory cannot hold is run in halves.
+    def chunks(
+        self, items: Sequence[T], length: int, run: Callable[[Sequence[T]], Result]
+    ) -> Iterator[Result]:
+        """Call `run` on one chunk of the items after another, and yield its results.
 
-        Later cuts then stay as small. Raises: HonesError when memory cannot hold a single item.
+        A chunk that does not fit into memory is halved and tried again, and later chunks stay as small.
+        Raises: HonesError when a single item does not fit into memory.
         """
         start = 0
         while start < len(items):
-            cut = items[start : start + self.rows(length)]
+            chunk = items[start : start + self.rows(length)]
             try:
-                result = run(cut)
+                result = run(chunk)
             except torch.OutOfMemoryError as error:
-                self._halve(len(cut), length, error)
+                self._halve(len(chunk), length, error)
                 continue
             yield result
-            start += len(cut)
+            start += len(chunk)
 
     def _halve(self, rows: int, length: int, error: torch.OutOfMemoryError) -> None:
         if rows == 1:
-            raise HonesError(f"the device's memory cannot hold one edited pass of {length} tokens") from error
+            raise HonesError(
+                f"one edited pass of {length} tokens does not fit into the device's memory"
+            ) from error
         if self._rows is None:
             self._tokens = rows // 2 * length
         else:

@@ -1,8 +1,10 @@
-"""Activation patching: the edited input's pass, with some of the clean input's activations put back.
+"""Activation patching (V-SEAM 2): passes over an edited input with clean activations put back.
 
-A patch in layer `l` leaves the layers below as they were, so patched passes are the rows of one batch that
-joins at layer `l` of the edited input's recorded pass; see `replay`. Neither the attention nor the FFN of the
-patched layer runs again where its recorded output is all that is needed.
+A patch in layer `l` changes nothing in the layers below. Patched passes are therefore replayed as edits are
+(see `hones_eval.engine.replay`): each is a row that joins the walk at layer `l` of the edited input's
+recorded pass. A patch of an attention or FFN output replaces the recorded output of that block, which then
+does not run. `FullPatches` does the same with one hooked forward per patch; the first pair of inputs compares
+the two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +24,11 @@ from hones_eval.errors import HonesError, first_line
 
 
 class Patch(NamedTuple):
-    """Clean activations at `sources` of the clean input, put back at `positions` of the edited one.
+    """Activations at `sources` of the clean input, put back at `positions` of the edited input.
 
-    `stream` is the residual stream that layer `layer` reads, or, for `layer == L`, the final norm; the output
-    of block `l` in V-SEAM's code is the stream at `l + 1`. `attention` and `ffn` are the outputs of layer
-    `layer`'s attention and FFN.
+    Part `stream` is the residual stream that enters layer `layer`, or the final norm for `layer == L`; the
+    output of block `l` in V-SEAM's code is the stream at `l + 1`. Parts `attention` and `ffn` are the outputs
+    of that layer's attention and FFN.
     """
 
     part: Part
@@ -36,27 +38,27 @@ class Patch(NamedTuple):
 
 
 class PatchedRows(NamedTuple):
-    """Places of some patches among those asked for, and the last position's logits [rows, vocabulary]."""
+    """Indices of some of the requested patches, and the last position's logits [rows, vocabulary]."""
 
     places: list[int]
     logits: Tensor
 
 
 class Patches(Protocol):
-    """What the replayed and the plain forward passes both offer for one pair of inputs."""
+    """The patched passes of one pair of inputs, as `PatchReplay` and `FullPatches` provide them."""
 
     clean_logits: Tensor
     edited_logits: Tensor
 
     def patched(self, patches: Sequence[Patch]) -> Iterator[PatchedRows]:
-        """The last position's logits under one patch at a time, in cuts of rows, in any order."""
+        """Yield the last position's logits under each patch alone, several at a time and in any order."""
 
 
 class Patcher:
-    """Makes `Patches` for pairs of inputs, by replay where that is exact for this model, else by forwards."""
+    """Makes `Patches` for pairs of inputs, by replay where that is exact, else by full forwards."""
 
     def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
-        """Run at most `rows` patched passes at once; by default as many as the device does best with."""
+        """Run at most `rows` patched passes at once; by default as many as suit the device."""
         self.anatomy = anatomy
         self.inexact: str | None = None
         self._replayer = Replayer(anatomy, rows)
@@ -64,14 +66,16 @@ class Patcher:
 
     @torch.no_grad()
     def record(self, clean: Mapping[str, Any], edited: Mapping[str, Any]) -> Patches:
-        """One pass over each of two inputs (batches of one).
+        """Record one pass over each of two inputs (batches of one).
 
-        The first pair is also the proof: patches of every part must equal those of plain hooked forwards. If
-        they do not, `inexact` says by how much, and all passes are full forwards from then on.
+        The first pair is also the proof: logits under patches of every part must equal those of hooked
+        forwards. If they do not, `inexact` says by how much, and all later passes are full forwards.
         """
         for inputs in (clean, edited):
             if inputs["input_ids"].shape[0] != 1:
-                raise HonesError("patching takes one pair of inputs at a time: patches are the rows")
+                raise HonesError(
+                    "patching takes one pair of inputs at a time, because the rows of its batch are patches"
+                )
         if self.inexact is None:
             replay = PatchReplay(self.anatomy, clean, edited, self._replayer.limit)
             if not self._proven:
@@ -88,7 +92,7 @@ class PatchReplay(Replay):
     def __init__(
         self, anatomy: Anatomy, clean: Mapping[str, Any], edited: Mapping[str, Any], limit: RowLimit
     ) -> None:
-        """Run and record both passes."""
+        """Run and record the passes over both inputs."""
         self.clean = activations(anatomy, clean)
         with outputs_of(anatomy.ffns) as written:
             super().__init__(anatomy, edited, 1, limit)
@@ -100,32 +104,32 @@ class PatchReplay(Replay):
     def patched(self, patches: Sequence[Patch]) -> Iterator[PatchedRows]:
         """See `Patches.patched`."""
         depth, last = len(self._calls), self._calls[0].x.shape[1] - 1
-        # Above the last layer's attention only the position that is read counts.
-        unread = [i for i, one in enumerate(patches) if _is_unread(one, depth, last)]
+        # After the last layer's attention, only a patch at the last position can change what is read.
+        unread = [i for i, patch in enumerate(patches) if _is_unread(patch, depth, last)]
         if unread:
             yield PatchedRows(unread, self.edited_logits.expand(len(unread), -1))
-        on_top = [i for i, one in enumerate(patches) if one.layer == depth and i not in set(unread)]
+        on_top = [i for i, patch in enumerate(patches) if patch.layer == depth and i not in set(unread)]
         if on_top:
             sources = [patches[i].sources[patches[i].positions.index(last)] for i in on_top]
             yield PatchedRows(on_top, self.anatomy.logits(self.clean.streams[-1][0, sources]))
         rest = set(range(len(patches))) - {*unread, *on_top}
         order = sorted(rest, key=lambda i: (patches[i].layer, patches[i].part))
 
-        def run(cut: Sequence[int]) -> PatchedRows:
-            return PatchedRows(list(cut), self._walk_patched([patches[i] for i in cut], list(cut)))
+        def run(chunk: Sequence[int]) -> PatchedRows:
+            return PatchedRows(list(chunk), self._walk_patched([patches[i] for i in chunk], list(chunk)))
 
-        yield from self.limit.cuts(order, self.length, run)
+        yield from self.limit.chunks(order, self.length, run)
 
     def _walk_patched(self, patches: list[Patch], numbers: list[int]) -> Tensor:
         def enter(layer: int, members: list[int]) -> Tensor:
-            parts = groupby([patches[i] for i in members], key=lambda one: one.part)
+            parts = groupby([patches[i] for i in members], key=lambda patch: patch.part)
             groups = [self._enter_part(part, layer, list(same)) for part, same in parts]
             return torch.cat(groups) if len(groups) > 1 else groups[0]
 
-        return self.walk([one.layer for one in patches], enter, numbers)[:, -1]
+        return self.walk([patch.layer for patch in patches], enter, numbers)[:, -1]
 
     def _enter_part(self, part: Part, layer: int, patches: list[Patch]) -> Tensor:
-        """Output [rows, tokens, hidden] of a layer for rows with patches of one part in it."""
+        """The output [rows, tokens, hidden] of a layer for rows with patches of one of its parts."""
         call = self._calls[layer]
         attended, x = tensor_of(call.attended), call.x.expand(len(patches), -1, -1)
         recorded = {"stream": call.x, "attention": attended, "ffn": self._written[layer]}[part]
@@ -144,7 +148,7 @@ class PatchReplay(Replay):
 
 
 class FullPatches:
-    """The same answers by one hooked forward a patch: slow, and exact for every model."""
+    """Patched passes by one hooked forward per patch: slow, and exact for every model."""
 
     def __init__(self, anatomy: Anatomy, clean: Mapping[str, Any], edited: Mapping[str, Any]) -> None:
         """Run both passes; see `PatchReplay`."""
@@ -173,7 +177,7 @@ def _is_unread(patch: Patch, depth: int, last: int) -> bool:
 
 
 def _put_back(edited: Tensor, clean: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """The edited pass's tensor [1, tokens, width] as rows [patches, tokens, width], each with its patch."""
+    """Repeat a tensor [1, tokens, width] of the edited pass for every patch, and apply the patches."""
     rows = edited.repeat(len(patches), 1, 1)
     for row, patch in zip(rows, patches, strict=True):
         row[list(patch.positions)] = clean[0, list(patch.sources)].to(row)
@@ -182,7 +186,7 @@ def _put_back(edited: Tensor, clean: Tensor, patches: Sequence[Patch]) -> Tensor
 
 @contextmanager
 def _patching(anatomy: Anatomy, patch: Patch, clean: Tensor) -> Iterator[None]:
-    """One patch by hooks on a plain forward pass."""
+    """Apply one patch by a hook while the block lasts."""
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -205,7 +209,10 @@ def _patching(anatomy: Anatomy, patch: Patch, clean: Tensor) -> Iterator[None]:
 
 
 def _difference(replay: PatchReplay, full: FullPatches) -> str | None:
-    """Why replay is not exact here, or None: the last two tokens, every part, the first and last layers."""
+    """Why replay is not exact for this model, or None.
+
+    Compared are patches of every part at the last two tokens of the first and the last layer.
+    """
     depth, last = len(replay.anatomy.layers), full.inputs["input_ids"].shape[1] - 1
     source = replay.clean.streams[0].shape[1] - 1
     near = range(min(2, last + 1, source + 1))
@@ -226,8 +233,8 @@ def _difference(replay: PatchReplay, full: FullPatches) -> str | None:
         for rows in replay.patched(patches):
             found[rows.places] = rows.logits
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"its decoder layers cannot be called with other rows ({first_line(error)})"
+        return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
-        return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"
+        return f"replayed logits differ from those of full forwards by {worst:.1e} of the largest logit"
     return None

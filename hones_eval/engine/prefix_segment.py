@@ -1,7 +1,7 @@
-"""A stretch of tokens that edited passes walk through: what some prompts share, or what each has of its own.
+"""A segment of the tokens of grouped prompts: their shared prefix, or their own endings as one batch.
 
-`hones_eval.engine.prefixes` puts one after the other. In every layer the shared stretch leaves the keys
-and values of its rows, and the others attend to them, through stand-ins for the model's own cache.
+`hones_eval.engine.prefixes` walks both segments up the layers together. In every layer the prefix leaves the
+keys and values of its rows, and the endings attend to them through a replacement of the model's cache.
 """
 
 import dataclasses
@@ -17,18 +17,19 @@ from hones_eval.engine.passes import SiteEdit
 from hones_eval.engine.replay import Replay
 
 
-class Stretch(Replay):
-    """Some tokens of a few sequences, as `Replay` has those of one; every edited row has all sequences.
+class PrefixSegment(Replay):
+    """A recorded pass over a segment of several sequences, as `Replay` is over all tokens of one.
 
-    A batch [rows * sequences, tokens, width] has the sequences of one row side by side.
+    Every edit acts on all sequences. A batch is [edits * sequences, tokens, width], with the sequences of one
+    edit next to each other.
     """
 
     def __init__(
         self, anatomy: Anatomy, lengths: Sequence[int], padded: int | None = None, read: int = 1
     ) -> None:
-        """For sequences of these lengths, padded on the right to one; of each the last `read` are read.
+        """Make a segment of sequences, padded on the right; the last `read` tokens of each are read.
 
-        Of a shorter one all are, behind its first token again as often as some are missing.
+        Of a sequence that is shorter than `read`, the first token is repeated in front.
         """
         self.anatomy = anatomy
         self.sequences = len(lengths)
@@ -37,20 +38,20 @@ class Stretch(Replay):
         self._last = (torch.tensor(lengths)[:, None] + torch.arange(-read, 0)).clamp(min=0)
 
     def run(self, model: Callable[[], Any]) -> Any:
-        """Record a pass of the model; its output."""
+        """Run `model`, record its pass, and return its output."""
         output = self._record(model)
         self.base_logits = self._at_the_end(output.logits)
         return output
 
-    def called_like(self, other: "Stretch") -> None:
-        """Call layers with another stretch's arguments."""
+    def called_like(self, other: "PrefixSegment") -> None:
+        """Call the layers with the arguments that another segment recorded."""
         self._calls = [
-            dataclasses.replace(call, args=model.args, kwargs=model.kwargs)
-            for call, model in zip(self._calls, other._calls, strict=True)
+            dataclasses.replace(call, args=theirs.args, kwargs=theirs.kwargs)
+            for call, theirs in zip(self._calls, other._calls, strict=True)
         ]
 
     def step(self, layer: int, cache: Any, joining: Sequence[SiteEdit]) -> None:
-        """Take all rows through a layer, with those that join in it."""
+        """Take all rows through a layer, and add the rows that are edited in it."""
         self.cache = cache
         parts = [] if self.hidden is None else [self.call(layer, self.hidden)]
         parts += [self._enter(layer, list(joining))] if joining else []
@@ -61,7 +62,7 @@ class Stretch(Replay):
             self.hidden = self.hidden + self._rows(added, len(self.hidden) // self.sequences)
 
     def logits(self) -> Tensor:
-        """Logits [rows, sequences, read, vocabulary] at the top."""
+        """Logits [rows, sequences, read, vocabulary] after the last layer."""
         assert self.hidden is not None
         logits: Tensor = self.anatomy.logits(self._at_the_end(self.hidden))
         return logits.reshape(-1, self.sequences, *logits.shape[1:])
@@ -86,21 +87,21 @@ class Stretch(Replay):
         return self._last.to(x.device).repeat(len(x) // self.sequences, 1)
 
 
-class BehindPrefix:
-    """Stands in for a layer's cache while endings pass: each row's sequences attend to the row's prefix."""
+class AfterPrefix:
+    """Replaces the cache in a call of one layer on endings, which then attend to their row's prefix."""
 
     def __init__(self, prefix: KeptByLayer, reach: int) -> None:
-        """Attend to the last `reach` tokens of what the prefix has kept in this layer."""
+        """Attend to the last `reach` tokens of the prefix in this layer."""
         self._prefix, self._reach = prefix, reach
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: each row's prefix, and itself."""
+        """Return each row's prefix followed by the new keys and values."""
         kept = self._prefix.kept
         if kept is None:
             raise RuntimeError(f"layer {layer} kept no keys and values of the prefix")
-        return self._behind(kept.keys, keys), self._behind(kept.values, values)
+        return self._joined(kept.keys, keys), self._joined(kept.values, values)
 
-    def _behind(self, past: Tensor, new: Tensor) -> Tensor:
+    def _joined(self, past: Tensor, new: Tensor) -> Tensor:
         past = past[:, :, -self._reach :]
         both = new.new_empty(*new.shape[:2], past.shape[2] + new.shape[2], new.shape[3])
         by_row = both.unflatten(0, (len(past), -1))

@@ -1,13 +1,15 @@
-"""What prompts on one picture share is computed once: their next-token logits, plain and under many edits.
+"""Next-token logits of prompts that share an image, with their shared prefix computed once.
 
-The candidates of a picture, and the questions on it, are equal up to where their words differ. An edit acts
-at all positions, so an edited row has one prefix for all of them. The walk up the layers
-(`hones_eval.engine.replay`) then takes two stretches along: for every row the prefix, which leaves its keys
-and values in each layer, and behind it the prompts' own endings, as one batch, which attend to them.
+The candidates of one image, the questions about it and the choices of one question are equal up to the first
+token that differs. An edit acts at all positions, so one edited pass over the shared prefix serves all
+prompts of the group. The walk up the layers (see `hones_eval.engine.replay`) therefore carries two segments
+per edit: the prefix, which leaves its keys and values in each layer, and the prompts' own endings as one
+batch, which attend to those keys and values.
 
-No family's layer is known here either. Both passes are recorded as the model itself makes them when it goes
-on from a cache; where that is not the pass over the whole prompt (attention in both directions, say), the
-first group shows it, and prompts are measured one at a time from then on.
+Nothing is known about a family's layers here either. Both segments are recorded while the model itself
+continues from its cache. In some models that is not the same as one pass over the whole prompt, for example
+where prompts are attended to in both directions. The first group of prompts is compared with plain forwards
+and shows this; prompts are then measured one at a time.
 """
 
 import copy
@@ -22,7 +24,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer
 from hones_eval.engine.passes import ROUNDING, FullPasses, RowLimit, SiteEdit, replaced_by_mean
-from hones_eval.engine.prefix_segment import BehindPrefix, Stretch
+from hones_eval.engine.prefix_segment import AfterPrefix, PrefixSegment
 from hones_eval.engine.prompts import ALONG_THE_PROMPT, shortened
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import first_line
@@ -31,10 +33,10 @@ Inputs = Mapping[str, Any]
 
 
 class LastTokens(NamedTuple):
-    """Logits [edits, members, read, vocabulary] at the end of some prompts of a group, by their places in it.
+    """Logits [edits, members, read, vocabulary] at the end of some prompts of a group.
 
-    Of the edits None is the unedited model; `shared` is the length of their shared prefix, 0 for none. Where
-    less is asked for of a member than of another, it stands last.
+    `members` are the prompts' indices in the group. An edit of None is the unedited model. `shared` is the
+    length of the shared prefix, 0 for none. Members that read fewer positions than others have them last.
     """
 
     members: list[int]
@@ -44,10 +46,10 @@ class LastTokens(NamedTuple):
 
 
 class SharedReplayer:
-    """Logits at the end of grouped prompts, by a shared prefix where that is exact for this model."""
+    """Logits at the end of grouped prompts, from a shared prefix where that is exact for this model."""
 
     def __init__(self, replayer: Replayer) -> None:
-        """Share with the replayer's model; prompts that share nothing are replayed one at a time."""
+        """Use the replayer's model; prompts without a shared prefix are replayed one at a time."""
         self.replayer = replayer
         self.anatomy = replayer.anatomy
         self.inexact: str | None = None
@@ -57,11 +59,11 @@ class SharedReplayer:
     def last_tokens(
         self, group: Sequence[Inputs], edits: Sequence[SiteEdit], reads: Sequence[int] | None = None
     ) -> Iterator[LastTokens]:
-        """Logits at the end of every prompt (each a batch of one), unedited and under each edit, in parts.
+        """Yield the logits at the end of every prompt (each a batch of one), unedited and under each edit.
 
-        `reads` says how many positions are read of each, by default the last one. The first group that shares
-        is also the proof: logits under a few edits must equal those of hooked forwards. If they do not,
-        `inexact` says by how much, and nothing is shared from then on.
+        `reads` is the number of positions to read per prompt, by default 1. The first group that shares a
+        prefix is also the proof: its logits under a few edits must equal those of hooked forwards. If they do
+        not, `inexact` says by how much, and later groups do not share.
         """
         reads = [1] * len(group) if reads is None else reads
         length = 0 if self.inexact else shared_length(group, self.anatomy, reads)
@@ -81,15 +83,15 @@ class SharedReplayer:
         return SharedPrefix(self.anatomy, group, length, self.replayer.limit, max(reads))
 
     def _difference(self, group: Sequence[Inputs], length: int, reads: Sequence[int]) -> str | None:
-        """Why sharing is not exact here, or None: a few edits, behind the shortest and the longest prompt."""
+        """Why sharing is not exact for this model, or None; the shortest and the longest prompt tell."""
         trial = _trial(self.anatomy)
         order = sorted(range(len(group)), key=lambda i: group[i]["input_ids"].shape[1])
         ends = [order[0], order[-1]]
         full = [FullPasses(self.anatomy, group[i], reads[i]) for i in ends]
         expected: dict[tuple[int, SiteEdit | None], Tensor] = {}
-        for i, one in zip(ends, full, strict=True):
-            expected[i, None] = one.base_logits
-            expected |= {(i, rows.edits[0]): rows.logits[0] for rows in one.edited(trial)}
+        for i, passes in zip(ends, full, strict=True):
+            expected[i, None] = passes.base_logits
+            expected |= {(i, rows.edits[0]): rows.logits[0] for rows in passes.edited(trial)}
         try:
             found = {
                 (member, edit): logits[place, -reads[member] :]
@@ -98,11 +100,11 @@ class SharedReplayer:
                 for place, member in enumerate(part.members)
             }
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            return f"its decoder cannot go on from a shared prefix ({first_line(error)})"
+            return f"its decoder cannot continue from a shared prefix ({first_line(error)})"
         largest = max(float(logits.abs().max()) for logits in expected.values())
         worst = max(float((found[key] - logits).abs().max()) for key, logits in expected.items()) / largest
         if not worst <= ROUNDING[full[0].base_logits.dtype]:
-            return f"logits behind a shared prefix differ from those of the full forward by {worst:.1e}"
+            return f"logits after a shared prefix differ from those of full forwards by {worst:.1e}"
         return None
 
 
@@ -115,55 +117,56 @@ def _trial(anatomy: Anatomy) -> list[SiteEdit]:
 
 
 def shared_length(group: Sequence[Inputs], anatomy: Anatomy, reads: Sequence[int] | None = None) -> int:
-    """How many tokens all prompts of a group have in common in front, pictures included; 0 for none.
+    """The number of tokens, image tokens included, that a group shares at the start; 0 for none.
 
-    What is read of a prompt, at least one token, is its own, and nothing of its own stands for a picture.
+    The positions that are read, at least one per prompt, are never shared, and all image tokens are.
     """
     reads = [1] * len(group) if reads is None else reads
     first = group[0]
-    same = all(_same_beside_the_prompt(first, other) for other in group[1:])
+    same = all(_same_images(first, other) for other in group[1:])
     whole = all(bool(inputs.get("attention_mask", torch.ones(1)).all()) for inputs in group)
     if len(group) < 2 or not same or not whole:
         return 0
-    length = min(one["input_ids"].shape[1] - read for one, read in zip(group, reads, strict=True))
+    length = min(inputs["input_ids"].shape[1] - read for inputs, read in zip(group, reads, strict=True))
     for name in ALONG_THE_PROMPT & first.keys():
         for other in group[1:]:
             differs = (first[name][0, :length] != other[name][0, :length]).nonzero()
             length = min(length, int(differs[0])) if len(differs) else length
     own = [inputs["input_ids"][:, length:] for inputs in group]
     config: Any = anatomy.model.config
-    pictures = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
-    return 0 if any(bool((ids == token).any()) for ids in own for token in pictures if token) else length
+    image_tokens = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    return 0 if any(bool((ids == token).any()) for ids in own for token in image_tokens if token) else length
 
 
-def _same_beside_the_prompt(one: Inputs, other: Inputs) -> bool:
-    if one.keys() != other.keys() or one["input_ids"].shape[0] != 1 or other["input_ids"].shape[0] != 1:
+def _same_images(first: Inputs, other: Inputs) -> bool:
+    """Whether everything but the prompt is equal: pixels, grids and whatever else belongs to the images."""
+    if first.keys() != other.keys() or first["input_ids"].shape[0] != 1 or other["input_ids"].shape[0] != 1:
         return False
-    return all(_equal(one[name], other[name]) for name in one.keys() - ALONG_THE_PROMPT)
+    return all(_equal(first[name], other[name]) for name in first.keys() - ALONG_THE_PROMPT)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return type(one) is type(other) and bool(one == other)
+def _equal(first: Any, other: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(other, Tensor):
+        return torch.equal(first, other)
+    if isinstance(first, list | tuple) and isinstance(other, list | tuple):
+        return len(first) == len(other) and all(map(_equal, first, other))
+    return type(first) is type(other) and bool(first == other)
 
 
 class SharedPrefix:
-    """The recorded passes of one group: over what it shares, and over its prompts' own endings."""
+    """The recorded passes of one group: over the shared prefix, and over each prompt's own ending."""
 
     def __init__(
         self, anatomy: Anatomy, group: Sequence[Inputs], length: int, limit: RowLimit, read: int = 1
     ) -> None:
-        """Run the unedited model over the first `length` tokens, and on from there over the endings.
+        """Run the unedited model over the first `length` tokens, then over the endings from its cache.
 
         The last `read` positions of each ending are read.
         """
         self.anatomy, self.limit, self.length = anatomy, limit, length
         own = [inputs["input_ids"][:, length:] for inputs in group]
         shared = shortened(group[0], length)
-        self._prefix = Stretch(anatomy, [length])
+        self._prefix = PrefixSegment(anatomy, [length])
         cache = self._prefix.run(lambda: anatomy.model(**shared, use_cache=True)).past_key_values
         self._reach = [layer.keys.shape[-2] for layer in cache.layers]  # less than all where windows slide
         order = sorted(range(len(own)), key=lambda i: own[i].shape[1])
@@ -177,51 +180,54 @@ class SharedPrefix:
             yield LastTokens(members, [None], ending.base_logits[None], self.length)
         order = sorted(edits, key=lambda edit: (edit.site.layer, not edit.is_head))
         tokens = self.length + max(ending.tokens for ending in self._endings)
-        for cut, parts in self.limit.cuts(order, tokens, lambda cut: (cut, self._walk(cut))):
+        for chunk, parts in self.limit.chunks(order, tokens, lambda chunk: (chunk, self._walk(chunk))):
             for members, logits in zip(self._members, parts, strict=True):
-                yield LastTokens(members, list(cut), logits, self.length)
+                yield LastTokens(members, list(chunk), logits, self.length)
 
     def _walk(self, edits: Sequence[SiteEdit]) -> list[Tensor]:
-        """Up the layers once: rows join at their edit's layer. Logits [rows, members, read, V] a chunk."""
-        for stretch in (self._prefix, *self._endings):
-            stretch.hidden = None
+        """Walk up the layers once, rows joining at their edit's layer.
+
+        Returns: logits [rows, members, read, vocabulary] per chunk of members.
+        """
+        for segment in (self._prefix, *self._endings):
+            segment.hidden = None
         top = self.anatomy.shape.layers - 1
         for layer in range(edits[0].site.layer, top + 1):
             joining = [edit for edit in edits if edit.site.layer == layer]
             kept = KeptByLayer()
-            # Nobody reads the prefix at the top: only its keys and values there are needed.
+            # The prefix is not read at the last layer: only its keys and values are needed there.
             self._prefix.step(layer, kept, joining if layer < top else [])
             for ending in self._endings:
-                ending.step(layer, BehindPrefix(kept, self._reach[layer]), joining)
+                ending.step(layer, AfterPrefix(kept, self._reach[layer]), joining)
         return [ending.logits() for ending in self._endings]
 
 
 def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Neighbours together, in as few chunks as the size allows, of about equal size."""
+    """Cut a sequence into as few chunks as `size` allows, all of about the same length."""
     count = -(-len(order) // size)
     for part in range(count):
         yield list(order[part * len(order) // count : (part + 1) * len(order) // count])
 
 
-def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache, read: int) -> Stretch:
-    """Record the model as it goes on from the prefix over some endings, padded on the right."""
+def _endings(anatomy: Anatomy, own: Sequence[Tensor], cache: Cache, read: int) -> PrefixSegment:
+    """Record the model continuing from the prefix over some endings, padded on the right."""
     lengths = [ids.shape[1] for ids in own]
     batch = torch.cat([_padded(ids, max(lengths)) for ids in own])
 
-    def go_on(ids: Tensor) -> Any:
+    def continued(ids: Tensor) -> Any:
         past = copy.deepcopy(cache)
         past.batch_repeat_interleave(len(ids))
         return anatomy.model(input_ids=ids, past_key_values=past, use_cache=True)
 
-    stretch = Stretch(anatomy, lengths, padded=max(lengths), read=read)
-    stretch.run(lambda: go_on(batch))
-    if len(own) > 1:  # masks and positions, which all endings share, are those of a batch of one
-        one = Stretch(anatomy, lengths[-1:], padded=max(lengths), read=read)
-        one.run(lambda: go_on(batch[-1:]))
-        stretch.called_like(one)
-    return stretch
+    segment = PrefixSegment(anatomy, lengths, padded=max(lengths), read=read)
+    segment.run(lambda: continued(batch))
+    if len(own) > 1:  # masks and positions are the same for all endings: take those of a batch of one
+        single = PrefixSegment(anatomy, lengths[-1:], padded=max(lengths), read=read)
+        single.run(lambda: continued(batch[-1:]))
+        segment.called_like(single)
+    return segment
 
 
 def _padded(ids: Tensor, length: int) -> Tensor:
-    # Padding comes after what is read, so that no ending sees any.
+    # Padding comes after the positions that are read, so no ending attends to it.
     return torch.cat([ids, ids[:, -1:].expand(-1, length - ids.shape[1])], dim=1)

@@ -1,4 +1,4 @@
-"""The tensors of one prompt, made longer by an answer's tokens or cut short before them."""
+"""Lengthen the tensors of a prompt by answer tokens, or cut them to a shared prefix."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,15 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What has the prompt's length; whatever else a model takes belongs to the pictures.
+# Inputs with one entry per prompt token. All other inputs of a model belong to the images.
 ALONG_THE_PROMPT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
 def appended(inputs: Mapping[str, Any], tokens: Sequence[int], answer_type: int = 0) -> dict[str, Any]:
     """The inputs of one example [1, tokens] with answer tokens appended to the prompt.
 
-    What else has the prompt's length grows with it: the attention mask by ones, type ids by the type that an
-    answer has in this family (1 where a prompt is attended to in both directions, as in PaliGemma).
+    The other inputs with one entry per prompt token are extended too: the attention mask with ones, type ids
+    with the type that answers have in this family (1 where prompts are attended to in both directions, as in
+    PaliGemma; else 0).
+
+    Args:
+        inputs: the model's inputs for one example; `input_ids` is [1, tokens].
+        tokens: the answer's token ids.
+        answer_type: the token type of an answer.
     """
     ids: Tensor = inputs["input_ids"]
     new = torch.tensor([list(tokens)], dtype=ids.dtype, device=ids.device)
@@ -31,5 +37,5 @@ def appended(inputs: Mapping[str, Any], tokens: Sequence[int], answer_type: int 
 
 
 def shortened(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The inputs of one example [1, tokens] with the first `length` tokens of the prompt alone."""
+    """The inputs of one example [1, tokens], cut to the first `length` tokens of the prompt."""
     return {name: value[:, :length] if name in ALONG_THE_PROMPT else value for name, value in inputs.items()}

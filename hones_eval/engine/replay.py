@@ -1,13 +1,18 @@
-"""Restart the decoder at a layer, with many edits as the rows of one batch.
+"""Edited passes replayed from one recorded pass, with many edits as the rows of one batch.
 
-A change of a head in layer `l` leaves all layers below `l` as they were. So one pass over an example is
-recorded, and every edited pass starts from there: walking up the layers once with a growing batch, the rows
-of layer `l` join the rows of the layers below, until one unembedding reads them all. What is shared is never
-computed twice: the vision tower, the layers below an edit, the attention of the edited layer itself, and in
-the last layer the FFN of positions that nobody reads.
+Why replay works: an edit in layer `l` changes nothing in the layers below `l`. So the unedited pass of an
+example is recorded once, and an edited pass restarts at the layer of its edit. All edits share one walk up
+the layers with a growing batch: at layer `l` the rows that were edited below `l` are joined by the rows whose
+edit is in `l`, until one unembedding reads all rows. L layer calls then serve all edits of all layers.
 
-No family's layer is known here. A layer is called as it was called in the recorded pass; what the model adds
-between layers (deep-stack features, say) is the recorded input of one minus the recorded output of the other.
+What is never computed twice: the vision tower, the layers below an edit, the attention of the edited layer
+(its recorded output is replaced by the projection of the edited heads), and in the last layer the FFN of
+positions that are not read.
+
+Replay knows nothing about a family's layers. A layer is called with the arguments that it had in the recorded
+pass. Whatever the model adds to the residual stream between two layers, such as deep-stack features, is the
+recorded input of the upper layer minus the recorded output of the lower one, and is added to every row.
+That all of this is exact is not assumed: `Replayer` compares the first example with plain hooked forwards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +40,7 @@ from hones_eval.engine.passes import (
 )
 from hones_eval.errors import HonesError, first_line
 
-# Called for layers with the rows that walked through their attention: layer, rows, keys and values.
+# Called per layer with the rows that passed through its attention: layer, numbers of rows, keys and values.
 KeyReader = Callable[[int, Sequence[int], KeysValues], None]
 
 
@@ -43,7 +48,7 @@ class Replayer:
     """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
 
     def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
-        """Replay at most `rows` edited passes at once; by default as many as the device does best with."""
+        """Replay at most `rows` edited passes at once; by default as many as suit the device."""
         self.anatomy = anatomy
         self.limit = RowLimit(rows, _tokens_at_once(anatomy))
         self.inexact: str | None = None
@@ -51,15 +56,22 @@ class Replayer:
 
     @torch.no_grad()
     def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
-        """One unedited pass over an example (a batch of one); the last `read` positions are read.
+        """Record the unedited pass of one example, of which the last `read` positions are read.
 
-        With `keep` a replay also has keys and values, from which decoding can go on.
+        With `keep` the replay also records keys and values, from which decoding can continue.
 
-        The first example is also the proof: its replayed logits must equal those of the hooked forward. If
-        they do not, `inexact` says by how much, and all passes are full forwards from then on.
+        The first example is also the proof: its replayed logits must equal those of hooked forwards. If they
+        do not, `inexact` says by how much, and all later passes are full forwards.
+
+        Args:
+            inputs: the model's inputs for one example; `input_ids` is [1, tokens].
+            read: number of positions at the end whose logits and activations are read.
+            keep: whether to record keys and values.
+
+        Raises: HonesError for a batch of more than one example.
         """
         if inputs["input_ids"].shape[0] != 1:
-            raise HonesError("replay takes one example at a time: heads are the rows of its batch")
+            raise HonesError("replay takes one example at a time, because the rows of its batch are edits")
         if self.inexact is None:
             replay = Replay(self.anatomy, inputs, read, self.limit, keep)
             if not self._proven:
@@ -71,14 +83,14 @@ class Replayer:
 
 
 def _tokens_at_once(anatomy: Anatomy) -> int:
-    """Tokens in one layer call: few on a CPU, to stay in its caches; on a GPU what memory holds."""
+    """The tokens per layer call: few on a CPU, to stay in its caches; on a GPU what fits into memory."""
     weight = anatomy.unembedding
     if weight.device.type != "cuda":
         return 1024
     free, _ = torch.cuda.mem_get_info(weight.device)
     shape = anatomy.shape
-    # The FFN's three widest tensors, a dozen of the residual stream's width beside them, and what every layer
-    # keeps to decode on from: keys and values, as many as there are query heads at most.
+    # Per token: three tensors as wide as the FFN, a dozen as wide as the residual stream, and the keys and
+    # values that every layer keeps for decoding (at most as many as there are query heads).
     kept = 2 * shape.layers * shape.heads * shape.head_width
     per_token = (3 * shape.neurons + 12 * shape.hidden + kept) * weight.element_size()
     return max(1, int(0.5 * free) // per_token)
@@ -86,7 +98,7 @@ def _tokens_at_once(anatomy: Anatomy) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _LayerCall:
-    """How one decoder layer was called, and what came out: `x` and `output` are [1, tokens, hidden]."""
+    """The arguments and results of one decoder layer's call; `x` and `output` are [1, tokens, hidden]."""
 
     x: Tensor
     args: tuple[Any, ...]
@@ -98,14 +110,14 @@ class _LayerCall:
 
 
 class Replay:
-    """One recorded pass of one example, from which edited passes restart."""
+    """The recorded pass of one example, from which edited passes restart."""
 
     def __init__(
         self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int, limit: RowLimit, keep: bool = False
     ) -> None:
-        """Run the unedited pass; the logits and activations of the last `read` positions can be read.
+        """Run and record the unedited pass, of which the last `read` positions are read.
 
-        With `keep`, `keys_values` are its keys and values in every layer, else None.
+        With `keep`, `keys_values` are its keys and values by layer; otherwise None.
         """
         self.anatomy = anatomy
         self.read = slice(-read, None)
@@ -118,12 +130,12 @@ class Replay:
         self.base_logits: Tensor = output.logits[0, self.read]
 
     def _record(self, run: Callable[[], Any]) -> Any:
-        """Run the model once; keep every layer's call, and what is added between layers."""
-        self.cache: Any = KeptByLayer()  # at the place of the model's own, where the pass had one
-        with _taping(self.anatomy) as tape:
+        """Run the model once, and keep every layer's call and what is added between layers."""
+        self.cache: Any = KeptByLayer()  # replaces the model's cache, where the recorded pass had one
+        with _recording_calls(self.anatomy) as calls:
             output = run()
-        self._calls = [_LayerCall(**entry) for entry in tape]
-        self._between = [self._added_after(i) for i in range(len(tape) - 1)]
+        self._calls = [_LayerCall(**entry) for entry in calls]
+        self._between = [self._added_after(i) for i in range(len(calls) - 1)]
         return output
 
     def base_neurons(self) -> list[Tensor]:
@@ -137,20 +149,20 @@ class Replay:
         on_neurons: NeuronReader | None = None,
         on_keys: KeyReader | None = None,
     ) -> Iterator[Rows]:
-        """See `Passes.edited`; `on_keys` receives the keys and values of rows edited below a layer."""
-        # Within a layer heads come before neurons, so that each kind enters together.
+        """See `Passes.edited`; `on_keys` receives keys and values of the rows edited below each layer."""
+        # Within a layer heads come before neurons, so that each kind joins as one batch.
         order = sorted(range(len(edits)), key=lambda i: (edits[i].site.layer, not edits[i].is_head))
 
-        def run(cut: Sequence[int]) -> Rows:
-            chosen = [edits[i] for i in cut]
+        def run(chunk: Sequence[int]) -> Rows:
+            chosen = [edits[i] for i in chunk]
 
             def enter(layer: int, members: list[int]) -> Tensor:
                 return self._enter(layer, [chosen[i] for i in members])
 
             layers = [edit.site.layer for edit in chosen]
-            return Rows(chosen, self.walk(layers, enter, cut, on_neurons, on_keys))
+            return Rows(chosen, self.walk(layers, enter, chunk, on_neurons, on_keys))
 
-        yield from self.limit.cuts(order, self.length, run)
+        yield from self.limit.chunks(order, self.length, run)
 
     def walk(
         self,
@@ -160,15 +172,16 @@ class Replay:
         on_neurons: NeuronReader | None = None,
         on_keys: KeyReader | None = None,
     ) -> Tensor:
-        """Walk up the layers once with a growing batch; logits [rows, read, vocabulary] at the top.
+        """Walk up the layers once with a growing batch, and return logits [rows, read, vocabulary].
 
         Args:
-            layers: for every row the layer that it starts at, ascending.
-            enter: gives the output [members, tokens, hidden] of a layer for the rows that start there, from
-                the layer and their places in `layers`.
-            numbers: what `on_neurons` is to call each row.
+            layers: the layer that each row starts at, ascending.
+            enter: returns the output [members, tokens, hidden] of a layer for the rows that start there,
+            given
+                the layer and the indices of these rows in `layers`.
+            numbers: the number that `on_neurons` and `on_keys` receive for each row.
             on_neurons: see `Passes.edited`.
-            on_keys: see `edited`; a row's keys and values are the recorded ones up to the layer it starts at.
+            on_keys: see `edited`. Up to the layer a row starts at, its keys and values are the recorded ones.
         """
         hidden: Tensor | None = None
         joined = 0
@@ -191,7 +204,7 @@ class Replay:
         return self.anatomy.logits(hidden[:, self.read])
 
     def _enter(self, layer: int, edits: list[SiteEdit]) -> Tensor:
-        """Output of a layer for rows edited in it: heads first, then neurons."""
+        """The output of a layer for the rows that are edited in it: heads first, then neurons."""
         heads = [edit for edit in edits if edit.is_head]
         neurons = [edit for edit in edits if not edit.is_head]
         parts = [self._enter_heads(layer, heads)] if heads else []
@@ -199,7 +212,7 @@ class Replay:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
-        """The layer's attention is not run again: only the mixing of its edited heads is."""
+        """The layer's output with edited heads: only its output projection and the FFN run again."""
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
         edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
@@ -207,7 +220,7 @@ class Replay:
             return self.call(layer, self._rows(call.x, len(edits)))
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
-        """Neither attention nor the FFN's first half are run again."""
+        """The layer's output with edited neurons: only its down projection runs again."""
         call, site = self._calls[layer], self.anatomy.neurons_in[layer]
         edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
         written = self._on_read(layer, site.module, edited)
@@ -220,28 +233,28 @@ class Replay:
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
 
     def _rows(self, recorded: Tensor, count: int) -> Tensor:
-        """What was recorded [1, tokens, width] for each of some edits."""
+        """A recorded tensor [1, tokens, width], repeated for `count` edits."""
         return recorded.expand(count, -1, -1)
 
     def _by_row(self, edits: Sequence[SiteEdit]) -> list[tuple[int, SiteEdit]]:
-        """Which row gets which edit."""
+        """The edit of each row."""
         return list(enumerate(edits))
 
     def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
-        """A position-wise module; in the last layer only the positions that are read."""
+        """Apply a position-wise module; in the last layer, only to the positions that are read."""
         if layer < len(self._calls) - 1:
             return tensor_of(module(x))
         return self._only_read(module, x)
 
     def _only_read(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A position-wise function of the positions that are read; the others come out as zeros."""
+        """Apply a position-wise function to the positions that are read; the result is zero elsewhere."""
         narrow = function(x[:, self.read])
         wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
         wide[:, self.read] = narrow
         return wide
 
     def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
-        """A decoder layer on other hidden states [rows, tokens, hidden], called as in the recorded pass."""
+        """Call a decoder layer on hidden states [rows, tokens, hidden] with its recorded arguments."""
         call = self._calls[layer]
         kwargs = {name: self._argument(value, len(hidden)) for name, value in call.kwargs.items()}
         with ExitStack() as stack:
@@ -251,10 +264,10 @@ class Replay:
             return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
 
     def _argument(self, value: Any, rows: int) -> Any:
-        """A recorded argument of a layer, for so many rows."""
+        """A recorded argument of a layer, expanded to a number of rows."""
         if is_cache(value):
             return self.cache
-        # Flash attention takes a mask [batch, tokens], which does not broadcast over rows as 4-D masks do.
+        # The masks of flash attention are [batch, tokens], which do not broadcast over rows as 4-D masks do.
         if (
             isinstance(value, Tensor)
             and value.ndim == 2
@@ -266,7 +279,7 @@ class Replay:
 
     @contextmanager
     def _narrowed(self, module: nn.Module) -> Iterator[None]:
-        """A position-wise module that computes only the positions that are read."""
+        """Make a position-wise module compute only the positions that are read."""
         forward = module.forward
         with standing_in(module, lambda x: self._only_read(forward, x)):
             yield
@@ -276,7 +289,7 @@ class Replay:
         if on_neurons is None:
             yield
             return
-        parts: list[Tensor] = []  # heads and neurons enter a layer one after the other
+        parts: list[Tensor] = []  # edited heads and edited neurons pass through a layer in separate calls
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             parts.append(args[0][:, self.read])
@@ -296,7 +309,11 @@ class Replay:
 
 
 def _difference(replay: Replay, full: FullPasses) -> str | None:
-    """Why replay is not exact here, or None: one head of the first, a middle and the last layer."""
+    """Why replay is not exact for this model, or None.
+
+    Compared are the logits under edits of one head of the first, a middle and the last layer, and of a
+    neuron.
+    """
     shape = replay.anatomy.shape
     heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
     trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "mask")]
@@ -304,29 +321,29 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     try:
         found = torch.cat([rows.logits for rows in replay.edited(trial)])
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"its decoder layers cannot be called with other rows ({first_line(error)})"
+        return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
-        return f"replayed logits differ from those of the full forward by {worst:.1e} of the largest"
+        return f"replayed logits differ from those of full forwards by {worst:.1e} of the largest logit"
     return None
 
 
 @contextmanager
-def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
-    """Record how every layer is called, its output, its heads, and its attention's output."""
-    tape: list[dict[str, Any]] = [{} for _ in anatomy.layers]
+def _recording_calls(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
+    """Record every layer's arguments, output, heads and neurons, and its attention's output."""
+    calls: list[dict[str, Any]] = [{} for _ in anatomy.layers]
 
     def called(i: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
             x = args[0] if args else rest.pop("hidden_states")
-            tape[i] |= {"x": x, "args": args[1:], "kwargs": rest}
+            calls[i] |= {"x": x, "args": args[1:], "kwargs": rest}
 
         return keep
 
     def returned(i: int, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tape[i][name] = tensor_of(output) if name == "output" else output
+            calls[i][name] = tensor_of(output) if name == "output" else output
 
         return keep
 
@@ -337,8 +354,8 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
         handles.append(anatomy.attentions[i].register_forward_hook(returned(i, "attended")))
     try:
         with recording([*anatomy.heads_in, *anatomy.neurons_in]) as inputs:
-            yield tape
-        for i, entry in enumerate(tape):
+            yield calls
+        for i, entry in enumerate(calls):
             entry["heads"] = inputs[anatomy.heads_in[i].name]
             entry["neurons"] = inputs[anatomy.neurons_in[i].name]
     finally:
@@ -347,13 +364,13 @@ def _taping(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
 
 
 def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
-    """A forward that returns what was recorded, with another first tensor."""
+    """A forward function that returns a recorded output with another first tensor."""
     result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
     return lambda *_, **__: result
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The tensor that a module returned, alone or first in a tuple."""
+    """A module's output tensor: the output itself, or the first entry of a tuple."""
     first = output[0] if isinstance(output, tuple) else output
     assert isinstance(first, Tensor)
     return first

@@ -69,7 +69,7 @@ def _hones(job: Discovery) -> Ranking:
             totals.sums["differing_answers"] / totals.sums["measured"].sum()
         ),
         "examples_decoded_in_full": int(totals.sums["plain_examples"]),
-        "answers_that_differ": _decoding(job.examples, localization.decoder.stops),
+        "answers_that_differ": _decoding(job.examples, localization.decoder.not_continued),
         "heads": [{"head": list(head), "score": float(head_scores[head])} for head in chosen],
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",

@@ -78,7 +78,7 @@ class AnswersUnder:
         said = dict(zip([BASELINE], say(example, [], 1), strict=True))
         names, length = list(self.steerings), int(example.inputs["input_ids"].shape[1])
         if self._ends_by_token(example):
-            for cut, answers in self.limit.cuts(
+            for cut, answers in self.limit.chunks(
                 names, length, lambda cut: (cut, say(example, cut, len(cut)))
             ):
                 said |= zip(cut, answers, strict=True)
