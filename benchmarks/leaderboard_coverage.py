@@ -72,8 +72,8 @@ def main(sets: int = 1000) -> None:
         for different in (3, 6, 12, 25, 50):
             draw, truth = seldom(different / 1000, moves), different / 1000 * float(np.mean(moves))
             _graded(f"about {different} of 1,000 differ, {name}", draw, 1000, truth, sets)
-    for pictures in (10, 20, 50, 200):
-        _clustered(pictures, 5, sets)
+    for images in (10, 20, 50, 200):
+        _clustered(images, 5, sets)
     for n in (20, 40, 100, 400):
         _f1(n, min(sets, 400))
 
@@ -104,17 +104,17 @@ def _graded(name: str, draw: Draw, n: int, truth: float, sets: int) -> None:
     _report("  the same, BCa alone", n, _coverage(drawn, None, truth, shown=False), None)
 
 
-def _clustered(pictures: int, questions: int, sets: int) -> None:
-    """Questions on a picture move together: half of the variance is the picture's."""
-    generator = np.random.default_rng(pictures)
-    shared = np.repeat(generator.normal(0, 0.3, (pictures, sets)), questions, axis=0)
-    drawn = shared + generator.normal(0, 0.3, (pictures * questions, sets))
-    groups = np.repeat(np.arange(pictures), questions)
+def _clustered(images: int, questions: int, sets: int) -> None:
+    """Questions on an image move together: half of the variance is the image's."""
+    generator = np.random.default_rng(images)
+    shared = np.repeat(generator.normal(0, 0.3, (images, sets)), questions, axis=0)
+    drawn = shared + generator.normal(0, 0.3, (images * questions, sets))
+    groups = np.repeat(np.arange(images), questions)
     sums, _ = cluster_sums(drawn, groups)
     rejects = np.mean(sign_flip_p(sums, seed=0, resamples=RESAMPLES) < 0.05)
-    n = pictures * questions
+    n = images * questions
     _report(
-        f"{questions} questions a picture, {pictures} pictures",
+        f"{questions} questions per image, {images} images",
         n,
         _coverage(drawn, groups, 0.0),
         rejects,

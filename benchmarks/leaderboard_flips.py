@@ -1,7 +1,7 @@
 """A page of ten thousand examples that changed, in a browser: `leaderboard_flips.py [EXAMPLES]`.
 
 One baseline and one steered run that draws every score anew, so that about half of the examples change; every
-example has a picture. Prints the size of the page and what Chromium takes to load, page and search it.
+example has an image. Prints the size of the page and what Chromium takes to load, page and search it.
 """
 
 import base64
@@ -29,8 +29,8 @@ def main(examples: int = 22_000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs, out = Path(folder) / "logs", Path(folder) / "board"
         write_logs(logs, runs=2, examples=examples, changed=1.0)
-        add_pictures(logs)
-        make_board([logs], out, pictures=False)
+        add_images(logs)
+        make_board([logs], out, images=False)
         (path,) = (out / "comparisons").iterdir()
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -38,8 +38,8 @@ def main(examples: int = 22_000) -> None:
             browser.close()
 
 
-def add_pictures(logs: Path) -> None:
-    """Give every sample a picture, as lmms-eval writes those that come as bytes."""
+def add_images(logs: Path) -> None:
+    """Give every sample an image, as lmms-eval writes those that come as bytes."""
     generator = np.random.default_rng(0)
     media = []
     for _ in range(PICTURES):
@@ -60,7 +60,7 @@ def report(page: Page, path: Path) -> str:
         loads.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
     status, elements = page.inner_text("#flip-status"), page.locator("*").count()
     turned = page.evaluate(timed("document.querySelector('#on').click()"))
-    page.evaluate("document.querySelector('#flip-search').value = 'picture 2100'")
+    page.evaluate("document.querySelector('#flip-search').value = 'image 2100'")
     searched = page.evaluate(
         timed("document.querySelector('#flip-search').dispatchEvent(new Event('input'))")
     )

@@ -29,7 +29,7 @@ def write_logs(folder: Path, runs: int, examples: int, changed: float = 0.1) -> 
     generator = np.random.default_rng(0)
     heads = [
         f'{{"doc_id": {k}, "target": "answer {k}", "token_counts": [null], "doc_hash": "{"7" * 64}", '
-        f'"input": "What is shown in picture {k} of this set, and where? Answer with a short phrase."'
+        f'"input": "What is shown in image {k} of this set, and where? Answer with a short phrase."'
         for k in range(examples)
     ]
     requests = {

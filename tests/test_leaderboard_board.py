@@ -77,7 +77,7 @@ import sys
 from pathlib import Path
 from hones_eval.leaderboard import make_board
 out, *logs = map(Path, sys.argv[1:])
-make_board(logs, out, resamples=199, pictures=False)
+make_board(logs, out, resamples=199, images=False)
 """
 
 
@@ -85,7 +85,7 @@ def test_another_process_and_another_order_of_logs_give_the_same_bytes(tmp_path:
     """Hashes of texts are other ones in every process, and order nothing."""
     anls = {"exact_match": exact, "anls": lambda answer, gold: 1.0 if answer == gold else 0.25}
     for k, task in enumerate(("shapes", "letters")):
-        questions = Questions.drawn(task, per_picture=2, seed=k)
+        questions = Questions.drawn(task, per_image=2, seed=k)
         for date, steered in ((BASE_DATE, None), (DATE, Steered())):
             answers = questions.answers(0.8 if steered else 0.6, k)
             folder = tmp_path / f"logs{k}"
@@ -104,25 +104,25 @@ def test_another_process_and_another_order_of_logs_give_the_same_bytes(tmp_path:
 
 def test_pages_of_an_earlier_board_go_and_other_files_stay(tmp_path: Path) -> None:
     write_pair(tmp_path / "logs")
-    first = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, pictures=False)
+    first = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, images=False)
     (old,) = (tmp_path / "board" / "comparisons").iterdir()
     old.rename(old.with_name("earlier.html"))
     kept = old.with_name("notes.html")
     kept.write_text("mine")
-    again = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, pictures=False)
+    again = make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, images=False)
     assert again.written == first.written
     assert {path.name for path in old.parent.iterdir()} == {old.name, "notes.html"}
 
 
-def test_questions_on_one_picture_are_compared_by_picture(tmp_path: Path) -> None:
-    questions = Questions.drawn(count=60, per_picture=3)
+def test_questions_on_one_image_are_compared_by_image(tmp_path: Path) -> None:
+    questions = Questions.drawn(count=60, per_image=3)
     write_pair(tmp_path, questions)
     (row,) = board_of(tmp_path).rows
-    assert row.pictures == 20
+    assert row.images == 20
     assert row.comparison.interval is not None
-    assert row.comparison.interval.method == "BCa bootstrap and t over pictures"
+    assert row.comparison.interval.method == "BCa bootstrap and t over images"
     assert row.comparison.test is not None
-    assert row.comparison.test.method == "sign flips of pictures"
+    assert row.comparison.test.method == "sign flips of images"
 
 
 def test_graded_scores_are_bootstrapped(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_p_value_that_no_draw_reached_says_so_where_it_decides_nothing(tmp_pat
     for resamples, said in ((39, True), (199, False)):
         rows = build_board([tmp_path], resamples=resamples).rows
         assert len(rows) == 3
-        assert all(("no random draw differed as much" in row.comparison.note) == said for row in rows)
+        assert all(("no random draw differed this much" in row.comparison.note) == said for row in rows)
         assert all((row.verdict == "better") != said for row in rows)
 
 
@@ -279,9 +279,9 @@ def write_other(folder: Path, **options: Any) -> None:
     write_run(folder, options.pop("questions", QUESTIONS), AFTER, steered=Steered(), date=DATE, **options)
 
 
-OTHER_QUESTIONS = Questions("shapes", ["Other?", *QUESTIONS.texts[1:]], QUESTIONS.golds, QUESTIONS.pictures)
+OTHER_QUESTIONS = Questions("shapes", ["Other?", *QUESTIONS.texts[1:]], QUESTIONS.golds, QUESTIONS.images)
 OTHER_PICTURES = Questions(
-    "shapes", QUESTIONS.texts, QUESTIONS.golds, QUESTIONS.pictures[1:] + QUESTIONS.pictures[:1]
+    "shapes", QUESTIONS.texts, QUESTIONS.golds, QUESTIONS.images[1:] + QUESTIONS.images[:1]
 )
 
 
@@ -292,7 +292,7 @@ OTHER_PICTURES = Questions(
             {"questions": OTHER_QUESTIONS},
             r"question or the gold answer differs for 1 examples \(first: doc_id 0\)",
         ),
-        ({"questions": OTHER_PICTURES}, r"prompt or the picture differs for \d+ examples"),
+        ({"questions": OTHER_PICTURES}, r"prompt or the image differs for \d+ examples"),
         ({"base": "tiny/other"}, "the base name is tiny/other here and tiny/llava in the baseline"),
         ({"more_args": ",dtype=float16"}, "the model arguments differ: dtype"),
         ({"config": {"gen_kwargs": "temperature=1"}}, "gen_kwargs is .*temperature=1.* here"),
@@ -391,7 +391,7 @@ def test_several_models_and_seeds_are_each_compared_with_their_own(tmp_path: Pat
             write_run(tmp_path, QUESTIONS, before, date=f"20260102_0304{m}{s}", **options)
             steered = Steered(provenance=provenance("shapes"))
             write_run(tmp_path, QUESTIONS, after, date=f"20260102_0305{m}{s}", steered=steered, **options)
-    board = make_board([tmp_path], tmp_path / "out", resamples=99, pictures=False)
+    board = make_board([tmp_path], tmp_path / "out", resamples=99, images=False)
     assert not board.unranked
     found = [(row.pair.steered.base.name, row.pair.steered.seeds[0], row.rank) for row in board.rows]
     assert {(base, seed) for base, seed, _ in found} == {
@@ -411,12 +411,12 @@ def test_several_models_and_seeds_are_each_compared_with_their_own(tmp_path: Pat
 
 
 def test_reused_examples_are_counted_and_flagged(tmp_path: Path) -> None:
-    seen = make_logs._hashes(QUESTIONS.pictures[:7])
-    by_picture = Steered("s/a", "a", provenance=provenance("elsewhere", images=seen))
+    seen = make_logs._hashes(QUESTIONS.images[:7])
+    by_image = Steered("s/a", "a", provenance=provenance("elsewhere", images=seen))
     by_id = provenance("shapes", ids=range(5)) | {}
     by_id["examples"][0]["split"] = "test"
     write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
-    write_run(tmp_path, QUESTIONS, AFTER, steered=by_picture, date="20260102_040000")
+    write_run(tmp_path, QUESTIONS, AFTER, steered=by_image, date="20260102_040000")
     write_run(
         tmp_path, QUESTIONS, AFTER, steered=Steered("s/b", "b", provenance=by_id), date="20260102_050000"
     )
@@ -427,8 +427,8 @@ def test_reused_examples_are_counted_and_flagged(tmp_path: Path) -> None:
         for row in board_of(tmp_path).rows
         if row.pair.steered.steering
     }
-    assert flags["s/a"] == ("7 of 60 examples show pictures that chose this steering",)
-    assert flags["s/b"] == ("5 of 60 examples chose this steering",)
+    assert flags["s/a"] == ("7 of 60 examples show images that were used to choose this steering",)
+    assert flags["s/b"] == ("5 of 60 examples were used to choose this steering",)
     assert flags["s/c"] == ()
 
 
@@ -687,7 +687,7 @@ def test_a_folder_full_of_damage_costs_the_good_rows_nothing(tmp_path: Path) -> 
     content["results"]["shapes"]["exact_match,none"] = math.nan
     number.write_text(json.dumps(content))
 
-    board = make_board([logs], tmp_path / "out", resamples=199, pictures=False)
+    board = make_board([logs], tmp_path / "out", resamples=199, images=False)
     rows = {row.pair.steered.steering.path: row for row in board.rows if row.pair.steered.steering}
     assert set(rows) == {"steerings/one", "s/hostile", "s/nan", "s/manifest"}
     good = rows["steerings/one"]
@@ -722,7 +722,7 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(HonesError, match="run lmms-eval with --log_samples --output_path DIR"):
         make_board([tmp_path], tmp_path / "out")
     write_pair(tmp_path)
-    with pytest.raises(HonesError, match="--resamples 38: an interval of 95 % takes 39 or more"):
+    with pytest.raises(HonesError, match="--resamples 38: a 95 % interval needs 39 or more"):
         make_board([tmp_path], tmp_path / "out", resamples=38)
     with pytest.raises(HonesError, match="none is not a folder"):
         make_board([tmp_path], tmp_path / "out", include_path=tmp_path / "none")

@@ -84,7 +84,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json, "dumps", lambda obj, **options: kept(obj, **options | {"ensure_ascii": True}))
         hostile_logs(folder / "logs")
-    make_board([folder / "logs"], folder / "board", resamples=99, pictures=False)
+    make_board([folder / "logs"], folder / "board", resamples=99, images=False)
     return folder / "board"
 
 
@@ -120,7 +120,7 @@ def test_hostile_names_do_not_break_the_tables(hostile: Path) -> None:
     assert not re.search(r"(?<!\\)<", row.replace("&lt;", ""))
 
 
-def test_the_readme_picture_is_a_drawing(hostile: Path, board: Path) -> None:
+def test_the_readme_image_is_a_drawing(hostile: Path, board: Path) -> None:
     for folder, rows in ((hostile, 1), (board, 6)):
         root = ElementTree.parse(folder / "leaderboard.svg").getroot()
         kinds = [element.tag.rpartition("}")[2] for element in root.iter()]
@@ -161,7 +161,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks, three steerings, pictures, a reachable steering folder, and a run that is left out.
+    """Two tasks, three steerings, images, a reachable steering folder, and a run that is left out.
 
     The folder of the logs is beside it.
     """
@@ -188,7 +188,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(
         folder / "logs", questions, before[:5], steered=Steered("s/half", "h" * 64), date="20260102_040000"
     )
-    make_board([folder / "logs"], folder / "board", resamples=499, pictures=False)
+    make_board([folder / "logs"], folder / "board", resamples=499, images=False)
     return folder / "board"
 
 
@@ -312,7 +312,7 @@ def test_sort_where_the_heads_are_not_shown(page: Any, board: Path) -> None:
     page.select_option("#sort", label="Baseline ↑")
     up = [float(text) for text in seen(page, 5)]
     assert up == sorted(up) != [float(text) for text in order]
-    page.select_option("#sort", label="clearest first")
+    page.select_option("#sort", label="smallest p first")
     assert seen(page, 5) == order
     page.set_viewport_size({"width": 1280, "height": 800})
     assert not page.locator("#sort").is_visible()
@@ -437,7 +437,7 @@ def test_ten_thousand_flips_stay_quick_to_page(page: Any, tmp_path: Path) -> Non
         date="20260102_030505",
         manifest=False,
     )
-    make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, pictures=False)
+    make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, images=False)
     (path,) = (tmp_path / "board" / "comparisons").iterdir()
     assert path.stat().st_size < 3_000_000
     page.goto(path.as_uri())

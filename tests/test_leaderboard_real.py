@@ -14,9 +14,9 @@ from PIL import Image
 from hones_eval.__main__ import main
 from hones_eval.leaderboard import Board, make_board
 from hones_eval.leaderboard.flips import Flip
-from hones_eval.leaderboard.lmms_tasks import TaskPictures
-from hones_eval.leaderboard.pictures import Thumbnails
+from hones_eval.leaderboard.lmms_tasks import TaskImages
 from hones_eval.leaderboard.scales import Scales, read_scales
+from hones_eval.leaderboard.thumbnails import Thumbnails
 
 SCALES_SEED, SPREAD = 3, 6.0
 
@@ -88,39 +88,39 @@ def test_two_real_runs_give_a_row(board: Board, logs: Path) -> None:
     assert ("the steering changed no answer" in row.notes) == (changed == 0)
 
 
-def test_the_manifest_tells_the_steering_and_the_pictures(board: Board, logs: Path) -> None:
+def test_the_manifest_tells_the_steering_and_the_images(board: Board, logs: Path) -> None:
     (row,) = board.rows
     steering = row.pair.steered.steering
     assert steering is not None
     header = json.loads((logs.parent / "steering" / "steering.json").read_text())
     assert (steering.digest, steering.strength) == (header["digest"], 1.0)
-    pictures = row.pair.steered.samples["none"].pictures
-    assert pictures is not None
-    assert len({name for shown in pictures for name in shown}) == 4
+    images = row.pair.steered.samples["none"].images
+    assert images is not None
+    assert len({name for shown in images for name in shown}) == 4
 
 
 def test_examples_that_chose_a_steering_are_counted(logs: Path, tmp_path: Path) -> None:
-    """By their pictures, which any task may show, and by their places in the task."""
-    board = make_board([logs, logs.parent / "reused"], tmp_path, resamples=99, pictures=False)
+    """By their images, which any task may show, and by their places in the task."""
+    board = make_board([logs, logs.parent / "reused"], tmp_path, resamples=99, images=False)
     flags = {row.pair.steered.steering.label: row.flags for row in board.rows if row.pair.steered.steering}
     assert flags == {
         "drawn": (),
         "random fixed for tiny_colours": (
-            "2 of 4 examples show pictures that chose this steering",
-            "2 of 4 examples chose this steering",
+            "2 of 4 examples show images that were used to choose this steering",
+            "2 of 4 examples were used to choose this steering",
         ),
     }
     assert "examples reused" in (tmp_path / "leaderboard.md").read_text()
     assert "examples reused" in (tmp_path / "index.html").read_text()
 
 
-def test_pictures_come_from_the_task_and_are_checked(board: Board, logs: Path) -> None:
-    """The page shows the data set's picture of an example, unless it is not the one that the model saw."""
+def test_images_come_from_the_task_and_are_checked(board: Board, logs: Path) -> None:
+    """The page shows the data set's image of an example, unless it is not the one that the model saw."""
     (row,) = board.rows
-    tasks = TaskPictures(logs.parent / "task")
-    shown = row.pair.steered.samples["none"].pictures
+    tasks = TaskImages(logs.parent / "task")
+    shown = row.pair.steered.samples["none"].images
     assert shown is not None
-    right, wrong = (Flip(2, "gained", "?", "red", "a", "b", "0 → 1", picture=shown[k][0]) for k in (2, 3))
+    right, wrong = (Flip(2, "gained", "?", "red", "a", "b", "0 → 1", image=shown[k][0]) for k in (2, 3))
     assert set(Thumbnails(tasks).of("tiny_colours", [right])) == {2}
     assert Thumbnails(tasks).of("tiny_colours", [wrong]) == {}
 
@@ -144,7 +144,7 @@ def test_a_steering_changed_in_place_is_not_drawn(board: Board, logs: Path, llav
         found = read_scales(run.steering, run.results_path)
     finally:
         lmms_runs.write_steering(llava_checkpoint, logs.parent / "steering", SCALES_SEED, spread=SPREAD)
-    assert found == "the folder steering now holds another steering than the one that ran"
+    assert found == "the folder steering now holds a different steering from the one that ran"
     assert (
         json.loads((logs.parent / "steering" / "steering.json").read_bytes())["digest"]
         == json.loads(kept)["digest"]

@@ -149,14 +149,14 @@ def test_columns_are_compared_each_by_itself() -> None:
         assert one.test == other.test
 
 
-def test_a_picture_with_many_questions_counts_once() -> None:
-    """Ten equal questions a picture: the interval is that of the pictures, not ten times surer."""
-    pictures = np.random.default_rng(2).normal(0.1, 0.5, 40)
-    repeated, groups = np.repeat(pictures, 10), np.repeat(np.arange(40), 10)
-    (of_pictures,) = paired.compare_graded(pictures[:, None], resamples=2000)
+def test_a_image_with_many_questions_counts_once() -> None:
+    """Ten equal questions per image: the interval is that of the images, not ten times surer."""
+    images = np.random.default_rng(2).normal(0.1, 0.5, 40)
+    repeated, groups = np.repeat(images, 10), np.repeat(np.arange(40), 10)
+    (of_images,) = paired.compare_graded(images[:, None], resamples=2000)
     (clustered,) = paired.compare_graded(repeated[:, None], groups, resamples=2000)
     (naive,) = paired.compare_graded(repeated[:, None], resamples=2000)
-    widths = [one.interval.high - one.interval.low for one in (of_pictures, clustered, naive) if one.interval]
+    widths = [one.interval.high - one.interval.low for one in (of_images, clustered, naive) if one.interval]
     assert widths[1] == pytest.approx(widths[0], rel=1e-9)
     assert widths[2] < 0.5 * widths[1]
 
@@ -282,7 +282,7 @@ def test_a_corpus_metric_of_which_few_items_differ_gets_them_too() -> None:
     assert (found.interval.low, found.interval.high) == pytest.approx(ends, abs=0.08 * width)
 
 
-def test_the_t_interval_of_pictures_is_that_of_their_means_where_all_have_as_many_questions() -> None:
+def test_the_t_interval_of_images_is_that_of_their_means_where_all_have_as_many_questions() -> None:
     drawn = np.random.default_rng(4).normal(0.1, 1, (60, 1))
     sums, sizes = paired.cluster_sums(drawn, np.repeat(np.arange(12), 5))
     low, high = paired.t_of_means(sums, sizes)

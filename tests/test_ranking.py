@@ -166,7 +166,7 @@ def test_a_header_that_is_not_one_is_refused(saved: Path, text: str) -> None:
 def test_a_share_of_neurons_that_is_no_number_is_refused(saved: Path) -> None:
     write_json(saved / "ranking.json", read_json(saved / "ranking.json") | {"settings": {"neurons": "1 %"}})
     ranking = Ranking.load(saved)
-    with pytest.raises(HonesError, match="give no share of neurons, but '1 %': say --neurons"):
+    with pytest.raises(HonesError, match="give no fraction of neurons, but '1 %': pass --neurons"):
         ranking.neurons()
     assert len(ranking.neurons(0.1)) == 10
 

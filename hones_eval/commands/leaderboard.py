@@ -18,17 +18,17 @@ def leaderboard(
     """Compare steered with baseline runs, from the folders that lmms-eval wrote with --log_samples.
 
     Args:
-        logs: output folders of lmms-eval, baseline and steered, any number of them.
+        logs: any number of output folders of lmms-eval, baseline and steered.
         out: the folder to write index.html, comparisons/, leaderboard.csv, .md and .svg to.
-        include_path: a folder with more task YAML files, to compute their corpus metrics again.
-        title: of the page.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
-        pages: how many comparisons get a page of their own, the clearest first; all by default.
+        include_path: a folder with more task YAML files, needed to recompute their corpus metrics.
+        title: title of the page.
+        seed: random seed of the bootstrap and the tests.
+        resamples: number of resamples of the bootstrap and of the tests.
+        pages: how many comparisons get a page of their own, smallest p-value first; default: all.
     """
     board = make_board(
         logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title, pages=pages
     )
     for warning in board.warnings:
         say(f"warning: {warning}")
-    say(f"wrote {out / 'index.html'}, with leaderboard.csv, .md and .svg beside it")
+    say(f"wrote {out / 'index.html'} and leaderboard.csv, .md and .svg")

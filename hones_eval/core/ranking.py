@@ -26,7 +26,7 @@ class Ranking:
     `head_scores`: HONES, the drop of the task's metric; V-SEAM, the signed mean drop of the answer's
     probability. `head_log_probability`: the mean drop of the target's log-probability (HONES).
     `head_positive`, `head_negative`: V-SEAM only. `head_examples`: on how many examples each head was
-    measured, where heads were raced or screened; a head with 0 has no score, and stands as 0.
+    measured, if heads were raced or screened; a head that was not measured (0) has the score 0.
     `neuron_scores`: importance, when asked for.
     `report`: counts and figures that a reader of the ranking should see.
     """
@@ -54,20 +54,20 @@ class Ranking:
         return digest(self._tensors())
 
     def heads(self, count: int) -> list[Head]:
-        """The `count` best heads that were measured by `head_scores`, ties by (layer, head)."""
+        """The `count` measured heads with the highest `head_scores`; ties are broken by (layer, head)."""
         if self.head_scores is None:
             raise HonesError("this ranking has no head scores")
         measured = None if self.head_examples is None else self.head_examples > 0
         return top_heads(self.head_scores, count, measured)
 
     def neurons(self, fraction: float | None = None) -> list[Neuron]:
-        """The best share of all neurons (default: the share that the ranking was made with, else 1 %)."""
+        """The best `fraction` of all neurons (default: the one that the ranking was made with, else 1 %)."""
         if self.neuron_scores is None:
             raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
         share = self.provenance.settings.get("neurons", 0.01) if fraction is None else fraction
         if not isinstance(share, int | float):
             raise HonesError(
-                f"this ranking's settings give no share of neurons, but {share!r}: say --neurons"
+                f"this ranking's settings give no fraction of neurons, but {share!r}: pass --neurons"
             )
         return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
 
@@ -77,7 +77,7 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a folder that `save` wrote; anything else is an error that names the file."""
+        """Read a folder that `save` wrote. Raises: HonesError that names the file, for anything else."""
         header, provenance, tensors = load_artifact(Path(folder), "ranking")
         unknown = set(tensors) - {*_HEAD_TENSORS, "neuron_scores"}
         if unknown:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from hones_eval.core.artifact import write_text
 from hones_eval.errors import HonesError
-from hones_eval.leaderboard.board import Board, Row, build_board
-from hones_eval.leaderboard.lmms_tasks import TaskPictures
+from hones_eval.leaderboard.board import Board, build_board
+from hones_eval.leaderboard.lmms_tasks import TaskImages
 from hones_eval.leaderboard.pages import comparison_pages, index_page
-from hones_eval.leaderboard.pictures import Thumbnails
-from hones_eval.leaderboard.readme_picture import readme_picture
+from hones_eval.leaderboard.readme_image import readme_image
+from hones_eval.leaderboard.rows import Row
 from hones_eval.leaderboard.tables import csv_table, markdown_table
+from hones_eval.leaderboard.thumbnails import Thumbnails
 from hones_eval.leaderboard.views import row_views, with_pages
 
 __all__ = ["Board", "Row", "build_board", "make_board"]
@@ -25,7 +26,7 @@ def make_board(
     seed: int = 0,
     resamples: int = 9999,
     include_path: Path | None = None,
-    pictures: bool = True,
+    images: bool = True,
     title: str = "Steering leaderboard",
     pages: int | None = None,
 ) -> Board:
@@ -38,8 +39,8 @@ def make_board(
         resamples: of each bootstrap and each randomization test.
         include_path: a folder of lmms-eval tasks, as lmms-eval's `--include_path`; needed to compute corpus
             metrics of such tasks again.
-        pictures: show the pictures of examples that changed, from the samples or the task's data set, where
-            that is on this machine.
+        images: show images of examples that changed, from the samples or from the task's data set if it
+            is on this machine.
         title: of the page.
         pages: how many comparisons get a page, those with the smallest p-values first; None for all.
 
@@ -48,23 +49,25 @@ def make_board(
         written then.
     """
     if pages is not None and pages < 0:
-        raise HonesError(f"pages={pages} makes no sense: give how many comparisons get a page, 0 for none")
+        raise HonesError(
+            f"pages={pages} is negative: give the number of comparisons that get a page, 0 for none"
+        )
     board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
     views = row_views(board, with_pages(board.rows, pages))
-    thumbnails = Thumbnails(TaskPictures(include_path) if pictures else None)
+    thumbnails = Thumbnails(TaskImages(include_path) if images else None)
     written = []
     for name, page in comparison_pages(board, views, thumbnails):
         written.append(_write(out / "comparisons" / name, page))
     _remove_old(out / "comparisons", keep={path.name for path in written})
     written.append(_write(out / "leaderboard.csv", csv_table(board, views)))
     written.append(_write(out / "leaderboard.md", markdown_table(board, views)))
-    written.append(_write(out / "leaderboard.svg", readme_picture(board, views)))
+    written.append(_write(out / "leaderboard.svg", readme_image(board, views)))
     written.append(_write(out / "index.html", index_page(board, views, title)))
     return replace(board, written=tuple(reversed(written)))
 
 
 def _remove_old(folder: Path, keep: set[str]) -> None:
-    """Take out pages of comparisons that an earlier board wrote and this one has not; nothing of others."""
+    """Delete comparison pages of an earlier board that this one did not write; leave other files alone."""
     for path in folder.glob("*.html"):
         if path.name not in keep and MADE_BY_US in path.read_text(encoding="utf-8", errors="replace")[:2000]:
             path.unlink()

@@ -54,7 +54,7 @@
       });
       body.append(...keyed.map((one) => one[2]));
     };
-    chosen.append(new Option("clearest first", ""));
+    chosen.append(new Option("smallest p first", ""));
     heads.forEach((head, column) => {
       const name = head.textContent.trim();
       chosen.append(new Option(`${name} ↑`, `${column} up`), new Option(`${name} ↓`, `${column} down`));
@@ -71,9 +71,9 @@
 
   const source = document.querySelector("#flip-data");
   if (source) {
-    const { flips, pictures, size } = JSON.parse(source.textContent);
+    const { flips, images, size } = JSON.parse(source.textContent);
     const list = document.querySelector("#flips");
-    for (const shown of list.querySelectorAll("img")) pictures[shown.dataset.example] = shown.src;
+    for (const shown of list.querySelectorAll("img")) images[shown.dataset.example] = shown.src;
     const status = document.querySelector("#flip-status");
     const search = document.querySelector("#flip-search");
     const [back, on] = [document.querySelector("#back"), document.querySelector("#on")];
@@ -96,11 +96,11 @@
     };
     const words = { gained: "gained", lost: "lost", changed: "answer changed" };
     const show = (flip) => {
-      const item = element("li", pictures[flip.doc_id] ? "" : "bare");
-      if (pictures[flip.doc_id]) {
+      const item = element("li", images[flip.doc_id] ? "" : "bare");
+      if (images[flip.doc_id]) {
         const image = element("img");
-        image.src = pictures[flip.doc_id];
-        image.alt = `Picture of example ${flip.doc_id}`;
+        image.src = images[flip.doc_id];
+        image.alt = `Image of example ${flip.doc_id}`;
         image.loading = "lazy";
         item.append(image);
       }

@@ -1,7 +1,7 @@
-"""Caption metrics of lmms-eval in a form that can be resampled: tokens and n-grams are counted once.
+"""Caption metrics of lmms-eval as scores or counts per example, so that they can be resampled quickly.
 
 lmms-eval computes BLEU, METEOR, ROUGE-L and CIDEr with pycocoevalcap, which tokenizes and aligns in Java
-programs and counts n-grams anew for every set of examples. An example's counts do not depend on the others:
+programs and counts n-grams again for every set of examples. An example's counts do not depend on the others:
 corpus BLEU is a function of their sums (Papineni et al. 2002), and METEOR one of sums of matches (Denkowski
 and Lavie 2014); ROUGE-L is a mean over examples, and so is CIDEr with the document frequencies of the whole
 data set (Vedantam et al. 2015), which both runs share.
@@ -25,15 +25,15 @@ ALPHA, BETA, GAMMA, DELTA, WORTH = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8
 
 
 def is_caption_metric(metric: str, items: Sequence[Any]) -> bool:
-    """Whether a metric is one of pycocoevalcap's, by its name and by what its entries hold."""
+    """Whether a metric is computed by pycocoevalcap, judged by its name and its entries."""
     return bool(items and _kind(metric)) and all(
-        isinstance(one, dict) and isinstance(one.get("pred"), str) and isinstance(one.get("answer"), list)
-        for one in items
+        isinstance(item, dict) and isinstance(item.get("pred"), str) and isinstance(item.get("answer"), list)
+        for item in items
     )
 
 
 def caption_scores(metric: str, items: Sequence[dict[str, Any]]) -> Floats | list[Counts] | str:
-    """Give a score per example `[n]`, or counts per example for BLEU and METEOR, or why there is neither.
+    """A score per example `[n]`, counts per example (BLEU and METEOR), or the reason why there is neither.
 
     Args:
         metric: the metric's name, such as `coco_Bleu_4`.
@@ -48,7 +48,7 @@ def caption_scores(metric: str, items: Sequence[dict[str, Any]]) -> Floats | lis
         if kind == "METEOR":
             return meteor_counts(references, answers)
     except OSError as error:
-        return f"captions are read by java, which does not run here ({error})"
+        return f"tokenizing captions needs java, which does not run here ({error})"
     if kind.startswith("Bleu"):
         return bleu_counts(references, answers)
     _, scores = (Rouge() if kind == "ROUGE_L" else Cider()).compute_score(references, answers)
@@ -56,12 +56,12 @@ def caption_scores(metric: str, items: Sequence[dict[str, Any]]) -> Floats | lis
 
 
 def corpus_function(metric: str) -> Callable[[Sequence[Counts]], float]:
-    """BLEU or METEOR of a corpus as a function of its examples' counts."""
+    """The function that computes BLEU or METEOR of a corpus from the counts of its examples."""
     return meteor if _kind(metric) == "METEOR" else bleu_of(metric)
 
 
 def meteor(rows: Sequence[Counts]) -> float:
-    """METEOR of a corpus, of rows of `meteor_counts`.
+    """METEOR of a corpus, from rows of `meteor_counts`.
 
     Precision and recall of matched words, each worth what its kind is, less for the chunks that they are in.
     """
@@ -80,13 +80,13 @@ def meteor(rows: Sequence[Counts]) -> float:
 
 
 def meteor_counts(references: dict[int, list[str]], answers: dict[int, list[str]]) -> list[Counts]:
-    """One row `[23]` an example, as the Java program gives it for the reference that fits best.
+    """One row `[23]` per example, as the Java program gives it for the best-matching reference.
 
     Words of answer and reference, how many of them are function words; for each of four kinds of match the
-    matched content words of both and function words of both; chunks, and matched words of both. What is said
-    word for word is in no chunk.
+    matched content words of both and function words of both; chunks, and matched words of both. An answer
+    that equals its reference has no chunks.
     """
-    given = (tuple((key, tuple(said)) for key, said in one.items()) for one in (references, answers))
+    given = (tuple((key, tuple(said)) for key, said in texts.items()) for texts in (references, answers))
     return _meteor_counts(*given)
 
 
@@ -125,7 +125,7 @@ def bleu_of(metric: str) -> Callable[[Sequence[Counts]], float]:
 
 
 def bleu_counts(references: dict[int, list[str]], answers: dict[int, list[str]]) -> list[Counts]:
-    """One row `[10]` an example: matched n-grams and n-grams (n of 1 to 4), its length, its reference's."""
+    """One row `[10]` per example: matched n-grams and n-grams (n of 1 to 4), its length, its reference's."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     rows = []
@@ -142,7 +142,7 @@ def bleu_counts(references: dict[int, list[str]], answers: dict[int, list[str]])
 def _tokens(texts: tuple[tuple[str, ...], ...]) -> dict[int, list[str]]:
     from pycocoevalcap.eval import PTBTokenizer
 
-    captions = {k: [{"caption": text} for text in one] for k, one in enumerate(texts)}
+    captions = {k: [{"caption": text} for text in group] for k, group in enumerate(texts)}
     found: dict[int, list[str]] = PTBTokenizer().tokenize(captions)
     return found
 

@@ -1,4 +1,4 @@
-"""Pictures of numbers as inline SVG. Only numbers enter the markup, so nothing here needs escaping."""
+"""Charts as inline SVG. Only numbers enter the markup, so nothing here needs escaping."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 WIDTH, HEIGHT, MARGIN = 168, 32, 6
-LEFT = 46  # of the pictures of scales, for the axis and its name
-MIDDLE = 11  # of the line; below it stand the ends of the axis
+LEFT = 46  # left margin of the charts of scales, for the axis and its name
+MIDDLE = 11  # height of the line; the ends of the axis are labeled below it
 
 
 def interval_svg(difference: float, low: float | None, high: float | None, reach: float, css: str) -> Markup:
@@ -38,7 +38,7 @@ def _x(value: float, reach: float) -> float:
 
 
 def heads_svg(scales: Floats) -> Markup:
-    """Head scales `[L, H]` as a map: a row a layer (the last on top), amber below 1, blue above."""
+    """Head scales `[L, H]` as a heat map: one row per layer (last on top), amber below 1, blue above."""
     layers, heads = scales.shape
     size = max(6, min(18, 720 // max(heads, 1)))
     reach = max(float(np.abs(scales - 1).max()), 1e-9)
@@ -62,13 +62,11 @@ def heads_svg(scales: Floats) -> Markup:
     ]
     width, height = heads * size + LEFT, layers * size
     names = _axis_names("head", "layer", width, height, height + 28)
-    return _svg(
-        "heads", "scales of the heads, layer by layer", width + 2, height + 32, [*labels, *names, *cells]
-    )
+    return _svg("heads", "scales of the heads per layer", width + 2, height + 32, [*labels, *names, *cells])
 
 
 def neurons_svg(counts: Sequence[int]) -> Markup:
-    """How many neurons are scaled in each layer, as bars from the first layer to the last."""
+    """A bar chart of the number of scaled neurons per layer."""
     width, height = max(8, min(26, 700 // max(len(counts), 1))), 110
     most = max([*counts, 1])
     parts = []
@@ -86,7 +84,7 @@ def neurons_svg(counts: Sequence[int]) -> Markup:
     right = len(counts) * width + LEFT
     parts.append(f'<line class="zero" x1="{LEFT - 2}" x2="{right}" y1="{height + 12}" y2="{height + 12}"/>')
     parts += _axis_names("layer", "neurons", right, height + 24, height + 40)
-    return _svg("neurons", "scaled neurons in each layer", right + 2, height + 44, parts)
+    return _svg("neurons", "scaled neurons per layer", right + 2, height + 44, parts)
 
 
 def _axis_names(across: str, up: str, right: int, height: int, bottom: int) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hones_eval.errors import HonesError
 
 RESULTS, SAMPLES, MANIFEST = "_results.json", "_samples_", "hones_manifest_*.json"
-SUBMISSIONS = "submissions"  # what some tasks of lmms-eval write for a server, COCO's under such a name
+SUBMISSIONS = "submissions"  # where some lmms-eval tasks write files for an evaluation server
 
 
 class Found(NamedTuple):
@@ -42,7 +42,7 @@ def find_files(paths: Sequence[Path]) -> Found:
 
 
 def stem(path: Path) -> str:
-    """The date with which lmms-eval begins the names of the files of one run."""
+    """The date that starts the names of all files of one lmms-eval run."""
     return path.name.split(SAMPLES)[0].removesuffix(RESULTS)
 
 
@@ -52,7 +52,7 @@ def samples_path(results: Path, task: str) -> Path:
 
 
 def load_results(path: Path) -> tuple[Path, dict[str, Any] | None, str]:
-    """The path, the content of a results file, and, where that is None, what is wrong with it."""
+    """The path and content of a results file; if the content is None, also the reason."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The examples whose score changed between two runs, with their texts read again from the samples."""
+"""Examples whose score changed between two runs, with their texts from the samples files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hones_eval.leaderboard.board import Row
+from hones_eval.leaderboard.rows import Row
 from hones_eval.leaderboard.samples import Integers, Samples, read_rows
 from hones_eval.leaderboard.text import shown, shown_answer
 
@@ -16,8 +16,8 @@ from hones_eval.leaderboard.text import shown, shown_answer
 class Flip:
     """One example that the steering changed.
 
-    `picture` is the hash that the run's manifest gives its first picture, `media` what lmms-eval's sample
-    holds of it; both may be empty.
+    `image` is the hash of its first image in the run's manifest, `media` the first entry of `input_media` in
+    lmms-eval's sample; both may be empty.
     """
 
     doc_id: int
@@ -27,17 +27,17 @@ class Flip:
     baseline: str
     steered: str
     scores: str
-    picture: str = ""
+    image: str = ""
     media: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping of what the page needs."""
-        return {name: value for name, value in vars(self).items() if name not in ("picture", "media")}
+        """The fields that the page needs, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("image", "media")}
 
 
 @dataclass(frozen=True)
 class Flips:
-    """The flips that a page shows, and how many there are in all."""
+    """The flips listed on a page, and the total counts."""
 
     metric: str
     listed: tuple[Flip, ...]
@@ -47,13 +47,13 @@ class Flips:
 
 
 def flips_of(rows: Sequence[Row], most: int) -> Flips:
-    """The examples that flipped by the first metric that has a score for each example; else by their answers.
+    """Examples that flipped by the first metric with a score per example, or by their answers.
 
     Args:
         rows: the rows of one pair of runs.
-        most: how many to list; gained and lost take turns, each in the order of `doc_id`.
+        most: how many to list; gained and lost alternate, each in the order of `doc_id`.
     """
-    row = next((one for one in rows if one.gained is not None), rows[0])
+    row = next((row for row in rows if row.gained is not None), rows[0])
     before = row.pair.baseline.samples[row.metric.filter]
     after = row.pair.steered.samples[row.metric.filter]
     name = row.metric.name
@@ -87,16 +87,16 @@ def _flips(
             baseline=shown_answer(old.get("filtered_resps")),
             steered=shown_answer(new.get("filtered_resps")),
             scores=scores,
-            picture=_shown_picture(after, int(place)) or _shown_picture(before, int(place)),
+            image=_shown_image(after, int(place)) or _shown_image(before, int(place)),
             media=str(next(iter(new.get("input_media") or old.get("input_media") or ()), "")),
         )
 
 
-def _shown_picture(samples: Samples, place: int) -> str:
-    """The first picture's hash, where a manifest tells it."""
-    if samples.shown is None or samples.pictures is None:
+def _shown_image(samples: Samples, place: int) -> str:
+    """The hash of the first image, if a manifest records it."""
+    if samples.shown is None or samples.images is None:
         return ""
-    return next(iter(samples.pictures[place]), "")
+    return next(iter(samples.images[place]), "")
 
 
 def _in_turns(first: Iterator[Flip], second: Iterator[Flip]) -> Iterator[Flip]:

@@ -1,22 +1,22 @@
-"""What a run was: its base model, wrapper and steering, read from its arguments and its manifest."""
+"""The base model, wrapper and steering of a run, from its arguments and its manifest."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Arguments of a model that choose a steering, or where it runs, and leave the base model the same.
+# Model arguments that select a steering or a device and do not change the base model.
 STEERING_KEYS = frozenset({"steering", "strength", "attach", "allow_noop"})
 PLACE_KEYS = frozenset({"device", "device_map", "batch_size"})
 MODEL_KEYS = ("pretrained", "model", "model_version", "model_name", "model_id", "path")
 PREFIXES = ("hones_", "vseam_")
-SPLITS = re.compile("_(discovery|development|test)$")  # at the end of the names of tasks
-BASE_WRAPPERS = {"llava": "llava_hf"}  # our names that are not their base wrapper's name with a prefix
+SPLITS = re.compile("_(discovery|development|test)$")  # at the end of task names
+BASE_WRAPPERS = {"llava": "llava_hf"}  # names that are not the base wrapper's name with a prefix
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model under a run: its id or path, its revision, and every other argument it was built with."""
+    """The base model of a run: id or path, revision, and every other argument it was built with."""
 
     name: str
     revision: str | None
@@ -24,7 +24,7 @@ class BaseModel:
     arguments: tuple[tuple[str, str], ...] = ()
 
     def differences(self, other: "BaseModel") -> list[str]:
-        """Say in words how the other base model differs; empty when it does not."""
+        """Sentences that say how another base model differs; empty if it does not."""
         found = []
         for what in ("name", "revision", "wrapper"):
             mine, theirs = getattr(self, what), getattr(other, what)
@@ -38,7 +38,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class SteeringRef:
-    """The steering of a run, as far as its logs tell."""
+    """The steering of a run, as recorded in its logs."""
 
     path: str
     digest: str | None
@@ -48,29 +48,29 @@ class SteeringRef:
 
     @property
     def identity(self) -> tuple[str, float, str]:
-        """Equal for two runs that were steered alike: by content where it is known, by path otherwise."""
+        """Equal for two runs with the same steering: by digest if known, else by path."""
         return (self.digest or self.path, self.strength, self.attach)
 
     @property
     def chosen_for(self) -> tuple[str, ...]:
-        """The tasks whose examples chose this steering, without repeats."""
-        tasks = [str(one["task"]) for one in self.example_sets if "task" in one]
+        """The tasks whose examples were used to choose this steering, without repeats."""
+        tasks = [str(chosen["task"]) for chosen in self.example_sets if "task" in chosen]
         return tuple(dict.fromkeys(tasks))
 
     @property
     def meant_for(self) -> tuple[str, ...]:
-        """What is tested of the tasks that chose it: a task without the `_discovery` or `_development`."""
+        """The tasks that the steering was chosen for, without the suffix of their split."""
         return tuple(dict.fromkeys(SPLITS.sub("", task) for task in self.chosen_for))
 
     @property
     def example_sets(self) -> list[Mapping[str, Any]]:
         """The sets of discovery and development examples that the provenance lists."""
         listed = self.provenance.get("examples") or []
-        return [one for one in listed if isinstance(one, Mapping)]
+        return [entry for entry in listed if isinstance(entry, Mapping)]
 
     @property
     def is_control(self) -> bool:
-        """Whether the bank was drawn at random, to be compared with and not to be used."""
+        """Whether the bank was drawn at random, as a control."""
         settings = self.provenance.get("settings")
         how = settings.get("how") if isinstance(settings, Mapping) else None
         return "random" in (str(self.provenance.get("method")), str(how))
@@ -118,7 +118,7 @@ def _split_outside(text: str) -> list[str]:
 
 
 def base_from_arguments(wrapper: str, arguments: Mapping[str, str]) -> BaseModel:
-    """The base model that a run without a manifest names in its arguments."""
+    """The base model of a run without a manifest, from its arguments."""
     name = next((arguments[key] for key in MODEL_KEYS if key in arguments), wrapper)
     left_out = STEERING_KEYS | PLACE_KEYS | set(MODEL_KEYS) | {"revision", "base"}
     others = tuple(sorted((key, value) for key, value in arguments.items() if key not in left_out))
@@ -137,7 +137,7 @@ def base_wrapper(wrapper: str, arguments: Mapping[str, str]) -> str:
 
 
 def steering_from_arguments(arguments: Mapping[str, str]) -> SteeringRef | None:
-    """The steering that a run names in its arguments; its content is not known from them."""
+    """The steering named in a run's arguments; its digest is unknown."""
     path = arguments.get("steering")
     if path in (None, "", "None"):
         return None

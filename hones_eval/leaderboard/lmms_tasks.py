@@ -1,6 +1,6 @@
-"""What the board asks of lmms-eval's tasks: how a metric is aggregated, and the pictures of examples.
+"""Aggregation functions and example images of lmms-eval tasks.
 
-lmms-eval, and torch with it, is imported only when one of these is asked for. Nothing is downloaded.
+lmms-eval (and torch) is imported only when one of these is needed. Nothing is downloaded.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from PIL.Image import Image
 from hones_eval.errors import HonesError
 from hones_eval.lmms.calls import aggregate, without_retries
 
-# What loading a task may raise when its data set is not on this machine, or is not as it was.
+# Errors from loading a task whose data set is missing or has changed.
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -30,7 +30,7 @@ LOAD_ERRORS = (
 
 
 def find_aggregation(task: str, metric: str, include_path: Path | None) -> Callable[[list[Any]], float] | str:
-    """The function by which an lmms-eval task turns its items into the metric, or why it cannot be had."""
+    """The aggregation function of a task's metric, or the reason why it is not available."""
     try:
         from lmms_eval.api.registry import get_aggregation
         from lmms_eval.utils import load_yaml_config
@@ -64,8 +64,8 @@ def _quiet(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], float]
     return metric
 
 
-class TaskPictures:
-    """The pictures of a task's examples, from its data set, if that is on this machine."""
+class TaskImages:
+    """Images of a task's examples, from its data set, if that is on this machine."""
 
     def __init__(self, include_path: Path | None = None) -> None:
         """`include_path` is a folder of further tasks."""
@@ -73,7 +73,7 @@ class TaskPictures:
         self._tasks: dict[str, tuple[Any, Any] | None] = {}
 
     def first(self, task: str, doc_id: int) -> Image | None:
-        """The first picture of an example, or None where there is none or it cannot be had."""
+        """The first image of an example, or None if there is none or it cannot be loaded."""
         if task not in self._tasks:
             self._tasks[task] = self._load(task)
         loaded = self._tasks[task]
@@ -83,7 +83,7 @@ class TaskPictures:
             visuals = loaded[0].doc_to_visual(loaded[1][doc_id])
         except LOAD_ERRORS:
             return None
-        return next((one for one in visuals or [] if isinstance(one, Image)), None)
+        return next((visual for visual in visuals or [] if isinstance(visual, Image)), None)
 
     def _load(self, name: str) -> tuple[Any, Any] | None:
         try:
@@ -103,7 +103,7 @@ def _load_errors() -> tuple[type[BaseException], ...]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """No download and no chatter: a picture is not worth gigabytes."""
+    """Disable downloads and log messages while a task is loaded."""
     import datasets.config
     import huggingface_hub.constants
     from loguru import logger
@@ -123,7 +123,7 @@ def _offline() -> Iterator[None]:
 
 
 def _manager_of(task: str, include_path: Path | None) -> Any:
-    """The task manager that knows the task: of the included folder, or lmms-eval's own; None if neither."""
+    """The task manager that knows the task (of the included folder or of lmms-eval), or None."""
     for folder in [None] if include_path is None else [str(include_path), None]:
         manager = _manager(folder)
         index: Mapping[str, Any] = manager.task_index

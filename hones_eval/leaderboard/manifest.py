@@ -1,4 +1,4 @@
-"""The run manifest that our lmms-eval wrappers write beside the results: what lmms-eval does not record."""
+"""Run manifests: facts about a run that lmms-eval does not record, written by our wrappers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,21 +22,21 @@ REQUESTS_KEY, SAME = '"requests": ', "as in the last manifest"
 
 @dataclass(frozen=True)
 class Shown:
-    """What one example put before the model: a hash of prompt and pictures, and the hash of each picture."""
+    """What one example showed to the model: a hash of prompt and images, and the hash of each image."""
 
     content: int
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
 
 
 class ShownColumns(NamedTuple):
-    """What examples put before the model: a hash each `[n]`, and the pictures of each."""
+    """What examples showed to the model: one hash per example `[n]`, and the images of each."""
 
     content: Integers
-    pictures: tuple[tuple[str, ...], ...]
+    images: tuple[tuple[str, ...], ...]
 
 
 class Requests:
-    """What a task's examples put before the model, by `doc_id`."""
+    """What a task's examples showed to the model, by `doc_id`."""
 
     def __init__(self, shown: Mapping[int, Shown]) -> None:
         """Keep the examples."""
@@ -51,11 +51,11 @@ class Requests:
 
     def _columns(self, doc_ids: Integers) -> ShownColumns | None:
         listed = [self._shown.get(doc_id) for doc_id in doc_ids.tolist()]
-        known = [one for one in listed if one is not None]
+        known = [shown for shown in listed if shown is not None]
         if len(known) < len(listed):
             return None
-        content = np.array([one.content for one in known], dtype=np.int64)
-        return ShownColumns(content, tuple(one.pictures for one in known))
+        content = np.array([shown.content for shown in known], dtype=np.int64)
+        return ShownColumns(content, tuple(shown.images for shown in known))
 
     @classmethod
     def joined(cls, parts: Sequence["Requests"]) -> "Requests":
@@ -63,7 +63,7 @@ class Requests:
         return (
             parts[0]
             if len(parts) == 1
-            else cls({doc: one for part in parts for doc, one in part._shown.items()})
+            else cls({doc: shown for part in parts for doc, shown in part._shown.items()})
         )
 
 
@@ -85,12 +85,12 @@ class Manifest:
     results: str | None
 
     def errors_of(self, task: str) -> list[str]:
-        """What generation raised for a task; errors without a task count for all."""
+        """Errors raised while a task was generated; errors without a task count for all tasks."""
         return [text for name, text in self.errors if name in (task, "")]
 
 
 class SharedRequests:
-    """Keeps what the last manifest showed: the runs of a board mostly show the same, to the letter."""
+    """A cache of the last manifest's requests: most runs of a board show exactly the same ones."""
 
     def __init__(self) -> None:
         """Start with none."""
@@ -98,7 +98,7 @@ class SharedRequests:
         self._text, self._content = "", None
 
     def decode(self, text: str) -> Any:
-        """What the JSON of a manifest says; requests that read as the last ones are not decoded again."""
+        """Decode a manifest; requests with the same text as the last ones are not decoded again."""
         if self._text and self._text in text:
             content = json.loads(text.replace(self._text, f'{REQUESTS_KEY}"{SAME}"', 1))
             if isinstance(content, dict) and content.get("requests") == SAME:
@@ -157,7 +157,7 @@ def _manifest(path: Path, content: Mapping[str, Any], shared: SharedRequests) ->
         base_wrapper=str(content["base_wrapper"]),
         steering=None if steering is None else _steering(steering),
         requests={task: shared.of(task, listed) for task, listed in content["requests"].items()},
-        errors=tuple((str(one.get("task") or ""), _error_text(one)) for one in content["errors"]),
+        errors=tuple((str(error.get("task") or ""), _error_text(error)) for error in content["errors"]),
         versions={name: str(content[name]) for name in versions if name in content},
         created=created if created.tzinfo else created.replace(tzinfo=UTC),
         rank=int(content.get("rank", 0)),
@@ -177,11 +177,11 @@ def _steering(content: Mapping[str, Any]) -> SteeringRef:
 
 def _requests(listed: Mapping[str, Mapping[str, Any]]) -> dict[int, Shown]:
     found = {}
-    for doc_id, one in listed.items():
-        prompt, pictures = str(one["prompt_sha256"]), tuple(map(str, one["image_sha256"]))
-        found[int(doc_id)] = Shown(hash((prompt, pictures)), pictures)
+    for doc_id, entry in listed.items():
+        prompt, images = str(entry["prompt_sha256"]), tuple(map(str, entry["image_sha256"]))
+        found[int(doc_id)] = Shown(hash((prompt, images)), images)
     return found
 
 
-def _error_text(one: Mapping[str, Any]) -> str:
-    return f"doc_id {one.get('doc_id')}: {one.get('error')}"
+def _error_text(error: Mapping[str, Any]) -> str:
+    return f"doc_id {error.get('doc_id')}: {error.get('error')}"

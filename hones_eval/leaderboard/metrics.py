@@ -1,4 +1,4 @@
-"""How a metric of lmms-eval is compared: by its value for each example, or over the whole corpus again."""
+"""How a metric is compared: by its value per example, or by recomputing it on the whole corpus."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from hones_eval.leaderboard.reading import Metric, Run
 from hones_eval.leaderboard.samples import Floats, Integers, read_rows
 
 Kind = Literal["right/wrong", "graded", "corpus", "none"]
-SLOW_SECONDS = 0.1  # of processor, for one value of a corpus metric; resampling takes four thousand
+SLOW_SECONDS = 0.1  # of processor time per value of a corpus metric; resampling computes about 4,000 values
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,10 @@ class Scores:
 
 
 def scores_of(metric: Metric, baseline: Run, steered: Run, values: tuple[float, float]) -> Scores:
-    """Decide how to compare a metric; `values` are what the baseline and the steered run report."""
+    """Decide how to compare a metric; `values` are those reported by the baseline and the steered run."""
     samples = baseline.samples[metric.filter], steered.samples[metric.filter]
-    columns = tuple(one.values[metric.name] for one in samples)
-    corpus = any(metric.name in one.items for one in samples)
+    columns = tuple(block.values[metric.name] for block in samples)
+    corpus = any(metric.name in block.items for block in samples)
     if not all(np.isfinite(column).all() for column in columns):
         if corpus:
             return Scores("corpus")
@@ -53,9 +53,9 @@ def _not_numbers(name: str, doc_ids: Any, columns: Sequence[Floats]) -> str:
 
 
 def _scale(columns: Sequence[Floats], values: Sequence[float]) -> float | None:
-    """What the means are multiplied by to give the reported values; None if nothing known does.
+    """The factor from the means to the reported values; None if no known factor fits.
 
-    It is 1, or 100 for percent; OCRBench counts the right answers of its 1000 questions, however many ran.
+    It is 1, or 100 for percent; OCRBench counts correct answers and divides by 1,000, however many ran.
     """
     for scale in (1.0, 100.0, len(columns[0]) / 1000):
         if all(
@@ -68,10 +68,10 @@ def _scale(columns: Sequence[Floats], values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """What a metric of the whole corpus is computed from: one item an example that has the metric.
+    """The input of a corpus metric: one item per example that has the metric.
 
-    `kept` `[n]` are the places of those examples among the samples; in MME every metric has its own.
-    `function` is None where it is the task's own aggregation.
+    `kept` `[n]` are the positions of those examples in the samples; in MME each metric has its own.
+    `function` is None if the task's own aggregation is used.
     """
 
     baseline: list[Any]
@@ -86,7 +86,7 @@ class Corpus:
 
 
 def corpus_of(metric: Metric, baseline: Run, steered: Run) -> Corpus | str:
-    """Read what `process_results` returned for a metric again from the samples, or say what is wrong."""
+    """Read the entries of a metric from the samples again, or say why they do not match."""
     before, after = _entries(metric, baseline), _entries(metric, steered)
     if [item is None for item in before] != [item is None for item in after]:
         return f"{metric.name} is listed for other examples in the baseline"
@@ -100,11 +100,11 @@ def _entries(metric: Metric, run: Run) -> list[Any]:
 
 
 def caption_form(metric: Metric, corpus: Corpus, values: tuple[float, float]) -> Scores | Corpus | str:
-    """A caption metric as a score per example, or as counts that it is a function of, or why not."""
+    """A caption metric as scores per example or counts per example, or the reason why not."""
     before, after = (caption_scores(metric.name, items) for items in corpus.runs)
-    for one in (before, after):
-        if isinstance(one, str):
-            return one
+    for found in (before, after):
+        if isinstance(found, str):
+            return found
     if isinstance(before, list) and isinstance(after, list):
         return replace(corpus, baseline=before, steered=after, function=corpus_function(metric.name))
     assert isinstance(before, np.ndarray)
@@ -118,7 +118,7 @@ def caption_form(metric: Metric, corpus: Corpus, values: tuple[float, float]) ->
 def check_aggregation(
     function: Callable[[list[Any]], float], items: Sequence[list[Any]], values: Sequence[float]
 ) -> str:
-    """Why a recomputed metric cannot be used: it does not give the reported values, or takes too long."""
+    """Why a metric cannot be recomputed on resamples (wrong value, or too slow); empty if it can."""
     for listed, reported in zip(items, values, strict=True):
         found = function(list(listed))
         if not _agrees(found, reported):
@@ -136,7 +136,7 @@ def _other_value(found: float, reported: float) -> str:
 
 
 def _processor_seconds(function: Callable[[list[Any]], float], items: list[Any]) -> float:
-    """Not the time on the clock, so that a busy machine makes the same board; nor a first call's loading."""
+    """Processor time rather than wall time, so that a busy machine produces the same board."""
     began = time.thread_time()
     function(list(items))
     return time.thread_time() - began

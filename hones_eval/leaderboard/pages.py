@@ -1,4 +1,4 @@
-"""The board as web pages: one index that needs nothing else, and a page for each comparison."""
+"""The board as web pages: a self-contained index, and one page per comparison."""
 
 import base64
 import hashlib
@@ -14,14 +14,15 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hones_eval.leaderboard.board import CORPUS_RESAMPLES, NONE_STEERED, Board, Row
+from hones_eval.leaderboard.board import NONE_STEERED, Board
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
 from hones_eval.leaderboard.flips import flips_of
 from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
-from hones_eval.leaderboard.pictures import Thumbnails
+from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row
 from hones_eval.leaderboard.scales import Scales, read_scales
 from hones_eval.leaderboard.text import one_line, shown
+from hones_eval.leaderboard.thumbnails import Thumbnails
 from hones_eval.leaderboard.views import (
     clearest_first,
     matrix_view,
@@ -33,12 +34,12 @@ from hones_eval.leaderboard.views import (
 from hones_eval.stats.paired import FEW_DIFFERENT
 from hones_eval.version import __version__
 
-MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # on one page: at most, at least; on all pages
-FIRST_FLIPS = 25  # are shown at a time, and without script
+MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # per page: at most, at least; on all pages together
+FIRST_FLIPS = 25  # shown at a time, and without JavaScript
 
 
 def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> str:
-    """The table of all rows, the matrix of side effects, and what was left out."""
+    """The index page: the table of all rows, the matrix of side effects, and the runs left out."""
     verdicts = Counter(row.verdict for row in board.rows)
     tally = {
         "better": verdicts["better"],
@@ -58,8 +59,8 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         bases=sorted({view["base"] for view in views}),
         metrics=sorted({view["metric"] for view in views}),
         matrix=matrix_view(board, views),
-        unranked=[_left_out(one.run.steering, one) for one in board.unranked],
-        unreadable=[one_line(one, 400) for one in board.unreadable],
+        unranked=[_left_out(left.run.steering, left) for left in board.unranked],
+        unreadable=[one_line(line, 400) for line in board.unreadable],
         none_steered=NONE_STEERED if NONE_STEERED in board.warnings else "",
         tested=tested_rows(board),
         few=FEW_DIFFERENT,
@@ -70,22 +71,22 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
     )
 
 
-def _left_out(steering: SteeringRef | None, one: Any) -> dict[str, Any]:
+def _left_out(steering: SteeringRef | None, left: Any) -> dict[str, Any]:
     return {
-        "name": one_line(one.run.name),
-        "task": one_line(one.run.task),
+        "name": one_line(left.run.name),
+        "task": one_line(left.run.task),
         "steering": "baseline" if steering is None else one_line(steering.label),
-        "reasons": [one_line(reason, 300) for reason in one.reasons],
+        "reasons": [one_line(reason, 300) for reason in left.reasons],
     }
 
 
 def comparison_pages(
     board: Board, views: Sequence[Mapping[str, Any]], thumbnails: Thumbnails
 ) -> Iterator[tuple[str, str]]:
-    """The file name and the content of every page of a pair of runs, as far as its rows are to have one."""
-    both = [one for one in zip(board.rows, views, strict=True) if one[1]["page"]]
-    both.sort(key=lambda one: pair_id(one[0].pair))
-    groups = [(name, list(group)) for name, group in groupby(both, key=lambda one: pair_id(one[0].pair))]
+    """File name and content of each comparison page, for the pairs whose rows link to one."""
+    both = [pair for pair in zip(board.rows, views, strict=True) if pair[1]["page"]]
+    both.sort(key=lambda pair: pair_id(pair[0].pair))
+    groups = [(name, list(group)) for name, group in groupby(both, key=lambda pair: pair_id(pair[0].pair))]
     most = min(MOST_FLIPS, max(LEAST_FLIPS, ALL_FLIPS // max(1, len(groups))))
     tested = tested_rows(board)
     for name, group in groups:
@@ -102,8 +103,8 @@ def _comparison(
 ) -> str:
     pair = rows[0].pair
     flips = flips_of(rows, most)
-    pictures = thumbnails.of(pair.steered.task, flips.listed)
-    first = {one.doc_id for one in flips.listed[:FIRST_FLIPS]}
+    images = thumbnails.of(pair.steered.task, flips.listed)
+    first = {flip.doc_id for flip in flips.listed[:FIRST_FLIPS]}
     steering = pair.steered.steering
     assert steering is not None
     return _render(
@@ -116,10 +117,10 @@ def _comparison(
         rows=views,
         n=rows[0].n,
         flips=flips,
-        flip_list=[one.to_json() for one in flips.listed],
+        flip_list=[flip.to_json() for flip in flips.listed],
         more=flips.gained + flips.lost + flips.changed > len(flips.listed),
-        pictures=pictures,
-        more_pictures={doc_id: one for doc_id, one in pictures.items() if doc_id not in first},
+        images=images,
+        more_images={doc_id: uri for doc_id, uri in images.items() if doc_id not in first},
         first=FIRST_FLIPS,
         facts=_facts(pair, steering),
         **_scales(steering, pair),
@@ -136,35 +137,35 @@ def _scales(steering: SteeringRef, pair: Pair) -> dict[str, Any]:
 def _heads(scales: Scales) -> dict[str, str]:
     scaled = int((scales.heads != 1).sum())
     if not scaled:
-        return {"picture": "", "text": "No head is scaled."}
+        return {"image": "", "text": "No head is scaled."}
     up, down = int((scales.heads > 1).sum()), int((scales.heads < 1).sum())
     text = (
         f"Heads: {scaled} of {scales.heads.size} are scaled, {up} up (blue) and {down} down (amber), "
         f"by × {scales.heads.min():.2f} to × {scales.heads.max():.2f}."
     )
-    return {"picture": heads_svg(scales.heads), "text": text}
+    return {"image": heads_svg(scales.heads), "text": text}
 
 
 def _neurons(scales: Scales) -> dict[str, str]:
     counts = scales.scaled_neurons
     if not any(counts):
-        return {"picture": "", "text": "No neuron is scaled."}
+        return {"image": "", "text": "No neuron is scaled."}
     fullest = int(np.argmax(counts))
     text = f"Neurons: {sum(counts):,} are scaled, most of them ({counts[fullest]:,}) in layer {fullest}."
-    return {"picture": neurons_svg(counts), "text": text}
+    return {"image": neurons_svg(counts), "text": text}
 
 
 def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
     run, provenance = pair.steered, steering.provenance
     sets = [
-        f"{one.get('task')} {one.get('split') or ''}, {int(one.get('count') or 0):,} examples"
-        for one in steering.example_sets
+        f"{chosen.get('task')} {chosen.get('split') or ''}, {int(chosen.get('count') or 0):,} examples"
+        for chosen in steering.example_sets
     ]
     facts = {
         "Base model": run.base.name + (f" at {run.base.revision}" if run.base.revision else ""),
         "Wrapper": run.wrapper,
         "Steering": steering.path,
-        "Digest": steering.digest or "unknown: the run left no manifest",
+        "Digest": steering.digest or "unknown: the run has no manifest",
         "Strength": f"{steering.strength:g}",
         "Attached": steering.attach,
         "Method": provenance.get("method"),
@@ -203,7 +204,7 @@ def _environment() -> Environment:
     script = (here / "board.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (here / "board.css").read_text(encoding="utf-8")
-    # The page's own script is the only one that a browser will run, even if text were ever to slip through.
+    # The content security policy allows this one script only, even if unescaped text ever got into a page.
     environment.filters["breakable"] = breakable
     environment.globals |= {
         "script": Markup(script),
@@ -214,5 +215,5 @@ def _environment() -> Environment:
 
 
 def breakable(text: str) -> Markup:
-    """Escaped text that may break after the marks inside names, and so fits narrow columns."""
+    """Escaped text that may break after `_`, `/` and `+`, so that long names fit narrow columns."""
     return Markup(re.sub(r"([_/+])", r"\1<wbr>", str(escape(text))))

@@ -1,4 +1,4 @@
-"""Which baseline run belongs to which steered run, or why none does."""
+"""Pairs each steered run with its baseline run, or says why there is none."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Unpaired:
-    """A run that is on no row, and why."""
+    """A run that is left out of the board, and why."""
 
     run: Run
     reasons: tuple[str, ...]
@@ -29,11 +29,11 @@ class Unpaired:
 def pair_runs(runs: Sequence[Run]) -> tuple[list[Pair], list[Unpaired]]:
     """Pair every steered run with the newest baseline that fits it, one with the same seeds first.
 
-    A run with problems, and all but the newest of the runs of one thing, are returned as unpaired.
+    Runs with problems, and all but the newest of several identical runs, are returned as unpaired.
     """
     runs, left = _set_aside(runs)
     baselines = [run for run in runs if run.steering is None]
-    broken = [one.run for one in left if one.run.steering is None]
+    broken = [item.run for item in left if item.run.steering is None]
     pairs: list[Pair] = []
     for steered in (run for run in runs if run.steering is not None):
         found = _pair(steered, [run for run in baselines if run.task == steered.task])
@@ -47,7 +47,7 @@ def pair_runs(runs: Sequence[Run]) -> tuple[list[Pair], list[Unpaired]]:
 
 
 def _set_aside(runs: Iterable[Run]) -> tuple[list[Run], list[Unpaired]]:
-    """Take out the runs that cannot be ranked: those with problems, then all but the newest of a kind."""
+    """Take out runs with problems, and all but the newest of several identical runs."""
     newest: dict[tuple[object, ...], Run] = {}
     left: list[Unpaired] = []
     for run in sorted(runs, key=lambda run: (run.date, str(run.results_path))):
@@ -72,7 +72,7 @@ def _pair(steered: Run, candidates: Sequence[Run]) -> Pair | Unpaired:
 
 
 def differences(baseline: Run, steered: Run) -> list[str]:
-    """Why two runs of a task cannot be compared, in words; empty when they can."""
+    """Reasons why two runs of a task cannot be compared; empty if they can."""
     reasons = baseline.base.differences(steered.base)
     for name, value in baseline.settings.items():
         if steered.settings.get(name) != value:
@@ -101,7 +101,7 @@ def _example_differences(baseline: Samples, steered: Samples) -> list[str]:
         other = np.flatnonzero(baseline.shown != steered.shown)
         if len(other):
             first = baseline.doc_ids[other[0]]
-            return [f"the prompt or the picture differs for {len(other):,} examples (first: doc_id {first})"]
+            return [f"the prompt or the image differs for {len(other):,} examples (first: doc_id {first})"]
     return []
 
 
@@ -109,12 +109,12 @@ def _notes(baseline: Run, steered: Run) -> Iterable[str]:
     if baseline.seeds != steered.seeds:
         yield f"seeds differ: {baseline.seeds} in the baseline, {steered.seeds} here"
     if baseline.has_manifest != steered.has_manifest:
-        yield "only one of the two runs has a manifest: prompts and pictures are compared by their text"
+        yield "only one of the two runs has a manifest, so only the texts of the prompts were compared"
     for name in sorted(baseline.versions.keys() & steered.versions.keys()):
         if baseline.versions[name] != steered.versions[name]:
             yield f"{name} {steered.versions[name]} here, {baseline.versions[name]} in the baseline"
     same = all(
-        np.array_equal(baseline.samples[key].answers, one.answers) for key, one in steered.samples.items()
+        np.array_equal(baseline.samples[key].answers, block.answers) for key, block in steered.samples.items()
     )
     if same:
         yield "the steering changed no answer"
@@ -122,7 +122,7 @@ def _notes(baseline: Run, steered: Run) -> Iterable[str]:
 
 def _no_baseline(steered: Run, broken: Sequence[Run]) -> str:
     if any(run.task == steered.task and run.base.name == steered.base.name for run in broken):
-        return "its only baseline run has problems of its own: run the baseline again"
+        return "its only baseline run is unusable: run the baseline again"
     return (
         f"no baseline run of {steered.base.name} on {steered.task}: "
         "run the same lmms-eval command without steering="

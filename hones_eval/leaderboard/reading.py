@@ -1,4 +1,4 @@
-"""Any number of lmms-eval output folders as runs: one run is one task of one results file."""
+"""Runs from lmms-eval output folders: one run is one task of one results file."""
 
 import json
 import math
@@ -34,7 +34,7 @@ COMPARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric as lmms-eval reports it; `value` is None when it is not a finite number."""
+    """One metric as lmms-eval reports it; `value` is None if it is not a finite number."""
 
     name: str
     filter: str
@@ -44,7 +44,7 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One task of one lmms-eval run. `problems` keep it off the ranking, `notes` do not."""
+    """One task of one lmms-eval run. `problems` exclude it from the board, `notes` do not."""
 
     results_path: Path
     date: str
@@ -65,12 +65,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """How messages call this run."""
+        """The name of this run in messages."""
         return f"{self.results_path.parent.name}/{self.date} {self.task}"
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for two runs of the same thing: base, task, steering, settings and seeds."""
+        """Equal for two runs with the same base model, task, steering, settings and seeds."""
         steering = None if self.steering is None else self.steering.identity
         return (self.base, self.task, steering, tuple(sorted(self.settings.items())), self.seeds)
 
@@ -86,7 +86,7 @@ class Logs:
 def read_logs(paths: Sequence[Path]) -> Logs:
     """Read lmms-eval output folders (or single results files), at any depth.
 
-    Raises: HonesError when a path does not exist or there is not one results file under all of them.
+    Raises: HonesError when a path does not exist or no results file is found under any of them.
     """
     results, samples, manifests = find_files(paths)
     if not results and not samples:
@@ -100,17 +100,17 @@ def read_logs(paths: Sequence[Path]) -> Logs:
     for path, content, problem in map(load_results, results):
         if content is None:
             unreadable.append(f"{path_name(path)}: {problem}")
-            used.update(one for one in samples if stem(one) == stem(path) and one.parent == path.parent)
+            used.update(file for file in samples if stem(file) == stem(path) and file.parent == path.parent)
             continue
-        near = [one for one in known if one.path.parent in (path.parent, path.parent.parent)]
+        near = [manifest for manifest in known if manifest.path.parent in (path.parent, path.parent.parent)]
         used.update(samples_path(path, str(task)) for task in content["configs"])
         try:
             runs += _runs(path, content, near)
         except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             unreadable.append(f"{path_name(path)}: not as lmms-eval writes results ({error})")
     unreadable += _failed(known, results)
-    lost = [path_name(one) for one in samples if one not in used]
-    unreadable += [f"{name}: samples without a results file; the run did not end" for name in lost]
+    lost = [path_name(file) for file in samples if file not in used]
+    unreadable += [f"{name}: samples without a results file: the run did not finish" for name in lost]
     return Logs(tuple(runs), tuple(unreadable))
 
 
@@ -126,12 +126,12 @@ def _read_manifests(paths: Sequence[Path]) -> tuple[list[Manifest], list[str]]:
 
 
 def _failed(manifests: Sequence[Manifest], results: Sequence[Path]) -> list[str]:
-    """Runs that raised and left no results file behind."""
+    """Runs that failed and left no results file."""
     names = {path.name for path in results}
     return [
-        f"{path_name(one.path)}: the run failed ({one.errors[0][1]})"
-        for one in manifests
-        if one.errors and one.results not in names and one.rank == 0
+        f"{path_name(manifest.path)}: the run failed ({manifest.errors[0][1]})"
+        for manifest in manifests
+        if manifest.errors and manifest.results not in names and manifest.rank == 0
     ]
 
 
@@ -155,19 +155,19 @@ def _matching(
     base: BaseModel,
     steering: SteeringRef | None,
 ) -> list[Manifest]:
-    """The manifests of a run, one a process: those that name its results, else the first after its start."""
+    """A run's manifests, one per process: those that name its results, else the first after its start."""
     start = _started(content)
     fitting = [
-        one
-        for one in manifests
-        if one.results in (None, path.name)
-        and one.base_name == base.name
-        and _same_steering(one.steering, steering)
-        and (one.results is not None or one.created >= start)
+        manifest
+        for manifest in manifests
+        if manifest.results in (None, path.name)
+        and manifest.base_name == base.name
+        and _same_steering(manifest.steering, steering)
+        and (manifest.results is not None or manifest.created >= start)
     ]
     ranks: dict[int, Manifest] = {}
-    for one in sorted(fitting, key=lambda one: (one.results is None, one.created)):
-        ranks.setdefault(one.rank, one)
+    for manifest in sorted(fitting, key=lambda manifest: (manifest.results is None, manifest.created)):
+        ranks.setdefault(manifest.rank, manifest)
     return [ranks[rank] for rank in sorted(ranks)]
 
 
@@ -196,7 +196,7 @@ def _run(
 ) -> Run:
     config, options = content["config"], content["configs"][task]
     metrics, problems = _metrics(content, task)
-    filters = list(dict.fromkeys(one.filter for one in metrics))
+    filters = list(dict.fromkeys(metric.filter for metric in metrics))
     expected = _expected(content, task)
     samples, more = _samples(samples_path(path, task), metrics, filters, expected)
     shown = [m.requests[task] for m in manifests if task in m.requests]
@@ -215,7 +215,10 @@ def _run(
         settings=settings,
         seeds=tuple(config.get(name) for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
         metrics=metrics,
-        samples={n: _with_shown(one, Requests.joined(shown)) if shown else one for n, one in samples.items()},
+        samples={
+            name: _with_shown(block, Requests.joined(shown)) if shown else block
+            for name, block in samples.items()
+        },
         expected=expected,
         split=str(options.get("test_split") or options.get("validation_split") or ""),
         versions=manifests[0].versions if manifests else {},
@@ -243,7 +246,7 @@ def _metrics(content: Mapping[str, Any], task: str) -> tuple[tuple[Metric, ...],
 
 
 def _expected(content: Mapping[str, Any], task: str) -> int | None:
-    """How many examples the run was to answer: the task's size, less the offset, up to the limit."""
+    """How many examples the run should have answered, given the task's size, --offset and --limit."""
     sizes = (content.get("n-samples") or {}).get(task) or {}
     config = content["config"]
     size, limit = sizes.get("original"), config.get("limit")
@@ -260,7 +263,7 @@ def _samples(
 ) -> tuple[dict[str, Samples], list[str]]:
     if not path.is_file():
         return {}, [f"{path.name} is missing: run lmms-eval with --log_samples"]
-    names = list(dict.fromkeys(one.name for one in metrics))
+    names = list(dict.fromkeys(metric.name for metric in metrics))
     blocks, problems = read_samples(path, names, max(1, len(filters)))
     samples = dict(zip(filters, blocks, strict=False))
     for block in blocks[:1]:
@@ -274,10 +277,10 @@ def _samples(
 
 
 def _notes(samples: Mapping[str, Samples]) -> tuple[str, ...]:
-    empty = max((one.empty_answers for one in samples.values()), default=0)
+    empty = max((block.empty_answers for block in samples.values()), default=0)
     return (f"{empty:,} empty answers",) if empty else ()
 
 
 def _with_shown(samples: Samples, requests: Requests) -> Samples:
     columns = requests.columns(samples.doc_ids)
-    return samples if columns is None else replace(samples, pictures=columns.pictures, shown=columns.content)
+    return samples if columns is None else replace(samples, images=columns.images, shown=columns.content)

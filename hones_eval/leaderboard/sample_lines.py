@@ -1,4 +1,4 @@
-"""The lines of samples files as rows of one table: a line that was seen before is not read again."""
+"""Lines of samples files as rows of a table; a line seen before is not parsed again."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 1 << 22  # bytes of lines in memory at once, since a line may hold whole pictures
-LONG_LINE = 8192  # bytes; longer lines are not remembered
-MOST_LINES = 1 << 16  # in a table before it starts anew; a steered run repeats most lines of its baseline
-Pictures = tuple[str, ...] | None
+CHUNK = 1 << 22  # bytes of lines in memory at once, since a line may hold whole images
+LONG_LINE = 8192  # bytes; longer lines are not cached
+MOST_LINES = 1 << 16  # before the cache is cleared; a steered run repeats most lines of its baseline
+Images = tuple[str, ...] | None
 
 _decode = json.JSONDecoder().decode
 
@@ -21,13 +21,13 @@ _decode = json.JSONDecoder().decode
 class Lines(NamedTuple):
     """The readable lines of one samples file.
 
-    `rows` `[n]` has the fields doc_id, prompt, answer, empty and values `[m]`, one value a metric, `offsets`
-    `[n]` where each line begins, `broken` the numbers of lines that are not samples.
+    `rows` `[n]` has the fields doc_id, prompt, answer, empty and values `[m]`, one value per metric;
+    `offsets` `[n]` are the starts of the lines; `broken` lists the numbers of lines that are not samples.
     """
 
     rows: NDArray[Any]
     items: frozenset[str]
-    pictures: tuple[Pictures, ...]
+    images: tuple[Images, ...]
     offsets: NDArray[np.int64]
     broken: list[int]
 
@@ -43,7 +43,7 @@ def _table(metrics: tuple[str, ...]) -> "_Table":
 
 
 class _Table:
-    """What is kept of every line, and where the row of each remembered line is."""
+    """The rows of all lines read so far, and the position of each cached line's row."""
 
     def __init__(self, metrics: tuple[str, ...]) -> None:
         self._metrics = metrics
@@ -55,7 +55,7 @@ class _Table:
         self._places: dict[bytes, int] = {}
         self._rows = np.empty(0, self._kind)
         self._items: list[frozenset[str]] = []
-        self._pictures: list[Pictures] = []
+        self._images: list[Images] = []
 
     def read(self, path: Path) -> Lines:
         """Read a file; lines that are new to the table are added to it."""
@@ -78,24 +78,24 @@ class _Table:
         return Lines(
             rows=self._rows[kept],
             items=frozenset().union(*{self._items[place] for place in kept}),
-            pictures=tuple([self._pictures[place] for place in kept]),
+            images=tuple([self._images[place] for place in kept]),
             offsets=np.array(offsets, dtype=np.int64),
             broken=broken,
         )
 
     def _places_of(self, lines: Sequence[bytes]) -> list[int | None]:
-        """Where the rows of lines are, after new ones were added; None for what is not a sample."""
+        """Positions of the lines' rows, after adding new ones; None for lines that are not samples."""
         places = list(map(self._places.get, lines))
         rows: list[tuple[Any, ...]] = []
         for k in [k for k, place in enumerate(places) if place is None]:
             try:
-                row, items, pictures = _row(lines[k], self._metrics)
+                row, items, images = _row(lines[k], self._metrics)
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
                 continue
             places[k] = len(self._rows) + len(rows)
             rows.append(row)
             self._items.append(items)
-            self._pictures.append(pictures)
+            self._images.append(images)
             if len(lines[k]) < LONG_LINE and len(self._places) < MOST_LINES:
                 self._places[lines[k]] = len(self._rows) + len(rows) - 1
         if rows:
@@ -103,7 +103,7 @@ class _Table:
         return places
 
 
-def _row(line: bytes, metrics: tuple[str, ...]) -> tuple[tuple[Any, ...], frozenset[str], Pictures]:
+def _row(line: bytes, metrics: tuple[str, ...]) -> tuple[tuple[Any, ...], frozenset[str], Images]:
     sample = _decode(line.decode())
     doc_id, answer, media = int(sample["doc_id"]), sample.get("filtered_resps"), sample.get("input_media")
     if not 0 <= doc_id < 1 << 63:
@@ -121,14 +121,14 @@ def _row(line: bytes, metrics: tuple[str, ...]) -> tuple[tuple[Any, ...], frozen
 
 
 def _media_key(media: Sequence[object]) -> tuple[str, ...]:
-    """Short names that are equal for equal media, which may be whole pictures as data URIs."""
+    """Short keys that are equal for equal media, which may be whole images as data URIs."""
     return tuple(
-        hashlib.blake2b(str(one).encode("utf-8", "replace"), digest_size=16).hexdigest() for one in media
+        hashlib.blake2b(str(entry).encode("utf-8", "replace"), digest_size=16).hexdigest() for entry in media
     )
 
 
 def _number(value: object) -> float:
-    """The score in a metric's entry: a number, a mapping's `score`, or numpy's number that was printed."""
+    """The score in a metric's entry: a number, a mapping's `score`, or a printed numpy number."""
     if isinstance(value, dict):
         value = value.get("score")
     if isinstance(value, int | float):
@@ -137,7 +137,7 @@ def _number(value: object) -> float:
 
 
 def _printed_number(text: str) -> float:
-    """lmms-eval writes numpy's float32 and bool as their text; nothing else is a number."""
+    """A number from text: lmms-eval writes numpy's float32 and bool as text."""
     if text in ("True", "False"):
         return float(text == "True")
     try:

@@ -1,4 +1,4 @@
-"""One samples file of lmms-eval as arrays: hashes and scores stay in memory, texts stay on disk."""
+"""A samples file of lmms-eval as arrays of hashes and scores; texts stay on disk."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +21,8 @@ class Samples:
 
     `prompts` and `answers` are hashes, equal within one process only for equal texts. `values` holds a score
     per example for every metric, NaN where the samples hold no number; `items` names the metrics whose
-    entries are not plain numbers, and may be the input of a corpus metric. `pictures` tells which examples
-    share a picture; `shown` hashes prompt and pictures as the model got them, where a run manifest has them.
+    entries are not plain numbers, and may be the input of a corpus metric. `images` tells which examples
+    share an image; `shown` hashes prompt and images as the model got them, if a run manifest records them.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Samples:
     empty_answers: int
     values: Mapping[str, Floats]
     items: frozenset[str] = frozenset()
-    pictures: tuple[tuple[str, ...], ...] | None = None
+    images: tuple[tuple[str, ...], ...] | None = None
     shown: Integers | None = None
 
     def __len__(self) -> int:
@@ -47,9 +47,9 @@ def read_samples(path: Path, metrics: Sequence[str], filters: int = 1) -> tuple[
     Args:
         path: the `*_samples_<task>.jsonl` file.
         metrics: names of the metrics to take a value of from each line.
-        filters: how many filters the task has; lmms-eval appends one block of lines a filter, unnamed.
+        filters: how many filters the task has; lmms-eval appends one unnamed block of lines per filter.
 
-    Returns: one `Samples` a filter, in file order, and what is wrong with the file, in words.
+    Returns: one `Samples` per filter, in file order, and sentences that say what is wrong with the file.
     """
     lines = read_lines(path, tuple(metrics))
     problems = []
@@ -64,7 +64,7 @@ def read_samples(path: Path, metrics: Sequence[str], filters: int = 1) -> tuple[
     if blocks > filters:
         problems.append(
             f"{path.name} holds {int((turn >= filters).sum())} examples more than once: "
-            "two runs were written to one file; run them again, apart"
+            "two runs were written to one file; run them again into separate folders"
         )
     found = []
     for k in range(min(blocks, filters)):
@@ -75,7 +75,7 @@ def read_samples(path: Path, metrics: Sequence[str], filters: int = 1) -> tuple[
 
 
 def _occurrence(doc_ids: Integers) -> Integers:
-    """For each place, how many times its value stood before it."""
+    """For each position, how many times its value occurs before it."""
     order = np.argsort(doc_ids, kind="stable")
     ordered = doc_ids[order]
     starts = (
@@ -89,8 +89,8 @@ def _occurrence(doc_ids: Integers) -> Integers:
 
 def _block(path: Path, lines: Lines, places: Integers, metrics: Sequence[str]) -> Samples:
     rows = lines.rows[places]
-    pictures = [lines.pictures[place] for place in places.tolist()]
-    known = [one for one in pictures if one is not None]
+    images = [lines.images[place] for place in places.tolist()]
+    known = [image for image in images if image is not None]
     return Samples(
         path=path,
         doc_ids=rows["doc_id"].copy(),
@@ -100,12 +100,12 @@ def _block(path: Path, lines: Lines, places: Integers, metrics: Sequence[str]) -
         empty_answers=int(rows["empty"].sum()),
         values={name: rows["values"][:, k].copy() for k, name in enumerate(metrics)},
         items=lines.items,
-        pictures=tuple(known) if len(known) == len(places) else None,
+        images=tuple(known) if len(known) == len(places) else None,
     )
 
 
 def read_rows(samples: Samples, places: Sequence[int] | Integers) -> Iterator[dict[str, Any]]:
-    """Read whole lines again, for the examples at `places` of `samples`, in the order asked."""
+    """Read the full lines of the examples at `places` of `samples` again, in that order."""
     with samples.path.open("rb") as file:
         for place in places:
             file.seek(int(samples.offsets[place]))

@@ -1,4 +1,4 @@
-"""The scales of a steering, read for drawing: no model and no torch."""
+"""The scales of a steering, read without torch for drawing."""
 
 import json
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from hones_eval.leaderboard.identity import SteeringRef
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """`heads` `[L, H]` and the number of scaled neurons in each layer `[L]`, at the strength of the run."""
+    """`heads` `[L, H]` and the number of scaled neurons per layer `[L]`, at the strength of the run."""
 
     heads: NDArray[np.float64]
     scaled_neurons: tuple[int, ...]
 
 
 def read_scales(steering: SteeringRef, logs: Path) -> Scales | str:
-    """Read a steering's folder, found from the working directory or from beside the logs, or say why not."""
+    """Read a steering's folder, found from the working directory or above the logs, or say why not."""
     folder = find_folder(steering, logs)
     if folder is None:
-        return f"the folder {steering.path} is not reachable from here"
+        return f"the folder {steering.path} was not found"
     digest = read_header(folder).get("digest")
     if steering.digest is not None and digest != steering.digest:
-        return f"the folder {steering.path} now holds another steering than the one that ran"
+        return f"the folder {steering.path} now holds a different steering from the one that ran"
     try:
         tensors = load_file(folder / "steering.safetensors")
         heads = np.asarray(tensors["head_scales"], dtype=np.float64)
@@ -41,7 +41,7 @@ def read_scales(steering: SteeringRef, logs: Path) -> Scales | str:
 
 
 def find_folder(steering: SteeringRef, logs: Path) -> Path | None:
-    """The steering's folder, if its path leads there from here or from a folder above the logs."""
+    """The steering's folder, looked up from the working directory and from each folder above the logs."""
     given = Path(steering.path).expanduser()
     for start in (Path(), *logs.parents):
         if (start / given / "steering.json").is_file():
@@ -50,7 +50,7 @@ def find_folder(steering: SteeringRef, logs: Path) -> Path | None:
 
 
 def read_header(folder: Path) -> dict[str, object]:
-    """The content of `steering.json`; empty where it cannot be read."""
+    """The content of `steering.json`; empty if it cannot be read."""
     try:
         content = json.loads((folder / "steering.json").read_bytes())
     except (OSError, ValueError):

@@ -4,9 +4,10 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from hones_eval.leaderboard.board import CORPUS_RESAMPLES, NONE_STEERED, Board, Row
+from hones_eval.leaderboard.board import NONE_STEERED, Board
+from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row, Verdict
 from hones_eval.leaderboard.text import cell, plain_cell
 
 COLUMNS = (
@@ -18,21 +19,21 @@ COLUMNS = (
 
 
 def csv_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
-    """Every row with every figure in full, then the runs that are on no row, whose notes say why."""
+    """The board as CSV: every row in full precision, then the runs left out, with the reason in `notes`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
     for row, view in zip(board.rows, views, strict=True):
         writer.writerow({name: plain_cell(value) for name, value in _record(row, view).items()})
-    for one in board.unranked:
-        steering = one.run.steering
+    for left in board.unranked:
+        steering = left.run.steering
         record = {
-            "base": one.run.base.name,
-            "task": one.run.task,
+            "base": left.run.base.name,
+            "task": left.run.task,
             "steering": "" if steering is None else steering.label,
             "verdict": "left out",
-            "notes": "; ".join(one.reasons),
-            "steered_run": one.run.name,
+            "notes": "; ".join(left.reasons),
+            "steered_run": left.run.name,
         }
         writer.writerow({name: plain_cell(value) for name, value in record.items()})
     return text.getvalue()
@@ -53,7 +54,7 @@ def _record(row: Row, view: Mapping[str, Any]) -> dict[str, object]:
         "control": "yes" if steering.is_control else "no",
         "chosen_for": "+".join(steering.chosen_for),
         "n": str(row.n),
-        "pictures": "" if row.pictures is None else str(row.pictures),
+        "pictures": "" if row.images is None else str(row.images),
         "baseline": _full(row.baseline),
         "steered": _full(row.steered),
         "difference": _full(found.difference),
@@ -70,7 +71,7 @@ def _record(row: Row, view: Mapping[str, Any]) -> dict[str, object]:
         "verdict": row.verdict,
         "rank": "" if row.rank is None else str(row.rank),
         "flags": "; ".join(row.flags),
-        "notes": "; ".join(one for one in (*row.notes, found.note) if one),
+        "notes": "; ".join(text for text in (*row.notes, found.note) if text),
         "baseline_run": row.pair.baseline.name,
         "steered_run": run.name,
     }
@@ -81,19 +82,19 @@ def _full(value: float | None) -> str:
 
 
 def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
-    """The board as a Markdown document: rows, runs left out, and what the words mean."""
+    """The board as a Markdown document: rows, runs left out, and how to read them."""
     lines = ["# Leaderboard", "", _summary(board), ""]
     lines += _table(views) if views else ["No steered run could be compared with a baseline.", ""]
     if NONE_STEERED in board.warnings:
         lines += [f"{NONE_STEERED.capitalize()}.", ""]
     if board.unranked or board.unreadable:
         lines += ["## Left out", ""]
-        lines += [f"- {cell(one.run.name)}: {cell('; '.join(one.reasons))}" for one in board.unranked]
-        lines += [f"- {cell(one)}" for one in board.unreadable] + [""]
+        lines += [f"- {cell(left.run.name)}: {cell('; '.join(left.reasons))}" for left in board.unranked]
+        lines += [f"- {cell(line)}" for line in board.unreadable] + [""]
     lines += [
         "Change: steered minus baseline, with its 95 % interval. Verdict: p below 0.05 after Holm's "
         f"correction over the board. Seed {board.seed}, {board.resamples:,} resamples ({CORPUS_RESAMPLES:,} "
-        "for metrics of the whole corpus). The CSV beside this file has every figure and names every method.",
+        "for metrics of the whole corpus). leaderboard.csv has every figure and names every method.",
         "",
     ]
     return "\n".join(lines)
@@ -101,9 +102,8 @@ def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
 
 def _summary(board: Board) -> str:
     verdicts = Counter(row.verdict for row in board.rows)
-    counts = ", ".join(
-        f"{verdicts[one]} {one}" for one in ("better", "worse", "no clear difference", "not judged")
-    )
+    names: tuple[Verdict, ...] = get_args(Verdict)
+    counts = ", ".join(f"{verdicts[name]} {name}" for name in names)
     return f"{len(board.rows)} rows from {board.runs} runs: {counts}."
 
 

@@ -1,20 +1,20 @@
-"""Text that models and data sets wrote, made safe to show: the unseen is named, the long is cut."""
+"""Text from models and data sets, made safe to show: control characters spelled out, long texts cut."""
 
 import math
 import re
 import unicodedata
 from pathlib import Path
 
-# Marks that turn the direction of the text around them, and so can make a page read as what it is not.
+# Marks that change the direction of the text around them, and so can make a page misleading.
 DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 UNSEEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff{DIRECTION}\ud800-\udfff]")
 LONGEST = 400
 
 
 def shown(value: object, longest: int = LONGEST) -> str:
-    """Any value as text of bounded length in which control and direction marks are spelt out, as `⟨U+202E⟩`.
+    """Any value as text of bounded length, with control and direction marks spelled out, as `⟨U+202E⟩`.
 
-    Lists of one text are shown as that text. Escaping for HTML is the templates' task.
+    A list of one text is shown as that text. The templates escape for HTML.
     """
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -27,15 +27,15 @@ def shown(value: object, longest: int = LONGEST) -> str:
 
 
 def shown_answer(value: object) -> str:
-    """An answer as `shown`; of choices the one with the smallest value, and the values of all."""
+    """An answer as `shown`; for choices, the one with the smallest value and the values of all."""
     if not isinstance(value, list) or len(value) < 2 or not all(map(_is_choice, value)):
         return shown(value)
-    values = [float(one[0]) for one in value]
-    return f"choice {values.index(min(values)) + 1} of {', '.join(format(one, '.4g') for one in values)}"
+    values = [float(choice[0]) for choice in value]
+    return f"choice {values.index(min(values)) + 1} of {', '.join(format(logit, '.4g') for logit in values)}"
 
 
 def _is_choice(value: object) -> bool:
-    """Whether this is a log-likelihood with whether it is greedy, as lmms-eval writes them."""
+    """Whether this is a pair of a log-likelihood and whether it is greedy, as lmms-eval writes them."""
     if not isinstance(value, list) or len(value) != 2 or str(value[1]) not in ("True", "False"):
         return False
     try:
@@ -56,7 +56,7 @@ def cell(value: object) -> str:
 
 
 def plain_cell(value: object) -> str:
-    """A text for CSV, which no spreadsheet takes for a formula."""
+    """A text for CSV that no spreadsheet treats as a formula."""
     text = one_line(value, 500)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
 
@@ -69,7 +69,7 @@ def _is_number(text: str) -> bool:
 
 
 def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
-    """A figure for tables: fixed digits, a true minus sign, and nothing where there is no number."""
+    """A number for tables: fixed digits, a true minus sign, and an empty text if there is no number."""
     if value is None or not math.isfinite(value):
         return ""
     places = digits if abs(value) < 10 else 2
@@ -93,5 +93,5 @@ def slug(text: str) -> str:
 
 
 def path_name(path: Path) -> str:
-    """A file's folder and name: enough to find it, and the same on every machine."""
+    """A file's folder and name, which is the same on every machine."""
     return f"{path.parent.name}/{path.name}"

@@ -1,4 +1,4 @@
-"""Rows of a board as the strings that pages and tables show; what they mean is decided in `board`."""
+"""Rows of a board as the strings that pages and tables show."""
 
 import hashlib
 from collections import Counter
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from hones_eval.leaderboard.board import Board, Row
+from hones_eval.leaderboard.board import Board
 from hones_eval.leaderboard.drawing import interval_svg
 from hones_eval.leaderboard.identity import SPLITS
 from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.rows import Row
 from hones_eval.leaderboard.text import number, one_line, probability, slug
 from hones_eval.stats.paired import FEW_DIFFERENT, FEW_UNITS
 
@@ -23,11 +24,11 @@ METHODS = {
     "McNemar exact": "right/wrong answers; a fair coin for each answer that changed (McNemar 1947).",
     "Bonett-Price": "95 % interval of a paired difference of proportions (Bonett and Price 2012).",
     "BCa bootstrap": "95 % interval, bias-corrected and accelerated (Efron 1987), from paired resamples.",
-    "BCa bootstrap and t": f"with fewer than {FEW_UNITS} examples or pictures, or fewer than {FEW_DIFFERENT} "
-    "that differ: the smallest interval that holds both the BCa one and Student's t.",
+    "BCa bootstrap and t": f"with fewer than {FEW_UNITS} examples or images, or fewer than {FEW_DIFFERENT} "
+    "that differ: the smallest interval that contains both the BCa and Student's t interval.",
     "sign flips": "paired randomization test: the sign of each difference at random (Fisher 1935).",
     "exchange": "approximate randomization: answers exchanged between the runs (Riezler and Maxwell 2005).",
-    "Cohen's g": "effect: the share of changed answers that were gained, less one half.",
+    "Cohen's g": "effect: the share of changed answers that were gained, minus one half.",
     "Cohen's d_z": "effect: the mean difference over the standard deviation of the differences.",
     "relative change": "effect: the difference over the baseline's value.",
 }
@@ -35,13 +36,13 @@ METHODS = {
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Names of steerings that tell them apart on this board."""
+    """Labels that distinguish the steerings of a board."""
 
     ambiguous: frozenset[str]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Labels":
-        """Find the names that more than one steering of a base model would have."""
+        """Find the labels that several steerings of a base model share."""
         seen: dict[tuple[str, str], set[object]] = {}
         for pair in pairs:
             steering = pair.steered.steering
@@ -51,7 +52,7 @@ class Labels:
         return cls(frozenset(label for (_, label), identities in seen.items() if len(identities) > 1))
 
     def label(self, pair: Pair) -> str:
-        """The steering's name, with digest, attach mode and seed where the name is not enough."""
+        """The steering's label, with digest, attach mode and seed where the label alone is ambiguous."""
         steering = pair.steered.steering
         assert steering is not None
         if steering.label not in self.ambiguous:
@@ -61,7 +62,7 @@ class Labels:
 
 
 def pair_id(pair: Pair) -> str:
-    """A file name for a comparison, the same whenever the same runs are compared."""
+    """A file name for a comparison, stable for the same runs."""
     run = pair.steered
     assert run.steering is not None
     key = hashlib.sha256(repr(run.key).encode("utf-8", "replace")).hexdigest()[:8]
@@ -69,7 +70,7 @@ def pair_id(pair: Pair) -> str:
 
 
 def row_view(row: Row, labels: Labels, reach: float, of: int, page: str) -> dict[str, Any]:
-    """Everything that the templates show of a row."""
+    """The values of a row that the templates show."""
     found, interval, gain = row.comparison, row.comparison.interval, row.gain
     run, flip = row.pair.steered, row.metric.higher_is_better is False
     low, high = (None, None) if interval is None else (interval.low, interval.high)
@@ -106,7 +107,7 @@ def row_view(row: Row, labels: Labels, reach: float, of: int, page: str) -> dict
         "net": "" if row.gained is None else row.gained - (row.lost or 0),
         "n": row.n,
         "n_text": f"{row.n:,}",
-        "pictures": "" if row.pictures is None else f"{row.pictures:,}",
+        "images": "" if row.images is None else f"{row.images:,}",
         "verdict": row.verdict,
         "css": css,
         "sign": SIGNS[row.verdict],
@@ -120,7 +121,7 @@ def _value(value: float | None) -> str:
 
 
 def row_views(board: Board, paged: Collection[str]) -> list[dict[str, Any]]:
-    """The views of all rows, in the board's order; `paged` names the comparisons that have a page."""
+    """Views of all rows, in the board's order; `paged` names the comparisons that have a page."""
     labels = Labels.of([row.pair for row in board.rows])
     reaches = axis_reaches(board.rows)
     sizes = Counter(row.group for row in board.rows if row.rank is not None)
@@ -133,12 +134,12 @@ def row_views(board: Board, paged: Collection[str]) -> list[dict[str, Any]]:
 
 
 def tested_rows(board: Board) -> int:
-    """How many rows Holm's correction is over."""
+    """The number of rows in Holm's correction."""
     return sum(row.p_holm is not None for row in board.rows)
 
 
 def summary(row: Row, tested: int) -> str:
-    """What a row says, in words: how many examples changed, and whether that can be chance."""
+    """A row in words: how many examples changed, and whether that can be chance."""
     found, words = row.comparison, []
     if row.gained is not None:
         ups, downs = ("right", "wrong") if row.kind == "right/wrong" else ("better", "worse")
@@ -155,7 +156,7 @@ def summary(row: Row, tested: int) -> str:
     elif interval is not None and (interval.low > 0 or interval.high < 0):
         words.append(
             f"The interval excludes zero, but among {rows} some do by chance: p is {p} after "
-            "correction, no clear difference."
+            "correction, not significant."
         )
     else:
         words.append(f"No clear difference: p is {p} after correction for {rows}.")
@@ -163,7 +164,7 @@ def summary(row: Row, tested: int) -> str:
 
 
 def axis_reaches(rows: Sequence[Row]) -> dict[object, float]:
-    """How far the drawn axes reach: one for each metric of each task, so that small intervals can be read."""
+    """The reach of the drawn axes, one per metric and task, so that small intervals stay readable."""
     reaches: dict[object, float] = {}
     for row in rows:
         interval = row.comparison.interval
@@ -178,7 +179,7 @@ def _axis(row: Row) -> object:
 
 
 def _round_up(value: float) -> float:
-    """The next round number, so that the axis has a name."""
+    """The next larger round number, for the label of an axis."""
     if value <= 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(value))
@@ -192,7 +193,7 @@ def _round_up(value: float) -> float:
 
 
 def clearest_first(rows: Sequence[Row]) -> list[int]:
-    """The places of rows by p-value, the smallest first; ties stay in the board's order."""
+    """Positions of rows by p-value, smallest first; ties keep the board's order."""
 
     def key(place: int) -> tuple[float, float]:
         row = rows[place]
@@ -203,13 +204,13 @@ def clearest_first(rows: Sequence[Row]) -> list[int]:
 
 
 def with_pages(rows: Sequence[Row], most: int | None) -> frozenset[str]:
-    """The names of the comparisons that get a page: the `most` clearest, or all."""
+    """Names of the comparisons that get a page: the `most` with the smallest p-values, or all."""
     names = dict.fromkeys(pair_id(rows[place].pair) for place in clearest_first(rows))
     return frozenset(islice(names, most))
 
 
 def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Steerings down, tasks across: the gain on each task by its first metric. None for one task."""
+    """The gain of each steering (down) on each task (across), by its first metric; None for one task."""
     tasks = sorted({row.pair.steered.task for row in board.rows})
     if len(tasks) < 2:
         return None
@@ -250,21 +251,21 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, an underscore at its end: `scenes_` of `scenes_ocr` and `scenes_caption`."""
+    """The common prefix of names, up to an underscore: `scenes_` of `scenes_ocr` and `scenes_caption`."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))
-    head, underscore, _ = "".join(one for one, _ in same).rpartition("_")
+    head, underscore, _ = "".join(letter for letter, _ in same).rpartition("_")
     return head + underscore
 
 
 def method_views(board: Board) -> list[dict[str, str]]:
-    """The methods that this board used, with what they are."""
+    """The methods used on this board, with descriptions."""
     found = [row.comparison for row in board.rows]
-    used = {one.interval.method for one in found if one.interval} | {
-        one.test.method for one in found if one.test
+    used = {comparison.interval.method for comparison in found if comparison.interval} | {
+        comparison.test.method for comparison in found if comparison.test
     }
-    used |= {one.effect.name for one in found if one.effect}
+    used |= {comparison.effect.name for comparison in found if comparison.effect}
     return [
         {"name": name, "text": text}
         for name, text in METHODS.items()
-        if any(one.startswith(name) for one in used)
+        if any(method.startswith(name) for method in used)
     ]

@@ -1,4 +1,4 @@
-"""Paired comparison of metrics that only a whole corpus has, as BLEU-4 or F1, computed again."""
+"""Paired comparison of corpus metrics, such as BLEU-4 or F1, which are recomputed on resamples."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,18 +33,19 @@ def compare_corpus(
     """Compare a metric of the whole corpus, such as BLEU-4 or F1, by computing it on resampled examples.
 
     Args:
-        metric: the metric of a list of items; NaN where it is not defined.
-        baseline: the items of the baseline, one an example; `steered` likewise, in the same order.
-        clusters: the picture of each example `[n]`, where examples share pictures.
+        metric: the metric of a list of items; NaN if it is undefined.
+        baseline: the items of the baseline, one per example.
+        steered: the items of the steered run, in the same order.
+        clusters: the image of each example `[n]`, if examples share images.
         seed: of the resamples and exchanges.
         resamples: of the bootstrap, and of the test.
-        most: exchanges of the test, should the first `resamples` not once differ as much as the runs do. It
-            then ends at the first that does (Besag and Clifford 1991).
+        most: the largest number of exchanges in the test. If none of the first `resamples` exchanges differs
+            as much as the runs do, the test ends at the first that does (Besag and Clifford 1991).
         level: of the interval.
 
     Interval: BCa bootstrap, its acceleration from a jackknife over at most 200 blocks; with few examples or
-    pictures, or few whose items differ, the smallest that also holds the jackknife's t interval. Test:
-    approximate randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random.
+    images, or few whose items differ, the smallest interval that also contains the jackknife's t interval.
+    Test: approximate randomization (Riezler and Maxwell 2005): the two runs' items are exchanged at random.
     Effect: the difference relative to the baseline.
     """
     places = _members(len(baseline), clusters)
@@ -68,7 +69,7 @@ def compare_corpus(
     different = sum(any(baseline[k] != steered[k] for k in place) for place in places)
     if are_few(len(places), different):
         low, high = both((low, high), t_of_jackknife(observed, jackknife, level=level))
-    unit = "examples" if clusters is None else "pictures"
+    unit = "examples" if clusters is None else "images"
     how = ", metric recomputed"
     interval, note = checked_interval(low[0], high[0], unit, len(places), different, how)
     p = _exchange_p(metric, baseline, steered, places, observed, generator, (resamples, most))
@@ -78,7 +79,7 @@ def compare_corpus(
 
 
 def _drawn(places: Sequence[Integers], units: Sequence[int] | Integers) -> list[tuple[int, int]]:
-    """The examples of the units that were drawn, each with how often its unit was drawn before."""
+    """The examples of the drawn units, each with the number of times that its unit was drawn before."""
     times: Counter[int] = Counter()
     drawn = []
     for unit in map(int, units):
@@ -88,7 +89,7 @@ def _drawn(places: Sequence[Integers], units: Sequence[int] | Integers) -> list[
 
 
 def _items(items: Sequence[Any], drawn: Sequence[tuple[int, int]]) -> list[Any]:
-    """Their items. What is drawn again is another question to a metric that groups by question, as MME's."""
+    """Their items; repeated draws get new question ids, since some metrics (MME) group by question."""
     return [items[k] if not again else _renamed(items[k], again) for k, again in drawn]
 
 
@@ -115,7 +116,7 @@ def _exchange_p(
             for k in places[unit]:
                 first[k], second[k] = second[k], first[k]
         drawn = metric(second) - metric(first)
-        beyond += not abs(drawn) < abs(observed) - 1e-12  # an undefined draw counts against the difference
+        beyond += not abs(drawn) < abs(observed) - 1e-12  # an undefined draw counts as an extreme one
     return (1 + beyond) / (done + 1)
 
 

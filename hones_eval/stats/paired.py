@@ -15,16 +15,16 @@ from scipy import special, stats
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Draw = Literal["bootstrap", "signs"]
-# With fewer units, or fewer that differ, BCa intervals hold the truth in clearly less than 95 %. t intervals
-# mostly do, but in skewed data BCa reaches further to one side: so the interval is then both at once, as
-# benchmarks/leaderboard_coverage.py measures.
+# With fewer units, or fewer that differ, BCa intervals cover the truth clearly less than 95 % of the time. t
+# intervals mostly reach 95 %, but in skewed data BCa extends further to one side. So the interval is then the
+# smallest that contains both; benchmarks/leaderboard_coverage.py measures its coverage.
 FEW_UNITS, FEW_DIFFERENT = 100, 25
-CHUNK = 2_000_000  # entries of the matrix of resampling weights that are held at once
+CHUNK = 2_000_000  # entries of the matrix of resampling weights held in memory at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval of a difference, with the name of the method that made it."""
+    """A confidence interval of a difference, with the name of its method."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Steered minus baseline. What could not be computed is None, and `note` says why."""
+    """Steered minus baseline. A figure that could not be computed is None, and `note` says why."""
 
     difference: float
     interval: Interval | None
@@ -62,7 +62,7 @@ def compare_right_wrong(baseline: Floats, steered: Floats, *, level: float = 0.9
     """Compare answers that are right (1) or wrong (0), `[n]` each, of independent examples.
 
     Test: McNemar's exact test. Interval: Bonett and Price (2012), the adjusted Wald interval of a paired
-    difference of proportions. Effect: Cohen's g, the share of changed answers that were gained, less a half.
+    difference of proportions. Effect: Cohen's g, the gained share of changed answers, minus 1/2.
     """
     gained = int(((steered == 1) & (baseline == 0)).sum())
     lost = int(((steered == 0) & (baseline == 1)).sum())
@@ -96,8 +96,8 @@ def compare_graded(
     """Compare graded scores, one comparison for each column of `differences` `[n, m]` (steered - baseline).
 
     Interval: BCa bootstrap (Efron 1987) of the mean difference, over examples, or over whole clusters
-    (pictures) where `clusters` `[n]` numbers them; with few of these, or few that differ, the smallest one
-    that holds both the BCa and the t interval (`interval_ends`). Test: random sign flips of examples or
+    (images) if `clusters` `[n]` numbers them; with few of these, or few that differ, the smallest interval
+    that contains both the BCa and the t interval (`interval_ends`). Test: random sign flips of examples or
     clusters (Fisher's paired randomization test). Effect: Cohen's d_z, the mean over the standard deviation.
     """
     sums, sizes = cluster_sums(differences, clusters)
@@ -106,7 +106,7 @@ def compare_graded(
     different = (sums != 0).sum(axis=0)
     p = sign_flip_p(sums, seed=seed, resamples=resamples)
     spread = differences.std(axis=0, ddof=1) if len(differences) > 1 else np.zeros(differences.shape[1])
-    unit = "examples" if clusters is None else "pictures"
+    unit = "examples" if clusters is None else "images"
     found = []
     for k, mean in enumerate(means):
         interval, note = checked_interval(low[k], high[k], unit, len(sums), int(different[k]))
@@ -120,7 +120,7 @@ def compare_graded(
 def interval_ends(
     sums: Floats, sizes: Floats, *, seed: int, resamples: int, level: float = 0.95
 ) -> tuple[Floats, Floats]:
-    """The interval of `sum(sums) / sum(sizes)` that a board shows, for each column of `sums` `[c, m]`.
+    """The interval of `sum(sums) / sum(sizes)` shown on a board, for each column of `sums` `[c, m]`.
 
     Returns: lower and upper ends `[m]` of the BCa interval; where `are_few`, of BCa and t at once.
     """
@@ -131,16 +131,16 @@ def interval_ends(
 
 
 def are_few(units: int, different: Integers | int) -> NDArray[np.bool_]:
-    """Whether there are too few units, or too few of them differ, for a BCa interval by itself."""
+    """Whether there are too few units, or too few that differ, for a BCa interval alone."""
     return np.asarray(np.minimum(units / FEW_UNITS, np.asarray(different) / FEW_DIFFERENT) < 1)
 
 
 def checked_interval(
     low: float, high: float, unit: str, units: int, different: int, how: str = ""
 ) -> tuple[Interval | None, str]:
-    """An interval from its ends, and what to say of it; none where the ends are not finite.
+    """An interval from its ends, with a note; None if the ends are not finite.
 
-    `different` of the `units` (examples or pictures, as `unit` says) differ; `how` ends the method's name.
+    `different` of the `units` (examples or images, as `unit` says) differ; `how` ends the method's name.
     """
     if not np.isfinite(low + high):
         return None, "no interval: every difference is the same"
@@ -151,7 +151,7 @@ def checked_interval(
 
 
 def both(first: tuple[Floats, Floats], second: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-    """The ends of the smallest intervals that hold two intervals each; NaN where one of these is NaN."""
+    """The ends of the smallest intervals that contain two intervals each; NaN where either is NaN."""
     return np.minimum(first[0], second[0]), np.maximum(first[1], second[1])
 
 
@@ -276,11 +276,11 @@ def _signs(generator: np.random.Generator, size: int, n: int) -> Floats:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979): p-values that hold for the whole family at once."""
+    """Holm's step-down adjustment (Holm 1979): p-values corrected for the whole family of tests."""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     ahead = 0.0
     for place, k in enumerate(order):
         ahead = max(ahead, min(1.0, (len(p) - place) * p[k]))
         adjusted[k] = ahead
-    return [float(one) for one in adjusted]
+    return [float(value) for value in adjusted]

@@ -1,4 +1,4 @@
-"""Paired intervals of anything that is worked out from several conditions' metrics on the same examples."""
+"""Paired intervals of contrasts between the metrics of several conditions on the same examples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +9,12 @@ import numpy as np
 
 from hones_eval.stats.paired import Floats, Integers, bca_ends, cluster_sums, weighted_sums
 
-BLOCKS = 50  # of pictures left out in turn, for a metric that has to be computed again each time
+BLOCKS = 50  # of images left out in turn by the jackknife of a recomputed metric
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; None where there is none, and `note` says why."""
+    """A value with its 95 % interval; a missing one is None, and `note` says why."""
 
     value: float | None
     low: float | None
@@ -28,7 +28,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """A metric of `c` conditions: on all examples [c], on resamples [R, c], with parts left out [b, c]."""
+    """A metric of `c` conditions: on all examples [c], on resamples [R, c], and jackknife values [b, c]."""
 
     observed: Floats
     boot: Floats
@@ -47,12 +47,14 @@ class Resampled:
             return Estimate(float(value), None, None, "no interval: undefined on some resamples")
         low, high = bca_ends(np.array([value]), boot[:, None], jackknife[:, None])
         if not np.isfinite(low[0] + high[0]):
-            return Estimate(float(value), None, None, "no interval: the same without any one picture")
+            return Estimate(
+                float(value), None, None, "no interval: leaving out any single image changes nothing"
+            )
         return Estimate(float(value), float(low[0]), float(high[0]))
 
 
 def resample_means(values: Floats, clusters: Integers, *, seed: int = 0, resamples: int = 9999) -> Resampled:
-    """Means of `values` [n, c], by a bootstrap of whole pictures; `clusters` [n] numbers them."""
+    """Means of `values` [n, c], by a bootstrap of whole images; `clusters` [n] numbers them."""
     sums, sizes = cluster_sums(values, clusters)
     boot = weighted_sums(np.column_stack([sums, sizes]), draw="bootstrap", seed=seed, resamples=resamples)
     left = (sizes.sum() - sizes)[:, None]
@@ -68,11 +70,11 @@ def resample_metric(
     seed: int = 0,
     resamples: int = 199,
 ) -> Resampled:
-    """A metric of the whole corpus, computed again on every resample; `items` are [c] lists of [n].
+    """A corpus metric, recomputed on every resample; `items` are [c] lists of [n].
 
-    The acceleration comes from a jackknife over at most 50 blocks of pictures.
+    The acceleration comes from a jackknife over at most 50 blocks of images.
     """
-    members = [np.flatnonzero(clusters == one) for one in np.unique(clusters)]
+    members = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
     generator = np.random.default_rng([seed, len(clusters), 3])
 
     def values(units: Sequence[int] | Integers) -> list[float]:
@@ -82,7 +84,7 @@ def resample_metric(
     everything = np.arange(len(members))
     boot = [values(generator.integers(0, len(members), len(members))) for _ in range(resamples)]
     blocks = np.array_split(generator.permutation(everything), min(BLOCKS, len(members)))
-    left_out = [values(np.setdiff1d(everything, one)) for one in blocks if len(one) < len(members)]
+    left_out = [values(np.setdiff1d(everything, block)) for block in blocks if len(block) < len(members)]
     jackknife = np.array(left_out).reshape(-1, len(items))
     return Resampled(np.array(values(everything)), np.array(boot), jackknife)
 
@@ -98,11 +100,11 @@ def resample_results(
 ) -> Resampled:
     """A task's metric of `c` conditions from their results [c] of [n] examples.
 
-    By means where the metric is the mean of the examples' values (or a hundred times that), else by computing
-    it again on at most 199 resamples.
+    By means if the metric is the mean of the examples' values (or 100 times that), else by recomputing it on
+    at most 199 resamples.
     """
-    observed = [aggregate(list(one)) for one in results]
-    values = np.array([[_number(result.get(metric)) for result in one] for one in results]).T
+    observed = [aggregate(list(condition)) for condition in results]
+    values = np.array([[_number(result.get(metric)) for result in condition] for condition in results]).T
     for scale in (1.0, 100.0):
         if np.allclose(values.mean(axis=0) * scale, observed, rtol=1e-6, atol=1e-9):
             return resample_means(values * scale, clusters, seed=seed, resamples=resamples)
@@ -113,8 +115,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, Real) else float("nan")
 
 
-def numbered(pictures: Sequence[Sequence[str]]) -> Integers:
-    """A number for every example's pictures [n]: examples that show the same ones share it."""
+def numbered(images: Sequence[Sequence[str]]) -> Integers:
+    """A number per example [n]; examples with the same images share it."""
     known: dict[tuple[str, ...], int] = {}
-    places = enumerate(tuple(shown) for shown in pictures)
+    places = enumerate(tuple(shown) for shown in images)
     return np.array([known.setdefault(shown or (f"none {k}",), len(known)) for k, shown in places])

@@ -36,23 +36,23 @@ class Questions:
     task: str
     texts: Sequence[str]
     golds: Sequence[str]
-    pictures: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image] = ()
 
     @classmethod
     def drawn(
-        cls, task: str = "shapes", count: int = 40, *, per_picture: int = 1, seed: int = 0
+        cls, task: str = "shapes", count: int = 40, *, per_image: int = 1, seed: int = 0
     ) -> "Questions":
-        """Yes/no questions about drawn shapes, `per_picture` of them on each picture."""
+        """Yes/no questions about drawn shapes, `per_image` of them on each image."""
         generator = np.random.default_rng(seed)
-        colours = [COLOURS[int(k)] for k in generator.integers(0, 4, -(-count // per_picture))]
+        colours = [COLOURS[int(k)] for k in generator.integers(0, 4, -(-count // per_image))]
         asked = [COLOURS[int(k)] for k in generator.integers(0, 4, count)]
-        pictures = [shape(colour, k) for k, colour in enumerate(colours)]
-        shown = [k // per_picture for k in range(count)]
+        images = [shape(colour, k) for k, colour in enumerate(colours)]
+        shown = [k // per_image for k in range(count)]
         return cls(
             task,
-            [f"Is the shape in picture {shown[k]} {asked[k]}?" for k in range(count)],
+            [f"Is the shape in image {shown[k]} {asked[k]}?" for k in range(count)],
             ["yes" if colours[shown[k]] == asked[k] else "no" for k in range(count)],
-            [pictures[k] for k in shown],
+            [images[k] for k in shown],
         )
 
     def answers(self, right: float, seed: int) -> list[str]:
@@ -65,13 +65,13 @@ class Questions:
 
 
 def shape(colour: str, k: int) -> Image.Image:
-    picture = Image.new("RGB", (96, 72), (245, 245, 240))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (96, 72), (245, 245, 240))
+    draw = ImageDraw.Draw(image)
     (draw.ellipse if k % 2 else draw.rectangle)(
         (20 + k % 17, 12, 64 + k % 17, 56), fill=colour, outline="black"
     )
     draw.point((k % 96, k // 96), fill=(k % 256, 7, 9))  # no two alike
-    return picture
+    return image
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def write_run(
 ) -> Path:
     """Write results, samples and manifest of one task; returns the results file.
 
-    With `media`, the samples hold the pictures, as lmms-eval writes those that come as bytes.
+    With `media`, the samples hold the images, as lmms-eval writes those that come as bytes.
     `metrics` maps a metric to what `process_results` gives for an answer; `reported` overrides the aggregated
     values, which are means of the numbers (or of the items' `score`).
     """
@@ -125,8 +125,8 @@ def write_run(
         )
         for k, answer in enumerate(answers)
     ]
-    for row, picture in zip(rows, questions.pictures if media else (), strict=False):
-        row["input_media"] = [data_uri(picture)]
+    for row, image in zip(rows, questions.images if media else (), strict=False):
+        row["input_media"] = [data_uri(image)]
     with (place / f"{date}_samples_{questions.task}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     values = {name: _mean([row[name] for row in rows]) for name in metrics} | dict(reported or {})
@@ -153,9 +153,9 @@ def write_run(
     return results
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -226,7 +226,7 @@ def _write_manifest(
     date: str,
     errors: Sequence[Mapping[str, Any]],
 ) -> None:
-    hashes = _hashes(tuple(questions.pictures[:count]))
+    hashes = _hashes(tuple(questions.images[:count]))
     requests = {
         str(k): {
             "prompt_sha256": hashlib.sha256(questions.texts[k].encode()).hexdigest(),
@@ -263,14 +263,14 @@ def _write_manifest(
     (place / f"hones_manifest_77_{date}_{questions.task}_rank0.json").write_text(json.dumps(content))
 
 
-_HASHES: dict[int, tuple[Image.Image, str]] = {}  # with the picture, so that its id is not given again
+_HASHES: dict[int, tuple[Image.Image, str]] = {}  # with the image, so that its id is not given again
 
 
-def _hashes(pictures: Sequence[Image.Image]) -> list[str]:
-    for picture in pictures:
-        if id(picture) not in _HASHES:
-            _HASHES[id(picture)] = (picture, image_hash(picture))
-    return [_HASHES[id(picture)][1] for picture in pictures]
+def _hashes(images: Sequence[Image.Image]) -> list[str]:
+    for image in images:
+        if id(image) not in _HASHES:
+            _HASHES[id(image)] = (image, image_hash(image))
+    return [_HASHES[id(image)][1] for image in images]
 
 
 def provenance(

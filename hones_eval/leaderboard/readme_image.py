@@ -1,15 +1,16 @@
-"""The board as one picture that a README can show."""
+"""The board as one SVG image for a README."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import escape
 
-from hones_eval.leaderboard.board import Board, Row
+from hones_eval.leaderboard.board import Board
+from hones_eval.leaderboard.rows import Row
 from hones_eval.leaderboard.text import number, one_line, probability
 from hones_eval.leaderboard.views import clearest_first
 
-MOST = 24  # rows in the picture
+MOST = 24  # rows shown
 STYLE = """
 text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
 .ci text { font-size: 9px; fill: #60656d }
@@ -26,20 +27,20 @@ text { font: 13px system-ui, 'DejaVu Sans', sans-serif; fill: #1c1e21 }
 """
 
 
-def readme_picture(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG file of the clearest rows: names, differences and intervals, in light and dark."""
+def readme_image(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG of the rows with the smallest p-values: names, differences and intervals, for light and dark."""
     chosen = [(board.rows[place], views[place]) for place in clearest_first(board.rows)[:MOST]]
     height = 34 * len(chosen) + 76
     parts = [_line(row, view, 34 * k + 44) for k, (row, view) in enumerate(chosen)]
     rest = len(board.rows) - len(chosen)
-    last = "95 % intervals, each on the scale of its metric; the dashed line is no change, right is better"
-    last += f"; {rest} rows more on the board" if rest > 0 else ""
+    last = "95 % intervals, each on the scale of its metric; dashed line: no change, to the right: better"
+    last += f"; {rest} more rows on the board" if rest > 0 else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" '
         f'role="img"><title>Leaderboard</title><style>{STYLE}</style>'
         f'<rect class="page" width="860" height="{height}" rx="10"/>'
         '<text class="soft" x="24" y="26">Steering, task and metric</text>'
-        '<text class="soft" x="836" y="26" text-anchor="end">Difference to the baseline</text>'
+        '<text class="soft" x="836" y="26" text-anchor="end">Difference from the baseline</text>'
         f"{''.join(parts)}"
         f'<text class="soft" x="24" y="{height - 12}">{escape(last)}</text></svg>\n'
     )

@@ -1,4 +1,4 @@
-"""Small copies of the pictures that changed examples show, as text that a page can hold."""
+"""Thumbnails of the images of changed examples, as data URIs."""
 
 import base64
 import binascii
@@ -10,30 +10,30 @@ from PIL import Image, UnidentifiedImageError
 
 from hones_eval.core.images import image_hash
 from hones_eval.leaderboard.flips import Flip
-from hones_eval.leaderboard.lmms_tasks import TaskPictures
+from hones_eval.leaderboard.lmms_tasks import TaskImages
 
-SIDE, MOST = 160, 200  # pixels of the longer side; pictures on one page
+SIDE, MOST = 160, 200  # pixels of the longer side; images per page
 
 
 class Thumbnails:
-    """Finds pictures of examples, in the samples or in the task's data set; keeps each small copy once."""
+    """Finds images of examples in the samples or the task's data set, and keeps each thumbnail once."""
 
-    def __init__(self, tasks: TaskPictures | None) -> None:
-        """`tasks` gives pictures that the samples do not hold; None to do without these."""
+    def __init__(self, tasks: TaskImages | None) -> None:
+        """`tasks` gives images that are not in the samples; None disables that."""
         self._tasks = tasks
         self._kept: dict[str, str] = {}
 
     def of(self, task: str, flips: Sequence[Flip]) -> dict[int, str]:
-        """Data URIs by `doc_id`, for the first `MOST` examples that have a picture.
+        """Data URIs by `doc_id`, for the first `MOST` examples that have an image.
 
-        A picture that cannot be found or read, or is not the one that the run's manifest tells, is left out:
+        An image that cannot be found or read, or is not the one that the run's manifest tells, is left out:
         the page then shows the example without it.
         """
         found: dict[int, str] = {}
         for flip in flips[: 2 * MOST]:
             if len(found) == MOST:
                 break
-            key = flip.picture or f"{task} {flip.doc_id}"
+            key = flip.image or f"{task} {flip.doc_id}"
             if key not in self._kept:
                 self._kept[key] = self._thumbnail(task, flip)
             if self._kept[key]:
@@ -43,15 +43,15 @@ class Thumbnails:
     def _thumbnail(self, task: str, flip: Flip) -> str:
         if flip.media:
             return _from_media(flip.media)
-        picture = None if self._tasks is None else self._tasks.first(task, flip.doc_id)
-        if picture is None or (flip.picture and image_hash(picture) != flip.picture):
+        image = None if self._tasks is None else self._tasks.first(task, flip.doc_id)
+        if image is None or (flip.image and image_hash(image) != flip.image):
             return ""
-        return data_uri(picture)
+        return data_uri(image)
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture as a JPEG of at most `SIDE` pixels a side, in a data URI."""
-    small = picture.convert("RGB")
+def data_uri(image: Image.Image) -> str:
+    """An image as a JPEG of at most `SIDE` pixels a side, in a data URI."""
+    small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=80, optimize=True)
@@ -59,13 +59,13 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def _from_media(media: str) -> str:
-    """A small copy of what lmms-eval notes of a sample's picture: the picture as a data URI, or its path."""
+    """A small copy of what lmms-eval notes of a sample's image: the image as a data URI, or its path."""
     content = _content(media)
     if content is None:
         return ""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return data_uri(picture)
+        with Image.open(io.BytesIO(content)) as image:
+            return data_uri(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
 

@@ -1,0 +1,200 @@
+"""Rows of a board: each metric of each pair of runs, compared on the same examples."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hones_eval.leaderboard.captions import is_caption_metric
+from hones_eval.leaderboard.lmms_tasks import find_aggregation
+from hones_eval.leaderboard.metrics import (
+    Corpus,
+    Scores,
+    caption_form,
+    check_aggregation,
+    corpus_of,
+    scores_of,
+)
+from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.reading import Metric
+from hones_eval.leaderboard.reuse import reused_examples
+from hones_eval.leaderboard.samples import Floats, Integers
+from hones_eval.stats.corpus import compare_corpus
+from hones_eval.stats.paired import Comparison, compare_graded, compare_right_wrong
+
+Verdict = Literal["better", "worse", "no clear difference", "not judged"]
+CORPUS_RESAMPLES = 999  # resamples of a corpus metric, which is computed again for each
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One metric of one task with one steering, compared with its baseline."""
+
+    pair: Pair
+    metric: Metric
+    baseline: float
+    steered: float
+    n: int
+    images: int | None
+    kind: str
+    comparison: Comparison
+    gained: int | None = None
+    lost: int | None = None
+    flags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    p_holm: float | None = None
+    rank: int | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """The difference, positive if steered is better; None if the metric has no better direction."""
+        if self.metric.higher_is_better is None:
+            return None
+        return self.comparison.difference * (1 if self.metric.higher_is_better else -1)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether steering helped: the sign of the gain if the Holm-adjusted p is below 0.05."""
+        if self.p_holm is None or self.gain is None:
+            return "not judged"
+        if self.p_holm >= 0.05:
+            return "no clear difference"
+        return "better" if self.gain > 0 else "worse"
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
+        """Rows with the same group are ranked against each other."""
+        run = self.pair.steered
+        return (run.base.name, run.task, self.metric.name, self.metric.filter)
+
+
+def compare_pairs(pairs: Sequence[Pair], seed: int, resamples: int, include_path: Path | None) -> list[Row]:
+    """Compare every metric of every pair.
+
+    Graded metrics that share a baseline are compared together, so that they share one set of resamples.
+    """
+    rows: list[Row] = []
+    graded: dict[tuple[object, ...], list[tuple[int, Floats, Integers | None]]] = defaultdict(list)
+    for pair in pairs:
+        flags = reused_examples(pair.steered)
+        for metric in pair.steered.metrics:
+            row, scores, clusters = _row(pair, metric, flags)
+            corpus = None
+            if scores.kind == "corpus":
+                row, scores, clusters, corpus = _of_corpus(row, clusters)
+            if scores.kind == "right/wrong" and clusters is None:
+                row = _with(row, _scaled(compare_right_wrong(*_columns(scores)), scores.scale), scores)
+            elif scores.kind in ("right/wrong", "graded"):
+                before, after = _columns(scores)
+                row = _with(row, row.comparison, scores)
+                key = (id(pair.baseline), metric.name, metric.filter, scores.scale, clusters is None)
+                graded[key].append((len(rows), (after - before) * scores.scale, clusters))
+            elif corpus is not None:
+                row = replace(row, comparison=_corpus(row, corpus, clusters, seed, resamples, include_path))
+            rows.append(row)
+    for jobs in graded.values():
+        columns = np.column_stack([difference for _, difference, _ in jobs])
+        found = compare_graded(columns, jobs[0][2], seed=seed, resamples=resamples)
+        for (place, _, _), comparison in zip(jobs, found, strict=True):
+            rows[place] = replace(rows[place], comparison=comparison)
+    return rows
+
+
+def _row(pair: Pair, metric: Metric, flags: tuple[str, ...]) -> tuple[Row, Scores, Integers | None]:
+    before = next(
+        (m for m in pair.baseline.metrics if (m.name, m.filter) == (metric.name, metric.filter)), None
+    )
+    samples = pair.steered.samples[metric.filter]
+    clusters = _clusters(pair, metric.filter)
+    values = (before.value if before else None, metric.value)
+    if values[0] is None or values[1] is None:
+        scores = Scores("none", note="the reported value is not a number")
+    else:
+        scores = scores_of(metric, pair.baseline, pair.steered, (values[0], values[1]))
+    baseline, steered = (float("nan") if value is None else value for value in values)
+    row = Row(
+        pair=pair,
+        metric=metric,
+        baseline=baseline,
+        steered=steered,
+        n=len(samples),
+        images=None if clusters is None else len(np.unique(clusters)),
+        kind=scores.kind,
+        comparison=Comparison(steered - baseline, None, None, None, scores.note),
+        flags=flags,
+        notes=(*pair.notes, *pair.steered.notes),
+    )
+    return row, scores, clusters
+
+
+def _clusters(pair: Pair, filter_name: str) -> Integers | None:
+    """A number for each example's image, if examples share images; None if each has its own."""
+    both = pair.baseline.samples[filter_name], pair.steered.samples[filter_name]
+    images = next((samples.images for samples in both if samples.images is not None), None)
+    if images is None or len(set(images)) == len(images):
+        return None
+    codes = {shown: k for k, shown in enumerate(dict.fromkeys(images))}
+    return np.array([codes[shown] for shown in images], dtype=np.int64)
+
+
+def _columns(scores: Scores) -> tuple[Floats, Floats]:
+    assert scores.baseline is not None
+    assert scores.steered is not None
+    return scores.baseline, scores.steered
+
+
+def _with(row: Row, comparison: Comparison, scores: Scores) -> Row:
+    before, after = _columns(scores)
+    up, down = int((after > before).sum()), int((after < before).sum())
+    if row.metric.higher_is_better is False:
+        up, down = down, up
+    return replace(row, comparison=comparison, gained=up, lost=down)
+
+
+def _scaled(comparison: Comparison, scale: float) -> Comparison:
+    if scale == 1 or comparison.interval is None:
+        return comparison
+    ends = comparison.interval
+    ends = replace(ends, low=ends.low * scale, high=ends.high * scale)
+    return replace(comparison, difference=comparison.difference * scale, interval=ends)
+
+
+def _of_corpus(row: Row, clusters: Integers | None) -> tuple[Row, Scores, Integers | None, Corpus | None]:
+    """A corpus metric over the examples that have it; caption metrics as scores or counts per example."""
+    metric, pair, values = row.metric, row.pair, (row.baseline, row.steered)
+    corpus = corpus_of(metric, pair.baseline, pair.steered)
+    if isinstance(corpus, Corpus):
+        if clusters is not None:
+            clusters = clusters[corpus.kept]
+            row = replace(row, images=len(np.unique(clusters)))
+        row = replace(row, n=len(corpus.kept))
+        if not is_caption_metric(metric.name, corpus.baseline):
+            return row, Scores("corpus"), clusters, corpus
+        form = caption_form(metric, corpus, values)
+        if isinstance(form, Scores):
+            return replace(row, kind=form.kind), form, clusters, None
+        if isinstance(form, Corpus):
+            return row, Scores("corpus"), clusters, form
+        corpus = form
+    comparison = replace(row.comparison, note=f"no interval: {corpus}")
+    return replace(row, comparison=comparison), Scores("none"), clusters, None
+
+
+def _corpus(
+    row: Row,
+    corpus: Corpus,
+    clusters: Integers | None,
+    seed: int,
+    resamples: int,
+    include_path: Path | None,
+) -> Comparison:
+    function = corpus.function or find_aggregation(row.pair.steered.task, row.metric.name, include_path)
+    if isinstance(function, str):
+        return replace(row.comparison, note=f"no per-example value, no interval: {function}")
+    if problem := check_aggregation(function, corpus.runs, (row.baseline, row.steered)):
+        return replace(row.comparison, note=f"no interval: {problem}")
+    draws = min(resamples, CORPUS_RESAMPLES)
+    return compare_corpus(function, *corpus.runs, clusters, seed=seed, resamples=draws, most=resamples)
