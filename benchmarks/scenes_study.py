@@ -1,15 +1,15 @@
-"""The embedded model's neurons, task by task: found, scaled in every way, masked, compared.
+"""Find, scale, mask and compare the embedded model's neurons, task by task.
 
     python benchmarks/scenes_study.py --out leaderboards/scenes/study --work runs
 
-1. `study`: seven tasks, scales chosen on pictures as they are, tested on others as they are and shifted.
-2. `study` on shifted pictures alone, with scales that are chosen on shifted ones and learned a hundred times
-   faster: the most favourable case, since only there the model has something left to learn.
-3. `compare`: which neurons in which layers, groups that tasks share, the cross-task matrix.
-4. `verify` of every task's bank, and of what the three kinds of questions share.
+1. `study`: seven tasks; scales are chosen on normal images and tested on other images, normal and shifted.
+2. `study` on shifted images alone, with scales chosen on shifted images and a learning rate a hundred times
+   higher. This is the most favourable case, because only there the model has room to improve.
+3. `compare`: neurons by layer, groups that tasks share, the cross-task matrix.
+4. `verify` of every task's bank, and of the neurons that the three kinds of questions share.
 5. `lens` of one example, baseline against its task's neurons masked.
 
-Rankings, steerings and groups stay in the work folder; a second run goes on from what is there.
+Rankings, steerings and groups stay in the work folder, and a second run reuses them.
 """
 
 import argparse
@@ -25,13 +25,16 @@ from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "grounding", "retrieval_margin")
 SHIFTED = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "retrieval_margin")
-CANDIDATES = {"limit": 5, "test_limit": 2.5}  # times as many for retrieval, where ten make one query
+CANDIDATES = {
+    "limit": 5,
+    "test_limit": 2.5,
+}  # times as many for retrieval, where ten candidates make one query
 MODEL = ("--model", "hones_llava", "--model_args", f"pretrained={CHECKPOINT},device_map=cpu,device=cpu")
 KEPT = ("*.md", "*.json", "*.csv", "*.png", "*.svg")
 
 
 def study(work: Path, out: Path, examples: int, test: int) -> Path:
-    """Both studies; where their rankings are."""
+    """Run both studies and return the folder of the first one's rankings."""
     plain, shifted = work / "scenes_study", work / "scenes_study_shifted"
     names = [f"scenes_{task}" for task in TASKS]
     run_ours("study", *MODEL, *sizes(names, limit=examples, test_limit=test), "--out", str(plain))
@@ -44,7 +47,7 @@ def study(work: Path, out: Path, examples: int, test: int) -> Path:
 
 
 def sizes(names: list[str], **limits: int) -> tuple[str, ...]:
-    """Flags for tasks, with more candidates than there are examples of the others."""
+    """Flags for the tasks and their limits; retrieval needs several candidates per query."""
     retrieval = [name for name in names if "retrieval" in name]
     flags = ["--tasks", ",".join(names), "--heads", "8"]
     for name, limit in limits.items():
@@ -66,7 +69,7 @@ def compare(work: Path, out: Path, rankings: Path, test: int) -> None:
 
 
 def verify(work: Path, out: Path, rankings: Path, test: int) -> None:
-    """Every task's own bank; and what exactly the three kinds of questions share, on each of them."""
+    """Verify every task's bank, and the neurons shared by exactly the three kinds of questions."""
     for task in TASKS:
         verified(ranking(rankings, task), task, out / "verify" / task, test)
     names = [f"scenes_{task}_discovery" for task in TASKS[:3]]
@@ -82,7 +85,7 @@ def verified(bank: Path, task: str, out: Path, test: int) -> None:
 
 
 def lens(work: Path, out: Path, rankings: Path) -> None:
-    """An attribute question that masking turns wrong: the model minus itself without the task's neurons."""
+    """Show the lens difference of one attribute question that masking turns wrong."""
     masked = work / "scenes_masked"
     how = ("--how", "fixed", "--factor", "0")
     run_ours("scale", "--ranking", str(ranking(rankings, "vqa_attribute")), *how, "--out", str(masked))

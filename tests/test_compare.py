@@ -1,4 +1,4 @@
-"""Comparisons of rankings: groups, overlaps beside chance, cross-masking, and what the command writes."""
+"""Comparisons of rankings: groups, overlaps compared with chance, cross-masking, and the written files."""
 
 import csv
 import dataclasses
@@ -38,7 +38,7 @@ def three(own: own_answers.Prepared) -> dict[str, Ranking]:
     return {"real": real, "near": near, "far": far}
 
 
-def test_groups_are_disjoint_cover_the_banks_and_hold_exactly_what_is_shared() -> None:
+def test_groups_are_disjoint_and_cover_the_banks() -> None:
     a, b, c = ([Neuron(0, i) for i in members] for members in ([1, 2, 3, 4], [2, 3, 5], [3, 4, 6]))
     found = {
         names: {neuron.neuron for neuron in bank} for names, bank in groups({"a": a, "b": b, "c": c}).items()
@@ -54,8 +54,8 @@ def test_groups_are_disjoint_cover_the_banks_and_hold_exactly_what_is_shared() -
     }
 
 
-def test_chance_of_sharing_is_that_of_all_draws() -> None:
-    """Every pair of banks with one and two sites in two layers of four and the same numbers again."""
+def test_chance_of_sharing_matches_an_enumeration_of_all_draws() -> None:
+    """Enumerate all pairs of banks with one site in the first layer of four and two in the second."""
     layers = [list(itertools.combinations(range(4), size)) for size in (1, 2)]
     banks = [{(0, i) for i in one} | {(1, i) for i in two} for one in layers[0] for two in layers[1]]
     counts = np.bincount([len(a & b) for a in banks for b in banks], minlength=4)
@@ -63,7 +63,7 @@ def test_chance_of_sharing_is_that_of_all_draws() -> None:
     assert found.tolist() == pytest.approx((counts / counts.sum()).tolist())
 
 
-def test_overlaps_tell_crowding_in_a_layer_from_agreement() -> None:
+def test_overlaps_distinguish_crowding_in_a_layer_from_agreement() -> None:
     width, layers = 50, 4
     a = [Head(3, i) for i in range(20)]
     b = [Head(3, i) for i in range(12, 32)]
@@ -79,8 +79,8 @@ def test_overlaps_tell_crowding_in_a_layer_from_agreement() -> None:
     assert overlaps({"a": a, "b": []}, layers, width)[0].jaccard == 0
 
 
-def test_sharing_within_and_across_levels_is_what_all_deals_of_the_levels_give() -> None:
-    """Five banks of heads; three of one level are nearly the same, and one is empty."""
+def test_sharing_within_levels_matches_an_enumeration_of_all_permutations() -> None:
+    """Six banks of heads: three of one level are nearly equal, and one is empty."""
     banks = {
         "a +": [Head(0, 0), Head(0, 1), Head(1, 0)],
         "b +": [Head(0, 0), Head(0, 1), Head(1, 1)],
@@ -135,7 +135,7 @@ def test_a_group_is_a_ranking_that_selects_the_group(three: dict[str, Ranking]) 
     assert sorted(seen) == sorted({neuron for bank in banks.values() for neuron in bank})
 
 
-def test_what_cannot_be_compared_is_refused(three: dict[str, Ranking]) -> None:
+def test_rankings_that_cannot_be_compared_are_rejected(three: dict[str, Ranking]) -> None:
     real = three["real"]
     with pytest.raises(HonesError, match="at least two rankings, not 1"):
         Comparison({"real": real})
@@ -157,7 +157,7 @@ def folders(own: own_answers.Prepared, tmp_path_factory: pytest.TempPathFactory)
     return made
 
 
-def test_the_command_writes_tables_figures_and_banks_that_other_commands_take(
+def test_the_command_writes_tables_figures_and_groups_for_other_commands(
     folders: list[Path], own: own_answers.Prepared, tmp_path: Path
 ) -> None:
     chosen = ["--limit", 4, "--offset", 4, "--heads", 4, "--out", tmp_path]
@@ -237,7 +237,7 @@ def test_the_command_compares_levels_and_draws_both_signs(
     assert "names 2 levels for 3 rankings" in own_answers.complaint(capsys.readouterr().err)
 
 
-def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
+def test_bad_names_and_flags_are_one_line_errors(
     folders: list[Path], own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = [str(folder) for folder in folders[::2]]
@@ -249,8 +249,8 @@ def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
         assert complaint in own_answers.complaint(capsys.readouterr().err)
     given = own.command("compare", *pair, "--limit", 6, "--out", tmp_path)
     for limits, complaint in (
-        ([], "4 of the 6 pictures of own_a"),
-        (["--limits", '{"own_a": 5}'], "4 of the 5 pictures of own_a"),
+        ([], "4 of the 6 images of own_a"),
+        (["--limits", '{"own_a": 5}'], "4 of the 5 images of own_a"),
         (["--limits", '{"own_b": 5}'], "--limits names own_b, which is none of --tasks own_a"),
         (["--tasks", "own_a,own_b,own_a"], "--tasks own_a,own_b,own_a: a task is named twice"),
     ):
@@ -261,7 +261,7 @@ def test_names_and_flags_that_do_not_fit_are_said_in_one_line(
     assert group_name(("a", "b")) == "a+b"
 
 
-def test_short_names_lose_what_all_share_and_stay_different() -> None:
+def test_short_names_drop_shared_words_and_stay_different() -> None:
     cases = {
         ("s_vqa_a_disc", "s_vqa_b_disc", "s_ocr_disc"): ["vqa_a", "vqa_b", "ocr"],
         ("own_a hones", "own_b dvp"): ["a hones", "b dvp"],

@@ -1,4 +1,4 @@
-"""Learned scales: against a training loop in plain torch, with hooks and a schedule of its own."""
+"""Learned scales, compared with a training loop in plain torch with its own hooks and schedule."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from hones_eval.methods.learning import LearnedScales, answer_loss, cosine
 from hones_eval.runs.lightning import Loop
 
 COUNT = 6  # a step of four and one of two
-STRONG = 50.0  # a KL that four steps show
+STRONG = 50.0  # a KL weight large enough to matter in four steps
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ BANK = [Neuron(0, 3), Neuron(1, 0), Neuron(1, 7), Neuron(3, 20)]
 
 
 def plain_logits(model: Any, example: Example, bank: Sequence[Neuron], a: Tensor | None) -> Tensor:
-    """Of the target's tokens behind the prompt, with every neuron of the bank times `1 + a`."""
+    """Logits of the target's tokens after the prompt, with every neuron of the bank times `1 + a`."""
 
     def hook(layer: int) -> Any:
         def scale(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -90,7 +90,7 @@ def plain_logits(model: Any, example: Example, bank: Sequence[Neuron], a: Tensor
 def plain_fit(
     model: Any, examples: TaskExamples, settings: FitSettings, bank: Sequence[Neuron]
 ) -> tuple[Tensor, list[float]]:
-    """What is added to 1 for every neuron of the bank, and every example's cross-entropy in its order."""
+    """The learned `a` of every neuron, and the cross-entropy of every example in the order of training."""
     a = torch.zeros(len(bank), requires_grad=True)
     optimizer = torch.optim.AdamW([a], lr=settings.learning_rate, weight_decay=0)
     steps = settings.epochs * math.ceil(len(examples) / settings.accumulate)
@@ -132,7 +132,7 @@ def plain_fit(
         FitSettings(beta=0.0, learning_rate=0.3, limit=0.25, clip_norm=0.01, seed=3, epochs=1),
     ],
 )
-def test_fit_takes_the_steps_of_a_plain_loop(
+def test_fit_makes_the_same_steps_as_a_plain_loop(
     settings: FitSettings, replayer: Replayer, examples: TaskExamples, loop: Loop
 ) -> None:
     model = replayer.anatomy.model
@@ -160,7 +160,7 @@ def test_fit_takes_the_steps_of_a_plain_loop(
 def test_retrieval_is_learned_from_yes_and_no(
     how: str, own: own_answers.Prepared, lmm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every candidate teaches the word that is right for it, at the one token where the margin is read."""
+    """Each candidate is trained towards its correct word, at the one token where the margin is read."""
     monkeypatch.setenv("HONES_EVAL_DATA", str(write_folder(tmp_path / "drawn", 3)))
     part = ["--offset", 9, "--limit", COUNT]
     examples = TaskExamples(lmm, "hones_retrieval", model_name=own_answers.MODEL, offset=9, limit=COUNT)
@@ -184,7 +184,9 @@ def test_retrieval_is_learned_from_yes_and_no(
     torch.testing.assert_close(steering.neuron_scales, scales, rtol=0, atol=2e-4)
     other = dataclasses.replace(settings, beta=STRONG - settings.beta)
     unlike, _ = plain_fit(inner_model(lmm), examples, other, bank)
-    assert float((unlike - expected).abs().max()) > 5e-3, "the KL changes nothing: this shows nothing"
+    assert float((unlike - expected).abs().max()) > 5e-3, (
+        "the KL term has no effect, so this test is uninformative"
+    )
     first = steering.provenance.settings["epoch_losses"][0]["cross_entropy"]
     assert first == pytest.approx(sum(losses[:COUNT]) / COUNT, rel=1e-3)
 
@@ -195,7 +197,7 @@ def test_only_the_bank_is_trained_and_no_second_model_is_kept(replayer: Replayer
     assert not list(scales.children())
 
 
-def test_scales_of_zero_change_nothing_and_an_edit_that_never_ran_is_an_error(
+def test_initial_scales_change_nothing_and_an_edit_that_never_ran_is_an_error(
     replayer: Replayer, examples: TaskExamples
 ) -> None:
     scales = LearnedScales(replayer.anatomy, BANK)
@@ -223,14 +225,14 @@ def test_the_schedule_falls_along_half_a_cosine_to_a_tenth() -> None:
 
 
 class Numbers:
-    """Stands where examples are looked up by number."""
+    """Replaces examples by their numbers."""
 
     def __getitem__(self, index: int) -> int:
         return index
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_example_is_in_one_step_of_one_rank_and_steps_are_means(world: int) -> None:
+def test_every_example_is_in_one_step_of_one_process_and_steps_are_means(world: int) -> None:
     order = [4, 2, 0, 5, 1, 3]
     ranks = [list(Slots(Numbers(), order, 4, rank, world)) for rank in range(world)]  # type: ignore[arg-type]
     assert {len(slots) for slots in ranks} == {8 // world}
@@ -241,12 +243,12 @@ def test_every_example_is_in_one_step_of_one_rank_and_steps_are_means(world: int
 
 
 def test_steps_that_cannot_be_shared_are_refused(replayer: Replayer, examples: TaskExamples) -> None:
-    with pytest.raises(HonesError, match="cannot be shared by 3 processes"):
+    with pytest.raises(HonesError, match="3 processes cannot share steps of 4 examples"):
         fit(replayer, examples, BANK, FitSettings(), Loop("cpu", devices=3, progress=False))
     with pytest.raises(HonesError, match="at least one epoch"):
         fit(replayer, examples, BANK, FitSettings(epochs=0), Loop("cpu", progress=False))
     for wrong in (FitSettings(learning_rate=-1.0), FitSettings(learning_rate=0.0), FitSettings(beta=-0.1)):
-        with pytest.raises(HonesError, match="a learning rate above 0 and a beta of 0 or more, not "):
+        with pytest.raises(HonesError, match="needs a learning rate above 0 and a beta of 0 or more"):
             fit(replayer, examples, BANK, wrong, Loop("cpu", progress=False))
 
 
@@ -292,7 +294,7 @@ def test_the_command_learns_and_names_its_development_examples(
     assert float((one.neuron_scales - 1).abs().max()) <= 4 * 5e-4 * 1.01
 
 
-def test_what_is_missing_or_reused_is_said_in_one_line(
+def test_missing_flags_and_reused_images_are_one_line_errors(
     own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = ["scale", "--ranking", str(own.rankings / "hones"), "--how", "learned", "--out", str(tmp_path)]
@@ -300,5 +302,5 @@ def test_what_is_missing_or_reused_is_said_in_one_line(
     assert "give --model, --model_args and --tasks" in own_answers.complaint(capsys.readouterr().err)
     flags = ["--ranking", own.rankings / "hones", "--offset", 3, "--limit", 5, "--out", tmp_path]
     assert main(own.command("scale", "--how", "grid", *flags)) == 1
-    assert "1 of the 5 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
+    assert "1 of the 5 images of own_a" in own_answers.complaint(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())

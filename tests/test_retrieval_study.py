@@ -1,4 +1,4 @@
-"""`study` and `compare` on retrieval by margins: the embedded model's numbers beside plain forwards."""
+"""`study` and `compare` on retrieval by margins, compared with plain forward passes of the embedded model."""
 
 import json
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from hones_eval.lmms.examples import TaskExamples
 from hones_eval.toy import checkpoint_path
 
 MODEL, ARGUMENTS = "llava_hf", f"pretrained={checkpoint_path()}"
-# On shifted pictures, where the model is not perfect; scales for retrieval are tested on others too.
+# On shifted images, where the model makes errors; scales for retrieval are also tested on normal images.
 RETRIEVAL, OTHER = "scenes_retrieval_margin_shifted", "scenes_vqa_relation_shifted"
 PLAIN = "scenes_retrieval_margin"
 CANDIDATES = 20  # two queries of ten
 TRIALS = 2
 WIDTH = 344  # neurons in a layer of the embedded model
-SHARE, FACTOR = 0.2, -3.0  # so much that ranks change: one percent changes none
+SHARE, FACTOR = 0.2, -3.0  # large enough to change ranks: one percent changes none
 
 
 @pytest.fixture(scope="module", autouse=True)
 def once(models_loaded_once: None) -> Iterator[None]:
-    """The embedded model is loaded once, by the real loader."""
+    """Load the embedded model once, by the real loader."""
     return
 
 
@@ -58,7 +58,7 @@ def slow(task: str) -> Slow:
     return Slow(MODEL, ARGUMENTS, task, ("Yes", "No"), CANDIDATES)
 
 
-def test_a_study_tests_every_steering_as_plain_forwards_do(studied: Path) -> None:
+def test_a_study_tests_every_steering_like_plain_forward_passes(studied: Path) -> None:
     rows = json.loads((studied / "study.json").read_text())["steering"]
     seen = []
     for split, task in (("test", RETRIEVAL), ("shifted", PLAIN)):
@@ -78,10 +78,10 @@ def test_a_study_tests_every_steering_as_plain_forwards_do(studied: Path) -> Non
     assert sorted(one[:3] for one in seen) == sorted([*own, *(("shifted", RETRIEVAL, how) for how in WAYS)])
     for split in ("test", "shifted"):
         gains = {gain for where, *_, gain in seen if where == split}
-        assert len(gains) > 1, f"{split}: all scales do the same: this shows nothing"
+        assert len(gains) > 1, f"{split}: all scales have the same effect, so this test is uninformative"
 
 
-def test_a_study_masks_as_plain_forwards_do(studied: Path) -> None:
+def test_a_study_masks_like_plain_forward_passes(studied: Path) -> None:
     reference = slow(RETRIEVAL)
     base = reference.ndcg(reference.logits())
     rows = json.loads((studied / "study.json").read_text())["attribution"]
@@ -97,7 +97,9 @@ def test_a_study_masks_as_plain_forwards_do(studied: Path) -> None:
     others = [base - reference.ndcg(reference.steered(bank, 0.0)) for bank in banks]
     assert random["drop"] == pytest.approx(sum(others) / TRIALS)
     assert [random["drop_low"], random["drop_high"]] == pytest.approx([min(others), max(others)])
-    assert len({*drops.values(), *others}) > 1, "all banks do the same: this shows nothing"
+    assert len({*drops.values(), *others}) > 1, (
+        "all banks have the same effect, so this test is uninformative"
+    )
 
 
 def selected(folder: Path) -> list[Neuron]:
@@ -105,7 +107,7 @@ def selected(folder: Path) -> list[Neuron]:
     return top_neurons(scores, round(SHARE * scores.numel()))
 
 
-def test_the_cross_task_matrix_is_that_of_plain_forwards(studied: Path, tmp_path: Path) -> None:
+def test_the_cross_task_matrix_matches_plain_forward_passes(studied: Path, tmp_path: Path) -> None:
     folders = {task: studied / "rankings" / task / "hones" for task in (RETRIEVAL, OTHER)}
     out = tmp_path / "compared"
     assert main(command("compare", out, CANDIDATES, *map(str, folders.values()), "--seed", "3")) == 0
@@ -125,7 +127,7 @@ def test_the_cross_task_matrix_is_that_of_plain_forwards(studied: Path, tmp_path
         assert row["relative_drop"]["value"] == pytest.approx((base - masked) / base)
         assert row["random_drop"] == pytest.approx(base - random)
         drops += [base - masked, base - random]
-    assert len(set(drops)) > 1, "all banks do the same: this shows nothing"
+    assert len(set(drops)) > 1, "all banks have the same effect, so this test is uninformative"
     one, other = (set(bank) for bank in banks.values())
     (overlap,) = report["neuron_overlaps"]
     assert overlap["jaccard"] == pytest.approx(len(one & other) / len(one | other))
@@ -136,8 +138,8 @@ def test_the_cross_task_matrix_is_that_of_plain_forwards(studied: Path, tmp_path
     }
 
 
-def test_the_truth_of_single_neurons_is_that_of_plain_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `benchmarks/scenes_methods.py` publishes: NDCG@5, and the right candidate's lead in its query."""
+def test_the_truth_of_single_neurons_matches_plain_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the values of `benchmarks/scenes_methods.py`: NDCG@5, and the correct candidate's lead."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import scenes_methods
 
@@ -153,11 +155,11 @@ def test_the_truth_of_single_neurons_is_that_of_plain_forwards(monkeypatch: pyte
     assert found.metric.tolist() == pytest.approx(
         [reference.ndcg(base) - reference.ndcg(one) for one in masked], abs=1e-6
     )
-    assert max(map(abs, leads)) > 1e-2, "no neuron does anything: this shows nothing"
+    assert max(map(abs, leads)) > 1e-2, "no neuron has an effect, so this test is uninformative"
 
 
 def lead(reference: Slow, logits: Tensor) -> float:
-    """How far the right candidate's margin is above the mean of the others', over queries."""
+    """The correct candidate's margin minus the mean margin of the others, averaged over queries."""
     members: dict[str, dict[bool, list[float]]] = {}
     for query, right, margin in zip(
         reference.queries, reference.right, reference.margins(logits), strict=True

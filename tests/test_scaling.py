@@ -1,4 +1,4 @@
-"""Scales from scores, and scales chosen by trying them on development examples."""
+"""Scales made from scores, and scales chosen by trying them on development examples."""
 
 import dataclasses
 import json
@@ -21,6 +21,7 @@ from hones_eval.jobs.learn import _Fit
 from hones_eval.jobs.scale import Development, choose, grid, layer_groups, search
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods import scaling
+from hones_eval.runs import checkpoint
 from hones_eval.runs.lightning import Loop, _Pass
 
 
@@ -58,7 +59,7 @@ def test_fixed_scales_the_bank_and_nothing_else(hones: Ranking) -> None:
     assert bool((steering.head_scales == 1).all())
 
 
-def test_signed_clips_and_forgets_what_is_small(vseam: Ranking) -> None:
+def test_signed_clips_large_scores_and_ignores_small_ones(vseam: Ranking) -> None:
     scores = torch.linspace(-3, 3, vseam.head_scores.numel()).reshape(vseam.head_scores.shape)
     ranking = dataclasses.replace(vseam, head_scores=scores)
     found = scaling.signed(ranking, strength=0.5, epsilon=0.3).head_scales
@@ -67,7 +68,7 @@ def test_signed_clips_and_forgets_what_is_small(vseam: Ranking) -> None:
         assert scale == pytest.approx(expected)
 
 
-def test_topk_leaves_a_head_that_is_both_as_it_is(vseam: Ranking) -> None:
+def test_topk_leaves_a_head_unchanged_that_is_positive_and_negative(vseam: Ranking) -> None:
     up, down = torch.zeros_like(vseam.head_positive), torch.zeros_like(vseam.head_negative)
     up[0, 0], up[1, 1], down[1, 1], down[2, 3] = 0.5, 0.4, 0.6, 0.2
     ranking = dataclasses.replace(vseam, head_positive=up, head_negative=down)
@@ -78,7 +79,7 @@ def test_topk_leaves_a_head_that_is_both_as_it_is(vseam: Ranking) -> None:
 
 
 def plain_metric(job: Development, scales: torch.Tensor, module: str = "mlp.down_proj") -> float:
-    """Exact match when every neuron (or head) is multiplied by its scale, by hooks written out here."""
+    """Exact match with every neuron (or head) multiplied by its scale, by independent hooks."""
     model = job.replayer.anatomy.model
 
     def hook(row: torch.Tensor) -> Any:
@@ -99,7 +100,7 @@ def plain_metric(job: Development, scales: torch.Tensor, module: str = "mlp.down
     return right / len(job.examples)
 
 
-def test_grid_takes_the_factor_that_a_plain_loop_finds_best(development: Development) -> None:
+def test_grid_chooses_the_best_factor_of_a_plain_loop(development: Development) -> None:
     job = dataclasses.replace(development, factors=(-3.0, 0.0, 1.0, 2.0))
     steering = grid(job)
     found = steering.provenance.settings["metric_by_factor"]
@@ -119,7 +120,7 @@ def test_grid_takes_the_factor_that_a_plain_loop_finds_best(development: Develop
     assert set(changed.tolist()) <= {chosen}
 
 
-def test_where_lower_is_better_grid_takes_the_lowest(
+def test_grid_minimizes_a_metric_where_lower_is_better(
     development: Development, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(development.examples, "higher_is_better", False)
@@ -130,7 +131,7 @@ def test_where_lower_is_better_grid_takes_the_lowest(
 
 
 @pytest.mark.parametrize("how", ["topk", "signed"])
-def test_strengths_of_heads_are_those_that_a_plain_loop_finds_best(
+def test_head_strengths_are_the_best_of_a_plain_loop(
     development: Development, vseam: Ranking, how: str
 ) -> None:
     job = dataclasses.replace(development, ranking=vseam, heads=3, strengths=(1.0, 40.0))
@@ -167,7 +168,7 @@ def test_strengths_of_heads_are_those_that_a_plain_loop_finds_best(
     assert [one.offset for one in steering.provenance.examples] == [0, 4]
 
 
-def test_search_never_ends_below_where_it_began_and_reports_what_it_measured(
+def test_search_never_loses_and_reports_measured_values(
     development: Development,
 ) -> None:
     job = dataclasses.replace(development, factors=(0.0, 1.0, 3.0), groups=2)
@@ -184,7 +185,7 @@ def test_search_never_ends_below_where_it_began_and_reports_what_it_measured(
                 assert steering.neuron_scales[layer, neuron] == (factor if neuron in changed else 1)
 
 
-def test_groups_hold_whole_layers_of_about_equal_numbers() -> None:
+def test_groups_hold_whole_layers_and_are_of_about_equal_size() -> None:
     bank = [Neuron(layer, i) for layer, count in enumerate([2, 2, 1, 3, 6]) for i in range(count)]
     groups = layer_groups(bank, 3)
     assert [sorted({neuron.layer for neuron in group}) for group in groups] == [[0, 1, 2], [3], [4]]
@@ -219,7 +220,7 @@ def test_the_commands_write_steerings(
         assert content["settings"]["how"] == how
         assert [one["count"] for one in content["examples"]] == [4, 4]
     printed = capsys.readouterr().out
-    assert "on development: exact_match" in printed
+    assert "on development examples: exact_match" in printed
     if Steering.load(tmp_path / "grid").is_noop:
         assert "nothing beats leaving the model as it is" in printed
 
@@ -237,7 +238,7 @@ def test_strengths_of_heads_are_chosen_by_the_command(
     assert said in capsys.readouterr().out
     assert bool((steering.neuron_scales == 1).all())
     for flags, message in (
-        (["--offset", 2, "--limit", 4], "2 of the 4 pictures of own_a"),
+        (["--offset", 2, "--limit", 4], "2 of the 4 images of own_a"),
         (["--offset", 4, "--enhance", 0.5], "--enhance 0.5 leaves nothing to choose on --tasks own_a"),
     ):
         assert main([*own.command("scale", *chosen[:-1], tmp_path / "not"), *map(str, flags)]) == 1
@@ -260,7 +261,7 @@ def test_a_steering_that_would_change_nothing_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_of_factors_that_do_equally_well_the_one_that_changes_least_is_taken(
+def test_grid_breaks_ties_by_the_smallest_change(
     development: Development,
 ) -> None:
     job = dataclasses.replace(development, factors=(1.0001, 1.0, 0.9999))
@@ -273,7 +274,7 @@ def test_of_factors_that_do_equally_well_the_one_that_changes_least_is_taken(
     ("how", "module", "method", "stops"),
     [("learned", _Fit, "training_step", (6, 1, 4)), ("search", _Pass, "predict_step", (3, 7))],
 )
-def test_scales_chosen_in_pieces_are_those_chosen_at_once(
+def test_resumed_scaling_gives_the_same_steering(
     own: own_answers.Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -282,7 +283,7 @@ def test_scales_chosen_in_pieces_are_those_chosen_at_once(
     method: str,
     stops: tuple[int, ...],
 ) -> None:
-    """Six examples, two epochs: steps of four and two examples twice; or four passes of a search."""
+    """Interrupt learning (two epochs of six examples) and search (four passes) and resume them."""
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
     flags += ["--how", how, "--groups", 2, "--neurons", 0.2, "--factors", "[0, 1, 3]"]
@@ -292,7 +293,7 @@ def test_scales_chosen_in_pieces_are_those_chosen_at_once(
     def counting(self: object, *arguments: object) -> object:
         made[0] += 1
         if made[0] > allowed[0]:
-            raise HonesError("the power went")
+            raise HonesError("interrupted")
         return step(self, *arguments)
 
     monkeypatch.setattr(module, method, counting)
@@ -302,7 +303,7 @@ def test_scales_chosen_in_pieces_are_those_chosen_at_once(
         assert any((tmp_path / "pieces" / "partial").glob("*.safetensors"))
     made[0], allowed[0] = 0, 1000
     assert main(own.command("scale", *flags, "--out", tmp_path / "pieces", "--resume")) == 0
-    assert made[0] < (16 if how == "learned" else 24)  # not from the beginning
+    assert made[0] < (16 if how == "learned" else 24), "started again from the beginning"
     one, other = ((tmp_path / name / "steering.safetensors").read_bytes() for name in ("whole", "pieces"))
     assert one == other
     reports = [json.loads((tmp_path / name / "steering.json").read_text()) for name in ("whole", "pieces")]

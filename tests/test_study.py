@@ -1,4 +1,4 @@
-"""The whole experiment through the command, on splits of a task that a small model answers itself."""
+"""The whole experiment through the command, on tasks whose gold answers come from a small model."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own
 
 @pytest.fixture(scope="module")
 def splits(own: own_answers.Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both tasks cut into three by their pictures."""
+    """Both tasks, each cut into three image-disjoint splits."""
     folder = tmp_path_factory.mktemp("splits") / "tasks"
     own_answers.write_splits(own.tasks, folder, {"_discovery": (0, 4), "_development": (4, 7), "": (7, 12)})
     return folder
@@ -37,7 +37,7 @@ def arguments(own: own_answers.Prepared, splits: Path, out: Path, *others: str) 
     return [*given, "--heads", "4", "--neurons", "0.05", "--trials", "2", *others]
 
 
-def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
+def test_a_study_matches_its_parts_and_a_second_run_reuses_them(
     own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(own, splits, tmp_path)) == 0
@@ -73,7 +73,7 @@ def test_a_study_is_what_its_parts_give_and_goes_on_where_it_stopped(
         capsys.readouterr()
         assert main(arguments(own, splits, tmp_path, *other)) == 1
         said = own_answers.complaint(capsys.readouterr().err)
-        assert f"{folder} was made from something else" in said
+        assert f"{folder} was made with other examples or settings" in said
 
 
 def _transfers_to_another_task(before: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:
@@ -102,25 +102,27 @@ def _masking_is_that_of_verify(report: dict, own: own_answers.Prepared, splits: 
     )
 
 
-def test_a_study_tests_on_no_picture_that_it_chose_on(
+def test_a_study_rejects_test_images_that_were_used_for_choosing(
     own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_answers.write_splits(
         own.tasks, tmp_path / "t", {"_discovery": (0, 4), "_development": (4, 7), "": (6, 12)}
     )
     assert main(arguments(own, tmp_path / "t", tmp_path / "out")) == 1
-    assert "1 of the 6 pictures of own_a" in own_answers.complaint(capsys.readouterr().err)
+    assert "1 of the 6 images of own_a" in own_answers.complaint(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--shifted", "own_c=own_b")) == 1
     assert "--shifted own_c=own_b: give TASK=OTHER" in own_answers.complaint(capsys.readouterr().err)
     assert main(arguments(own, tmp_path / "t", tmp_path / "out", "--methods", '["dvp"]')) == 1
-    assert "must hold hones" in own_answers.complaint(capsys.readouterr().err)
+    assert "must include hones" in own_answers.complaint(capsys.readouterr().err)
     assert main(arguments(own, splits, tmp_path / "out", "--trials", "1")) == 1
-    assert "--trials 1: how far random banks differ" in own_answers.complaint(capsys.readouterr().err)
+    assert "--trials 1: estimating how much random banks differ" in own_answers.complaint(
+        capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_can_have_limits_of_its_own(
+def test_a_task_can_have_its_own_limits(
     own: own_answers.Prepared, splits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--limits", '{"own_b": 2}', "--test_limit", "5", "--test_limits", '{"own_a": 4}']
@@ -145,7 +147,7 @@ def test_a_task_without_a_helpful_head_is_named(own: own_answers.Prepared) -> No
     ranking = Ranking.load(own.rankings / "hones")
     none = dataclasses.replace(ranking, report=ranking.report | {"heads_with_positive_score": 0})
     (note,) = fallbacks({"own_a": ranking, "own_b": none})
-    assert note.startswith("own_b: no head's replacement lowers the metric")
+    assert note.startswith("own_b: replacing a head never lowers the metric")
 
 
 def test_a_verdict_needs_an_interval_without_zero() -> None:

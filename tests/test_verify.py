@@ -1,4 +1,4 @@
-"""Masking on held-out examples: against a plain loop with hooks of its own, and through the command."""
+"""Masking on held-out examples, compared with a plain loop with its own hooks, through the command."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -99,7 +99,7 @@ def plain_values(lmm: Any, examples: TaskExamples, modules: list[Any], places: l
 
 
 @pytest.mark.parametrize("method", ["hones", "vseam"])
-def test_the_command_reports_what_a_plain_loop_measures(
+def test_the_command_reports_the_values_of_a_plain_loop(
     method: str,
     command: Callable[..., list[str]],
     rankings: Path,
@@ -152,19 +152,19 @@ def test_the_command_reports_what_a_plain_loop_measures(
     assert any(drop[1] != 0 for drop in drops.values())
 
 
-def test_pictures_of_the_ranking_are_refused_with_their_count(
+def test_images_of_the_ranking_are_rejected_with_their_count(
     command: Callable[..., list[str]], rankings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = ["--ranking", rankings / "hones", "--offset", 2, "--limit", 6, "--out", tmp_path]
     assert main(command("verify", *chosen)) == 1
     line = own_answers.complaint(capsys.readouterr().err)
-    assert "2 of the 6 pictures of own_a" in line
-    assert line.endswith("of another split or by --offset and --limit")
+    assert "2 of the 6 images of own_a" in line
+    assert line.endswith("choose another split, or set --offset and --limit")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("trials", [1, 0])
-def test_random_banks_without_a_spread_are_refused(
+def test_fewer_than_two_random_banks_are_rejected(
     trials: int,
     command: Callable[..., list[str]],
     rankings: Path,
@@ -173,8 +173,9 @@ def test_random_banks_without_a_spread_are_refused(
 ) -> None:
     chosen = ["--ranking", rankings / "hones", "--offset", 4, "--trials", trials, "--out", tmp_path]
     assert main(command("verify", *chosen)) == 1
-    assert f"--trials {trials}: how far random banks differ takes at least 2" in own_answers.complaint(
-        capsys.readouterr().err
+    assert (
+        f"--trials {trials}: estimating how much random banks differ needs at least 2"
+        in own_answers.complaint(capsys.readouterr().err)
     )
     assert not list(tmp_path.iterdir())
 
@@ -199,12 +200,12 @@ def test_examples_without_an_answer_are_counted_and_the_first_is_named(
     assert "task own_a: 2 of 12 examples have no gold answer, the first is doc_id 9" in line
 
 
-def test_another_question_about_a_known_picture_is_refused_too(
+def test_another_question_about_a_known_image_is_rejected_too(
     command: Callable[..., list[str]], rankings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = command("verify", "--ranking", rankings / "hones", "--limit", 6, "--out", tmp_path)
     assert main([one if one != "own_a" else "own_b" for one in given]) == 1
-    assert "4 of the 6 pictures of own_b" in capsys.readouterr().err
+    assert "4 of the 6 images of own_b" in capsys.readouterr().err
 
 
 def job(lmm: Any, tasks: Path, ranking: Ranking, **others: Any) -> Verification:
@@ -212,7 +213,7 @@ def job(lmm: Any, tasks: Path, ranking: Ranking, **others: Any) -> Verification:
     return Verification(ranking, replayer, held_out(lmm, tasks), Loop("cpu", progress=False), **others)
 
 
-def test_bad_banks_are_refused(lmm: Any, tasks: Path, rankings: Path) -> None:
+def test_bad_banks_are_rejected(lmm: Any, tasks: Path, rankings: Path) -> None:
     ranking = Ranking.load(rankings / "hones")
     shape = replace(ranking.provenance.shape, neurons=7)
     other = replace(
@@ -241,7 +242,7 @@ def test_weights_that_are_not_finite_are_named(lmm: Any, tasks: Path, rankings: 
         weight.data.copy_(kept)
 
 
-def test_random_heads_are_others_and_as_many(rankings: Path) -> None:
+def test_random_heads_are_other_heads_and_as_many(rankings: Path) -> None:
     ranking = Ranking.load(rankings / "vseam")
     banks = head_banks(ranking, 3, 5, seed=0)
     taken = {*banks.get("positive", []), *banks.get("negative", [])}
@@ -251,7 +252,7 @@ def test_random_heads_are_others_and_as_many(rankings: Path) -> None:
     assert all(isinstance(head, Head) for head in banks["random 1"])
 
 
-def test_intervals_of_means_are_those_of_scipy_and_use_whole_pictures() -> None:
+def test_intervals_of_means_match_scipy_and_resample_whole_images() -> None:
     generator = np.random.default_rng(0)
     values = generator.random((60, 2))
     each = resample_means(values, np.arange(60), seed=1)
@@ -277,7 +278,7 @@ def test_a_ratio_of_zero_has_no_value_and_says_so() -> None:
     assert constant.note
 
 
-def test_a_corpus_metric_is_computed_again_and_agrees_with_the_mean_where_it_is_one() -> None:
+def test_a_recomputed_corpus_metric_agrees_with_the_mean_where_it_is_a_mean() -> None:
     generator = np.random.default_rng(3)
     values = generator.random((40, 2))
     items = [[{"m": float(v)} for v in column] for column in values.T]
@@ -293,5 +294,5 @@ def test_a_corpus_metric_is_computed_again_and_agrees_with_the_mean_where_it_is_
     assert len(top.boot) == 199
 
 
-def test_examples_of_the_same_pictures_share_a_number() -> None:
+def test_examples_of_the_same_images_share_a_number() -> None:
     assert numbered([["x"], ["y"], ["x"], [], []]).tolist() == [0, 1, 0, 2, 3]

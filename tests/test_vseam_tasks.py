@@ -176,7 +176,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
         "help: ask for other answers too"
     )
     offered = f"{one_answer}, or --metric balanced_accuracy"
-    nothing_to_lose = "the model scores 0 with nothing masked, so that masking costs nothing says nothing"
+    nothing_to_lose = "the unmasked model already scores 0, so a zero drop is uninformative"
     no_positive = "no example is correct, so positive scores are not measured and stand as 0"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     reports = [

@@ -12,7 +12,7 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings
-from hones_eval.jobs.scale import GRID, STRENGTHS, Development, choose, said_of
+from hones_eval.jobs.scale import GRID, STRENGTHS, Development, choose, summary
 from hones_eval.methods import scaling
 from hones_eval.runs.checkpoint import Partial
 from hones_eval.version import __version__
@@ -151,7 +151,7 @@ def scale(
     if job.loop.is_first:
         _save(steering, out)
         partial.clear()
-        say(said_of(steering.provenance.settings))
+        say(summary(steering.provenance.settings))
         for warning in steering.provenance.settings.get("warnings", []):
             say(f"warning: {warning}")
         if steering.is_noop:

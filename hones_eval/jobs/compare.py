@@ -1,4 +1,4 @@
-"""Several rankings of one model side by side: layers, shared groups, overlaps, cross-masking."""
+"""Compare several rankings of one model: layer curves, shared groups, overlaps, cross-task masking."""
 
 import dataclasses
 from collections import Counter
@@ -16,7 +16,7 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.jobs.verify import Measured, masked, refuse_shared_pictures
+from hones_eval.jobs.verify import Measured, masked, refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods.answers import AnswersUnder, answered
 from hones_eval.methods.banks import check_fits
@@ -27,57 +27,61 @@ Site = Head | Neuron
 
 
 class Overlap(NamedTuple):
-    """What two banks share, beside what chance would."""
+    """The sites that two banks share, compared with chance."""
 
     first: str
     second: str
     shared: int
     jaccard: float
     chance: float
-    """Expected Jaccard index of two random banks of these sizes."""
+    """Expected Jaccard index of two random banks of the same sizes."""
     chance_by_layer: float
-    """The same when both keep their numbers in each layer: what crowding in the same layers explains."""
+    """The same for random banks with the same number of sites per layer: the share of the overlap that is
+    explained by both banks crowding the same layers."""
     p_by_layer: float
-    """How often such random banks share at least as many."""
+    """The probability that such layer-matched random banks share at least as many sites."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """Rankings of one model by name, and how many sites of each are compared."""
+    """Rankings of one model by name, and how many sites of each to compare."""
 
     rankings: Mapping[str, Ranking]
     neurons: float | None = None
     heads: int = 30
 
     def __post_init__(self) -> None:
-        """Refuse fewer than two rankings, and rankings of different models."""
+        """Reject fewer than two rankings, and rankings of different models."""
         if len(self.rankings) < 2:
-            raise HonesError(f"comparing takes at least two rankings, not {len(self.rankings)}")
-        (first, one), *others = self.rankings.items()
+            raise HonesError(f"a comparison needs at least two rankings, not {len(self.rankings)}")
+        (first, reference), *others = self.rankings.items()
         for name, other in others:
             try:
-                check_fits(other, one.provenance.shape, f"the model of {first}")
+                check_fits(other, reference.provenance.shape, f"the model of {first}")
             except MisfitError as error:
                 raise MisfitError(f"{name}: {error}") from None
 
     def neuron_banks(self) -> dict[str, list[Neuron]]:
-        """Selected neurons of the rankings that have neuron scores."""
-        known = {name: one for name, one in self.rankings.items() if one.neuron_scores is not None}
-        return {name: one.neurons(self.neurons) for name, one in known.items()}
+        """The selected neurons of every ranking that has neuron scores."""
+        return {
+            name: ranking.neurons(self.neurons)
+            for name, ranking in self.rankings.items()
+            if ranking.neuron_scores is not None
+        }
 
     def head_banks(self) -> dict[str, list[Head]]:
-        """Best heads with a score above 0; of V-SEAM's rankings the positive and the negative ones."""
+        """The best heads with a score above 0; for V-SEAM rankings the positive and the negative heads."""
         banks: dict[str, list[Head]] = {}
-        for name, one in self.rankings.items():
-            if one.head_positive is not None and one.head_negative is not None:
-                banks[f"{name} +"] = _best(one.head_positive, self.heads)
-                banks[f"{name} -"] = _best(one.head_negative, self.heads)
-            elif one.head_scores is not None:
-                banks[name] = _best(one.head_scores, self.heads)
+        for name, ranking in self.rankings.items():
+            if ranking.head_positive is not None and ranking.head_negative is not None:
+                banks[f"{name} +"] = _best(ranking.head_positive, self.heads)
+                banks[f"{name} -"] = _best(ranking.head_negative, self.heads)
+            elif ranking.head_scores is not None:
+                banks[name] = _best(ranking.head_scores, self.heads)
         return banks
 
     def overlaps(self) -> dict[str, list[Overlap]]:
-        """Every pair of banks, by kind of site."""
+        """The overlap of every pair of banks, by kind of site."""
         shape = next(iter(self.rankings.values())).provenance.shape
         return {
             "neurons": overlaps(self.neuron_banks(), shape.layers, shape.neurons),
@@ -85,29 +89,29 @@ class Comparison:
         }
 
     def report(self) -> dict[str, Any]:
-        """Layer curves, groups and overlaps, ready for JSON."""
+        """Layer curves, groups and overlaps as a JSON-ready mapping."""
         neurons, heads = self.neuron_banks(), self.head_banks()
         shape = next(iter(self.rankings.values())).provenance.shape
         found = self.overlaps()
         return {
-            "rankings": {name: one.digest for name, one in self.rankings.items()},
+            "rankings": {name: ranking.digest for name, ranking in self.rankings.items()},
             "neurons_by_layer": {name: by_layer(bank, shape.layers) for name, bank in neurons.items()},
             "heads_by_layer": {name: by_layer(bank, shape.layers) for name, bank in heads.items()},
             "groups": {group_name(names): len(bank) for names, bank in self.groups().items()},
-            "neuron_overlaps": [one._asdict() for one in found["neurons"]],
-            "head_overlaps": [one._asdict() for one in found["heads"]],
+            "neuron_overlaps": [overlap._asdict() for overlap in found["neurons"]],
+            "head_overlaps": [overlap._asdict() for overlap in found["heads"]],
         }
 
     def groups(self) -> dict[tuple[str, ...], list[Neuron]]:
-        """Neurons selected by exactly these rankings, for every combination of them, possibly none."""
+        """For every combination of rankings, the neurons that exactly these select (possibly none)."""
         return groups(self.neuron_banks())
 
     def group_ranking(self, names: tuple[str, ...], bank: Sequence[Neuron]) -> Ranking:
-        """A group as a ranking of its own, whose selection is the group: for `verify` and `scale`.
+        """Make a group a ranking that selects exactly its neurons, for use by `verify` and `scale`.
 
-        A member scores its mean importance over the group's rankings, each as a share of that ranking's
-        largest; every other neuron scores 0. The provenance names the examples of all the rankings compared,
-        since who is *not* in a group depends on them too.
+        A member's score is its mean importance over the group's rankings, each divided by that ranking's
+        largest importance; every other neuron scores 0. The provenance names the examples of all compared
+        rankings, because the rankings outside the group also decide which neurons are in it.
         """
         if not bank:
             raise HonesError(f"no neuron is shared by exactly {group_name(names)}")
@@ -118,7 +122,7 @@ class Comparison:
         for neuron in bank:
             scores[neuron] = mean[neuron]
         source = self.rankings[names[0]].provenance
-        sets = {one.hash: one for each in self.rankings.values() for one in each.provenance.examples}
+        sets = {used.hash: used for each in self.rankings.values() for used in each.provenance.examples}
         made_from = {name: self.rankings[name].digest for name in self.rankings}
         provenance = dataclasses.replace(
             source,
@@ -131,7 +135,7 @@ class Comparison:
 
 
 def groups(banks: Mapping[str, Sequence[Neuron]]) -> dict[tuple[str, ...], list[Neuron]]:
-    """For every combination of banks the neurons that are in all of them and in none of the others."""
+    """For every combination of banks, the neurons that are in all of them and in no other bank."""
     owners: dict[Neuron, tuple[str, ...]] = {}
     for name, bank in banks.items():
         for neuron in bank:
@@ -146,32 +150,34 @@ def groups(banks: Mapping[str, Sequence[Neuron]]) -> dict[tuple[str, ...], list[
 
 
 def group_name(names: Sequence[str]) -> str:
-    """What a group is called, also as a folder."""
+    """The name of a group, also used for its folder."""
     return "+".join(names)
 
 
 def by_layer(bank: Sequence[Site], layers: int) -> list[int]:
-    """How many sites of a bank are in each layer."""
+    """The number of a bank's sites in each layer [L]."""
     counts = Counter(site[0] for site in bank)
     return [counts[layer] for layer in range(layers)]
 
 
 def overlaps(banks: Mapping[str, Sequence[Site]], layers: int, width: int) -> list[Overlap]:
-    """Every pair of banks: Jaccard index, and what it would be by chance, anywhere and layer by layer."""
-    return [_overlap(one, other, banks, layers, width) for one, other in combinations(banks, 2)]
+    """The Jaccard index of every pair of banks, and its value by chance, overall and layer by layer."""
+    return [_overlap(first, second, banks, layers, width) for first, second in combinations(banks, 2)]
 
 
-def _overlap(one: str, other: str, banks: Mapping[str, Sequence[Site]], layers: int, width: int) -> Overlap:
-    a, b = banks[one], banks[other]
+def _overlap(
+    first: str, second: str, banks: Mapping[str, Sequence[Site]], layers: int, width: int
+) -> Overlap:
+    a, b = banks[first], banks[second]
     shared = len({*a} & {*b})
-    together = len({*a} | {*b})
+    union = len({*a} | {*b})
     anywhere = chance_of_sharing([len(a)], [len(b)], layers * width)
     same_layers = chance_of_sharing(by_layer(a, layers), by_layer(b, layers), width)
     return Overlap(
-        one,
-        other,
+        first,
+        second,
         shared,
-        shared / together if together else 0.0,
+        shared / union if union else 0.0,
         _expected_jaccard(anywhere, len(a), len(b)),
         _expected_jaccard(same_layers, len(a), len(b)),
         float(min(1.0, same_layers[shared:].sum())),
@@ -179,9 +185,14 @@ def _overlap(one: str, other: str, banks: Mapping[str, Sequence[Site]], layers: 
 
 
 def chance_of_sharing(a: Sequence[int], b: Sequence[int], width: int) -> Floats:
-    """Probabilities that random banks share 0, 1, 2, ... sites, each with so many in layers of `width` sites.
+    """The probabilities that two random banks share 0, 1, 2, ... sites.
 
-    In one layer the number is hypergeometric; the sum over layers is the convolution.
+    Within a layer the number of shared sites is hypergeometric; over layers the distributions convolve.
+
+    Args:
+        a: the number of sites of one bank in each layer.
+        b: the same for the other bank.
+        width: the number of sites in a layer.
     """
     total = np.ones(1)
     for in_a, in_b in zip(a, b, strict=True):
@@ -196,7 +207,7 @@ def _expected_jaccard(chance: Floats, a: int, b: int) -> float:
 
 
 class Crossing(NamedTuple):
-    """Mask one ranking's bank, measure another's task."""
+    """One cell of the cross-task matrix: mask one ranking's bank, measure another ranking's task."""
 
     masked: str
     measured: str
@@ -205,26 +216,26 @@ class Crossing(NamedTuple):
     drop: dict[str, Any]
     relative_drop: dict[str, Any]
     random_drop: float
-    """The drop by a random bank with as many neurons in each layer."""
+    """The drop of a random bank with as many neurons in each layer."""
 
 
 def cross(
     comparison: Comparison, replayer: Replayer, tasks: Sequence[TaskExamples], loop: Loop, seed: int = 0
 ) -> list[Crossing]:
-    """The cross-task matrix: every bank masked on every task, beside a random bank each (HONES 3).
+    """Mask every bank on every task, with a matched random bank each: the cross-task matrix (HONES 3).
 
-    Raises: HonesError when a task shows a picture that one of the rankings was made from.
+    Raises: HonesError when a task shows an image that one of the rankings was made from.
     """
     banks: Mapping[str, Sequence[Site]] = comparison.neuron_banks() or comparison.head_banks()
     rankings, anatomy = list(comparison.rankings.values()), replayer.anatomy
     for ranking in rankings:
         check_fits(ranking, anatomy.shape, type(anatomy.model).__name__)
         for examples in tasks:
-            refuse_shared_pictures(ranking.provenance, examples.example_set(), "cross-masking")
+            refuse_shared_images(ranking.provenance, examples.example_set(), "cross-masking")
     steerings = {}
     for name, bank in banks.items():
         if not bank:
-            raise HonesError(f"{name} selects nothing, so there is nothing to mask")
+            raise HonesError(f"{name} selects no sites: there is nothing to mask")
         steerings[name] = masked(rankings[0], bank)
         steerings[f"random {name}"] = masked(rankings[0], _random_like(bank, anatomy, seed))
     found = []
@@ -260,11 +271,11 @@ def _best(scores: torch.Tensor, count: int) -> list[Head]:
 
 
 def load_named(folders: Sequence[Path]) -> dict[str, Ranking]:
-    """Rankings by their task; where that does not tell them apart, with their method, or by folder."""
+    """Load rankings, named by task; if names repeat, by task and method, or else by folder."""
     loaded = [Ranking.load(folder) for folder in folders]
-    tasks = [one.provenance.examples[0].task for one in loaded]
-    methods = [f"{task} {one.provenance.method}" for task, one in zip(tasks, loaded, strict=True)]
+    tasks = [ranking.provenance.examples[0].task for ranking in loaded]
+    methods = [f"{task} {ranking.provenance.method}" for task, ranking in zip(tasks, loaded, strict=True)]
     for names in (tasks, methods, [folder.resolve().name for folder in folders], list(map(str, folders))):
         if len(set(names)) == len(names):
             return dict(zip(names, loaded, strict=True))
-    raise HonesError("the same folder is given twice; a comparison is of different rankings")
+    raise HonesError("the same folder is given twice; give different rankings")

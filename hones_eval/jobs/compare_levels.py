@@ -1,4 +1,4 @@
-"""What rankings share within a semantic level and across levels, beside chance (V-SEAM 3)."""
+"""Overlaps of rankings within a semantic level and across levels, compared with chance (V-SEAM 3)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -12,18 +12,18 @@ from hones_eval.jobs.compare import Overlap
 
 
 class Sharing(NamedTuple):
-    """The mean overlap of several pairs of banks, beside what chance would give."""
+    """The mean overlap of several pairs of banks, compared with chance."""
 
     sites: str
     """`neurons`, `heads`, or V-SEAM's `heads +` that help and `heads -` that hurt."""
     levels: str
-    """`within LEVEL`, `LEVEL and LEVEL`, or all pairs `within a level` and `across levels`."""
+    """`within LEVEL` or `LEVEL and LEVEL`; for all pairs `within a level` or `across levels`."""
     pairs: int
     jaccard: float
     chance: float
     chance_by_layer: float
     p: float | None
-    """Of `within a level`: how often levels dealt out at random to the rankings share as much more within."""
+    """For `within a level`: the permutation p-value of sharing more within levels than across them."""
 
 
 def sharing(
@@ -33,32 +33,34 @@ def sharing(
 
     Args:
         overlaps: of all pairs of banks, by kind of site.
-        levels: the level of each ranking by its name; pairs with an empty bank do not count.
-        seed: of the permutations, where there are too many rankings for all of them.
+        levels: the level of each ranking, by name. Pairs with an empty bank are left out.
+        seed: of the permutations, where there are too many rankings to enumerate all of them.
     """
     rows = []
     for sites, found in overlaps.items():
         for sign in ("", " +", " -"):
             named = {f"{name}{sign}": level for name, level in levels.items()}
-            # Nothing can be shared with a bank that is empty, so chance is 0 there.
-            known = [one for one in found if one.first in named and one.second in named and one.chance > 0]
+            # A chance of 0 means that one of the banks is empty: such pairs are left out.
+            known = [
+                pair for pair in found if pair.first in named and pair.second in named and pair.chance > 0
+            ]
             rows += _rows(f"{sites}{sign}", known, named, seed)
     return rows
 
 
 def levels_of(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """The level of each ranking, one given for each in their order.
+    """The level of each ranking by name, from levels given in the order of the rankings.
 
-    Raises: HonesError when their numbers differ, or when there is nothing within or nothing across levels.
+    Raises: HonesError when the numbers differ, or when no pair is within a level or none is across levels.
     """
     if len(given) != len(names):
         raise HonesError(
-            f"--levels names {len(given)} levels for {len(names)} rankings; give one for each, in their order"
+            f"--levels names {len(given)} levels for {len(names)} rankings; give one per ranking, in order"
         )
     if not 1 < len(set(given)) < len(given):
         raise HonesError(
-            f"--levels {','.join(given)}: comparing within and across levels takes two levels or more, and "
-            "two rankings of one of them"
+            f"--levels {','.join(given)}: comparing within and across levels needs two levels or more, "
+            "and two rankings of one level"
         )
     return dict(zip(names, given, strict=True))
 
@@ -66,18 +68,18 @@ def levels_of(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
 def _rows(sites: str, found: Sequence[Overlap], levels: Mapping[str, str], seed: int) -> list[Sharing]:
     def mean(name: str, some: Sequence[Overlap], p: float | None = None) -> Sharing:
         jaccard, chance, chance_by_layer = np.mean(
-            [[one.jaccard, one.chance, one.chance_by_layer] for one in some], axis=0
+            [[pair.jaccard, pair.chance, pair.chance_by_layer] for pair in some], axis=0
         ).tolist()
         return Sharing(sites, name, len(some), jaccard, chance, chance_by_layer, p)
 
-    def between(*pair: str) -> list[Overlap]:
-        return [one for one in found if sorted((levels[one.first], levels[one.second])) == sorted(pair)]
+    def between(*wanted: str) -> list[Overlap]:
+        return [pair for pair in found if sorted((levels[pair.first], levels[pair.second])) == sorted(wanted)]
 
     names = list(dict.fromkeys(levels.values()))
     parts = {f"within {name}": between(name, name) for name in names}
-    parts |= {f"{one} and {other}": between(one, other) for one, other in combinations(names, 2)}
-    within = [one for one in found if levels[one.first] == levels[one.second]]
-    across = [one for one in found if levels[one.first] != levels[one.second]]
+    parts |= {f"{first} and {second}": between(first, second) for first, second in combinations(names, 2)}
+    within = [pair for pair in found if levels[pair.first] == levels[pair.second]]
+    across = [pair for pair in found if levels[pair.first] != levels[pair.second]]
     if not within or not across:
         return []
     return [
@@ -88,10 +90,10 @@ def _rows(sites: str, found: Sequence[Overlap], levels: Mapping[str, str], seed:
 
 
 def _p_of_levels(found: Sequence[Overlap], levels: Mapping[str, str], seed: int) -> float:
-    """One-sided permutation test: levels are dealt out again to the rankings."""
-    names = sorted({name for one in found for name in (one.first, one.second)})
-    pairs = np.array([[names.index(one.first), names.index(one.second)] for one in found])
-    jaccard = np.array([one.jaccard for one in found])
+    """One-sided permutation test: the levels are reassigned to the rankings at random."""
+    names = sorted({name for pair in found for name in (pair.first, pair.second)})
+    pairs = np.array([[names.index(pair.first), names.index(pair.second)] for pair in found])
+    jaccard = np.array([pair.jaccard for pair in found])
     numbers = np.unique([levels[name] for name in names], return_inverse=True)[1]
 
     def more_within(dealt: Any) -> float:

@@ -1,4 +1,4 @@
-"""Learning scales with Lightning's `fit`, on one device or on several with the same steps."""
+"""Learn scales with Lightning's `fit`, taking the same steps on one device or on several."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, froze
 from hones_eval.runs.checkpoint import Progress
 from hones_eval.runs.lightning import Loop, one_fails_all_fail
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps per parameter
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How scales are learned; the defaults are the paper's (HONES 4)."""
+    """The settings of learning; the defaults are the paper's (HONES 4)."""
 
     beta: float = 0.05
     penalty: float = 1e-5
@@ -37,7 +37,7 @@ class FitSettings:
 
 
 class Fitted(NamedTuple):
-    """Learned scales [L, I], and the settings and losses to record with them."""
+    """Learned scales [L, I], with the settings and losses to record."""
 
     scales: Tensor
     report: dict[str, Any]
@@ -46,21 +46,21 @@ class Fitted(NamedTuple):
 def fit(
     replayer: Replayer, examples: TaskExamples, bank: Sequence[Neuron], settings: FitSettings, loop: Loop
 ) -> Fitted:
-    """Learn one scale for every neuron of a bank; every rank gets the same.
+    """Learn one scale per neuron of a bank; every process gets the same scales.
 
-    Raises: HonesError when steps cannot be shared evenly by the processes, or a loss is not finite.
+    Raises: HonesError when the processes cannot share the steps evenly, or a loss is not finite.
     """
     if settings.epochs < 1 or settings.accumulate < 1:
-        raise HonesError("learning scales takes at least one epoch and steps of at least one example")
+        raise HonesError("learning scales needs at least one epoch, and at least one example per step")
     if settings.learning_rate <= 0 or settings.beta < 0:
         raise HonesError(
-            f"learning scales takes a learning rate above 0 and a beta of 0 or more, not "
-            f"{settings.learning_rate:g} and {settings.beta:g}"
+            f"--learning_rate {settings.learning_rate:g} --beta {settings.beta:g}: learning "
+            "scales needs a learning rate above 0 and a beta of 0 or more"
         )
     if settings.accumulate % loop.world_size:
         raise HonesError(
-            f"steps of {settings.accumulate} examples cannot be shared by {loop.world_size} processes: "
-            f"use a number of --devices that divides {settings.accumulate}"
+            f"{loop.world_size} processes cannot share steps of {settings.accumulate} examples evenly: "
+            f"give a number of --devices that divides {settings.accumulate}"
         )
     scales = LearnedScales(replayer.anatomy, bank)
     loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
@@ -70,7 +70,7 @@ def fit(
         trainer.fit(module)
     steps = module.steps_before + trainer.global_step
     if steps != module.steps:
-        raise HonesError(f"learning took {steps} steps where {module.steps} were planned")
+        raise HonesError(f"learning made {steps} steps instead of {module.steps}; please report this")
     found = scales.scales()
     report = asdict(settings) | {"steps": steps, "last_learning_rate": module.last_rate()}
     report |= {"epoch_losses": module.history, "largest_change": float((found - 1).abs().max())}
@@ -78,21 +78,21 @@ def fit(
 
 
 def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:
-    """A decoder that knows what type id an answer's tokens have, in the families that have types."""
+    """A decoder that has learned the token type id of an answer's tokens, for families with token types."""
     decoder, first = Decoder(replayer), examples[0]
     decoder.learn_type(first.inputs, first.settings)
     return decoder
 
 
 def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
-    """On the devices of the loop."""
+    """A trainer on the same devices as the loop."""
     return Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=loop.trainer.num_devices,
         num_nodes=loop.trainer.num_nodes,
         strategy=loop.strategy(),
         use_distributed_sampler=False,
-        max_epochs=1,  # the epochs of the settings follow each other in one loader
+        max_epochs=1,  # one loader holds all epochs, one after the other
         accumulate_grad_batches=settings.accumulate // loop.world_size,
         gradient_clip_val=settings.clip_norm,
         logger=False,
@@ -103,76 +103,76 @@ def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
 
 
 class Slot(NamedTuple):
-    """A place in a step: an example and its weight, or nothing where the last step has fewer examples."""
+    """A slot of a step: an example and its weight, or no example where the last step has fewer."""
 
     example: Example | None
     weight: float
 
 
 class Slots(Dataset[Slot]):
-    """One rank's share of one epoch, cut into steps of exactly `accumulate` places over all ranks.
+    """One process's share of an epoch, cut into steps of exactly `accumulate` slots over all processes.
 
-    The last step may have fewer examples than places. It is padded with empty ones, and the others' weights
-    make the step the mean over its examples, as every other step is.
+    The last step may have fewer examples than slots. It is then padded with empty slots, and its examples
+    are weighted so that its loss is the mean over its examples, as in every other step.
     """
 
     def __init__(
         self, examples: TaskExamples, order: Sequence[int], accumulate: int, rank: int = 0, world: int = 1
     ) -> None:
-        """Share out `order`, the epoch's order of the examples."""
+        """Take this process's slots of `order`, the order of the examples in this epoch."""
         self.examples = examples
-        self.places: list[tuple[int | None, float]] = []
+        self.slots: list[tuple[int | None, float]] = []
         for start in range(0, len(order), accumulate):
             step = list(order[start : start + accumulate])
             weight = accumulate / len(step)
             padded = [*((index, weight) for index in step), *[(None, 0.0)] * (accumulate - len(step))]
-            self.places += padded[rank::world]
+            self.slots += padded[rank::world]
 
     def __len__(self) -> int:
-        """The number of places."""
-        return len(self.places)
+        """The number of slots."""
+        return len(self.slots)
 
-    def __getitem__(self, place: int) -> Slot:
-        """Record the example of a place."""
-        index, weight = self.places[place]
+    def __getitem__(self, number: int) -> Slot:
+        """The slot with this number; its example is recorded now."""
+        index, weight = self.slots[number]
         return Slot(None if index is None else self.examples[index], weight)
 
 
 class _Fit(LightningModule):  # type: ignore[misc]
-    """Steps of AdamW on `a` alone; the model is no part of this module, so Lightning leaves it alone.
+    """Makes AdamW steps on `a` alone; the model is not part of this module, so Lightning does not touch it.
 
-    After a step, `a`, the optimizer's moments and the losses are what a killed run goes on from.
+    To resume a killed run, each step saves `a`, the optimizer's moments and the sums of the losses.
     """
 
     def __init__(self, loss: AnswerLoss, examples: TaskExamples, settings: FitSettings, loop: Loop) -> None:
         super().__init__()
         self.scales = loss.scales
         self.loss, self.examples, self.settings, self.partial = loss, examples, settings, loop.partial
-        self.places_a_step = settings.accumulate // loop.world_size  # of this rank
-        self.steps_an_epoch = math.ceil(len(examples) / settings.accumulate)
-        self.steps = settings.epochs * self.steps_an_epoch
+        self.slots_per_step = settings.accumulate // loop.world_size  # of this process
+        self.steps_per_epoch = math.ceil(len(examples) / settings.accumulate)
+        self.steps = settings.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
         self.losses = torch.zeros(settings.epochs, 3, dtype=torch.float64)
         self.done = 0
-        self._left: Progress | None = None
+        self._resumed: Progress | None = None
 
     @property
     def steps_before(self) -> int:
-        """How many steps a killed run had made."""
-        return 0 if self._left is None else self._left.done // self.places_a_step
+        """The number of steps that a resumed run had already made."""
+        return 0 if self._resumed is None else self._resumed.done // self.slots_per_step
 
     def setup(self, stage: str) -> None:
-        self._left = None if self.partial is None else self.partial.load(*self._place)
-        if self._left is not None:
-            self.done = self._left.done
-            self.losses = self._left.sums["losses"]
-            self.scales.a.data.copy_(self._left.sums["a"])
+        self._resumed = None if self.partial is None else self.partial.load(*self._checkpoint)
+        if self._resumed is not None:
+            self.done = self._resumed.done
+            self.losses = self._resumed.sums["losses"]
+            self.scales.a.data.copy_(self._resumed.sums["a"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # The penalty on `a` is in the loss, so AdamW's own decay is off.
+        # The loss already holds the penalty on `a`, so AdamW's weight decay is off.
         optimizer = torch.optim.AdamW([self.scales.a], lr=self.settings.learning_rate, weight_decay=0.0)
-        if self._left is not None:
-            kept = {name: self._left.sums[name].clone() for name in MOMENTS}
+        if self._resumed is not None:
+            kept = {name: self._resumed.sums[name].clone() for name in MOMENTS}
             device = self.scales.a.device
             moved = {name: value if name == "step" else value.to(device) for name, value in kept.items()}
             optimizer.state[self.scales.a] = moved
@@ -187,14 +187,14 @@ class _Fit(LightningModule):  # type: ignore[misc]
             order = torch.randperm(len(self.examples), generator=generator).tolist()
             rank, world = self.global_rank, self.trainer.world_size
             epochs.append(Slots(self.examples, order, self.settings.accumulate, rank, world))
-        places = ConcatDataset[Slot](epochs)
-        return DataLoader(Subset(places, range(self.done, len(places))), batch_size=None, shuffle=False)
+        slots = ConcatDataset[Slot](epochs)
+        return DataLoader(Subset(slots, range(self.done, len(slots))), batch_size=None, shuffle=False)
 
     def transfer_batch_to_device(self, batch: Slot, device: torch.device, dataloader_idx: int) -> Slot:
-        return batch  # the wrapper has already put the inputs where its model wants them
+        return batch  # the wrapper has already moved the inputs to its model's device
 
     def training_step(self, batch: Slot, batch_idx: int) -> Tensor:
-        epoch = self.done // (self.steps_an_epoch * self.places_a_step)
+        epoch = self.done // (self.steps_per_epoch * self.slots_per_step)
         self.done += 1
         if batch.example is None:
             return self.scales.a.sum() * 0
@@ -206,25 +206,25 @@ class _Fit(LightningModule):  # type: ignore[misc]
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.scales.a.clamp_(-self.settings.limit, self.settings.limit)
-        # Of the last step nothing is kept, so that a run that goes on always has a step to make.
-        if self.partial is not None and self.done < self.steps * self.places_a_step:
+        # The last step is not saved: a resumed run must have at least one step to make.
+        if self.partial is not None and self.done < self.steps * self.slots_per_step:
             state = self.optimizers().optimizer.state[self.scales.a]
             sums = {name: state[name] for name in MOMENTS}
             sums |= {"a": self.scales.a.detach(), "losses": self.losses}
-            self.partial.save(*self._place, Progress(self.done, sums, {}), last=False)
+            self.partial.save(*self._checkpoint, Progress(self.done, sums, {}), last=False)
 
     def on_train_epoch_end(self) -> None:
-        together = self.all_gather(self.losses.to(self.device)).reshape(-1, *self.losses.shape).sum(0)
+        gathered = self.all_gather(self.losses.to(self.device)).reshape(-1, *self.losses.shape).sum(0)
         self.history = [
             {"cross_entropy": entropy / count, "divergence": divergence / count}
-            for entropy, divergence, count in together.tolist()
+            for entropy, divergence, count in gathered.tolist()
         ]
 
     def last_rate(self) -> float:
-        """The learning rate at which the schedule has arrived."""
+        """The learning rate at the end of the schedule."""
         (rate,) = self.lr_schedulers().get_last_lr()
         return float(rate)
 
     @property
-    def _place(self) -> tuple[str, int, int]:
+    def _checkpoint(self) -> tuple[str, int, int]:
         return f"learn-{self.examples.task}", self.global_rank, self.trainer.world_size

@@ -1,6 +1,4 @@
-"""Scales chosen on development examples: of neurons by grid, search, learning (HONES 4), of heads by grid
-(V-SEAM 4).
-"""
+"""Choose scales on development examples: neurons (HONES 4) and heads (V-SEAM 4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings, fit
-from hones_eval.jobs.verify import refuse_shared_pictures
+from hones_eval.jobs.verify import refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
@@ -29,7 +27,7 @@ STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "t
 
 @dataclass(frozen=True)
 class Development:
-    """A ranking, how many of its sites are scaled, and the development examples to choose the scales on."""
+    """The input of `choose`: a ranking, how many of its sites to scale, and the development examples."""
 
     ranking: Ranking
     replayer: Replayer
@@ -42,13 +40,13 @@ class Development:
     heads: int = 10
     epsilon: float = 0.0
     strengths: Sequence[float] | None = None
-    """For heads; by default those of `STRENGTHS`. 0, which leaves the heads alone, is always tried too."""
+    """The strengths to try on heads, by default those of `STRENGTHS`. 0 (no change) is always tried too."""
 
     def __post_init__(self) -> None:
-        """Refuse a ranking of another model, and one made from a development picture."""
+        """Reject a ranking of another model, or one that was made from a development image."""
         model = self.replayer.anatomy.model
         check_fits(self.ranking, self.replayer.anatomy.shape, type(model).__name__)
-        refuse_shared_pictures(self.ranking.provenance, self.examples.example_set(), "choosing scales")
+        refuse_shared_images(self.ranking.provenance, self.examples.example_set(), "choosing scales")
 
     @property
     def bank(self) -> list[Neuron]:
@@ -62,7 +60,10 @@ class Development:
 
 
 def choose(job: Development, how: How | HowHeads) -> Steering:
-    """Choose scales; every rank gets the same steering. Its provenance names the development examples."""
+    """Choose scales by the method `how`.
+
+    Returns: the same steering on every process. Its provenance names the development examples.
+    """
     steering = _chosen(job, how)
     one_answer = job.examples.one_answer()
     if one_answer is None:
@@ -82,7 +83,7 @@ def _chosen(job: Development, how: How | HowHeads) -> Steering:
 
 
 def grid(job: Development) -> Steering:
-    """The one factor for the whole bank that does best on the development examples."""
+    """Scale the whole bank by the one factor with the best metric on the development examples."""
     bank = job.bank
     candidates = {str(factor): _grouped(job, [bank], [factor]) for factor in job.factors}
     found = _measure(job, candidates, "grid")
@@ -94,16 +95,17 @@ def grid(job: Development) -> Steering:
         "count": len(bank),
         "metric": job.examples.metric,
         "baseline": found[BASELINE],
-        "metric_by_factor": {str(one): found[str(one)] for one in job.factors},
+        "metric_by_factor": {str(factor): found[str(factor)] for factor in job.factors},
     }
     return scaling.chosen(candidates[str(factor)], settings, job.example_set)
 
 
 def search(job: Development) -> Steering:
-    """A factor for each of a few groups of neighbouring layers, by coordinate search without gradients.
+    """Choose one factor per group of neighbouring layers by coordinate search, without gradients.
 
-    Twice over the groups, from the last layers down: of all factors the best one, the others' kept. As many
-    passes as there are groups, times two.
+    The search visits the groups twice, starting from the last layers. At each visit it tries every factor
+    for this group, keeps the other groups' factors, and takes the best. It makes two passes over the
+    examples per group.
     """
     groups = layer_groups(job.bank, job.groups)
     chosen = [1.0] * len(groups)
@@ -111,11 +113,11 @@ def search(job: Development) -> Steering:
     trace = []
     for number, group in enumerate([*reversed(range(len(groups)))] * 2):
         tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
-        candidates = {str(one): _grouped(job, groups, one) for one in tried}
+        candidates = {str(factors): _grouped(job, groups, factors) for factors in tried}
         found = _measure(job, candidates, f"search {number + 1}")
         baseline = found[BASELINE]
-        steps = [sum(abs(factor - 1) for factor in one) for one in tried]
-        chosen = tried[_best(job, [found[str(one)] for one in tried], steps)]
+        distances = [sum(abs(factor - 1) for factor in factors) for factors in tried]
+        chosen = tried[_best(job, [found[str(factors)] for factors in tried], distances)]
         value = found[str(chosen)]
         trace.append({"group": group, "factors": chosen, "metric": value})
     settings = {
@@ -132,27 +134,29 @@ def search(job: Development) -> Steering:
 
 
 def head_grid(job: Development, how: HowHeads) -> Steering:
-    """Heads scaled by their scores with the strengths that do best on the development examples.
+    """Scale heads by their scores, with the strengths that have the best metric on the development examples.
 
-    `signed` tries every lambda, `topk` every pair of enhancing and suppressing (V-SEAM 4).
+    `signed` tries every lambda; `topk` tries every pair of an enhancement and a suppression (V-SEAM 4).
 
     Raises: HonesError when no strength changes a scale.
     """
     tried = sorted({0.0, *(STRENGTHS[how] if job.strengths is None else job.strengths)})
     if how == "signed":
-        candidates = {f"{one:g}": scaling.signed(job.ranking, one, job.epsilon) for one in tried}
+        candidates = {
+            f"{strength:g}": scaling.signed(job.ranking, strength, job.epsilon) for strength in tried
+        }
     else:
         candidates = {
             f"{up:g}, {down:g}": scaling.topk(job.ranking, job.heads, up, down)
             for up, down in product(tried, repeat=2)
         }
-    if all(one.is_noop for one in candidates.values()):
+    if all(candidate.is_noop for candidate in candidates.values()):
         raise HonesError(
-            f"--how {how}: every scale is 1 at every strength, so there is nothing to choose: no head of the "
-            "ranking has a score"
+            f"--how {how}: no strength changes any scale, because every head of the ranking has the score 0; "
+            "rank with more examples"
         )
     found = _measure(job, candidates, how)
-    distances = [float((one.head_scales - 1).abs().sum()) for one in candidates.values()]
+    distances = [float((candidate.head_scales - 1).abs().sum()) for candidate in candidates.values()]
     best = list(candidates)[_best(job, [found[name] for name in candidates], distances)]
     settings = {
         "metric": job.examples.metric,
@@ -164,7 +168,7 @@ def head_grid(job: Development, how: HowHeads) -> Steering:
 
 
 def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
-    """Scales by gradient descent; `random` learns those of a random bank, as large in each layer."""
+    """Learn the scales by gradient descent; `random` learns those of a layer-matched random bank."""
     bank, settings = job.bank, learned_settings(job.settings, how)
     if how == "random":
         bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
@@ -174,20 +178,21 @@ def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]
 
 
 def learned_settings(settings: FitSettings, how: How) -> FitSettings:
-    """The settings with which `how` is learned: `learned_no_kl` is not kept close to the model."""
+    """The learning settings of `how`: `learned_no_kl` drops the KL term."""
     return replace(settings, beta=0.0) if how == "learned_no_kl" else settings
 
 
 def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
-    """The bank cut between layers into at most `count` groups of about equal size, from the bottom up."""
+    """Cut the bank between layers into at most `count` groups of about equal size, lowest layers first."""
     if count < 1:
-        raise HonesError(f"--groups {count}: the bank is cut into at least one group")
+        raise HonesError(f"--groups {count}: give 1 or more")
     layers = sorted({neuron.layer for neuron in bank})
     groups: dict[int, list[Neuron]] = {}
     below = 0
     for layer in layers:
         members = [neuron for neuron in bank if neuron.layer == layer]
-        # By the middle of the layer's neurons, so that one full layer does not start a group it fills alone.
+        # A layer joins the group that the middle one of its neurons falls into. By the first one, a layer
+        # with many neurons would be put into the group that it only begins in.
         group = int((below + len(members) / 2) / len(bank) * count)
         groups.setdefault(min(group, count - 1), []).extend(members)
         below += len(members)
@@ -199,41 +204,43 @@ def _grouped(job: Development, groups: Sequence[Sequence[Neuron]], factors: Sequ
 
 
 def _measure(job: Development, candidates: Mapping[str, Steering], name: str) -> dict[str, float]:
-    """The metric under every candidate, and under none; a job's passes have names of their own."""
-    steerings = {one: steering for one, steering in candidates.items() if not steering.is_noop}
+    """Measure the metric under every candidate and without steering, in one pass called `name`."""
+    steerings = {key: steering for key, steering in candidates.items() if not steering.is_noop}
     totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), name)
     records = answered(totals)
     found = {
-        one: job.examples.aggregate([record.answers[one].result for record in records])
-        for one in (BASELINE, *steerings)
+        key: job.examples.aggregate([record.answers[key].result for record in records])
+        for key in (BASELINE, *steerings)
     }
-    return {one: found.get(one, found[BASELINE]) for one in (BASELINE, *candidates)}
+    # A candidate that changes nothing was not run: its value is the baseline's.
+    return {key: found.get(key, found[BASELINE]) for key in (BASELINE, *candidates)}
 
 
 def _best(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:
-    """The place of the best value; of equal ones, that which changes the model least."""
+    """The index of the best value; among equal values, of the one that changes the model least."""
     sign = 1.0 if job.examples.higher_is_better else -1.0
     order = [(sign * value, -distance) for value, distance in zip(values, distances, strict=True)]
     return order.index(max(order))
 
 
-def said_of(settings: Mapping[str, Any]) -> str:
-    """One line about how scales were chosen."""
+def summary(settings: Mapping[str, Any]) -> str:
+    """One line about how scales were chosen, from a steering's settings."""
     if settings["how"] == "grid":
         best = settings["metric_by_factor"][str(settings["factor"])]
-        what = f"factor {settings['factor']:g} is best"
+        choice = f"factor {settings['factor']:g} is best"
     elif settings["how"] == "search":
         best = settings["best"]
-        what = f"factors {', '.join(format(one, 'g') for one in settings['factors'])} are best"
+        choice = f"factors {', '.join(format(factor, 'g') for factor in settings['factors'])} are best"
     elif settings["how"] == "signed":
-        best, what = settings["best"], f"strength {settings['lambda']:g} is best"
+        best, choice = settings["best"], f"strength {settings['lambda']:g} is best"
     elif settings["how"] == "topk":
         best = settings["best"]
-        what = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
+        choice = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
     else:
-        losses = [one["cross_entropy"] for one in settings["epoch_losses"]]
+        losses = [epoch["cross_entropy"] for epoch in settings["epoch_losses"]]
         return (
             f"{settings['steps']} steps; cross-entropy {losses[0]:.4g} in the first epoch, "
-            f"{losses[-1]:.4g} in the last; no scale moved more than {settings['largest_change']:.2g} from 1"
+            f"{losses[-1]:.4g} in the last; the largest change of a scale is {settings['largest_change']:.2g}"
         )
-    return f"{what} on development: {settings['metric']} {settings['baseline']:.4g} without, {best:.4g} with"
+    values = f"{settings['baseline']:.4g} without steering, {best:.4g} with it"
+    return f"{choice} on development examples: {settings['metric']} {values}"

@@ -1,4 +1,4 @@
-"""The whole experiment on several tasks: which neurons matter by which method, and does scaling them help."""
+"""The whole experiment on several tasks: which neurons matter by which method, and whether scaling helps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings
 from hones_eval.jobs.rank import Discovery, Method, discover, provenance
 from hones_eval.jobs.scale import Development, How, choose, learned_settings
-from hones_eval.jobs.verify import Measured, masked, refuse_shared_pictures
+from hones_eval.jobs.verify import Measured, masked, refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
@@ -26,7 +26,7 @@ WAYS = ("fixed", *get_args(How))
 
 
 class TaskSplits(NamedTuple):
-    """One task's three image-disjoint sets, and a shifted test set where there is one."""
+    """One task's three image-disjoint example sets, and its shifted test set if there is one."""
 
     name: str
     discovery: TaskExamples
@@ -37,7 +37,10 @@ class TaskSplits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """What to run, and the folder that keeps rankings and steerings, so that a second run goes on there."""
+    """The input of `run`: tasks, methods and settings, and the folder that keeps rankings and steerings.
+
+    A second run with the same folder reuses the rankings and steerings that it finds there.
+    """
 
     replayer: Replayer
     loop: Loop
@@ -53,22 +56,25 @@ class Study:
     fit: FitSettings = dataclasses.field(default_factory=FitSettings)
 
     def __post_init__(self) -> None:
-        """Refuse a study without HONES or without enough random banks, and tests that show pictures of any
+        """Reject a study without HONES or with too few random banks, and test sets that show an image of any
         discovery or development set.
         """
         few_trials(self.trials)
         if "hones" not in self.methods:
-            raise HonesError("the methods of a study must hold hones, whose bank is scaled")
+            raise HonesError("--methods must include hones, whose neurons are scaled")
         chosen_on = [part for task in self.tasks for part in (task.discovery, task.development)]
         for task in self.tasks:
             for held_out in (task.test, task.shifted):
                 for part in chosen_on if held_out is not None else ():
                     source = provenance(self.replayer.anatomy, part, "hones", {}, self.seed)
-                    refuse_shared_pictures(source, held_out.example_set(), "testing")  # type: ignore[union-attr]
+                    refuse_shared_images(source, held_out.example_set(), "testing")  # type: ignore[union-attr]
 
 
 def run(study: Study) -> dict[str, Any]:
-    """Rank, scale and test; every rank gets the same report, ready for JSON."""
+    """Rank, scale and test.
+
+    Returns: a JSON-ready report, the same on every process.
+    """
     rankings: dict[str, dict[str, Ranking]] = {
         task.name: {method: _ranked(study, task, method) for method in study.methods} for task in study.tasks
     }
@@ -81,13 +87,13 @@ def run(study: Study) -> dict[str, Any]:
     for task in study.tasks:
         masks = _masks(study, rankings[task.name])
         everything = {
-            f"{source}|{how}": one for source, ways in steerings.items() for how, one in ways.items()
+            f"{source}|{how}": scaled for source, ways in steerings.items() for how, scaled in ways.items()
         }
         measured = _measured(study, task.test, {**masks, **everything})
         attribution += _attribution_rows(study, task, rankings[task.name], measured)
         steering += _steering_rows(task, "test", measured, everything)
         if task.shifted is not None:
-            own = {name: one for name, one in everything.items() if name.startswith(f"{task.name}|")}
+            own = {name: scaled for name, scaled in everything.items() if name.startswith(f"{task.name}|")}
             steering += _steering_rows(task, "shifted", _measured(study, task.shifted, own), own)
     sizes = {
         task.name: {"test": len(task.test), "development": len(task.development)} for task in study.tasks
@@ -100,10 +106,12 @@ def run(study: Study) -> dict[str, Any]:
 
 
 def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
-    """What HONES ranked neurons by where no chosen head has a positive score."""
-    without = [name for name, one in rankings.items() if not (one.report or {})["heads_with_positive_score"]]
+    """Notes on tasks for which HONES found no head with a positive score."""
+    without = [
+        name for name, ranking in rankings.items() if not (ranking.report or {})["heads_with_positive_score"]
+    ]
     return [
-        f"{name}: no head's replacement lowers the metric, so neurons are ranked by contribution alone"
+        f"{name}: replacing a head never lowers the metric, so neurons are ranked by contribution alone"
         for name in without
     ]
 
@@ -118,7 +126,7 @@ def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:
         _same(folder, [made.examples[0].hash, made.seed], [wanted.examples[0].hash, wanted.seed])
         _same(folder, made.settings, wanted.settings)
         return known
-    others = [one.discovery for one in study.tasks if one is not task] if method == "entropy" else []
+    others = [other.discovery for other in study.tasks if other is not task] if method == "entropy" else []
     ranking = discover(
         Discovery(study.replayer, task.discovery, study.loop, source, study.heads, study.neurons, others)
     )
@@ -155,7 +163,7 @@ def _scaled(study: Study, task: TaskSplits, ranking: Ranking, how: str) -> Steer
 
 
 def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
-    """What a steering made with these settings says of itself."""
+    """The settings that a steering of this study records."""
     wanted: dict[str, Any] = {"how": how, "count": len(ranking.neurons(study.neurons))}
     if how == "fixed":
         return wanted | {"factor": study.factor}
@@ -166,14 +174,16 @@ def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
 
 def _same(folder: Path, found: object, wanted: object) -> None:
     if found != wanted:
-        raise HonesError(f"{folder} was made from something else: give another --out, or delete it")
+        raise HonesError(
+            f"{folder} was made with other examples or settings: give another --out, or delete it"
+        )
 
 
 def _masks(study: Study, rankings: dict[str, Ranking]) -> dict[str, Steering]:
-    """Every method's bank masked, and random banks like HONES's."""
+    """Steerings that mask every method's bank, and random banks matched to that of HONES."""
     hones = rankings["hones"]
     banks: dict[str, list[Neuron]] = {
-        f"mask {name}": one.neurons(study.neurons) for name, one in rankings.items()
+        f"mask {name}": ranking.neurons(study.neurons) for name, ranking in rankings.items()
     }
     drawn = neuron_banks(hones, study.neurons, study.trials, study.seed)
     banks |= {name: bank for name, bank in drawn.items() if name != "selected"}
@@ -189,7 +199,7 @@ def _attribution_rows(
     study: Study, task: TaskSplits, rankings: dict[str, Ranking], measured: Measured
 ) -> list[dict[str, Any]]:
     base = float(measured.values["metric"].observed[0])
-    banks = {name: set(one.neurons(study.neurons)) for name, one in rankings.items()}
+    banks = {name: set(ranking.neurons(study.neurons)) for name, ranking in rankings.items()}
     random = [name for name in measured.names if name.startswith("random")]
     last = study.replayer.anatomy.shape.layers - 1
     rows = [
@@ -247,7 +257,7 @@ def _flat(name: str, estimate: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict(low: float | None, high: float | None) -> str:
-    """Whether an interval of a gain excludes zero."""
+    """The verdict on a gain: whether its interval excludes zero."""
     if low is None or high is None:
         return "same"
     return "better" if low > 0 else "worse" if high < 0 else "same"

@@ -1,4 +1,4 @@
-"""Whether the selected sites matter: masked on held-out examples, beside random ones (HONES 3, V-SEAM 3)."""
+"""Mask the selected sites on held-out examples and compare with random sites (HONES 3, V-SEAM 3)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ Sites = Literal["auto", "neurons", "heads"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What to mask, where to measure, and beside how many random banks."""
+    """The input of `verify`: what to mask, on which examples, and the number of random banks."""
 
     ranking: Ranking
     replayer: Replayer
@@ -40,15 +40,16 @@ class Verification:
 
 
 def verify(job: Verification) -> dict[str, Any]:
-    """Mask every bank on the examples and give a report, ready for JSON; every rank gets the same.
+    """Mask every bank on the examples.
 
-    Raises: HonesError when the ranking does not fit the model, or was made from a picture of the examples, or
+    Returns: a JSON-ready report, the same on every process.
+    Raises: HonesError when the ranking does not fit the model, was made from an image of the examples, or
         when there are fewer than two random banks.
     """
     few = few_trials(job.trials)
     check_fits(job.ranking, job.replayer.anatomy.shape, type(job.replayer.anatomy.model).__name__)
     held_out = job.examples.example_set()
-    refuse_shared_pictures(job.ranking.provenance, held_out, "verifying")
+    refuse_shared_images(job.ranking.provenance, held_out, "verifying")
     banks = choose_banks(job)
     steerings = {name: masked(job.ranking, bank) for name, bank in banks.items() if bank}
     totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "verify")
@@ -72,7 +73,7 @@ def verify(job: Verification) -> dict[str, Any]:
 
 
 def kind_of_sites(job: Verification) -> Literal["neurons", "heads"]:
-    """What is masked: as asked for, else heads for V-SEAM's rankings and neurons for the others."""
+    """The kind of sites to mask; `auto` is heads for V-SEAM rankings and neurons for all others."""
     if job.sites != "auto":
         return job.sites
     heads_alone = job.ranking.head_positive is not None or job.ranking.neuron_scores is None
@@ -80,7 +81,7 @@ def kind_of_sites(job: Verification) -> Literal["neurons", "heads"]:
 
 
 def choose_banks(job: Verification) -> Mapping[str, Sequence[Head] | Sequence[Neuron]]:
-    """The selected banks and the random ones, by name."""
+    """The selected banks and the random banks, by name."""
     if kind_of_sites(job) == "heads":
         return head_banks(job.ranking, job.heads, job.trials, job.seed)
     return neuron_banks(job.ranking, job.neurons, job.trials, job.seed)
@@ -96,23 +97,23 @@ def masked(ranking: Ranking, bank: Sequence[Head | Neuron]) -> Steering:
     return scaling.scaled_neurons(ranking, neurons, 0.0, settings)
 
 
-def refuse_shared_pictures(source: Provenance, held_out: ExampleSet, purpose: str) -> None:
-    """Raise HonesError with the count when examples show pictures that `source` was made from."""
+def refuse_shared_images(source: Provenance, held_out: ExampleSet, purpose: str) -> None:
+    """Raise HonesError, with the count, when examples show images that `source` was made from."""
     for chosen in source.examples:
         shared = chosen.shared_images(held_out)
         if shared:
             raise HonesError(
-                f"{len(shared)} of the {len(held_out.image_hashes)} pictures of {held_out.task} "
-                f"({held_out.split}) are among those of {chosen.task} ({chosen.split}) that the ranking was "
-                f"made from: {purpose} needs others, of another split or by --offset and --limit"
+                f"{len(shared)} of the {len(held_out.image_hashes)} images of {held_out.task} "
+                f"({held_out.split}) were also used to make the ranking ({chosen.task}, {chosen.split}): "
+                f"{purpose} needs other images; choose another split, or set --offset and --limit"
             )
 
 
 class Measured:
-    """What a pass of answers says about masked banks, with paired intervals over pictures."""
+    """Values and drops of masked banks from one pass of answers, with paired intervals over images."""
 
     def __init__(self, examples: TaskExamples, records: Sequence[Answered], seed: int) -> None:
-        """Resample the metric, the answer's probability and the accuracy of all conditions together."""
+        """Resample the metric, the answer's probability and the accuracy, all conditions together."""
         self.names = list(records[0].answers)
         self.sign = 1.0 if examples.higher_is_better else -1.0
         clusters = numbered([record.pictures for record in records])
@@ -129,28 +130,28 @@ class Measured:
         self.values = {"metric": metric, "probability": first["probability"], "accuracy": first["correct"]}
 
     def report(self) -> dict[str, Any]:
-        """The unedited values, every bank's drops, the random banks together, and what goes beyond them."""
+        """The unmasked values, every bank's drops, the random banks' mean, and the drops beyond that mean."""
         chosen = [name for name in self.names[1:] if not name.startswith("random")]
         return {
-            BASELINE: {what: float(one.observed[0]) for what, one in self.values.items()},
+            BASELINE: {what: float(values.observed[0]) for what, values in self.values.items()},
             "banks": {name: self.drops(name) for name in self.names[1:]},
             "random": {what: self._spread(what) for what in self.values},
             "beyond_random": {name: self._beyond(name) for name in chosen},
         }
 
     def nothing_to_lose(self) -> str | None:
-        """What to say where the model scores 0 with nothing masked; None where it does not."""
+        """A warning when the unmasked model scores 0; None otherwise."""
         if self.sign < 0 or float(self.values["metric"].observed[0]) != 0:
             return None
-        return "the model scores 0 with nothing masked, so that masking costs nothing says nothing"
+        return "the unmasked model already scores 0, so a zero drop is uninformative"
 
     def drops(self, name: str) -> dict[str, Any]:
-        """One bank's values, and its absolute and relative drops; a drop is a loss, whatever the metric."""
+        """One bank's values, and its absolute and relative drops. A positive drop is always a loss."""
         place = self.names.index(name)
         found: dict[str, Any] = {}
-        for what, one in self.values.items():
-            found[what] = float(one.observed[place])
-            found[f"{what}_drop"] = one.estimate(self._drop(what, place)).to_json()
+        for what, values in self.values.items():
+            found[what] = float(values.observed[place])
+            found[f"{what}_drop"] = values.estimate(self._drop(what, place)).to_json()
         base = self.values["metric"]
         drop = self._drop("metric", place)
         found["relative_drop"] = base.estimate(lambda v: drop(v) / np.abs(v[..., 0])).to_json()
@@ -169,7 +170,7 @@ class Measured:
         return {"drop_mean": float(np.mean(drops)), "drop_sd": spread, "drop_largest": max(drops)}
 
     def _beyond(self, name: str) -> dict[str, Any]:
-        """How much more a bank costs than random banks do on average."""
+        """The difference between a bank's drop and the mean drop of the random banks."""
         place, random = self.names.index(name), self._random()
 
         def contrast(what: str) -> Callable[[Floats], Floats]:
@@ -177,4 +178,4 @@ class Measured:
             others = [self._drop(what, k) for k in random]
             return lambda values: drop(values) - np.mean([other(values) for other in others], axis=0)
 
-        return {what: one.estimate(contrast(what)).to_json() for what, one in self.values.items()}
+        return {what: values.estimate(contrast(what)).to_json() for what, values in self.values.items()}

@@ -1,4 +1,4 @@
-"""Banks: the sites that a ranking selects, beside random ones to compare them with."""
+"""Banks: the sites that a ranking selects, and random banks to compare them with."""
 
 from collections.abc import Sequence
 
@@ -13,25 +13,25 @@ FEWEST_TRIALS, FEW_TRIALS = 2, 5
 
 
 def few_trials(trials: int) -> str | None:
-    """What to say of so few random banks; None where there are enough.
+    """A warning when there are few random banks; None when there are enough.
 
-    Raises: HonesError where their spread cannot be told: a drop beside that of one random bank means nothing.
+    Raises: HonesError with fewer than two, whose spread cannot be estimated.
     """
     if trials < FEWEST_TRIALS:
         raise HonesError(
-            f"--trials {trials}: how far random banks differ takes at least {FEWEST_TRIALS} of them, and "
-            f"{FEW_TRIALS} or more say it well"
+            f"--trials {trials}: estimating how much random banks differ needs at least {FEWEST_TRIALS} of "
+            f"them, better {FEW_TRIALS} or more"
         )
     if trials < FEW_TRIALS:
         return (
-            f"only {trials} random banks were masked: how far they differ, and the most that one costs, is a "
-            f"weak estimate with fewer than {FEW_TRIALS} (--trials)"
+            f"only {trials} random banks were masked: their spread and largest drop are weak estimates with "
+            f"fewer than {FEW_TRIALS} (--trials)"
         )
     return None
 
 
 def check_fits(ranking: Ranking, shape: ModelShape, name: str) -> None:
-    """Raise MisfitError, naming both sides, when a ranking has sites that the model `name` does not have."""
+    """Raise MisfitError, naming both sides, when a ranking does not fit the model called `name`."""
     mine = ranking.provenance.shape
     differing = [
         f"{field}: {getattr(mine, field)} here, {getattr(shape, field)} there"
@@ -50,8 +50,8 @@ def neuron_banks(ranking: Ranking, neurons: float | None, trials: int, seed: int
     Args:
         ranking: with neuron scores.
         neurons: the share of all neurons; by default the ranking's own.
-        trials: random banks, called `random 1`, `random 2`, ...
-        seed: of the first random bank; each next one adds 1.
+        trials: the number of random banks, called `random 1`, `random 2`, ...
+        seed: of the first random bank; each further bank adds 1.
     """
     selected = ranking.neurons(neurons)
     width = ranking.provenance.shape.neurons
@@ -63,21 +63,21 @@ def head_banks(ranking: Ranking, count: int, trials: int, seed: int) -> dict[str
     """The top `count` positive and negative heads with a score above 0, and as many random heads (V-SEAM 3).
 
     A ranking without positive and negative scores (HONES) has one bank, `selected`: its best heads. Random
-    heads are drawn from those in no other bank, where enough are left. A bank may be empty.
+    heads are drawn from the heads that are in no other bank, if enough are left. A bank may be empty.
     """
     if ranking.head_positive is not None and ranking.head_negative is not None:
         tensors = {"positive": ranking.head_positive, "negative": ranking.head_negative}
     elif ranking.head_scores is not None:
         tensors = {"selected": ranking.head_scores}
     else:
-        raise HonesError("this ranking has no head scores: mask its neurons with --sites neurons")
+        raise HonesError("this ranking has no head scores; mask its neurons with --sites neurons")
     banks = {
         name: [head for head in top_heads(scores, count) if scores[head] > 0]
         for name, scores in tensors.items()
     }
     if not any(banks.values()):
         raise HonesError(
-            "no head of this ranking has a score above 0, so there is none to zero; rank again with more "
+            "no head of this ranking has a score above 0, so there is none to mask; rank with more "
             "examples, or on a task that the model can do"
         )
     shape = ranking.provenance.shape

@@ -1,4 +1,4 @@
-"""Scales that are learned: one number a neuron of a bank, the model itself frozen and its own teacher."""
+"""Learned scales: one parameter per neuron of a bank. The model is frozen and serves as its own teacher."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class LearnedScales(nn.Module):
     """The only parameters: `a` [bank], by which a neuron becomes `z * (1 + a)` (HONES 4)."""
 
     def __init__(self, anatomy: Anatomy, bank: Sequence[Neuron]) -> None:
-        """Start at `a = 0`, the model as it is."""
+        """Start at `a = 0`, which leaves the model unchanged."""
         super().__init__()
         if not bank:
             raise HonesError("the selection of neurons is empty: there is nothing to learn scales for")
@@ -33,13 +33,13 @@ class LearnedScales(nn.Module):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Scale the bank for the length of a `with` block; gradients flow to `a`."""
+        """Scale the bank within a `with` block; gradients flow to `a`."""
         layers = sorted({neuron.layer for neuron in self.bank})
         with editing([(self.anatomy.neurons_in[layer], self._edit(layer)) for layer in layers]):
             yield
 
     def scales(self) -> Tensor:
-        """`1 + a` at the bank's places and 1 elsewhere, [L, I] float32 on the CPU."""
+        """`1 + a` for the bank's neurons and 1 elsewhere, [L, I] float32 on the CPU."""
         shape = self.anatomy.shape
         scales = torch.ones(shape.layers, shape.neurons)
         for neuron, a in zip(self.bank, self.a.tolist(), strict=True):
@@ -47,20 +47,20 @@ class LearnedScales(nn.Module):
         return scales
 
     def _edit(self, layer: int) -> Edit:
-        places = [i for i, neuron in enumerate(self.bank) if neuron.layer == layer]
-        channels = torch.tensor([self.bank[i].neuron for i in places])
+        members = [i for i, neuron in enumerate(self.bank) if neuron.layer == layer]
+        channels = torch.tensor([self.bank[i].neuron for i in members])
 
         def scale(x: Tensor) -> Tensor:
             ones = torch.ones(x.shape[-1], device=x.device)
-            scales = ones.index_put((channels.to(x.device),), 1 + self.a[places].to(x.device))
-            # In float32, where a bfloat16 next to 1 would swallow small steps.
+            scales = ones.index_put((channels.to(x.device),), 1 + self.a[members].to(x.device))
+            # Computed in float32: a bfloat16 scale near 1 would lose small steps.
             return (x.float() * scales).to(x.dtype)
 
         return scale
 
 
 class Loss(NamedTuple):
-    """What is minimized, and its parts."""
+    """The loss to minimize, and its parts."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -77,7 +77,7 @@ class AnswerLoss:
         self.scales, self.decoder, self.beta, self.penalty = scales, decoder, beta, penalty
 
     def __call__(self, example: Example) -> Loss:
-        """Teacher-force the target behind the prompt, with the scales and, for the KL, without.
+        """Teacher-force the target after the prompt, with the scales and, for the KL term, without them.
 
         Raises: HonesError when the target has no tokens or the loss is not finite.
         """
@@ -127,7 +127,7 @@ def answer_loss(
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter of the model takes a gradient inside; afterwards those do that did before."""
+    """Switch off the gradients of all model parameters within a `with` block, and restore them afterwards."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -139,6 +139,6 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cosine(steps: int, last: float = 0.1) -> Callable[[int], float]:
-    """A factor for the learning rate that falls from 1 to `last` along half a cosine in `steps` steps."""
+    """A learning-rate factor that falls from 1 to `last` along half a cosine in `steps` steps."""
     curve = torch.cos(torch.linspace(0, torch.pi, steps + 1, dtype=torch.float64)).tolist()
     return lambda step: last + (1 - last) * (1 + curve[min(step, steps)]) / 2

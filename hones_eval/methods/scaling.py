@@ -1,4 +1,4 @@
-"""From the scores of a ranking to the scales of a steering."""
+"""Turn the scores of a ranking into the scales of a steering."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hones_eval.errors import HonesError
 
 
 def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Steering:
-    """One factor for all selected neurons (HONES 4)."""
+    """Scale all selected neurons by one factor (HONES 4)."""
     bank = ranking.neurons(neurons)
     return scaled_neurons(ranking, bank, factor, {"how": "fixed", "factor": factor, "count": len(bank)})
 
@@ -26,7 +26,7 @@ def of_neurons(ranking: Ranking, scales: Tensor, settings: dict[str, Any]) -> St
 
 
 def chosen(steering: Steering, settings: dict[str, Any], development: ExampleSet) -> Steering:
-    """The same scales, chosen on development examples: the provenance names them too, and `settings`."""
+    """Add development examples, and `settings`, to the provenance of a steering."""
     source = steering.provenance
     provenance = dataclasses.replace(
         source, settings=source.settings | settings, examples=[*source.examples, development]
@@ -35,7 +35,7 @@ def chosen(steering: Steering, settings: dict[str, Any], development: ExampleSet
 
 
 def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors: Sequence[float]) -> Tensor:
-    """One factor for each of several groups of neurons, and 1 elsewhere [L, I]."""
+    """Scales [L, I] with one factor per group of neurons, and 1 elsewhere."""
     scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
     for group, factor in zip(groups, factors, strict=True):
         for neuron in group:
@@ -44,7 +44,7 @@ def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors
 
 
 def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Steering:
-    """`clip(1 + strength * s, 0, 2)` from signed head scores; |s| below `epsilon` counts as 0 (V-SEAM 4)."""
+    """Scale every head by `clip(1 + strength * s, 0, 2)`, with |s| below `epsilon` as 0 (V-SEAM 4)."""
     scores = _head_scores(ranking)
     kept = torch.where(scores.abs() < epsilon, torch.zeros_like(scores), scores)
     scales = (1 + strength * kept).clamp(0, 2)
@@ -53,7 +53,7 @@ def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Ste
 
 
 def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steering:
-    """The top positive heads times `1 + enhance`, the top negative times `1 - suppress` (V-SEAM 4).
+    """Scale the top positive heads by `1 + enhance` and the top negative ones by `1 - suppress` (V-SEAM 4).
 
     A head that is among both is left as it is.
     """
@@ -73,7 +73,7 @@ def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steer
 def scaled_neurons(
     ranking: Ranking, bank: Sequence[Neuron], factor: float, settings: dict[str, Any]
 ) -> Steering:
-    """A steering that multiplies every neuron of a bank by one factor; 0 masks them."""
+    """A steering that multiplies every neuron of a bank by one factor; the factor 0 masks them."""
     if not bank:
         raise HonesError("the selection of neurons is empty: there is nothing to scale")
     scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
@@ -85,7 +85,7 @@ def scaled_neurons(
 def scaled_heads(
     ranking: Ranking, heads: Sequence[Head], factor: float, settings: dict[str, Any]
 ) -> Steering:
-    """A steering that multiplies every one of some heads by one factor; 0 zeroes them."""
+    """A steering that multiplies every head of a bank by one factor; the factor 0 masks them."""
     if not heads:
         raise HonesError("the selection of heads is empty: there is nothing to scale")
     scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.heads)
