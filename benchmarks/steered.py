@@ -20,7 +20,7 @@ from plain_loop import Clock, answer, examples_for, small_llava
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
-from hones_eval.core.attach import attach_to, scaled_sites
+from hones_eval.core.attach import attach_to_anatomy, scaled_sites
 from hones_eval.core.sites import neuron_count
 from hones_eval.core.steering import Steering
 
@@ -42,7 +42,7 @@ def steering_of(anatomy: Anatomy) -> Steering:
 def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], object]:
     """Steer in one of the ways; what is given back takes it off."""
     if way in ("hook", "fold"):
-        return attach_to(anatomy, steering, way).detach  # type: ignore[arg-type]
+        return attach_to_anatomy(anatomy, steering, way).detach  # type: ignore[arg-type]
     sites = scaled_sites(anatomy, steering) if way == "bare hook" else []
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
@@ -77,7 +77,7 @@ def run(generations: int, profiled: bool) -> None:
         low, high = interval(ratios)
         print(f"  {way}: {np.median(ratios):.3f} [{low:.3f}, {high:.3f}] times the baseline")
     if profiled:
-        attach_to(anatomy, steering, "hook")
+        attach_to_anatomy(anatomy, steering, "hook")
         with cProfile.Profile() as profile:
             for _ in range(10):
                 answer(model, example)

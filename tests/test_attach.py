@@ -1,4 +1,4 @@
-"""Edits and recorders on the inputs of modules: they act, they refuse, and they always come off."""
+"""Edit hooks and recording hooks: they act, they refuse bad input, and they are always removed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hones_eval.errors import EditError
 
 
 class Net(nn.Module):
-    """Two linear layers, of which the second can be gone round."""
+    """Two linear layers; the second can be bypassed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_an_edit_that_never_ran_is_an_error_that_names_it(net: Net) -> None:
     assert hooks(net) == 0
 
 
-def test_every_check_counts_anew(net: Net) -> None:
+def test_every_check_resets_the_counts(net: Net) -> None:
     attached = AttachedEdits([(sites(net)[0], lambda x: x + 1)])
     net(X)
     attached.check_ran()
@@ -72,15 +72,15 @@ def test_every_check_counts_anew(net: Net) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "message"),
     [
         (lambda x: x[..., :1].expand(-1, -1, -1), r"turned \(2, 3, 6\) torch.float32 into \(2, 3, 1\)"),
         (lambda x: x[:1], r"into \(1, 3, 6\)"),
-        (lambda x: x.double(), r"into \(2, 3, 6\) torch.float64; an edit keeps shape and type"),
+        (lambda x: x.double(), r"into \(2, 3, 6\) torch.float64; an edit must keep shape and dtype"),
     ],
 )
-def test_an_edit_that_changes_shape_or_type_is_an_error(net: Net, edit: object, says: str) -> None:
-    with pytest.raises(EditError, match="the edit at second .*" + says), editing([(sites(net)[1], edit)]):
+def test_an_edit_that_changes_shape_or_type_is_an_error(net: Net, edit: object, message: str) -> None:
+    with pytest.raises(EditError, match="the edit at second .*" + message), editing([(sites(net)[1], edit)]):
         net(X)
     assert hooks(net) == 0
 
@@ -88,21 +88,24 @@ def test_an_edit_that_changes_shape_or_type_is_an_error(net: Net, edit: object, 
 def test_a_site_of_another_width_is_an_error(net: Net) -> None:
     wrong = Site("second", net.second, 5)
     for attached in (lambda: editing([(wrong, lambda x: x)]), lambda: recording([wrong])):
-        with pytest.raises(EditError, match=r"second received \(2, 3, 6\), .* should be 5"), attached():
+        with (
+            pytest.raises(EditError, match=r"second received .* \(2, 3, 6\); .* should be 5"),
+            attached(),
+        ):
             net(X)
     assert hooks(net) == 0
 
 
 @pytest.mark.parametrize("attach", [lambda s: editing([(s[0], lambda x: x)]), recording])
-def test_a_module_that_is_called_otherwise_is_an_error(net: Net, attach: object) -> None:
+def test_a_module_called_with_other_arguments_is_an_error(net: Net, attach: object) -> None:
     for call in (lambda: net.first(input=X), lambda: net.first(X, X)):
         with pytest.raises(EditError, match="first was called with"), attach(sites(net)):
             call()
     assert hooks(net) == 0
 
 
-@pytest.mark.parametrize("attach", [lambda s: editing([(one, lambda x: x) for one in s]), recording])
-def test_the_model_is_given_back_after_any_exception(net: Net, attach: object) -> None:
+@pytest.mark.parametrize("attach", [lambda s: editing([(site, lambda x: x) for site in s]), recording])
+def test_hooks_are_removed_after_any_exception(net: Net, attach: object) -> None:
     for error in (KeyError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)), attach(sites(net)):
             raise error
@@ -118,7 +121,7 @@ def test_an_edit_that_raises_leaves_no_hook(net: Net) -> None:
     assert hooks(net) == 0
 
 
-def test_others_hooks_stay(net: Net) -> None:
+def test_hooks_of_others_are_kept(net: Net) -> None:
     seen: list[Tensor] = []
     net.second.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with editing([(sites(net)[1], lambda x: x + 1)]):
@@ -128,29 +131,32 @@ def test_others_hooks_stay(net: Net) -> None:
 
 
 def test_recording_keeps_the_last_input_of_every_site(net: Net) -> None:
-    with recording(sites(net)) as kept:
+    with recording(sites(net)) as recorded:
         net(X + 1)
         net(X)
-    assert torch.equal(kept["first"], X)
-    assert torch.equal(kept["second"], torch.relu(net.first(X)))
-    assert not kept["second"].requires_grad
+    assert torch.equal(recorded["first"], X)
+    assert torch.equal(recorded["second"], torch.relu(net.first(X)))
+    assert not recorded["second"].requires_grad
     assert hooks(net) == 0
 
 
 def test_recording_some_positions(net: Net) -> None:
-    with recording(sites(net), slice(-2, None)) as kept:
+    with recording(sites(net), slice(-2, None)) as recorded:
         net(X)
-    assert torch.equal(kept["first"], X[:, -2:])
+    assert torch.equal(recorded["first"], X[:, -2:])
 
 
-def test_recording_what_nothing_passed_through_is_an_error(net: Net) -> None:
+def test_recording_a_module_that_is_never_called_is_an_error(net: Net) -> None:
     net.skip = True
-    with pytest.raises(EditError, match="no forward pass went through second"), recording(sites(net)):
+    with (
+        pytest.raises(EditError, match="recorded at second: no forward pass called"),
+        recording(sites(net)),
+    ):
         net(X)
     assert hooks(net) == 0
 
 
-def test_a_recorder_sees_what_an_earlier_edit_made(net: Net) -> None:
-    with editing([(sites(net)[1], lambda x: x + 1)]), recording(sites(net)) as kept:
+def test_recording_sees_the_input_after_an_earlier_edit(net: Net) -> None:
+    with editing([(sites(net)[1], lambda x: x + 1)]), recording(sites(net)) as recorded:
         net(X)
-    assert torch.equal(kept["second"], torch.relu(net.first(X)) + 1)
+    assert torch.equal(recorded["second"], torch.relu(net.first(X)) + 1)

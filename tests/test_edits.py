@@ -1,4 +1,4 @@
-"""The pure edits against numpy, and their shapes."""
+"""The pure edits compared with numpy, and the shapes they accept."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def numpy_replaced(x: np.ndarray, head: int, heads: int) -> np.ndarray:
-    """[..., heads * width] with one head's slice the mean of the others'."""
+    """Replace one head's slice of [..., heads * width] by the mean of the other heads."""
     split = x.reshape(*x.shape[:-1], heads, -1).copy()
     split[..., head, :] = np.delete(split, head, axis=-2).mean(axis=-2) if heads > 1 else 0
     return split.reshape(x.shape)
@@ -26,14 +26,14 @@ def test_the_mean_of_the_others(heads: int) -> None:
     np.testing.assert_allclose(edits.mean_of_others(x), np.stack(means, axis=-2), atol=1e-6)
 
 
-def test_a_head_alone_becomes_zeros() -> None:
+def test_a_single_head_is_replaced_by_zeros() -> None:
     x = draw(2, 3, 8)
     assert torch.equal(edits.replace_head_by_mean(x, 0, 1), torch.zeros(2, 3, 8))
     assert torch.equal(edits.mean_of_others(x.unflatten(-1, (1, 8))), torch.zeros(2, 3, 1, 8))
 
 
 @pytest.mark.parametrize("head", range(3))
-def test_replacing_one_head_touches_its_slice_alone_at_every_position(head: int) -> None:
+def test_replacing_one_head_changes_only_its_slice_at_every_position(head: int) -> None:
     x = draw(2, 5, 12)
     before = x.clone()
     edited = edits.replace_head_by_mean(x, head, 3)
@@ -43,7 +43,7 @@ def test_replacing_one_head_touches_its_slice_alone_at_every_position(head: int)
     assert torch.equal(x, before)
 
 
-def test_replacing_heads_by_rows_replaces_one_head_in_its_row() -> None:
+def test_replacing_heads_in_rows_replaces_one_head_per_row() -> None:
     x = draw(5, 4, 12)
     before = x.clone()
     rows, chosen = torch.tensor([4, 0, 2]), torch.tensor([1, 2, 1])
@@ -56,7 +56,7 @@ def test_replacing_heads_by_rows_replaces_one_head_in_its_row() -> None:
     assert torch.equal(x, before)
 
 
-def test_one_row_can_have_several_of_its_heads_replaced() -> None:
+def test_several_heads_of_one_row_can_be_replaced() -> None:
     x = draw(1, 4, 12)
     edited = edits.replace_heads_by_mean_in_rows(x, torch.tensor([0, 0]), torch.tensor([0, 2]), 3)
     expected = x.numpy().copy()
@@ -65,7 +65,7 @@ def test_one_row_can_have_several_of_its_heads_replaced() -> None:
     np.testing.assert_allclose(edited, expected, atol=1e-6)
 
 
-def test_zeroing_heads_and_neurons_by_rows() -> None:
+def test_zeroing_heads_and_neurons_in_rows() -> None:
     x = draw(5, 4, 12)
     before = x.clone()
     rows, chosen = torch.tensor([4, 0, 2]), torch.tensor([1, 2, 1])
@@ -79,14 +79,14 @@ def test_zeroing_heads_and_neurons_by_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_scales_keep_the_type_of_what_they_scale(dtype: torch.dtype) -> None:
+def test_scaling_keeps_the_dtype(dtype: torch.dtype) -> None:
     x, scales = draw(2, 3, 6, dtype=dtype), torch.tensor([1.0, 0.0, 2.0, 0.5, -1.0, 1.0])
     scaled = edits.scale(x, scales)
     assert scaled.dtype == dtype
     np.testing.assert_array_equal(scaled.double(), x.double().numpy() * scales.numpy())
 
 
-def test_a_scale_close_to_one_acts_in_bfloat16_on_what_it_can_change() -> None:
+def test_a_scale_close_to_one_changes_most_numbers_in_bfloat16() -> None:
     x, scales = draw(1, 200, 6, dtype=torch.bfloat16), torch.full((6,), 1.003)
     scaled = edits.scale(x, scales)
     assert scales.bfloat16().eq(1).all()
@@ -94,24 +94,24 @@ def test_a_scale_close_to_one_acts_in_bfloat16_on_what_it_can_change() -> None:
     assert float((scaled != x).float().mean()) > 0.5
 
 
-def test_clean_activations_are_put_back_at_the_chosen_positions_alone() -> None:
+def test_patching_copies_clean_activations_to_the_chosen_positions_only() -> None:
     x, clean = draw(2, 6, 4), draw(2, 6, 4) + 9
     before = x.clone()
-    patched = edits.put_back(x, clean, torch.tensor([1, 5]))
+    patched = edits.patch_positions(x, clean, torch.tensor([1, 5]))
     expected = x.numpy().copy()
     expected[:, [1, 5]] = clean.numpy()[:, [1, 5]]
     np.testing.assert_array_equal(patched, expected)
     assert torch.equal(x, before)
 
 
-def test_wrong_shapes_and_types_are_refused() -> None:
+def test_wrong_shapes_and_dtypes_are_refused() -> None:
     x = draw(2, 3, 12)
     wrong = [
         lambda: edits.scale(x, torch.ones(11)),
         lambda: edits.scale(x, torch.ones(2, 12)),
         lambda: edits.scale(x.long(), torch.ones(12)),
-        lambda: edits.put_back(x, draw(2, 3, 11), torch.tensor([0])),
-        lambda: edits.put_back(x, x, torch.tensor([0.0])),
+        lambda: edits.patch_positions(x, draw(2, 3, 11), torch.tensor([0])),
+        lambda: edits.patch_positions(x, x, torch.tensor([0.0])),
         lambda: edits.replace_heads_by_mean_in_rows(x[0], torch.tensor([0]), torch.tensor([0]), 3),
         lambda: edits.replace_heads_by_mean_in_rows(x, torch.tensor([0, 1]), torch.tensor([0]), 3),
         lambda: edits.zero_heads_in_rows(x, torch.tensor([0.0]), torch.tensor([0]), 3),

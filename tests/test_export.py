@@ -1,4 +1,4 @@
-"""What is exported steers without this package: plain transformers and plain PEFT give the steered logits."""
+"""Exported steerings need no hones-eval: plain transformers and plain PEFT give the steered logits."""
 
 import shutil
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_exported_steering_gives_the_hooked_logits(
     assert (expected - plain).abs().max() > 0.01
 
 
-def test_the_base_itself_is_not_written_over_and_nothing_is_not_exported(
+def test_the_base_is_never_overwritten_and_a_steering_without_effect_is_not_exported(
     steering_folder: Path, llava_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(llava_checkpoint, tmp_path / "base")
@@ -74,7 +74,7 @@ def test_the_base_itself_is_not_written_over_and_nothing_is_not_exported(
         assert (base / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_base_that_is_not_there_is_named(
+def test_a_missing_base_is_named(
     steering_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["export", "--steering", str(steering_folder), "--to", "ia3", "--out", str(tmp_path / "out")]

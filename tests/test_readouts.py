@@ -1,4 +1,4 @@
-"""The pure readings against numpy, and their shapes."""
+"""The pure readouts compared with numpy, and the shapes they accept."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_the_log_probability_of_a_sequence_is_the_sum_over_its_tokens(dtype: tor
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_log_probability_survives_large_logits() -> None:
+def test_the_log_probability_does_not_overflow_with_large_logits() -> None:
     logits = torch.zeros(1, 1, 3)
     logits[0, 0, 0] = 1e4
     assert readouts.sequence_log_probability(logits, torch.tensor([1])).item() == -1e4
@@ -41,7 +41,7 @@ def test_the_probability_of_an_answer_is_the_sum_over_its_ids() -> None:
     np.testing.assert_allclose(found, probabilities(logits)[:, ids].sum(-1), rtol=1e-5)
 
 
-def test_the_logit_difference_is_that_of_the_means() -> None:
+def test_the_logit_difference_is_a_difference_of_means() -> None:
     logits = draw(4, 20)
     found = readouts.logit_difference(logits, torch.tensor([1, 2]), torch.tensor([5, 9, 13]))
     x = logits.double().numpy()
@@ -49,7 +49,9 @@ def test_the_logit_difference_is_that_of_the_means() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 0.5]])
-def test_the_direction_of_a_target_is_a_weighted_unit_sum_with_repeats(weights: list[float] | None) -> None:
+def test_the_direction_of_a_target_is_a_weighted_sum_that_counts_repeats(
+    weights: list[float] | None,
+) -> None:
     unembedding, ids = draw(12, 6), [4, 9, 4]
     rows = unembedding.double().numpy()[ids] * np.array(weights or [1.0, 1.0, 1.0])[:, None]
     expected = rows.sum(0) / np.linalg.norm(rows.sum(0))
@@ -73,12 +75,12 @@ def test_the_write_in_contribution_is_activation_times_gain() -> None:
     np.testing.assert_allclose(found, z.double().numpy() * gain.double().numpy(), rtol=1e-6)
 
 
-def test_the_margin_of_a_target_is_over_the_best_other_token() -> None:
+def test_the_margin_of_a_target_is_relative_to_the_best_other_token() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0], [4.0, 0.0, 1.5]])
     assert float(readouts.target_margin(logits, torch.tensor([1, 2]))) == (5.0 - 2.0) + (1.5 - 4.0)
 
 
-def test_wrong_shapes_and_types_are_refused() -> None:
+def test_wrong_shapes_and_dtypes_are_refused() -> None:
     wrong = [
         lambda: readouts.sequence_log_probability(draw(3, 4, 9), torch.tensor([1, 2])),
         lambda: readouts.sequence_log_probability(draw(4, 9), torch.tensor([1, 2, 3, 4])),

@@ -1,4 +1,4 @@
-"""Choosing sites: ties by (layer, site), counts, and random banks that match a bank layer by layer."""
+"""Selecting sites: ties by (layer, site), counts, and random banks that match a bank layer by layer."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def test_the_highest_come_first_and_ties_go_to_the_lower_layer_then_site() -> No
     assert top_neurons(scores, 1) == [Neuron(1, 2)]
 
 
-def test_many_ties_against_numpy() -> None:
+def test_ties_compared_with_numpy() -> None:
     scores = torch.randint(-2, 3, (7, 40), generator=torch.Generator().manual_seed(0)).float()
     layer, site = np.indices(scores.shape)
     order = np.lexsort((site.ravel(), layer.ravel(), -scores.numpy().ravel()))
     expected = [divmod(int(i), 40) for i in order]
-    assert [tuple(one) for one in top_neurons(scores, 280)] == expected
-    assert [tuple(one) for one in top_heads(scores, 33)] == expected[:33]
+    assert [tuple(neuron) for neuron in top_neurons(scores, 280)] == expected
+    assert [tuple(head) for head in top_heads(scores, 33)] == expected[:33]
 
 
 @pytest.mark.parametrize("count", [0, -1, 7])
@@ -30,7 +30,7 @@ def test_an_impossible_number_of_sites_is_refused(count: int) -> None:
         top_heads(torch.zeros(2, 3), count)
 
 
-def test_scores_that_are_no_matrix_are_refused() -> None:
+def test_scores_must_be_a_matrix() -> None:
     with pytest.raises(HonesError, match=r"\[layers, heads\], but have the shape \(6,\)"):
         top_heads(torch.zeros(6), 1)
 
@@ -39,19 +39,19 @@ def test_scores_that_are_no_matrix_are_refused() -> None:
     ("layers", "width", "fraction", "count"),
     [(32, 11008, 0.01, 3523), (28, 18944, 0.01, 5304), (2, 3, 0.01, 1), (2, 3, 1.0, 6), (3, 100, 0.5, 150)],
 )
-def test_the_share_of_neurons_is_of_all_layers_together(
+def test_the_neuron_count_is_a_share_of_all_layers_together(
     layers: int, width: int, fraction: float, count: int
 ) -> None:
     assert neuron_count(torch.zeros(layers, width), fraction) == count
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01])
-def test_a_share_that_is_none_is_refused(fraction: float) -> None:
+def test_a_share_outside_0_to_1_is_refused(fraction: float) -> None:
     with pytest.raises(HonesError, match="must lie above 0 and at most 1"):
         neuron_count(torch.zeros(2, 3), fraction)
 
 
-def test_a_random_bank_has_as_many_other_neurons_in_each_layer() -> None:
+def test_a_random_bank_has_as_many_neurons_in_each_layer_and_none_of_the_bank() -> None:
     bank = [Neuron(0, 3), Neuron(0, 7), Neuron(4, 0), Neuron(4, 1), Neuron(4, 2)]
     banks = [matched_random(bank, 50, seed) for seed in range(40)]
     for drawn in banks:

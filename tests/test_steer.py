@@ -1,4 +1,4 @@
-"""A steering on a model, by hooks or folded into the weights: the same logits, and taken off exactly."""
+"""Steering by hooks and by folding: the same logits, and the model is restored exactly."""
 
 import hashlib
 import warnings
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape, Provenance
-from hones_eval.core.attach import attach_steering, attach_to, steer
+from hones_eval.core.attach import attach_steering, attach_to_anatomy, steer
 from hones_eval.core.steering import Steering
 from hones_eval.errors import EditError, HonesError, MisfitError
 
@@ -49,7 +49,7 @@ def logits(family: Family) -> Tensor:
 
 
 def plainly_steered(family: Family, steering: Steering) -> Tensor:
-    """Scales applied by hooks of our own, head by head."""
+    """Reference: apply the scales by separate hooks, head by head."""
     handles = []
     for i, layer in enumerate(plain.layers(family.model)):
         heads, neurons = steering.head_scales[i], steering.neuron_scales[i]
@@ -70,7 +70,7 @@ def plainly_steered(family: Family, steering: Steering) -> Tensor:
     return steered
 
 
-def test_hook_and_fold_do_what_the_scales_say_and_come_off_bit_for_bit(family: Family) -> None:
+def test_hook_and_fold_apply_the_scales_and_are_removed_bit_for_bit(family: Family) -> None:
     steering = make(Anatomy.of(family.model).shape)
     before, weights = logits(family), fingerprint(family.model)
     expected = plainly_steered(family, steering)
@@ -86,7 +86,7 @@ def test_hook_and_fold_do_what_the_scales_say_and_come_off_bit_for_bit(family: F
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])
-def test_in_half_precision(how: How) -> None:
+def test_steering_in_half_precision(how: How) -> None:
     family = families.build("qwen2_5_vl", dtype=torch.bfloat16)
     steering = make(Anatomy.of(family.model).shape)
     before, weights = logits(family), fingerprint(family.model)
@@ -99,7 +99,7 @@ def test_in_half_precision(how: How) -> None:
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])
-def test_scales_that_half_precision_undoes_are_counted(how: How) -> None:
+def test_scales_that_rounding_undoes_are_counted_in_a_warning(how: How) -> None:
     family = families.build("llava", dtype=torch.bfloat16)
     shape = Anatomy.of(family.model).shape
     steering = make(shape)
@@ -107,8 +107,8 @@ def test_scales_that_half_precision_undoes_are_counted(how: How) -> None:
     steering.neuron_scales.fill_(1)
     steering.neuron_scales[0, :3] = 1.001
     steering.neuron_scales[1, 0] = 1.01
-    said = "3 of 4 scales are within 0.002 of 1, where rounding to bfloat16 undoes them"
-    with pytest.warns(UserWarning, match=said), steer(family.model, steering, how=how):
+    message = "3 of 4 scales are within 0.002 of 1, where rounding to bfloat16 undoes them"
+    with pytest.warns(UserWarning, match=message), steer(family.model, steering, how=how):
         pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,8 +117,8 @@ def test_scales_that_half_precision_undoes_are_counted(how: How) -> None:
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])
-def test_small_scales_act_in_half_precision_as_much_as_a_number_of_it_can(how: How) -> None:
-    """Scales of 1.003 are 1 in bfloat16, but the products are not what they were."""
+def test_small_scales_act_in_half_precision(how: How) -> None:
+    """A scale of 1.003 rounds to 1 in bfloat16, but the products still change."""
     family = families.build("llava", dtype=torch.bfloat16)
     steering = make(Anatomy.of(family.model).shape)
     steering.head_scales.fill_(1)
@@ -129,7 +129,7 @@ def test_small_scales_act_in_half_precision_as_much_as_a_number_of_it_can(how: H
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])
-def test_strength(build_family: Callable[[str], Family], how: How) -> None:
+def test_strength_scales_the_steering(build_family: Callable[[str], Family], how: How) -> None:
     family = build_family("llava")
     steering = make(Anatomy.of(family.model).shape)
     with steer(family.model, steering, how=how, strength=0.0):
@@ -146,7 +146,7 @@ def inputs(family: Family) -> dict[str, Tensor]:
 
 
 def plainly_without(family: Family, steering: Steering) -> Tensor:
-    """As `plainly_steered`, on a model of the same weights that nothing is attached to."""
+    """`plainly_steered` on a model with the same weights and nothing attached."""
     return plainly_steered(families.build(family.name), steering)
 
 
@@ -168,16 +168,16 @@ def test_two_steerings_at_once_are_their_product(build_family: Callable[[str], F
     expected = plainly_steered(family, first.compose(second))
     for hows in (("hook", "hook"), ("fold", "hook"), ("fold", "fold")):
         weights = fingerprint(family.model)
-        one = attach_steering(family.model, first, hows[0])
-        two = attach_steering(family.model, second, hows[1])
+        attached_first = attach_steering(family.model, first, hows[0])
+        attached_second = attach_steering(family.model, second, hows[1])
         torch.testing.assert_close(logits(family), expected, atol=1e-4, rtol=1e-4)
-        two.detach()
-        one.detach()
+        attached_second.detach()
+        attached_first.detach()
         assert fingerprint(family.model) == weights
 
 
 @pytest.mark.parametrize("how", ["hook", "fold"])
-def test_the_model_is_given_back_after_an_exception(build_family: Callable[[str], Family], how: How) -> None:
+def test_the_model_is_restored_after_an_exception(build_family: Callable[[str], Family], how: How) -> None:
     family = build_family("gemma3")
     before, weights = logits(family), fingerprint(family.model)
     with pytest.raises(ZeroDivisionError), steer(family.model, make(Anatomy.of(family.model).shape), how=how):
@@ -186,7 +186,7 @@ def test_the_model_is_given_back_after_an_exception(build_family: Callable[[str]
     assert torch.equal(logits(family), before)
 
 
-def test_detaching_twice_does_no_harm(build_family: Callable[[str], Family]) -> None:
+def test_detaching_twice_is_safe(build_family: Callable[[str], Family]) -> None:
     family = build_family("llava")
     weights = fingerprint(family.model)
     for how in ("hook", "fold"):
@@ -206,7 +206,7 @@ def test_a_steering_for_another_model_names_both_sides(build_family: Callable[[s
     )
 
 
-def test_hooks_that_no_forward_reached_are_an_error(build_family: Callable[[str], Family]) -> None:
+def test_hooks_that_no_forward_pass_reached_are_an_error(build_family: Callable[[str], Family]) -> None:
     family = build_family("llava")
     with steer(family.model, make(Anatomy.of(family.model).shape)) as attached:
         logits(family)
@@ -229,7 +229,7 @@ def test_fold_refuses_a_weight_that_another_layer_shares() -> None:
 
 
 class Packed(nn.Module):
-    """A linear layer whose weight is kept as whole numbers, as quantizers do."""
+    """A linear layer that stores its weight as integers, as quantizers do."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -243,16 +243,18 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed, nn.Linear):
-    """The same as a subclass of Linear, as bitsandbytes has it."""
+    """The same as a subclass of Linear, as in bitsandbytes."""
 
 
-@pytest.mark.parametrize(("kind", "says"), [(Packed, "is a Packed"), (PackedLinear, "has quantized weights")])
-def test_fold_refuses_quantized_weights_and_hooks_serve_them(kind: type[Packed], says: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Packed, "is a Packed"), (PackedLinear, "has quantized weights")]
+)
+def test_fold_refuses_quantized_weights_and_hooks_support_them(kind: type[Packed], message: str) -> None:
     family = families.build("llava")
     layer = plain.layers(family.model)[2]
     layer.mlp.down_proj = kind(layer.mlp.down_proj)
     weights, steering = fingerprint(family.model), make(Anatomy.of(family.model).shape)
-    with pytest.raises(HonesError, match=rf"layers\.2\.mlp\.down_proj {says}.*use attach=hook"):
+    with pytest.raises(HonesError, match=rf"layers\.2\.mlp\.down_proj {message}.*use attach=hook"):
         attach_steering(family.model, steering, "fold")
     assert fingerprint(family.model) == weights
     expected = plainly_steered(family, steering)
@@ -260,7 +262,7 @@ def test_fold_refuses_quantized_weights_and_hooks_serve_them(kind: type[Packed],
         torch.testing.assert_close(logits(family), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unknown_way_to_attach_is_refused(build_family: Callable[[str], Family]) -> None:
+def test_an_unknown_attach_mode_is_refused(build_family: Callable[[str], Family]) -> None:
     anatomy = Anatomy.of(build_family("llava").model)
     with pytest.raises(HonesError, match="attach='glue' is not known: use hook or fold"):
-        attach_to(anatomy, make(anatomy.shape), "glue")
+        attach_to_anatomy(anatomy, make(anatomy.shape), "glue")

@@ -1,11 +1,14 @@
-"""Steerings: their scales, strength, composition and files. The files' own errors: test_ranking."""
+"""Steerings: scales, strength, composition, display and files. Errors of the files: test_ranking."""
 
+import doctest
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import Family
 from torch import Tensor
 
 from hones_eval.core import steering as steering_module
@@ -27,15 +30,15 @@ def make(seed: int = 0, shape: ModelShape = SHAPE, **changes: Any) -> Steering:
     return Steering(**tensors | {"provenance": provenance} | changes)
 
 
-def test_a_steering_comes_back_as_it_was(tmp_path: Path) -> None:
-    made = make()
-    made.head_scales[0] = 1
-    made.save(tmp_path / "s")
+def test_a_saved_steering_loads_unchanged(tmp_path: Path) -> None:
+    steering = make()
+    steering.head_scales[0] = 1
+    steering.save(tmp_path / "s")
     loaded = Steering.load(tmp_path / "s")
-    assert torch.equal(loaded.head_scales, made.head_scales)
-    assert torch.equal(loaded.neuron_scales, made.neuron_scales)
-    assert loaded.provenance == made.provenance
-    assert loaded.digest == made.digest
+    assert torch.equal(loaded.head_scales, steering.head_scales)
+    assert torch.equal(loaded.neuron_scales, steering.neuron_scales)
+    assert loaded.provenance == steering.provenance
+    assert loaded.digest == steering.digest
     header = read_json(tmp_path / "s" / "steering.json")
     assert (header["scaled_heads"], header["scaled_neurons"]) == (3, 10)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
@@ -44,19 +47,19 @@ def test_a_steering_comes_back_as_it_was(tmp_path: Path) -> None:
     ]
 
 
-def test_strength_goes_from_the_baseline_through_the_steering_and_beyond() -> None:
-    made = make()
+def test_strength_interpolates_from_the_baseline_and_extrapolates() -> None:
+    steering = make()
     assert make().at_strength(0).is_noop
-    torch.testing.assert_close(made.at_strength(1).neuron_scales, made.neuron_scales)
-    beyond = made.at_strength(2.5)
-    torch.testing.assert_close(beyond.head_scales, 1 + 2.5 * (made.head_scales - 1))
-    torch.testing.assert_close(beyond.neuron_scales, 1 + 2.5 * (made.neuron_scales - 1))
-    assert not made.is_noop
+    torch.testing.assert_close(steering.at_strength(1).neuron_scales, steering.neuron_scales)
+    beyond = steering.at_strength(2.5)
+    torch.testing.assert_close(beyond.head_scales, 1 + 2.5 * (steering.head_scales - 1))
+    torch.testing.assert_close(beyond.neuron_scales, 1 + 2.5 * (steering.neuron_scales - 1))
+    assert not steering.is_noop
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scales_that_rounding_undoes_are_those_that_change_no_number(dtype: torch.dtype) -> None:
-    """Every number of the type from 1 to 2, and from -2 to -1, times every scale."""
+def test_rounded_away_counts_the_scales_that_change_no_number(dtype: torch.dtype) -> None:
+    """Multiply every number of the type from 1 to 2, and from -2 to -1, by every scale."""
     numbers = torch.arange(1, 2, torch.finfo(dtype).eps, dtype=torch.float64)
     numbers = torch.cat([numbers, -numbers])
     reach = torch.tensor([0.1, 0.5, 0.999, 1.01, 1.5, 4.0], dtype=torch.float64)
@@ -65,12 +68,12 @@ def test_scales_that_rounding_undoes_are_those_that_change_no_number(dtype: torc
     unfelt = (products == numbers[:, None]).all(0) & (scales != 1)
     assert 0 < int(unfelt.sum()) < len(scales) - 1
     shape = replace(SHAPE, layers=1, neurons=len(scales))
-    made = make(shape=shape, head_scales=torch.ones(1, 3), neuron_scales=scales[None])
-    assert made.swallowed(dtype) == int(unfelt.sum())
-    assert made.swallowed(torch.float32) == 0
+    steering = make(shape=shape, head_scales=torch.ones(1, 3), neuron_scales=scales[None])
+    assert steering.rounded_away(dtype) == int(unfelt.sum())
+    assert steering.rounded_away(torch.float32) == 0
 
 
-def test_both_at_once_is_the_product_and_remembers_both() -> None:
+def test_composing_multiplies_the_scales_and_records_both_sources() -> None:
     first, second = make(1), make(2)
     both = first.compose(second)
     assert torch.equal(both.head_scales, first.head_scales * second.head_scales)
@@ -109,18 +112,18 @@ def test_scales_that_are_not_finite_are_refused(value: float) -> None:
         make(neuron_scales=torch.full((2, 5), value))
 
 
-def test_a_steering_that_lost_a_tensor_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     save_artifact(tmp_path, "steering", make().provenance, {"head_scales": torch.ones(2, 3)}, {})
     with pytest.raises(HonesError, match=r"holds head_scales and neuron_scales, not .'head_scales'"):
         Steering.load(tmp_path)
 
 
-def test_equal_scales_have_equal_digests_whoever_made_them() -> None:
+def test_equal_scales_have_equal_digests_whatever_their_provenance() -> None:
     same = make(3, provenance=make(4).provenance)
     assert same.digest == make(3).digest != make(4).digest
 
 
-def test_what_is_neither_folder_nor_on_the_hub_is_one_line(tmp_path: Path) -> None:
+def test_a_path_that_is_neither_folder_nor_hub_id_is_one_line(tmp_path: Path) -> None:
     for path in ("org/no-such-steering", str(tmp_path / "nowhere")):
         with pytest.raises(
             HonesError, match=r"no steering at .*: there is no such folder, and the hub"
@@ -130,7 +133,7 @@ def test_what_is_neither_folder_nor_on_the_hub_is_one_line(tmp_path: Path) -> No
 
 
 def test_pushing_uploads_the_two_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is handed to the hub's client is a folder that loads."""
+    """The uploaded folder is a valid steering."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Client:
@@ -146,3 +149,57 @@ def test_pushing_uploads_the_two_files(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("me/steering", {"private": True, "exist_ok": True}),
         ("me/steering", {"digest": make().digest}),
     ]
+
+
+@pytest.mark.parametrize("strength", [1e38, -1e38, 3e4])
+def test_a_strength_that_would_overflow_the_activations_is_refused(strength: float) -> None:
+    with pytest.raises(HonesError, match=r"strength=.* makes a scale of .*use a smaller strength"):
+        make().at_strength(strength)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_not_finite_is_refused(strength: float) -> None:
+    with pytest.raises(HonesError, match="is not a finite number"):
+        make().at_strength(strength)
+
+
+def test_a_steering_by_hand_scales_the_named_sites_only(build_family: Callable[[str], Family]) -> None:
+    model = build_family("llava").model
+    steering = Steering.by_hand(model, heads={(3, 1): 0.0}, neurons={(2, 12): 2.0, (0, 5): 1.5})
+    shape = steering.provenance.shape
+    heads, neurons = torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons)
+    heads[3, 1], neurons[2, 12], neurons[0, 5] = 0, 2, 1.5
+    assert torch.equal(steering.head_scales, heads)
+    assert torch.equal(steering.neuron_scales, neurons)
+    assert steering.provenance.method == "by hand"
+    assert not Steering.by_hand(model, neurons={(2, 12): 2.0}).is_noop
+
+
+@pytest.mark.parametrize("site", [(4, 0), (0, 4), (-1, 0), (0, -1)])
+def test_a_head_that_the_model_does_not_have_is_named(
+    build_family: Callable[[str], Family], site: tuple[int, int]
+) -> None:
+    message = f"there is no head {site[0]}.{site[1]}: this model has layers 0 to 3 with heads 0 to 3"
+    with pytest.raises(HonesError, match=message):
+        Steering.by_hand(build_family("llava").model, heads={site: 0.0})
+
+
+def test_the_short_forms_say_what_is_scaled() -> None:
+    head_scales, neuron_scales = torch.ones(2, 3), torch.ones(2, 5)
+    head_scales[1, 2], neuron_scales[0, 1], neuron_scales[1, 4] = 0, 0.5, 2
+    provenance = Provenance("org/<model>", None, SHAPE, "hones", {}, EXAMPLES)
+    steering = Steering(head_scales, neuron_scales, provenance)
+    assert repr(steering) == "Steering(org/<model>: 1 of 6 heads x0, 2 of 10 neurons x0.5 to x2)"
+    page = steering._repr_html_()
+    assert "org/&lt;model&gt;" in page
+    assert "2 of 10 neurons x0.5 to x2" in page
+    assert "vqa (1)" in page
+    assert steering.to_pandas().to_dict("records") == [
+        {"kind": "head", "layer": 1, "site": 2, "scale": 0.0},
+        {"kind": "neuron", "layer": 0, "site": 1, "scale": 0.5},
+        {"kind": "neuron", "layer": 1, "site": 4, "scale": 2.0},
+    ]
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    assert doctest.testmod(steering_module).failed == 0

@@ -11,7 +11,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from hones_eval.core.artifact import read_json, write_bytes
-from hones_eval.core.images import image_hash, whole_pictures
+from hones_eval.core.images import image_hash, refuse_truncated_images
 from hones_eval.editing.photographs import png
 from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.reading import Reading, records_from
@@ -66,7 +66,7 @@ def _row(
         except (ValueError, TypeError) as error:
             raise RecordError(f"its column 'record' is no JSON object: {error}") from None
     try:
-        with whole_pictures():
+        with refuse_truncated_images():
             clean = _keep(show(doc), folder, task)
     except (OSError, SyntaxError) as error:
         raise RecordError(f"its picture cannot be read: {' '.join(str(error).split())}") from None

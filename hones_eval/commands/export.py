@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from hones_eval.commands.shared import say
-from hones_eval.core.export import export_checkpoint, export_ia3, write_whole
+from hones_eval.core.export import export_checkpoint, export_ia3, write_folder
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
@@ -38,7 +38,7 @@ def export(
         export_ia3(model, loaded, out)
     else:
         export_checkpoint(model, loaded, out)
-        write_whole(out, AutoProcessor.from_pretrained(base).save_pretrained)
+        write_folder(out, AutoProcessor.from_pretrained(base).save_pretrained)
     say(f"wrote {out}: {base} steered, as {to}")
 
 

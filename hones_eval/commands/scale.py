@@ -156,7 +156,7 @@ def scale(
             say(f"warning: {warning}")
         if steering.is_noop:
             say("warning: nothing beats leaving the model as it is, so this steering changes nothing")
-        lost = steering.swallowed(job.anatomy.model.dtype)
+        lost = steering.rounded_away(job.anatomy.model.dtype)
         if lost:
             say(f"warning: {lost} scales are so near to 1 that rounding to {job.dtype} undoes them")
 

@@ -1,4 +1,4 @@
-"""Attach a steering to a model, by hooks or folded into the weights, and take it off exactly."""
+"""Attach a steering to a model, by hooks or folded into its weights, and remove it exactly."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,20 +20,20 @@ AttachMode = Literal["hook", "fold"]
 
 
 class AttachedSteering:
-    """A steering on a model, until `detach`."""
+    """A steering attached to a model until `detach`."""
 
     def __init__(self, attached: AttachedEdits | None, undo: Callable[[], None]) -> None:
-        """Made by `attach_steering`; `attached` is None when the scales are folded into the weights."""
+        """Called by `attach_steering`. `attached` is None when the scales are folded into the weights."""
         self._attached = attached
         self._undo = undo
 
     def check_ran(self) -> None:
-        """Raise EditError when a hooked edit has not run since the last check. Folded scales always act."""
+        """Raise EditError when a hook has not run since the last check. Folded scales always act."""
         if self._attached is not None:
             self._attached.check_ran()
 
     def detach(self) -> None:
-        """Give the model back as it was, bit for bit. Safe to call twice."""
+        """Restore the model bit for bit. Safe to call twice."""
         self._undo()
 
 
@@ -43,26 +43,26 @@ def attach_steering(
     """Scale heads and neurons of `model` until the returned object is detached.
 
     Args:
-        model: any vision-language model that `Anatomy.of` serves.
+        model: any vision-language model that `Anatomy.of` supports.
         steering: scales whose shapes fit the model's language model.
-        how: `hook` multiplies activations on every call (also for quantized or shared weights); `fold`
-            multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run time.
+        how: `hook` multiplies activations on every call, and also works with quantized or shared weights;
+            `fold` multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run time.
         strength: a scale `s` becomes `1 + strength * (s - 1)`.
 
     Raises:
         MisfitError: the steering was made for a model of another shape.
         HonesError: `fold` on weights that cannot be folded.
     """
-    return attach_to(Anatomy.of(model), steering, how, strength)
+    return attach_to_anatomy(Anatomy.of(model), steering, how, strength)
 
 
-def attach_to(
+def attach_to_anatomy(
     anatomy: Anatomy, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
 ) -> AttachedSteering:
-    """As `attach_steering`, for a model whose anatomy is known already."""
+    """Attach a steering to a model whose anatomy is already known. See `attach_steering`."""
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     steering = steering.at_strength(strength)
-    _warn_of_swallowed(anatomy, steering)
+    _warn_of_rounding(anatomy, steering)
     scaled = scaled_sites(anatomy, steering)
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))
@@ -76,7 +76,7 @@ def attach_to(
 def steer(
     model: PreTrainedModel, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
 ) -> Iterator[AttachedSteering]:
-    """`attach_steering` for the length of a `with` block."""
+    """Steer a model for the length of a `with` block. See `attach_steering` for the arguments."""
     attached = attach_steering(model, steering, how, strength)
     try:
         yield attached
@@ -85,16 +85,19 @@ def steer(
 
 
 def scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tensor]]:
-    """The linear layers whose inputs a steering changes, with a scale for every input feature."""
+    """List the linear layers whose inputs a steering changes, with one scale per input feature.
+
+    Layers whose scales are all 1 are left out.
+    """
     per_feature = steering.head_scales.repeat_interleave(anatomy.shape.head_width, dim=1)
     everything = [*zip(anatomy.heads_in, per_feature, strict=True)]
     everything += zip(anatomy.neurons_in, steering.neuron_scales, strict=True)
     return [(site, scales) for site, scales in everything if not bool((scales == 1).all())]
 
 
-def _warn_of_swallowed(anatomy: Anatomy, steering: Steering) -> None:
+def _warn_of_rounding(anatomy: Anatomy, steering: Steering) -> None:
     dtype = anatomy.model.dtype
-    lost = steering.swallowed(dtype)
+    lost = steering.rounded_away(dtype)
     if lost:
         scaled = int((steering.head_scales != 1).sum()) + int((steering.neuron_scales != 1).sum())
         kind = str(dtype).removeprefix("torch.")

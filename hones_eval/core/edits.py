@@ -1,11 +1,14 @@
-"""Pure tensor edits. No hooks and no models here: tensors in, tensors out, inputs untouched."""
+"""Pure tensor edits: no hooks and no models. Inputs are never changed in place."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def mean_of_others(x: Float[Tensor, "*batch heads width"]) -> Float[Tensor, "*batch heads width"]:
-    """For every head the mean of the other heads' outputs (HONES 1): zeros when there is one head."""
+    """Mean replacement (HONES 1): for each head, the mean of the other heads' outputs.
+
+    Zeros when there is only one head.
+    """
     heads = x.shape[-2]
     if heads == 1:
         return x.new_zeros(x.shape)
@@ -15,7 +18,7 @@ def mean_of_others(x: Float[Tensor, "*batch heads width"]) -> Float[Tensor, "*ba
 def replace_head_by_mean(
     x: Float[Tensor, "*batch features"], head: int, heads: int
 ) -> Float[Tensor, "*batch features"]:
-    """The input of `o_proj` with one head's slice replaced by the mean of the others."""
+    """Replace one head's slice of the input of `o_proj` by the mean of the other heads' slices."""
     split: Tensor = x.unflatten(-1, (heads, -1))
     edited = split.clone()
     edited[..., head, :] = mean_of_others(split)[..., head, :]
@@ -28,7 +31,10 @@ def replace_heads_by_mean_in_rows(
     chosen: Int[Tensor, " edited"],
     heads: int,
 ) -> Float[Tensor, "rows tokens features"]:
-    """As `replace_head_by_mean`, but in row `rows[i]` of the batch head `chosen[i]`; other rows stay."""
+    """Replace head `chosen[i]` by the mean of the other heads in row `rows[i]` of the batch.
+
+    Other rows are unchanged. A row may occur several times; each mean is that of the unedited heads.
+    """
     split: Tensor = x.unflatten(-1, (heads, -1))
     edited = split.clone()
     edited[rows, :, chosen] = mean_of_others(split[rows])[range(len(rows)), :, chosen]
@@ -41,7 +47,7 @@ def zero_heads_in_rows(
     chosen: Int[Tensor, " edited"],
     heads: int,
 ) -> Float[Tensor, "rows tokens features"]:
-    """In row `rows[i]` of the batch the slice of head `chosen[i]` becomes zero; other rows stay."""
+    """Set the slice of head `chosen[i]` to zero in row `rows[i]` of the batch. Other rows are unchanged."""
     edited: Tensor = x.unflatten(-1, (heads, -1)).clone()
     edited[rows, :, chosen] = 0
     return edited.flatten(-2)
@@ -50,28 +56,28 @@ def zero_heads_in_rows(
 def zero_neurons_in_rows(
     x: Float[Tensor, "rows tokens features"], rows: Int[Tensor, " edited"], chosen: Int[Tensor, " edited"]
 ) -> Float[Tensor, "rows tokens features"]:
-    """In row `rows[i]` of the batch neuron `chosen[i]` becomes zero; other rows stay."""
+    """Set neuron `chosen[i]` to zero in row `rows[i]` of the batch. Other rows are unchanged."""
     edited = x.clone()
     edited[rows, :, chosen] = 0
     return edited
 
 
 def scale(x: Float[Tensor, "*batch sites"], scales: Float[Tensor, " sites"]) -> Float[Tensor, "*batch sites"]:
-    """Every site times its scale: HONES 4, V-SEAM 4, and masking where the scale is zero.
+    """Multiply every feature by its scale (HONES 4, V-SEAM 4). A scale of zero masks the feature.
 
-    Multiplied in the wider of the two types and then rounded to that of `x`: in bfloat16 a scale closer to 1
-    than 0.4 percent would itself round to 1 and do nothing.
+    The product is computed in the wider of the two dtypes and then rounded to the dtype of `x`. Rounding the
+    scale first would lose small scales: in bfloat16 a scale within 0.4 percent of 1 is itself rounded to 1.
     """
     product = x * scales
     return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
-def put_back(
+def patch_positions(
     x: Float[Tensor, "*batch tokens width"],
     clean: Float[Tensor, "*batch tokens width"],
     positions: Int[Tensor, " chosen"],
 ) -> Float[Tensor, "*batch tokens width"]:
-    """Activation patching (V-SEAM 2): at the chosen token positions the clean activations."""
+    """Activation patching (V-SEAM 2): copy the clean activations to the chosen token positions."""
     edited = x.clone()
     edited[..., positions, :] = clean[..., positions, :]
     return edited

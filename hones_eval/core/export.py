@@ -1,4 +1,4 @@
-"""A steering as something that needs none of this package: steered weights, or a stock PEFT adapter."""
+"""Export a steering as steered weights or as a standard PEFT adapter. Neither needs this package to run."""
 
 import shutil
 import tempfile
@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.attach import attach_to, scaled_sites
+from hones_eval.core.attach import attach_to_anatomy, scaled_sites
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
 
 def export_checkpoint(model: PreTrainedModel, steering: Steering, out: Path) -> None:
-    """Save the model with the scales folded into its weights; the model itself is given back unchanged."""
-    attached = attach_to(Anatomy.of(model), steering, "fold")
+    """Save the model with the scales folded into its weights. The model in memory stays unchanged."""
+    attached = attach_to_anatomy(Anatomy.of(model), steering, "fold")
     try:
-        write_whole(out, model.save_pretrained)
+        write_folder(out, model.save_pretrained)
     finally:
         attached.detach()
 
@@ -27,7 +27,8 @@ def export_checkpoint(model: PreTrainedModel, steering: Steering, out: Path) -> 
 def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
     """Save a PEFT (IA)^3 adapter that multiplies the inputs of `o_proj` and `down_proj` by the scales.
 
-    `peft.PeftModel.from_pretrained(model, out)` then steers. Layers whose scales are all 1 are left out.
+    `peft.PeftModel.from_pretrained(model, out)` gives the steered model. Layers whose scales are all 1 are
+    left out.
     """
     from peft import IA3Config, get_peft_model
 
@@ -42,13 +43,13 @@ def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
     try:
         for name, values in scales.items():
             _vector(adapted, name).copy_(values)
-        write_whole(out, adapted.save_pretrained)
+        write_folder(out, adapted.save_pretrained)
     finally:
         adapted.unload()
 
 
-def write_whole(out: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a folder beside `out`, and move its files there when all is written."""
+def write_folder(out: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a temporary folder next to `out`, then move its files to `out` when all exist."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         save(Path(temporary))

@@ -1,4 +1,4 @@
-"""Pictures as they are seen: one hash each, upright, and files that are cut short refused."""
+"""Image reading: a hash per image, EXIF rotation, conversion to RGB, and no silently truncated files."""
 
 import hashlib
 import io
@@ -11,24 +11,25 @@ from PIL import ImageCms, ImageFile, ImageOps
 from PIL.Image import Image, alpha_composite, fromarray
 from PIL.Image import new as new_image
 
-_reading = RLock()
+_pillow_setting = RLock()
 
 
-def image_hash(picture: Image) -> str:
-    """SHA-256 over the size and the RGB pixels of a picture, whatever file or mode it came in."""
-    seen = picture.convert("RGB")
-    total = hashlib.sha256(f"{seen.width}x{seen.height}:".encode())
-    total.update(seen.tobytes())
+def image_hash(image: Image) -> str:
+    """SHA-256 over the size and the RGB pixels of an image, independent of its file format and mode."""
+    rgb = image.convert("RGB")
+    total = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
+    total.update(rgb.tobytes())
     return total.hexdigest()
 
 
 @contextmanager
-def whole_pictures() -> Iterator[None]:
-    """Reading a picture that is cut short is an error within the block, as Pillow has it by default.
+def refuse_truncated_images() -> Iterator[None]:
+    """Raise an error for truncated image files within the block, as Pillow does by default.
 
-    lmms-eval switches that off for the whole process when it is imported: the rest is then filled with grey.
+    lmms-eval switches this error off for the whole process when it is imported. Pillow then fills the
+    missing part of an image with grey.
     """
-    with _reading:
+    with _pillow_setting:
         lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield
@@ -36,36 +37,36 @@ def whole_pictures() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def as_seen(picture: Image) -> Image:
-    """An opened picture in RGB as a viewer shows it.
+def as_displayed(image: Image) -> Image:
+    """Convert an opened image to RGB as an image viewer displays it.
 
-    It is turned as its EXIF says; transparency is laid on white; 16 bits are brought to 8, where Pillow's
-    own conversion would leave white; CMYK goes through its profile.
+    The EXIF rotation is applied, transparency is laid on white, CMYK goes through its colour profile, and 16
+    bits per channel are scaled to 8 (Pillow's own conversion clips them, which gives a white image).
     """
-    picture.load()
-    return _rgb(ImageOps.exif_transpose(picture))
+    image.load()
+    return _rgb(ImageOps.exif_transpose(image))
 
 
-def _rgb(picture: Image) -> Image:
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        seen = picture.convert("RGBA")
-        white = new_image("RGBA", seen.size, "white")
-        return alpha_composite(white, seen).convert("RGB")
-    if picture.mode in ("I", "I;16", "I;16B", "F"):
-        numbers = np.asarray(picture, dtype=np.float64)
-        top = 65535 if numbers.max(initial=0) > 255 else 255
-        return fromarray((numbers.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    profile = picture.info.get("icc_profile")
-    if picture.mode == "CMYK" and profile:
-        return _through_profile(picture, profile)
-    return picture.convert("RGB")
+def _rgb(image: Image) -> Image:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = new_image("RGBA", rgba.size, "white")
+        return alpha_composite(white, rgba).convert("RGB")
+    if image.mode in ("I", "I;16", "I;16B", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        maximum = 65535 if values.max(initial=0) > 255 else 255
+        return fromarray((values.clip(0, maximum) * (255 / maximum)).round().astype(np.uint8)).convert("RGB")
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK" and profile:
+        return _through_profile(image, profile)
+    return image.convert("RGB")
 
 
-def _through_profile(picture: Image, profile: bytes) -> Image:
-    """CMYK means nothing without its profile; one that cannot be used is left aside."""
+def _through_profile(image: Image, profile: bytes) -> Image:
+    """Convert CMYK to sRGB through its colour profile; an unusable profile is ignored."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        made = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
-        return picture.convert("RGB")
-    return made if made is not None else picture.convert("RGB")
+        return image.convert("RGB")
+    return converted if converted is not None else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Pure tensor readings: probabilities, write-in contributions, lens. No hooks and no models here."""
+"""Readouts as pure tensor functions: probabilities, margins and write-in contributions. No hooks."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,11 @@ from torch import Tensor
 def sequence_log_probability(
     logits: Float[Tensor, "rows tokens vocabulary"], target: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " rows"]:
-    """Sum over a target's tokens of their log-probability, natural logarithm, in float32.
+    """Sum of the log-probabilities of a target's tokens (natural logarithm, float32).
 
-    `logits[:, i]` are those from which token `i` of the target is predicted.
+    Args:
+        logits: `logits[:, i]` are the logits that predict token `i` of the target.
+        target: the target's token ids.
     """
     logs = torch.log_softmax(logits.float(), dim=-1)
     return logs.gather(-1, target.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).sum(-1)
@@ -21,9 +23,9 @@ def sequence_log_probability(
 def target_margin(
     logits: Float[Tensor, "tokens vocabulary"], target: Int[Tensor, " tokens"]
 ) -> Float[Tensor, ""]:
-    """Sum over a target's tokens of their logit minus the largest other one, in float32.
+    """Sum over a target's tokens of the token's logit minus the largest other logit, in float32.
 
-    Unlike the log-probability it does not flatten where a model is sure of the target.
+    Unlike the log-probability, the margin does not saturate when the model is certain of the target.
     """
     logits, chosen = logits.float(), target.unsqueeze(-1)
     others = logits.scatter(-1, chosen, -torch.inf).amax(-1)
@@ -33,7 +35,7 @@ def target_margin(
 def answer_probability(
     logits: Float[Tensor, "rows vocabulary"], answer_ids: Int[Tensor, " ids"]
 ) -> Float[Tensor, " rows"]:
-    """Next-token probability of an answer: the sum over its ids, softmax in float32 (V-SEAM 3)."""
+    """Next-token probability of an answer, summed over its ids, softmax in float32 (V-SEAM 3)."""
     return torch.softmax(logits.float(), dim=-1)[:, answer_ids].sum(-1)
 
 
@@ -42,7 +44,7 @@ def logit_difference(
     correct_ids: Int[Tensor, " correct"],
     wrong_ids: Int[Tensor, " wrong"],
 ) -> Float[Tensor, " rows"]:
-    """Mean logit of the correct answer's ids minus that of the wrong answer's (V-SEAM 2)."""
+    """Mean logit of the correct answer's ids minus the mean logit of the wrong answer's ids (V-SEAM 2)."""
     return logits[:, correct_ids].float().mean(-1) - logits[:, wrong_ids].float().mean(-1)
 
 
@@ -51,9 +53,16 @@ def target_direction(
     target_ids: Sequence[int],
     weights: Sequence[float] | None = None,
 ) -> Float[Tensor, " hidden"]:
-    """Unit vector `u_y` of a target: the weighted sum of its tokens' unembedding rows (HONES 2).
+    """Direction of a target (HONES 2): the weighted sum of its tokens' unembedding rows as a unit vector.
 
-    Repeated tokens count as often as they stand there. Computed in float32.
+    `u_y = sum_t w_t U[t] / ||sum_t w_t U[t]||`, computed in float32. A repeated token counts each time.
+
+    Args:
+        unembedding: the unembedding matrix `U`.
+        target_ids: the target's token ids.
+        weights: one weight per token; None weighs all tokens equally.
+
+    Raises: ValueError when the rows add up to zero.
     """
     ids = torch.as_tensor(target_ids, device=unembedding.device)
     rows = unembedding[ids].float()
@@ -62,7 +71,7 @@ def target_direction(
     total = rows.sum(0)
     norm = total.norm()
     if not bool(norm > 0):
-        raise ValueError("the target's unembedding rows add up to zero: it has no direction to write into")
+        raise ValueError("the target's unembedding rows add up to zero, so the target has no direction")
     unit: Tensor = total / norm
     return unit
 
@@ -72,7 +81,9 @@ def write_in(
 ) -> Float[Tensor, "*batch neurons"]:
     """Write-in contribution `z_i * <W_down[:, i], u_y>` of every neuron (HONES 2), in float32.
 
-    `write_gain` is `W_down^T u_y`, see `write_gain`.
+    Args:
+        activations: `z`, the input of `down_proj`.
+        write_gain: `W_down^T u_y`, from the function `write_gain`.
     """
     return activations.float() * write_gain
 
@@ -80,5 +91,5 @@ def write_in(
 def write_gain(
     down: Float[Tensor, "hidden neurons"], direction: Float[Tensor, " hidden"]
 ) -> Float[Tensor, " neurons"]:
-    """What one unit of every neuron writes along a direction: `W_down^T u_y`, in float32."""
+    """Amount that one unit of each neuron's activation writes along a direction: `W_down^T u_y`, float32."""
     return torch.mv(down.float().T, direction.to(down.device))

@@ -1,4 +1,4 @@
-"""The two kinds of places that are scored and scaled, and the choice of the best of them."""
+"""Sites: the heads and neurons that are scored and scaled, and the selection of the best of them."""
 
 from typing import NamedTuple
 
@@ -16,16 +16,21 @@ class Head(NamedTuple):
 
 
 class Neuron(NamedTuple):
-    """FFN neuron `neuron` of decoder layer `layer`: an entry of the input of that layer's `down_proj`."""
+    """FFN neuron `neuron` of decoder layer `layer`: one feature of the input of that layer's `down_proj`."""
 
     layer: int
     neuron: int
 
 
 def top_heads(scores: Tensor, count: int, among: Tensor | None = None) -> list[Head]:
-    """The `count` heads with the highest scores [L, H]; ties go to the lower (layer, head).
+    """Return the `count` heads with the highest scores; ties go to the lower (layer, head).
 
-    Where only some were measured, `among` [L, H] says which: no other is chosen.
+    Args:
+        scores: head scores [L, H].
+        count: how many heads to choose.
+        among: bool [L, H], the heads that were measured and may be chosen; None means all of them.
+
+    Raises: HonesError when there are fewer heads than `count`.
     """
     if among is None:
         return [Head(*site) for site in _top(scores, count, "heads")]
@@ -36,21 +41,27 @@ def top_heads(scores: Tensor, count: int, among: Tensor | None = None) -> list[H
 
 
 def top_neurons(scores: Tensor, count: int) -> list[Neuron]:
-    """The `count` neurons with the highest scores [L, I]; ties go to the lower (layer, neuron)."""
+    """Return the `count` neurons with the highest scores [L, I]; ties go to the lower (layer, neuron)."""
     return [Neuron(*site) for site in _top(scores, count, "neurons")]
 
 
 def neuron_count(scores: Tensor, fraction: float) -> int:
-    """How many neurons a fraction of all `L * I` is: `max(1, round(fraction * L * I))` (HONES 2)."""
+    """Convert a fraction of all neurons to a count: `max(1, round(fraction * L * I))` (HONES 2)."""
     if not 0 < fraction <= 1:
         raise HonesError(f"the share of neurons must lie above 0 and at most 1, but is {fraction}")
     return max(1, round(fraction * scores.numel()))
 
 
 def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
-    """As many neurons in each layer as `bank` has, drawn from the others of that layer without repeats.
+    """Draw a random bank that has as many neurons in each layer as `bank`.
 
-    Where a layer has too few others left, the draw is from the whole layer.
+    Neurons of the bank itself are excluded, unless a layer has too few others: then the draw is from the
+    whole layer. No neuron is drawn twice.
+
+    Args:
+        bank: the bank to match.
+        width: neurons per layer, `I`.
+        seed: the same seed gives the same bank.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Neuron] = []
@@ -63,11 +74,11 @@ def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
     return drawn
 
 
-def _top(scores: Tensor, count: int, what: str) -> list[tuple[int, int]]:
+def _top(scores: Tensor, count: int, kind: str) -> list[tuple[int, int]]:
     if scores.ndim != 2:
-        raise HonesError(f"scores must be [layers, {what}], but have the shape {tuple(scores.shape)}")
+        raise HonesError(f"scores must be [layers, {kind}], but have the shape {tuple(scores.shape)}")
     if not 1 <= count <= scores.numel():
-        raise HonesError(f"cannot choose {count} of {scores.numel()} {what}: ask for 1 to {scores.numel()}")
+        raise HonesError(f"cannot choose {count} of {scores.numel()} {kind}: ask for 1 to {scores.numel()}")
     # A stable sort keeps equal scores in the order (layer, site).
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
     return [divmod(int(i), scores.shape[1]) for i in order]

@@ -1,8 +1,11 @@
-"""A steering: scales of heads and neurons, with where they came from."""
+"""A steering: a scale for every head and every neuron, with its provenance."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -12,12 +15,35 @@ from torch import Tensor
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
 from hones_eval.errors import HonesError, MisfitError, first_line
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from transformers import PreTrainedModel
+
+    from hones_eval.core.anatomy import Anatomy
+
+LARGEST_SCALE = 1e4
+"""Largest absolute scale that `at_strength` may give. Products beyond this overflow in float16."""
+
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What every head's slice and every neuron is multiplied by.
+    """Scales for the heads and neurons of a model.
 
-    `head_scales` [L, H] and `neuron_scales` [L, I], float32; 1 leaves a site as it is.
+    The activation of each head and each neuron is multiplied by its scale; a scale of 1 changes nothing.
+
+    Attributes:
+        head_scales: [L, H] float32, layers by query heads.
+        neuron_scales: [L, I] float32, layers by FFN width.
+        provenance: base model, method, settings and examples behind the scales.
+
+    Example:
+        >>> from hones_eval.core.artifact import ModelShape, Provenance
+        >>> shape = ModelShape(layers=2, heads=4, head_width=8, hidden=32, neurons=64, vocabulary=100)
+        >>> heads = torch.ones(2, 4)
+        >>> heads[1, 3] = 0
+        >>> source = Provenance("org/model", None, shape, "by hand", {}, [])
+        >>> Steering(heads, torch.ones(2, 64), source)
+        Steering(org/model: 1 of 8 heads x0, 0 of 128 neurons)
     """
 
     head_scales: Tensor
@@ -38,6 +64,36 @@ class Steering:
             if not bool(torch.isfinite(tensor).all()):
                 raise HonesError(f"{name} holds values that are not finite")
 
+    @classmethod
+    def by_hand(
+        cls,
+        model: "PreTrainedModel | Anatomy",
+        heads: Mapping[tuple[int, int], float] | None = None,
+        neurons: Mapping[tuple[int, int], float] | None = None,
+    ) -> Self:
+        """Make a steering from scales given by hand.
+
+        Args:
+            model: the model that the steering is for, or its anatomy.
+            heads: scale by (layer, head), both counted from 0, as in `{(3, 5): 0.0}`. 0 masks a head.
+            neurons: scale by (layer, neuron), as in `{(4, 123): 2.0}`.
+
+        Raises: HonesError when a site does not exist in the model, naming the site and the range.
+
+        Example:
+            `steering = Steering.by_hand(model, heads={(3, 5): 0.0}, neurons={(4, 123): 2.0})`
+        """
+        from hones_eval.core.anatomy import Anatomy
+
+        anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+        shape = anatomy.shape
+        head_scales = _scales_by_site(heads or {}, "head", shape.layers, shape.heads)
+        neuron_scales = _scales_by_site(neurons or {}, "neuron", shape.layers, shape.neurons)
+        base, revision = named_base(anatomy.model)
+        settings = {"heads": len(heads or {}), "neurons": len(neurons or {})}
+        source = Provenance(base, revision, shape, "by hand", settings, [])
+        return cls(head_scales=head_scales, neuron_scales=neuron_scales, provenance=source)
+
     @property
     def is_noop(self) -> bool:
         """Whether every scale is 1."""
@@ -45,27 +101,45 @@ class Steering:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the scales: two steerings with the same digest do the same."""
+        """SHA-256 of the scales. Two steerings with the same digest have the same effect."""
         return digest({"head_scales": self.head_scales, "neuron_scales": self.neuron_scales})
 
-    def swallowed(self, dtype: torch.dtype) -> int:
-        """How many scales other than 1 are so near to it that no number of a floating-point type changes.
+    def rounded_away(self, dtype: torch.dtype) -> int:
+        """Count the scales that rounding undoes: not 1, but too close to 1 to change any number of `dtype`.
 
-        Within a quarter of the type's epsilon, 0.002 for bfloat16, the product rounds back to what it was.
+        Within a quarter of the type's epsilon of 1 (0.002 for bfloat16) every product rounds back to the
+        unscaled number.
         """
         distances = (torch.cat([self.head_scales.flatten(), self.neuron_scales.flatten()]) - 1).abs()
         return int(((distances > 0) & (distances <= torch.finfo(dtype).eps / 4)).sum())
 
     def at_strength(self, strength: float) -> Self:
-        """A scale `s` becomes `1 + strength * (s - 1)`: 0 is the baseline, 1 this steering."""
-        return replace(
+        """Return this steering with every scale `s` replaced by `1 + strength * (s - 1)`.
+
+        Strength 0 is the baseline, 1 this steering, and 2 is twice as far from the baseline.
+
+        Raises: HonesError when the strength is not finite, or makes a scale larger than `LARGEST_SCALE`.
+        """
+        if not math.isfinite(strength):
+            raise HonesError(f"strength={strength:g} is not a finite number")
+        scaled = replace(
             self,
             head_scales=1 + strength * (self.head_scales - 1),
             neuron_scales=1 + strength * (self.neuron_scales - 1),
         )
+        largest = max(float(scaled.head_scales.abs().max()), float(scaled.neuron_scales.abs().max()))
+        if abs(strength) > 1 and largest > LARGEST_SCALE:
+            raise HonesError(
+                f"strength={strength:g} makes a scale of {largest:.3g}; scales above {LARGEST_SCALE:g} "
+                "would overflow the activations: use a smaller strength"
+            )
+        return scaled
 
     def compose(self, other: "Steering") -> Self:
-        """Both at once: the product of the scales. The provenance keeps this one's and names the other."""
+        """Combine two steerings: the product of their scales.
+
+        The provenance is that of this steering and names the other under `settings["composed_with"]`.
+        """
         other.check_fits(self.provenance.shape, "the steering to compose with")
         settings = self.provenance.settings | {"composed_with": other.provenance.to_json()}
         return replace(
@@ -80,7 +154,7 @@ class Steering:
         )
 
     def check_fits(self, shape: ModelShape, name: str) -> None:
-        """Raise MisfitError, naming both sides, when a model called `name` has another shape."""
+        """Raise MisfitError, naming both sides, when the model called `name` has another shape."""
         mine = self.provenance.shape
         differing = [
             f"{field}: {getattr(mine, field)} here, {getattr(shape, field)} there"
@@ -91,6 +165,40 @@ class Steering:
             raise MisfitError(
                 f"the steering for {self.provenance.base_model} does not fit {name} ({'; '.join(differing)})"
             )
+
+    def __repr__(self) -> str:
+        """One line: the base model, and how many heads and neurons are scaled by how much."""
+        heads = _summary(self.head_scales, "heads")
+        return f"Steering({self.provenance.base_model}: {heads}, {_summary(self.neuron_scales, 'neurons')})"
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks: the provenance, and per layer the scaled heads and neurons."""
+        source = self.provenance
+        rows = [
+            ("base model", source.base_model),
+            ("method", source.method),
+            ("examples", ", ".join(f"{part.task} ({part.count})" for part in source.examples) or "none"),
+            ("heads", _summary(self.head_scales, "heads")),
+            ("neurons", _summary(self.neuron_scales, "neurons")),
+        ]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        return f"<table><caption>Steering</caption>{cells}</table>"
+
+    def to_pandas(self) -> "DataFrame":
+        """The scaled sites as a data frame with the columns `kind`, `layer`, `site` and `scale`.
+
+        Sites with a scale of 1 are left out. Raises: HonesError when pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise HonesError("to_pandas needs pandas, which is not installed: pip install pandas") from None
+        rows = [
+            (kind, layer, site, float(scales[layer, site]))
+            for kind, scales in (("head", self.head_scales), ("neuron", self.neuron_scales))
+            for layer, site in torch.nonzero(scales != 1).tolist()
+        ]
+        return DataFrame(rows, columns=["kind", "layer", "site", "scale"])
 
     def save(self, folder: str | Path) -> None:
         """Write `steering.json` and `steering.safetensors` into `folder`."""
@@ -103,7 +211,12 @@ class Steering:
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> Self:
-        """Read a folder that `save` wrote, or a Hugging Face hub repository that `push` made."""
+        """Read a folder written by `save`, or a Hugging Face hub repository written by `push`.
+
+        Args:
+            path: the folder, or a hub id such as `org/name`.
+            revision: a branch, tag or commit of the hub repository.
+        """
         folder = Path(path)
         if not folder.exists():
             folder = _download(str(path), revision)
@@ -113,7 +226,7 @@ class Steering:
         return cls(provenance=provenance, **tensors)
 
     def push(self, repo_id: str, *, private: bool = True) -> None:
-        """Upload the two files to a Hugging Face hub model repository, which is made when missing."""
+        """Upload the two files to a Hugging Face hub model repository; create it when it does not exist."""
         import tempfile
 
         api = HfApi()
@@ -121,6 +234,34 @@ class Steering:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def named_base(model: "PreTrainedModel") -> tuple[str, str | None]:
+    """The folder or hub id that a live model was loaded from, and the commit where the hub gave one."""
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    return str(name), getattr(model.config, "_commit_hash", None)
+
+
+def _scales_by_site(given: Mapping[tuple[int, int], float], kind: str, layers: int, width: int) -> Tensor:
+    scales = torch.ones(layers, width)
+    for (layer, site), scale in given.items():
+        if not (0 <= layer < layers and 0 <= site < width):
+            raise HonesError(
+                f"there is no {kind} {layer}.{site}: this model has layers 0 to {layers - 1} with {kind}s "
+                f"0 to {width - 1}"
+            )
+        scales[layer, site] = scale
+    return scales
+
+
+def _summary(scales: Tensor, kind: str) -> str:
+    """Count of the scaled sites and the range of their scales, as in `2 of 64 heads x0 to x1.5`."""
+    changed = scales[scales != 1]
+    text = f"{changed.numel()} of {scales.numel()} {kind}"
+    if not changed.numel():
+        return text
+    low, high = float(changed.min()), float(changed.max())
+    return f"{text} x{low:g}" if low == high else f"{text} x{low:g} to x{high:g}"
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

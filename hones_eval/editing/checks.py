@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from hones_eval.core.images import whole_pictures
+from hones_eval.core.images import refuse_truncated_images
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.recolor import rgb_to_lab
 
@@ -75,7 +75,7 @@ def judge(clean: Pixels, edited: Pixels, mask: Footprint, bounds: Bounds) -> Ver
 def sound(content: bytes, width: int, height: int) -> str | None:
     """Read an encoded picture back; what is wrong with it, or None."""
     try:
-        with whole_pictures(), Image.open(io.BytesIO(content)) as opened:
+        with refuse_truncated_images(), Image.open(io.BytesIO(content)) as opened:
             opened.load()
             mode, size = opened.mode, opened.size
     except (UnidentifiedImageError, OSError, SyntaxError) as error:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from hones_eval.core.images import as_seen, whole_pictures
+from hones_eval.core.images import as_displayed, refuse_truncated_images
 from hones_eval.editing.problems import RecordError
 
 Pixels = NDArray[np.uint8]
@@ -45,11 +45,11 @@ def read(path: Path) -> Photograph:
     Raises: RecordError when it is missing, truncated, no picture, or larger than 120 megapixels.
     """
     try:
-        with whole_pictures(), Image.open(path) as opened:
+        with refuse_truncated_images(), Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise RecordError(f"{path.name} has {opened.width} x {opened.height} pixels; {_LIMIT}")
             plain = opened.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1
-            return Photograph(np.asarray(as_seen(opened)), plain)
+            return Photograph(np.asarray(as_displayed(opened)), plain)
     except FileNotFoundError:
         raise RecordError(f"its picture {path} does not exist") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:

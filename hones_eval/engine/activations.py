@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import standing_in
+from hones_eval.core.hooks import replaced_forward
 from hones_eval.engine.passes import ROUNDING, RowLimit
 from hones_eval.engine.replay import Replay, returning, tensor_of
 from hones_eval.errors import EditError, HonesError
@@ -93,8 +93,8 @@ class LayerViews(Replay):
         call = self._calls[layer]
         attended = returning(call.attended, tensor_of(call.attended))
         with (
-            standing_in(self.anatomy.attentions[layer], attended),
-            standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+            replaced_forward(self.anatomy.attentions[layer], attended),
+            replaced_forward(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, call.x, narrow=False)
 

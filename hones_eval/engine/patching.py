@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import standing_in
+from hones_eval.core.hooks import replaced_forward
 from hones_eval.engine.activations import Part, activations, complete, outputs_of
 from hones_eval.engine.passes import ROUNDING, RowLimit
 from hones_eval.engine.replay import Replay, Replayer, returning, tensor_of
@@ -138,11 +138,11 @@ class PatchReplay(Replay):
             return self.call(layer, patched)
         attention, ffn = self.anatomy.attentions[layer], self.anatomy.ffns[layer]
         if part == "attention":
-            with standing_in(attention, returning(call.attended, patched)):
+            with replaced_forward(attention, returning(call.attended, patched)):
                 return self.call(layer, x)
         with (
-            standing_in(attention, returning(call.attended, attended)),
-            standing_in(ffn, lambda *_, **__: patched),
+            replaced_forward(attention, returning(call.attended, attended)),
+            replaced_forward(ffn, lambda *_, **__: patched),
         ):
             return self.call(layer, x, narrow=False)
 

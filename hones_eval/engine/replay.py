@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import recording, standing_in
+from hones_eval.core.hooks import recording, replaced_forward
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
 from hones_eval.engine.passes import (
@@ -216,7 +216,7 @@ class Replay:
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
         edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
-        with standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)):
+        with replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)):
             return self.call(layer, self._rows(call.x, len(edits)))
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
@@ -227,8 +227,8 @@ class Replay:
         attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
         mixed = self._rows(attended, len(edits))
         with (
-            standing_in(self.anatomy.attentions[layer], returning(call.attended, mixed)),
-            standing_in(self.anatomy.ffns[layer], lambda *_, **__: written),
+            replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)),
+            replaced_forward(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
 
@@ -281,7 +281,7 @@ class Replay:
     def _narrowed(self, module: nn.Module) -> Iterator[None]:
         """Make a position-wise module compute only the positions that are read."""
         forward = module.forward
-        with standing_in(module, lambda x: self._only_read(forward, x)):
+        with replaced_forward(module, lambda x: self._only_read(forward, x)):
             yield
 
     @contextmanager

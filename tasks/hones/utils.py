@@ -13,7 +13,7 @@ from loguru import logger
 from PIL import ExifTags, Image, ImageDraw
 from torchmetrics.functional.text import sacre_bleu_score
 
-from hones_eval.core.images import as_seen, whole_pictures
+from hones_eval.core.images import as_displayed, refuse_truncated_images
 from hones_eval.errors import TaskError
 from hones_eval.tasks.hones import retrieval
 from hones_eval.tasks.hones.data import Entry, annotation_file, entries
@@ -150,8 +150,8 @@ def _captions(entry: Entry) -> list[str]:
 def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
     """Give the picture as it is seen; a cut one, which lmms-eval would fill with grey, is an error."""
     try:
-        with whole_pictures(), Image.open(doc["image_path"]) as opened:
-            return [as_seen(opened)]
+        with refuse_truncated_images(), Image.open(doc["image_path"]) as opened:
+            return [as_displayed(opened)]
     except (OSError, SyntaxError) as error:
         raise TaskError(f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}") from error
 
