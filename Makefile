@@ -8,7 +8,7 @@ QUESTIONS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench boards study
+.PHONY: demo test test-fast coverage lint format wheel bench boards study
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)") \
@@ -17,10 +17,25 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Everything but the tests marked slow: under 3 minutes on two cores.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=xml
+
+# Builds the wheel and runs the demo from it, in an environment that holds nothing else.
+wheel: $(READY)
+	.ci/wheel $(BIN)/python
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(READY)
 	$(BIN)/python benchmarks/localization.py

@@ -1,6 +1,7 @@
-"""The wheel: everything under one name, nothing generic beside it, and a plug-in that works from it."""
+"""The wheel installs one top-level package, and the lmms-eval plug-in works from it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,8 @@ LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycach
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by setuptools from a copy of the checkout, so that no build folder is left in it."""
-    pytest.importorskip("setuptools", minversion="77", reason="building a wheel takes setuptools 77 or later")
+    """Built by setuptools from a copy of the checkout, so that no build folder is left there."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77 or later")
     copy = tmp_path_factory.mktemp("sources") / "copy"
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
     build = "from setuptools import build_meta; build_meta.build_wheel('out')"
@@ -43,17 +44,30 @@ def test_every_module_and_every_task_file_is_inside(names: list[str]) -> None:
     inside = {"hones_eval": "", "model_wrappers": "model_wrappers/", "tasks": "tasks/"}
     kinds = {".py", ".yaml", ".html", ".css", ".js"}
     expected = {
-        f"hones_eval/{prefix}{file.relative_to(ROOT / room).as_posix()}"
-        for room, prefix in inside.items()
-        for file in (ROOT / room).rglob("*")
+        f"hones_eval/{prefix}{file.relative_to(ROOT / folder).as_posix()}"
+        for folder, prefix in inside.items()
+        for file in (ROOT / folder).rglob("*")
         if file.suffix in kinds
     }
     assert any(name.endswith(".yaml") for name in expected)
     assert expected <= set(names), sorted(expected - set(names))
 
 
+def test_every_link_of_the_long_description_is_absolute(wheel: Path) -> None:
+    """On PyPI a relative link leads nowhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in metadata
+    text = metadata.split("\n\n", 1)[1]
+    assert text.startswith("# hones-eval")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
+
+
 def test_the_plugin_works_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked in front of whatever is installed, and far from the checkout."""
+    """Unpacked, first on the path, and run outside the checkout."""
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
