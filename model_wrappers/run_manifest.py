@@ -14,12 +14,13 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hones_eval.core.artifact import FORMAT_VERSION, hash_of, write_json
+from hones_eval.core.artifact import hash_of, write_json
 from hones_eval.core.images import image_hash
 from hones_eval.core.steering import Steering
 from hones_eval.version import __version__
 
 Document = tuple[str, Any]
+MANIFEST_VERSION = 1
 MAKES_INPUT = ("generate_until", "generate_until_agentic", "generate_until_multi_round")
 
 
@@ -74,7 +75,7 @@ class RunRecord:
     def _content(self, wrapper: str, results: str | None) -> dict[str, Any]:
         return {
             "format": "hones-eval run manifest",
-            "format_version": FORMAT_VERSION,
+            "format_version": MANIFEST_VERSION,
             "package_version": __version__,
             "lmms_eval_version": version("lmms-eval"),
             "torch_version": torch.__version__,

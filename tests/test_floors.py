@@ -20,7 +20,8 @@ def level(folder: str, *may_import: str) -> None:
 
 level("version")
 level("errors")
-level("core", "errors", "version")
+level("limits")
+level("core", "errors", "limits", "version")
 level("engine", "core")
 level("lmms", "engine")
 level("runs", "lmms")

@@ -3,12 +3,18 @@
 import dataclasses
 import json
 import os
+import socket
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from hones_eval.core import artifact
+from hones_eval import limits
+from hones_eval.core import artifact, files
 from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance, read_json, write_json, write_text
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron
@@ -38,6 +44,14 @@ def make() -> Ranking:
     )
 
 
+def rewrite(folder: Path, change: dict[str, object], *, sign: bool = True) -> None:
+    """Change the header of a ranking, and its digest with it if `sign`."""
+    header = read_json(folder / "ranking.json") | change
+    if sign:
+        header["header_digest"] = artifact.header_digest(header)
+    write_json(folder / "ranking.json", header)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     make().save(tmp_path / "runs" / "vqa")
@@ -60,7 +74,7 @@ def test_the_header_can_be_read_by_a_person(saved: Path) -> None:
     text = (saved / "ranking.json").read_text()
     content = json.loads(text)
     assert content["format"] == "hones-eval ranking"
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["base_model"] == "org/model"
     assert content["revision"] == "abc"
     assert content["shape"]["head_width"] == 4
@@ -133,24 +147,45 @@ def test_a_truncated_file_of_tensors_is_refused(saved: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format_version": 2}, r"has ranking format 2; hones-eval \S+ reads 1: make it again"),
+        ({"format_version": 3}, r"has ranking format 3; hones-eval \S+ reads 1 and 2: make it again"),
+        ({"format_version": True}, r"has ranking format True; hones-eval \S+ reads 1 and 2: make it again"),
         ({"format": "hones-eval steering"}, "is not a hones-eval ranking"),
-        ({"shape": {"layers": 2}}, "misses or misnames a field"),
-        ({"examples": [{"task": "x"}]}, "misses or misnames a field"),
-        ({"base_model": None, "shape": None}, "misses or misnames a field"),
-        ({"settings": [1]}, "another type: settings should be dict"),
-        ({"seed": "7"}, "another type: seed should be int"),
-        ({"shape": dataclasses.asdict(SHAPE) | {"layers": "2"}}, "another type: layers should be int"),
+        ({"shape": {"layers": 2}}, r"does not fit its schema: shape\.heads: Field required"),
+        ({"examples": [{"task": "x"}]}, r"schema: examples\.0\.split: Field required"),
+        ({"base_model": None, "shape": None}, "schema: base_model: Input should be a valid string"),
+        ({"settings": [1]}, "schema: settings: Input should be a valid dictionary"),
+        ({"seed": "7"}, "schema: seed: Input should be a valid integer"),
+        ({"seed": True}, "schema: seed: Input should be a valid integer"),
+        (
+            {"shape": dataclasses.asdict(SHAPE) | {"layers": "2"}},
+            r"schema: shape\.layers: Input should be a valid integer",
+        ),
+        (
+            {"shape": dataclasses.asdict(SHAPE) | {"heads": 10**9}},
+            r"schema: shape\.heads: Input should be less than or equal to 65536",
+        ),
         (
             {"examples": [dataclasses.asdict(EXAMPLES) | {"image_hashes": "aa"}]},
-            "image_hashes should be list",
+            r"schema: examples\.0\.image_hashes: Input should be a valid list",
         ),
-        ({"examples": [dataclasses.asdict(EXAMPLES) | {"doc_ids": ["5"]}]}, "doc_ids should be list"),
+        (
+            {"examples": [dataclasses.asdict(EXAMPLES) | {"doc_ids": ["5"]}]},
+            r"schema: examples\.0\.doc_ids\.0: Input should be a valid integer",
+        ),
+        (
+            {"examples": [dataclasses.asdict(EXAMPLES) | {"count": -1}]},
+            r"schema: examples\.0\.count: Input should be greater than or equal to 0",
+        ),
+        (
+            {"examples": [dataclasses.asdict(EXAMPLES) | {"count": 10**11}]},
+            r"schema: examples\.0\.count: Input should be less than or equal to 10000000",
+        ),
+        ({"examples": [dataclasses.asdict(EXAMPLES) | {"more": 1}]}, r"examples\.0\.more: Unexpected"),
         ({"examples": []}, "does not say which examples it was made from"),
     ],
 )
 def test_a_header_of_another_kind_is_refused(saved: Path, change: dict[str, object], says: str) -> None:
-    write_json(saved / "ranking.json", read_json(saved / "ranking.json") | change)
+    rewrite(saved, change)
     with pytest.raises(HonesError, match=says) as caught:
         Ranking.load(saved)
     assert "\n" not in str(caught.value)
@@ -164,7 +199,7 @@ def test_a_header_that_is_not_one_is_refused(saved: Path, text: str) -> None:
 
 
 def test_a_share_of_neurons_that_is_no_number_is_refused(saved: Path) -> None:
-    write_json(saved / "ranking.json", read_json(saved / "ranking.json") | {"settings": {"neurons": "1 %"}})
+    rewrite(saved, {"settings": {"neurons": "1 %"}})
     ranking = Ranking.load(saved)
     with pytest.raises(HonesError, match="give no fraction of neurons, but '1 %': pass --neurons"):
         ranking.neurons()
@@ -181,7 +216,7 @@ def test_a_header_that_lost_a_field_is_refused(saved: Path) -> None:
     content = read_json(saved / "ranking.json")
     del content["method"]
     write_json(saved / "ranking.json", content)
-    with pytest.raises(HonesError, match=r"ranking\.json misses or misnames a field"):
+    with pytest.raises(HonesError, match=r"ranking\.json does not fit its schema: method: Field required"):
         Ranking.load(saved)
 
 
@@ -206,7 +241,7 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(
     def cut_off(source: str, target: Path) -> None:
         raise error("cut off")
 
-    monkeypatch.setattr(artifact.os, "replace", cut_off)
+    monkeypatch.setattr(files.os, "replace", cut_off)
     with pytest.raises(error):
         write_text(file, "after" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == (["page.md"] if existed else [])
@@ -216,26 +251,163 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(
 def test_a_process_that_dies_before_renaming_leaves_the_old_pair(saved: Path) -> None:
     child = os.fork()
     if child == 0:
-        artifact.os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
+        files.os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
         artifact.write_text(saved / "ranking.json", "half")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert Ranking.load(saved).digest == make().digest
 
 
-def test_a_new_ranking_that_is_cut_off_between_its_files_is_not_taken_for_whole(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", range(5))
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_ranking_killed_at_any_file_operation_is_the_old_the_new_or_none(
+    saved: Path, tmp_path: Path, operation: int, existed: bool
 ) -> None:
-    def cut_off(path: Path, content: object) -> None:
-        raise KeyboardInterrupt
-
+    """A child process dies just before each rename, deletion or flush in turn."""
+    folder = saved if existed else tmp_path / "new"
     other = make()
     other.head_scores[0, 0] = 9.0
-    monkeypatch.setattr(artifact, "write_json", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        other.save(saved)
-    with pytest.raises(HonesError, match=r"not the file that ranking\.json was written with"):
+    child = os.fork()
+    if child == 0:
+        left = [operation]
+        for name in ("replace", "fsync", "unlink"):
+            setattr(os, name, dying(getattr(os, name), left))
+        other.save(folder)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 9
+    try:
+        assert Ranking.load(folder).digest in {make().digest, other.digest}
+    except HonesError as error:
+        assert "ranking.json does not exist" in str(error)  # noqa: PT017
+    files.clear_dead_files(folder)
+    other.save(folder)
+    assert Ranking.load(folder).digest == other.digest
+    assert sorted(path.name for path in folder.iterdir()) == ["ranking.json", "ranking.safetensors"]
+
+
+def dying(function: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    """The function, but the process dies at its call number `left[0]`, counted over all such functions."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if left[0] == 0:
+            os._exit(9)
+        left[0] -= 1
+        return function(*arguments, **named)
+
+    return call
+
+
+def test_a_changed_header_is_refused_and_version_1_is_read(saved: Path) -> None:
+    """The digest covers the provenance: emptying the image hashes would blind the check for reuse."""
+    emptied = [dataclasses.asdict(EXAMPLES) | {"image_hashes": []}]
+    whole = (saved / "ranking.json").read_text()
+    for change in ({"examples": emptied}, {"report": {}}, {"settings": {}}, {"base_model": "org/other"}):
+        rewrite(saved, change, sign=False)
+        with pytest.raises(HonesError, match=r"ranking\.json was changed after it was written"):
+            Ranking.load(saved)
+        (saved / "ranking.json").write_text(whole)
+    header = json.loads(whole)
+    del header["header_digest"]
+    write_json(saved / "ranking.json", header)
+    with pytest.raises(HonesError, match="was changed after it was written"):
         Ranking.load(saved)
+    write_json(saved / "ranking.json", header | {"format_version": 1})
+    assert Ranking.load(saved).provenance == PROVENANCE
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"seed": 7', '"seed": 7, "seed": 8', "the key 'seed' is repeated"),
+        ('"neurons": 0.03', '"neurons": NaN', "NaN is not a JSON number"),
+        ('"neurons": 0.03', '"neurons": 1e999', "not finite"),
+        ('"neurons": 0.03', '"neurons": "\\ud800"', "unpaired surrogate"),
+        ('"neurons": 0.03', '"neurons": ' + "[" * 40 + "]" * 40, "nested more than 32 levels deep"),
+        ('"neurons": 0.03', '"neurons": ' + "[" * 200_000 + "]" * 200_000, "nested"),
+        ('"neurons": 0.03', '"neurons": ' + "9" * 5000, "integer string conversion"),
+    ],
+)
+def test_json_that_is_not_plain_is_refused_in_a_line(saved: Path, old: str, new: str, says: str) -> None:
+    path = saved / "ranking.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(HonesError, match=says) as caught:
+        Ranking.load(saved)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.bfloat16, torch.float64])
+def test_tensors_of_another_type_are_refused(saved: Path, dtype: torch.dtype) -> None:
+    save_file({"head_scores": torch.ones(2, 3).to(dtype)}, saved / "ranking.safetensors")
+    with pytest.raises(HonesError, match=r"head_scores is torch\.\w+; an artifact holds torch\.float32"):
+        Ranking.load(saved)
+
+
+def test_infinite_scores_are_refused(saved: Path) -> None:
+    tensors = {"head_scores": torch.full((2, 3), torch.inf)}
+    save_file(tensors, saved / "ranking.safetensors")
+    rewrite(saved, {"digest": artifact.digest(tensors)})
+    with pytest.raises(HonesError, match="head_scores holds values that are not finite"):
+        Ranking.load(saved)
+
+
+def test_a_file_beyond_the_limit_is_refused_before_it_is_read(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ARTIFACT_JSON_BYTES", 100)
+    with pytest.raises(HonesError, match=r"ranking\.json is larger than 100 bytes"):
+        Ranking.load(saved)
+    monkeypatch.undo()
+    monkeypatch.setattr(limits, "ARTIFACT_TENSOR_BYTES", 100)
+    with pytest.raises(HonesError, match=r"ranking\.safetensors is larger than 100 bytes"):
+        Ranking.load(saved)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"x": float("nan")}, {"x": "\ud800"}, {"x": Path("a")}, {"x": torch.ones(1)}, {"x": {1, 2}}],
+)
+def test_settings_that_json_cannot_hold_are_refused_before_writing(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    made = dataclasses.replace(make(), provenance=dataclasses.replace(PROVENANCE, settings=settings))
+    with pytest.raises(HonesError, match=r"the ranking cannot be stored .* nothing was written"):
+        made.save(tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_dead_temporary_files_are_cleared_and_living_ones_stay(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    dead = tmp_path / f".x.json.{socket.gethostname()}-{child}-abc.tmp"
+    living = tmp_path / f".x.json.{socket.gethostname()}-{os.getpid()}-abc.tmp"
+    elsewhere = tmp_path / f".x.json.other-host-{child}-abc.tmp"
+    for path in (dead, living, elsewhere, tmp_path / ".notes.tmp"):
+        path.write_bytes(b"half")
+    assert files.clear_dead_files(tmp_path) == [dead]
+    assert not dead.exists()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error for a full disk names no file; ours does. /dev/full is such a disk."""
+    made = tempfile.mkstemp
+
+    def full(**options: Any) -> tuple[int, str]:
+        handle, name = made(**options)
+        os.close(handle)
+        return os.open("/dev/full", os.O_WRONLY), name
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        make().save(tmp_path / "r")
+    assert str(caught.value.filename) == str(tmp_path / "r" / "ranking.safetensors")
+    assert not list((tmp_path / "r").iterdir())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

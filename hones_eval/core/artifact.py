@@ -1,102 +1,143 @@
-"""Folders that hold results: JSON for people, safetensors for numbers, written whole or not at all."""
+"""Artifacts: folders with JSON for people and safetensors for numbers, checked when written and when read.
+
+Format version 2. `<kind>.json` holds the header: format, versions, shapes of the tensors, the provenance, the
+digest of the tensors, and `header_digest`, which covers everything else in the header. Version 1 has no
+`header_digest` and is still read.
+"""
 
 import hashlib
 import json
-import os
-import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hones_eval import limits
+from hones_eval.core.files import (
+    check_plain,
+    json_text,
+    named_errors,
+    publish,
+    read_json,
+    read_strict_json,
+    stage_bytes,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from hones_eval.errors import HonesError
 from hones_eval.version import __version__
 
-FORMAT_VERSION = 1
-_PLAIN_LIST = re.compile(r'\[(?:\s*(?:"[^"\\\s]*"|[-+.\w]+),?)*\s*\]')
+__all__ = [
+    "FORMAT_VERSION",
+    "ExampleSet",
+    "ModelShape",
+    "Provenance",
+    "digest",
+    "hash_of",
+    "load_artifact",
+    "read_json",
+    "save_artifact",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
+
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+
+# Field types of the schema. They are checked by `checked`, not by the constructors.
+Layers = Annotated[int, Field(strict=True, ge=1, le=limits.LAYERS)]
+Heads = Annotated[int, Field(strict=True, ge=1, le=limits.HEADS)]
+Width = Annotated[int, Field(strict=True, ge=1, le=limits.WIDTH)]
+Integer = Annotated[int, Field(strict=True, ge=0, le=limits.INTEGER)]
+Name = Annotated[str, Field(strict=True, max_length=limits.NAME)]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that decide whether scores and scales fit a model's language model."""
+    """The sizes of a language model that decide whether scores and scales fit it."""
 
-    layers: int
-    heads: int
-    head_width: int
-    hidden: int
-    neurons: int
-    vocabulary: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    layers: Layers
+    heads: Heads
+    head_width: Width
+    hidden: Width
+    neurons: Width
+    vocabulary: Width
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples that a result was made from: which, of what, and a hash that pins their content."""
+    """The examples that a result was made from: task, split, ids, and a hash of their content."""
 
-    task: str
-    split: str
-    count: int
-    offset: int
-    hash: str
-    doc_ids: list[int] = field(default_factory=list)
-    image_hashes: list[str] = field(default_factory=list)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    task: Name
+    split: Name
+    count: Annotated[int, Field(strict=True, ge=0, le=limits.EXAMPLES)]
+    offset: Integer
+    hash: Name
+    doc_ids: Annotated[list[Integer], Field(strict=True, max_length=limits.EXAMPLES)] = field(
+        default_factory=list
+    )
+    image_hashes: Annotated[list[Name], Field(strict=True, max_length=limits.EXAMPLES)] = field(
+        default_factory=list
+    )
 
     def shared_images(self, other: "ExampleSet") -> set[str]:
-        """Hashes of the pictures that both sets hold."""
+        """Hashes of the images that both sets contain."""
         return set(self.image_hashes) & set(other.image_hashes)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an artifact came from: base model, examples, method, settings, and the ranking behind it."""
+    """Where an artifact came from: base model, examples, method, settings, and the ranking used."""
 
-    base_model: str
-    revision: str | None
+    base_model: Name
+    revision: Name | None
     shape: ModelShape
-    method: str
-    settings: dict[str, Any]
-    examples: list[ExampleSet]
-    seed: int = 0
-    ranking: dict[str, Any] | None = None
+    method: Name
+    settings: Annotated[dict[str, Any], Field(strict=True)]
+    examples: Annotated[list[ExampleSet], Field(max_length=limits.EXAMPLE_SETS)]
+    seed: Annotated[int, Field(strict=True, ge=-limits.INTEGER, le=limits.INTEGER)] = 0
+    ranking: Annotated[dict[str, Any], Field(strict=True)] | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Rebuild from the JSON made by `to_json`; keys of the file that are not fields are left out."""
+        """Rebuild from the JSON made by `to_json`; unknown keys are ignored.
+
+        Raises: ValidationError when a field is missing, has another type, or is outside its limits.
+        """
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        known["shape"] = _typed(ModelShape, known["shape"])
-        known["examples"] = [_typed(ExampleSet, one) for one in known["examples"]]
-        return _typed(cls, known)
+        return _adapter(cls).validate_python(known)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return asdict(self)
 
 
-Kind = TypeVar("Kind")
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
-def _typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
-    """A dataclass from JSON, which people edit. Raises: TypeError when a value has not its field's type."""
-    made = kind(**content)
-    for name, wanted in get_type_hints(kind).items():
-        if not _is_a(wanted, getattr(made, name)):
-            raise TypeError(f"{name} should be {getattr(wanted, '__name__', wanted)}")
-    return made
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
-def _is_a(wanted: Any, value: object) -> bool:
-    origin, parts = get_origin(wanted), get_args(wanted)
-    if origin is UnionType:
-        return any(_is_a(part, value) for part in parts)
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(parts[0], one) for one in value)
-    return isinstance(value, origin or wanted)
+def first_problem(error: ValidationError) -> str:
+    """The first thing that a schema found wrong, as `field: reason`."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -109,55 +150,32 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def header_digest(header: Mapping[str, Any]) -> str:
+    """SHA-256 over a header's content without its own digest, independent of layout and order of keys."""
+    content = {name: value for name, value in header.items() if name != "header_digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def hash_of(parts: Iterable[str]) -> str:
-    """SHA-256 of a sequence of strings, with their borders."""
+    """SHA-256 of a sequence of strings, including where each one ends."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it, so that no reader meets half of it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write indented JSON, plain lists on one line; NaN and infinity, unknown to JSON, are refused."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, _PLAIN_LIST.sub(lambda match: " ".join(match[0].split()), text) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; what is not JSON is an error that names the file and the place."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise HonesError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise HonesError(f"{path} is not valid JSON: {error}") from None
 
 
 def save_artifact(
     folder: Path, kind: str, provenance: Provenance, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
 ) -> None:
-    """Write `<kind>.safetensors` and then `<kind>.json`, which carries the digest of the tensors."""
+    """Write `<kind>.json` and `<kind>.safetensors`.
+
+    Everything is checked before anything is written. Both files are then written under temporary names, and
+    `<kind>.json` gets its name last: without it there is no artifact. A crash in between leaves none.
+
+    Raises: HonesError when a tensor is not finite or a field cannot be stored; nothing is written then.
+    """
     content = {name: tensor.detach().cpu().to(torch.float32).contiguous() for name, tensor in tensors.items()}
     for name, tensor in content.items():
         if not bool(torch.isfinite(tensor).all()):
             raise HonesError(f"{kind} tensor {name} holds values that are not finite; nothing was written")
-    write_bytes(folder / f"{kind}.safetensors", save(content))
     header = {
         "format": f"hones-eval {kind}",
         "format_version": FORMAT_VERSION,
@@ -165,39 +183,88 @@ def save_artifact(
         "digest": digest(content),
         "tensors": {name: list(tensor.shape) for name, tensor in content.items()},
     }
-    write_json(folder / f"{kind}.json", header | dict(extra) | provenance.to_json())
+    header = _storable(kind, header | dict(extra) | provenance.to_json())
+    texts = {f"{kind}.safetensors": save(content), f"{kind}.json": json_text(header).encode()}
+    _write_files(folder, texts)
+
+
+def _storable(kind: str, header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header as JSON will give it back, with its digest, after the checks that loading makes."""
+    try:
+        check_plain(header)
+        plain: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
+        Provenance.from_json(plain)
+    except ValidationError as error:
+        raise HonesError(
+            f"the {kind} cannot be stored ({first_problem(error)}); nothing was written"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise HonesError(f"the {kind} cannot be stored ({error}); nothing was written") from None
+    return plain | {"header_digest": header_digest(plain)}
+
+
+def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files; the last one named commits them, so an old one is removed first."""
+    staged: dict[Path, Path] = {}
+    *_, commit = contents
+    try:
+        for name, content in contents.items():
+            with named_errors(folder / name):
+                staged[folder / name] = stage_bytes(folder / name, content)
+        (folder / commit).unlink(missing_ok=True)
+        for path, temporary in staged.items():
+            publish(temporary, path)
+    except BaseException:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_artifact(folder: Path, kind: str) -> tuple[dict[str, Any], Provenance, dict[str, Tensor]]:
-    """Read what `save_artifact` wrote.
+    """Read an artifact that `save_artifact` wrote.
 
     Returns: the JSON header, the provenance, and the tensors.
-    Raises: HonesError when a file is missing, of another kind or version, or does not match its digest.
+    Raises: HonesError when a file is missing, damaged, changed, too large, or of another kind or version.
     """
-    header = read_json(folder / f"{kind}.json")
+    path = folder / f"{kind}.json"
+    header = read_strict_json(path, limits.ARTIFACT_JSON_BYTES)
     if not isinstance(header, dict) or header.get("format") != f"hones-eval {kind}":
-        raise HonesError(f"{folder / f'{kind}.json'} is not a hones-eval {kind}: its 'format' says otherwise")
-    if header.get("format_version") != FORMAT_VERSION:
+        raise HonesError(f"{path} is not a hones-eval {kind}: its 'format' says otherwise")
+    version = header.get("format_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise HonesError(
-            f"{folder} has {kind} format {header.get('format_version')}; hones-eval {__version__} reads "
-            f"{FORMAT_VERSION}: make it again, or install the version {header.get('package_version')}"
+            f"{folder} has {kind} format {version!r}; hones-eval {__version__} reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: make it again, or install the version "
+            f"{header.get('package_version')!r}"
+        )
+    try:
+        provenance = Provenance.from_json(header)
+    except ValidationError as error:
+        raise HonesError(f"{path} does not fit its schema: {first_problem(error)}") from None
+    if version > 1 and header.get("header_digest") != header_digest(header):
+        raise HonesError(
+            f"{path} was changed after it was written: its content does not match its digest; make it again"
         )
     tensors = _load_tensors(folder / f"{kind}.safetensors")
     if digest(tensors) != header.get("digest"):
         raise HonesError(f"{folder}: {kind}.safetensors is not the file that {kind}.json was written with")
-    try:
-        provenance = Provenance.from_json(header)
-    except (KeyError, TypeError) as error:
-        raise HonesError(
-            f"{folder / f'{kind}.json'} misses or misnames a field, or gives it another type: {error}"
-        ) from None
     return header, provenance, tensors
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except FileNotFoundError:
+        if path.stat().st_size > limits.ARTIFACT_TENSOR_BYTES:
+            raise HonesError(f"{path} is larger than {limits.ARTIFACT_TENSOR_BYTES:,} bytes")
+        tensors = load_file(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise HonesError(f"{path} does not exist") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise HonesError(f"{path} is not a safetensors file: {error}") from None
+    except OSError as error:
+        raise HonesError(f"{path}: {error.strerror or error}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise HonesError(f"{path}: {name} is {tensor.dtype}; an artifact holds torch.float32")
+        if not bool(torch.isfinite(tensor).all()):
+            raise HonesError(f"{path}: {name} holds values that are not finite")
+    return tensors
