@@ -440,7 +440,7 @@ def test_files_in_place_of_folders_and_seeds_below_0(
     assert "--seed -1: a seed is 0 or more" in line
     (tmp_path / "r" / "ranking.json").mkdir(parents=True)
     line = complains(scale(tmp_path / "r", "fixed", tmp_path / "out"))
-    assert line == f"hones-eval: {tmp_path / 'r' / 'ranking.json'}: Is a directory"
+    assert line == f"hones-eval: {tmp_path / 'r' / 'ranking.json'} is not a regular file"
     assert not (tmp_path / "out").exists()
 
 
