@@ -117,7 +117,8 @@ class Provenance:
         Raises: ValidationError when a field is missing, has another type, or is outside its limits.
         """
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        return _adapter(cls).validate_python(known)
+        made: Self = _adapter(cls).validate_python(known)
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
