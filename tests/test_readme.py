@@ -1,4 +1,4 @@
-"""What the READMEs tell people to type is what the programs take."""
+"""The documentation: its commands are accepted by the programs, its links lead somewhere, the README is short."""
 
 import re
 import shlex
@@ -11,22 +11,28 @@ from hones_eval.__main__ import _parser
 from hones_eval.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "editing" / "README.md")
-BLOCKS = [
-    block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+README = ROOT / "README.md"
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    ROOT / "leaderboards" / "README.md",
+    ROOT / "leaderboards" / "scenes" / "README.md",
+    ROOT / "benchmarks" / "README.md",
 ]
-LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+LINES = sorted({line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()} - {""})
+COMPLETE = [line for line in LINES if "..." not in line]
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("hones-eval")])
+@pytest.mark.parametrize("line", [line for line in COMPLETE if line.startswith("hones-eval")])
 def test_hones_eval_lines_parse(line: str) -> None:
     arguments = shlex.split(line)[1:]
     chosen = _parser(arguments).parse_args(arguments)
     assert chosen.subcommand == arguments[0]
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("lmms-eval")])
-def test_lmms_eval_lines_name_models_that_are_there(line: str) -> None:
+@pytest.mark.parametrize("line", [line for line in COMPLETE if line.startswith("lmms-eval")])
+def test_lmms_eval_lines_name_existing_models(line: str) -> None:
     arguments = shlex.split(line)
     assert arguments[arguments.index("--model") + 1] in MODEL_REGISTRY_V2.list_model_names()
 
@@ -39,5 +45,27 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    table = (ROOT / "README.md").read_text()
+    table = (ROOT / "docs" / "commands.md").read_text()
     assert [name for name in COMMANDS if f"`hones-eval {name}`" not in table] == []
+
+
+def test_the_readme_has_fewer_than_900_words() -> None:
+    assert len(README.read_text().split()) < 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    missing = []
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (heading and heading not in anchors(file)):
+            missing.append(target)
+    assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and MkDocs give the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
