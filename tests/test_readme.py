@@ -1,4 +1,4 @@
-"""The documentation: its commands are accepted by the programs, its links lead somewhere, the README is short."""
+"""The documentation: programs accept its commands, its links lead somewhere, and the README is short."""
 
 import re
 import shlex
