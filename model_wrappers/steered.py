@@ -1,47 +1,41 @@
-"""The mixin that puts a steering into any lmms-eval model, and lets no failure become an empty answer."""
+"""The mixin that steers any lmms-eval model, and never lets a failure become an empty answer."""
 
 import copy
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any, cast, get_args
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hones_eval.core.attach import AttachMode, attach_steering
 from hones_eval.core.steering import Steering
-from hones_eval.engine.prompts import appended
 from hones_eval.errors import HonesError
-from hones_eval.lmms.answers.margin import answer_tokens, as_text, tokenizer_in, without, words_of
-from hones_eval.lmms.call_capture import Call, StandInForGenerate, replaced
-from hones_eval.lmms.calls import quiet
+from hones_eval.lmms.answers.kind import NextTokenReader
+from hones_eval.lmms.answers.registry import plain_settings, reader_of
+from hones_eval.lmms.answers.tokens import tokenizer_of
 
 from . import registry
-from .likelihoods import as_results
+from .likelihoods import as_results, likelihood, recorded_prompt
 from .run_manifest import RunRecord
-from .watch import AskedMargin, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
-
-SEES_BOTH_WAYS = ("paligemma",)
-"""Families whose prompts are attended to in both directions: an answer's tokens are of another type there."""
+from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
-    """Goes in front of a wrapper class of lmms-eval: `class Llava(Steered, LlavaHf)`.
+    """A mixin before a wrapper class of lmms-eval: `class Llava(Steered, LlavaHf)`.
 
-    Without `steering` it is the stock wrapper, answer for answer, save that failures are not swallowed.
+    Without `steering` it gives the answers of the stock wrapper, except that failures are not swallowed.
     """
 
     base_wrapper: str
     own_likelihoods = True
-    """Whether the base wrapper is asked for log-likelihoods; False where none that work are known."""
+    """Whether the base wrapper has log-likelihoods that work."""
 
     def __init__(
         self,
@@ -54,14 +48,14 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         """Build the base wrapper, then attach the steering to the Hugging Face model inside it.
 
         Args:
-            steering: a folder or a hub id; none gives the baseline.
+            steering: a folder or a hub id; None is the baseline.
             strength: a scale `s` becomes `1 + strength * (s - 1)`.
-            attach: `hook` (works with quantized and shared weights) or `fold` (costs nothing at run time).
-            allow_noop: do not stop when the steering changes no logit of the first input.
-            kwargs: what the base wrapper takes; it refuses what it does not know.
+            attach: `hook` (works with quantized and shared weights) or `fold` (no cost at run time).
+            allow_noop: run a steering that changes no logit of the first input.
+            kwargs: arguments of the base wrapper, which refuses unknown ones.
 
         Raises:
-            HonesError: the steering is missing or does not fit, or a value makes no sense.
+            HonesError: the steering is missing or does not fit, or a value is invalid.
         """
         if steering is not None and not str(steering).strip():
             raise HonesError(
@@ -95,20 +89,24 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the scales, by which answers in a cache are told apart; empty for the baseline."""
+        """The digest of the scales, part of the keys of lmms-eval's answer cache; empty for the baseline."""
         return "" if self.record.steering is None else self.record.steering.digest
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
-        """What the base wrapper gets to decode; a family whose `generate` adds to it takes that off here."""
+        """The output of `generate` that the base wrapper decodes; a family may change it here."""
         return output
 
     def generate_until(self, requests: list[Instance]) -> list[Any]:
-        """Answer requests as the base wrapper does, or raise HonesError; never an answer for a failure."""
-        plain = [i for i, one in enumerate(requests) if _words(one) is None]
-        answers = dict(zip(plain, self._in_words([requests[i] for i in plain]), strict=True))
-        for i, request in enumerate(requests):
-            if i not in answers:
-                answers[i] = self._margin(request)
+        """Answer requests as the base wrapper does, or as their kind of answer is read from logits.
+
+        Raises: HonesError naming task and document; a failure never becomes an answer.
+        """
+        readers = {i: reader_of(request, self) for i, request in enumerate(requests)}
+        in_words = [i for i, reader in readers.items() if reader is None]
+        answers = dict(zip(in_words, self._in_words([requests[i] for i in in_words]), strict=True))
+        for i, reader in readers.items():
+            if reader is not None:
+                answers[i] = self._read(reader, requests[i])
         return [answers[i] for i in range(len(requests))]
 
     def _in_words(self, requests: list[Instance]) -> list[Any]:
@@ -118,29 +116,25 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self._watched.check_rows(len(requests), type(self).__name__)
         return answers
 
-    def _margin(self, request: Instance) -> str:
-        """The margin of one word over another as text, read from the model's next-token logits."""
-        words = _words(request)
-        assert words is not None
-        self._watched.margin = AskedMargin(tokenizer_in(self), words)
+    def _read(self, reader: NextTokenReader, request: Instance) -> str:
+        """The answer that a reader reads from the logits of the request's `generate`.
+
+        While inputs are recorded, `generate` is replaced and nothing is read; then the wrapper's own answer is
+        returned.
+        """
+        self._watched.reader = reader
         try:
-            said = self._in_words([request])[0]
-            value = self._watched.margin.value
+            output = self._in_words([request])[0]
         finally:
-            self._watched.margin = None
-        return str(unwrap_generation_output([said])[0]) if value is None else as_text(value)
+            self._watched.reader = None
+        return str(unwrap_generation_output([output])[0]) if reader.text is None else reader.text
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
-        """As `generate_until`, for tasks that ask again."""
+        """Answer requests of tasks with several rounds, as the base wrapper does."""
         return self._answer("generate_until_multi_round", requests)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """As `generate_until`, for log-likelihoods; see `as_results`.
-
-        They are the base wrapper's own where it has some. Most have none: then a choice's value is the mean
-        loss of its tokens behind the prompt that the wrapper generates from, of which lmms-eval's tasks take
-        the smallest.
-        """
+        """Log-likelihoods of choices by the base wrapper, or where it has none by `likelihood`."""
         self.record.add(requests, self.task_dict)
         with self._watched.proving_forward():
             answers = self._likelihoods(requests)
@@ -151,38 +145,18 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         if self.own_likelihoods:
             with suppress(NotImplementedError):
                 return self._through("loglikelihood", requests)
-        shown = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
-        return [self._likelihood(request) for request in shown]
+        bar = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
+        return [self._likelihood(request) for request in bar]
 
-    @torch.inference_mode()
     def _likelihood(self, request: Instance) -> tuple[float, bool]:
-        prompt = self._prompt(request)
-        choice = str(request.args[1]).strip()
-        ids = answer_tokens(tokenizer_in(self), prompt["input_ids"][0].tolist(), choice)
-        inputs = appended(prompt, ids, int(self._inner.config.model_type in SEES_BOTH_WAYS))
-        labels = inputs["input_ids"].clone()
-        labels[:, : -len(ids)] = -100  # no loss is taken of the prompt
-        logits = self._inner(**inputs, labels=labels).logits[0, -len(ids) - 1 : -1].float()
-        target = labels[0, -len(ids) :].to(logits.device)
-        return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
+        def generate_until(asked: list[Instance]) -> list[Any]:
+            return self._through("generate_until", asked)
 
-    def _prompt(self, request: Instance) -> dict[str, Any]:
-        """What the base wrapper would generate from, were it asked for an answer in words."""
-        text, _, source, *where = request.args
-        parts = (text, {}, source) if self.is_simple else (text, partial(_messages, text, source), {})
-        asked = Instance("generate_until", (*parts, *where), request.idx, dict(request.metadata))
-        stand_in = StandInForGenerate(self._inner, [], with_prompt=True)
-        with replaced(self._inner, "generate", stand_in), quiet():
-            self._through("generate_until", [asked])
-        if len(stand_in.calls) != 1:
-            raise HonesError(
-                f"{self.base_wrapper}, task {request.task_name}, doc {request.doc_id}: it called generate "
-                f"{len(stand_in.calls)} times for one question, so its prompt cannot be told"
-            )
-        return Call.of(self._inner, stand_in.calls[0]).inputs
+        prompt = recorded_prompt(self._inner, generate_until, request, simple=self.is_simple)
+        return likelihood(self._inner, tokenizer_of(self), prompt, str(request.args[1]).strip())
 
     def clean(self) -> None:
-        """Take the steering off and let go of the model: lmms-eval calls this when all answers are there."""
+        """Detach the steering and release the model; lmms-eval calls this after the last answer."""
         self._watched.detach()
         self.__dict__.pop("_inner", None)
         self.__dict__.pop("_watched", None)
@@ -193,33 +167,37 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return self._through(method, requests)
 
     def _through(self, method: str, requests: list[Instance]) -> list[Any]:
-        # Some wrappers write into gen_kwargs, and so change the keys under which answers are cached.
-        handed = [self._handed(request) for request in requests]
+        """Answer requests by a method of the base wrapper. Raises: HonesError for any failure inside it."""
+        guarded = [self._guarded(request) for request in requests]
         self._watched.restart()
         try:
             with noticing_logged_errors(self._watched):
-                answers = getattr(super(), method)(handed)
+                answers = getattr(super(), method)(guarded)
         except Failure as failure:
             raise self._failed(failure.error) from failure.error
         except Exception as error:
             if method == "loglikelihood" and isinstance(error, NotImplementedError):
                 raise
             raise self._failed(error) from error
-        if self._watched.failure is not None:  # swallowed, and logged at most
+        if self._watched.failure is not None:  # swallowed by the wrapper
             raise self._failed(self._watched.failure) from self._watched.failure
         return cast(list[Any], answers)
 
-    def _handed(self, request: Instance) -> Instance:
-        handed = copy.copy(request)
-        handed.arguments = tuple(
-            without(copy.deepcopy(part))
+    def _guarded(self, request: Instance) -> Instance:
+        """A copy of a request whose sources are watched.
+
+        Its settings are copied too: some wrappers modify them, which would change lmms-eval's cache keys.
+        """
+        guarded = copy.copy(request)
+        guarded.arguments = tuple(
+            plain_settings(copy.deepcopy(part))
             if isinstance(part, dict)
             else WatchedSource(part, request, self._watched)
             if callable(part)
             else part
             for part in request.args
         )
-        return handed
+        return guarded
 
     def _failed(self, error: Exception) -> HonesError:
         where = self._watched.current
@@ -227,18 +205,6 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
         kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
         return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
-
-
-def _messages(text: str, source: Callable[[Any], Any], doc: Any) -> list[dict[str, Any]]:
-    """A question with its pictures as one turn of a chat."""
-    shown = [{"type": "image", "url": picture} for picture in source(doc) or []]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
-
-
-def _words(request: Instance) -> tuple[str, str] | None:
-    """The two words of a request that asks for a margin."""
-    settings = next((part for part in request.args if isinstance(part, dict)), {})
-    return words_of(settings, str(request.task_name))
 
 
 def inner_model(wrapper: lmms) -> PreTrainedModel:
@@ -253,7 +219,7 @@ def inner_model(wrapper: lmms) -> PreTrainedModel:
     if len(found) != 1:
         kinds = ", ".join(type(model).__name__ for model in found.values()) or "no Hugging Face model"
         raise HonesError(
-            f"{type(wrapper).__name__} holds {kinds}: it takes exactly one that generates, to steer it"
+            f"{type(wrapper).__name__} holds {kinds}; exactly one model that generates is needed to steer it"
         )
     return next(iter(found.values()))
 
@@ -270,7 +236,7 @@ def _class_after(mixin: type, cls: type) -> type:
 
 
 def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Usable values where the base wrapper's own would not be: cpu without CUDA, no empty device_map."""
+    """Replacements of defaults of the base wrapper that fail: CUDA on a machine without, an empty device_map."""
     parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
     device = str(kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -279,7 +245,7 @@ def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
         missing["device"] = device
     if "device_map" not in parameters or "device_map" in kwargs:
         return missing
-    # With several processes on GPUs an empty device_map asks llava_hf for one process a GPU.
+    # With several processes on GPUs an empty device_map makes llava_hf use one GPU per process.
     if device == "cpu" or (parameters["device_map"].default == "" and not several):
         missing["device_map"] = device
     return missing
@@ -287,8 +253,8 @@ def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_settings(strength: object, attach: object, allow_noop: object) -> None:
     if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise HonesError(f"strength={strength!r} is not a number")
+        raise HonesError(f"strength={strength!r} should be a number")
     if attach not in get_args(AttachMode):
-        raise HonesError(f"attach={attach!r} is not known: use {' or '.join(get_args(AttachMode))}")
+        raise HonesError(f"attach={attach!r} is unknown: use {' or '.join(get_args(AttachMode))}")
     if not isinstance(allow_noop, bool):
-        raise HonesError(f"allow_noop={allow_noop!r} is neither true nor false")
+        raise HonesError(f"allow_noop={allow_noop!r} should be true or false")

@@ -1,6 +1,11 @@
-"""Watch over the calls that a base wrapper swallows errors of: `generate`, and the loading of pictures."""
+"""Guards for the calls whose errors base wrappers swallow: `generate`, and the loading of images.
 
-import math
+About twenty wrappers of lmms-eval catch every exception of `generate` and answer with an empty string, which
+scores as a worse model. Here the first error is kept and raised past the wrapper's `except Exception`. The
+same guard proves on the first input that the steering changes the logits, and checks on every input that each
+of its edits ran and that no logit is NaN.
+"""
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -10,15 +15,14 @@ import torch
 from lmms_eval.api.instance import Instance
 from loguru import logger
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hones_eval.core.attach import AttachedSteering
 from hones_eval.errors import EditError, HonesError
-from hones_eval.lmms.answers.margin import margin_behind
+from hones_eval.lmms.answers.kind import NextTokenReader
 
 Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
 
-# One greedy token from the same inputs, whatever the task asked for.
 ONE_TOKEN = {
     "max_new_tokens": 1,
     "do_sample": False,
@@ -30,42 +34,23 @@ ONE_TOKEN = {
     "return_dict_in_generate": True,
     "output_logits": True,
 }
+"""Settings for one greedy token, in place of the task's own."""
 
 
 class Failure(BaseException):
     """Carries an error past the `except Exception` of a wrapper that would answer with an empty string."""
 
     def __init__(self, error: Exception) -> None:
-        """`error` is what happened."""
+        """Carry `error`."""
         super().__init__(str(error))
         self.error = error
 
 
-class AskedMargin:
-    """A margin between two words that the next call of `generate` is to be read for."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: tuple[str, str]) -> None:
-        """`value` is None until a call has been read."""
-        self.value: float | None = None
-        self._tokenizer, self._words = tokenizer, words
-
-    def read(self, prompt: Tensor, logits: Tensor) -> None:
-        """Read it from the logits [1, vocabulary] behind a prompt [1, tokens].
-
-        Raises: HonesError when there is more than one row, or the margin is not finite.
-        """
-        if len(prompt) != 1 or len(logits) != 1:
-            raise HonesError(f"a margin is read of one prompt at a time, not of {len(prompt)}")
-        between = margin_behind(self._tokenizer, prompt[0].tolist(), self._words)
-        self.value = float(between.of(logits[0]))
-        if not math.isfinite(self.value):
-            raise HonesError(f"the margin between {' and '.join(self._words)} is {self.value}")
-
-
 class WatchedGenerate:
-    """Stands in for a model's `generate`: the same call, but it fails loudly and checks the steering.
+    """A replacement of a model's `generate` that keeps errors and checks the steering.
 
-    `failure` is the first error since `restart`, `current` the task and document that were last asked for.
+    `failure` is the first error since `restart`. `current` is the task and document whose images or messages
+    were last loaded.
     """
 
     def __init__(
@@ -77,7 +62,15 @@ class WatchedGenerate:
         finish: Finish,
         must_act: bool,
     ) -> None:
-        """`reattach` puts the steering back on; `must_act` asks that it changes the first call's logits."""
+        """Guard the `generate` of `model`.
+
+        Args:
+            model: the Hugging Face model inside the wrapper.
+            attached: the steering, or None for the baseline.
+            reattach: attaches the steering again after it was detached for a comparison.
+            finish: given a call's keyword arguments and its output, returns what the wrapper decodes.
+            must_act: whether a steering that changes no logit of the first input is an error.
+        """
         self.failure: Exception | None = None
         self.rows = 0
         self.current: tuple[str, Any] | None = None
@@ -87,10 +80,11 @@ class WatchedGenerate:
         self._reattach = reattach
         self._finish = finish
         self._unproven = must_act
-        self.margin: AskedMargin | None = None
+        self.reader: NextTokenReader | None = None
+        """Reads the next answer from logits; None where answers are generated in words."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, prove on the first call that the steering acts, and check that every edit ran."""
+        """Generate; prove on the first call that the steering acts, and check on each that every edit ran."""
         try:
             if self._unproven:
                 self._prove(args, kwargs)
@@ -105,23 +99,23 @@ class WatchedGenerate:
         return output
 
     def _generated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if self.margin is None:
+        if self.reader is None:
             return self._generate(*args, **kwargs)
         output = self._generate(*args, **(dict(kwargs) | ONE_TOKEN))
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if not isinstance(prompt, Tensor):
-            raise HonesError("the wrapper hands no input_ids to generate, so no margin can be read")
-        self.margin.read(prompt, output.logits[0])
+            raise HonesError("the wrapper passes no input_ids to generate, so no answer can be read from logits")
+        self.reader.read(prompt, output.logits[0])
         return output if kwargs.get("return_dict_in_generate") else output.sequences
 
     def failed(self, error: Exception) -> Failure:
-        """Remember an error and make the Failure to raise for it."""
+        """Keep an error, and return the Failure to raise for it."""
         if self.failure is None:
             self.failure = error
         return Failure(error)
 
     def restart(self) -> None:
-        """Forget failures and counts, before another batch of requests."""
+        """Clear failures and counts before another batch of requests."""
         self.failure = None
         self.rows = 0
 
@@ -131,18 +125,18 @@ class WatchedGenerate:
             self._attached.check_ran()
 
     def check_rows(self, requests: int, name: str) -> None:
-        """Raise HonesError when fewer answers were generated than asked for: a loading error was swallowed.
+        """Raise HonesError when fewer answers were generated than requested: a loading error was swallowed.
 
-        Does nothing while somebody else's function stands in for `generate`, as when inputs are recorded.
+        Does nothing while `generate` is replaced by another function, as when inputs are recorded.
         """
         if self._model.__dict__.get("generate") is self and self.rows < requests:
             raise HonesError(
-                f"{name} answered {requests - self.rows} of {requests} requests without calling the model: "
-                "its log says which it could not load"
+                f"{name} answered {requests - self.rows} of {requests} requests without calling the model; "
+                "see its log for what could not be loaded"
             )
 
     def detach(self) -> None:
-        """Take the steering off and give the model its own `generate` back. Safe to call twice."""
+        """Detach the steering and restore the model's own `generate`. Safe to call twice."""
         if self._attached is not None:
             self._attached.detach()
         if self._model.__dict__.get("generate") is self:
@@ -150,7 +144,7 @@ class WatchedGenerate:
 
     @contextmanager
     def proving_forward(self) -> Iterator[None]:
-        """Prove on the first forward pass within the block that the steering acts; nothing is generated."""
+        """Prove on the first forward pass within the block that the steering acts."""
         handle = self._model.register_forward_hook(self._prove_forward, with_kwargs=True)
         try:
             yield
@@ -165,13 +159,13 @@ class WatchedGenerate:
             self._compare(output.logits, lambda: model(*args, **kwargs).logits)
         except Exception as error:
             raise self.failed(error) from error
-        return model(*args, **kwargs)  # the steering is on again, and its edits have run
+        return model(*args, **kwargs)  # with the steering attached again
 
     def _prove(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._compare(self._next_logits(args, kwargs), lambda: self._next_logits(args, kwargs))
 
     def _compare(self, steered: Tensor, logits: Callable[[], Tensor]) -> None:
-        """Compare steered logits with those that the model gives while the steering is off."""
+        """Compare steered logits with those of the model while the steering is detached."""
         assert self._attached is not None
         self.check_ran()
         self._attached.detach()
@@ -179,8 +173,8 @@ class WatchedGenerate:
         self._attached = self._reattach()
         if torch.equal(steered, plain):
             raise EditError(
-                "the steering changes no logit of the first input: its scales are 1, or too near to 1 for "
-                f"{steered.dtype}; allow_noop=true runs it all the same"
+                "the steering changes no logit of the first input: its scales are 1, or too close to 1 for "
+                f"{steered.dtype}; allow_noop=true runs it anyway"
             )
         if bool(steered.isnan().any()) and not bool(plain.isnan().any()):
             raise EditError("the steering turns the logits of the first input into NaN: lower its strength")
@@ -192,7 +186,7 @@ class WatchedGenerate:
 
 @contextmanager
 def noticing_logged_errors(watched: WatchedGenerate) -> Iterator[None]:
-    """Take what is logged as an error within the block for a failure: wrappers log what they swallow."""
+    """Treat errors that are logged within the block as failures: wrappers log what they swallow."""
 
     def notice(message: Any) -> None:
         watched.failed(HonesError(str(message.record["message"])))
@@ -205,17 +199,17 @@ def noticing_logged_errors(watched: WatchedGenerate) -> Iterator[None]:
 
 
 class WatchedSource:
-    """Stands in for a request's `doc_to_visual` or `doc_to_messages`: what cannot be loaded is an error."""
+    """A replacement of a request's `doc_to_visual` or `doc_to_messages` whose loading errors are kept."""
 
     def __init__(self, source: Callable[..., Any], request: Instance, watched: WatchedGenerate) -> None:
-        """`watched` learns which document is being asked for."""
+        """Call `source`; `watched` is told which document is being loaded."""
         update_wrapper(self, source)  # some wrappers look at the signature
         self._source = source
         self._document = (str(request.task_name), request.doc_id)
         self._watched = watched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the source; a failure is not to be swallowed."""
+        """Call the source. Raises: Failure, which wrappers do not catch."""
         self._watched.current = self._document
         try:
             return self._source(*args, **kwargs)

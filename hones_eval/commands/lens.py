@@ -15,7 +15,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.engine import tokens
 from hones_eval.engine.activations import VIEWS
 from hones_eval.errors import HonesError
-from hones_eval.lmms.answers.margin import tokenizer_in
+from hones_eval.lmms.answers.tokens import tokenizer_of
 from hones_eval.lmms.examples import inner_model, load_lmm
 from hones_eval.methods.lens import LogitLens, Other, Said, Seen
 from hones_eval.reports import figures, lens_figures
@@ -84,7 +84,7 @@ def lens(
         devices=devices,
         num_nodes=num_nodes,
     )
-    tokenizer = tokenizer_in(job.lmm)
+    tokenizer = tokenizer_of(job.lmm)
     other = None if against is None else _other(job, against, steering, strength)
     method = LogitLens(job.anatomy, tokenizer, positions, top, other)
     totals = job.loop.run(job.examples, cast(Any, method), f"lens {tasks}")
@@ -195,7 +195,7 @@ def _draw(out: Path, job: Job, seen: Seen, texts: _Texts, tokenizer: PreTrainedT
     inputs = job.examples[seen.index].inputs
     text = inputs["input_ids"][0, tokens.positions(job.anatomy, inputs)[1]].tolist()
     prompt = "".join(tokens.token_texts(tokenizer, text))
-    pictures = job.examples.pictures(seen.index)
+    pictures = job.examples.images(seen.index)
     likeliest = texts.likeliest(seen.said.top_ids)
     drawn = lens_figures.lens_figure(seen, likeliest, pictures, prompt)
     figures.save(drawn, out / f"example{seen.index}.png")

@@ -10,7 +10,7 @@ from hones_eval.commands.shared import DType, Job, Rows, names_in, say
 from hones_eval.core.artifact import Provenance, write_json, write_text
 from hones_eval.engine.tokens import Roles
 from hones_eval.errors import HonesError, TaskError
-from hones_eval.lmms.answers.margin import tokenizer_in
+from hones_eval.lmms.answers.tokens import tokenizer_of
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods.tracing import BY_TOKEN, WHATS, CausalTrace, Pairs, Refused, Traced, What
 from hones_eval.reports import figures, trace_figures, trace_tables
@@ -85,7 +85,7 @@ def trace(
         num_nodes=num_nodes,
     )
     rows = None if batch_size == "auto" else batch_size
-    method = CausalTrace(job.anatomy, tokenizer_in(job.lmm), whats, rows)
+    method = CausalTrace(job.anatomy, tokenizer_of(job.lmm), whats, rows)
     categories = []
     for place, (one, other) in enumerate(tasks):
         first = job.examples
@@ -253,7 +253,7 @@ def _write_figures(
             for number, pair in enumerate(one.counted[:examples]):
                 index = one.pairs.keys.index(pair.key)
                 shown = [
-                    task.pictures(at)
+                    task.images(at)
                     for task, at in zip(
                         (one.pairs.clean, one.pairs.edited), one.pairs.places[index], strict=True
                     )

@@ -19,7 +19,7 @@ from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, invers
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
-from hones_eval.runs.next_token import Together
+from hones_eval.engine.prefixes import SharedReplayer
 
 Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 
@@ -74,13 +74,11 @@ def _hones(job: Discovery) -> Ranking:
         "heads_with_positive_score": len(weighted),
         "neurons_conditioned_on": "heads" if weighted else "nothing: no chosen head has a positive score",
     }
-    if job.examples.offers_choices:
-        report |= _sharing(localization.together, totals)
-    if job.examples.margin_words is not None:
-        report |= _sharing(localization.together, totals) | {
-            "margin": " - ".join(job.examples.margin_words),
-            "examples_of_neurons": int(neuron_totals.sums["examples"]),
-        }
+    report |= job.examples.recorder.report()
+    if job.examples.recorder.shares_prompts:
+        report |= _sharing(localization.run.sharing, totals)
+    if job.examples.recorder.has_distractors:
+        report["examples_of_neurons"] = int(neuron_totals.sums["examples"])
     return Ranking(
         provenance=job.provenance,
         head_scores=head_scores,
@@ -100,8 +98,8 @@ def _vseam(job: Discovery) -> Ranking:
     totals = job.loop.run(job.examples, contribution, "heads")
     found = HeadContribution.report(totals, job.heads)
     scores = HeadContribution.scores(totals)
-    found["warnings"] += filter(None, [job.examples.one_answer()])
-    found |= _sharing(contribution.together, totals)
+    found["warnings"] += filter(None, [job.examples.constant_answer_warning()])
+    found |= _sharing(contribution.readouts.sharing, totals)
     report = _report(job, found["correct_examples"] + found["incorrect_examples"]) | found
     return Ranking(
         provenance=job.provenance,
@@ -197,17 +195,15 @@ def _report(job: Discovery, count: float) -> dict[str, Any]:
 
 def _decoding(examples: TaskExamples, stops: str | None) -> str:
     """How the answers that differ were found."""
-    if examples.by_log_probability:
-        return "not asked for: the metric is the target's log-probability"
-    if examples.offers_choices:
-        return "another choice is preferred"
+    if examples.kind.replaces_decoding is not None:
+        return examples.kind.replaces_decoding
     return "decoded on from the first difference" if stops is None else f"decoded from the start: {stops}"
 
 
-def _sharing(together: Together, totals: Totals) -> dict[str, Any]:
+def _sharing(sharing: SharedReplayer, totals: Totals) -> dict[str, Any]:
     """What examples on one picture, or the choices of one question, shared."""
     return {
-        "prefix_sharing": together.sharing.inexact or "exact",
+        "prefix_sharing": sharing.inexact or "exact",
         "examples_sharing_a_prefix": int(totals.sums["shared"]),
     }
 

@@ -65,7 +65,7 @@ def choose(job: Development, how: How | HowHeads) -> Steering:
     Returns: the same steering on every process. Its provenance names the development examples.
     """
     steering = _chosen(job, how)
-    one_answer = job.examples.one_answer()
+    one_answer = job.examples.constant_answer_warning()
     if one_answer is None:
         return steering
     settings = steering.provenance.settings | {"warnings": [one_answer]}

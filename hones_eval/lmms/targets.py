@@ -1,4 +1,4 @@
-"""What a task's gold answer is, in words: chosen by name or by column, and proven by the task's own scoring.
+"""Gold answers of tasks in words: chosen by task name or by column, and proven by the task's own scoring.
 
 `doc_to_target` is not always the gold answer: for vqav2, flickr30k and coco it is the literal word `answer`.
 """
@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from lmms_eval.api.task import Task
 from lmms_eval.utils import apply_template
 
 from hones_eval.errors import TaskError
@@ -20,7 +21,7 @@ NONSENSE = "~"
 
 
 class Gold(NamedTuple):
-    """The text that stands for a document's answer, and the answers that count as right, best first."""
+    """The text that stands for a document's answer, and the answers that count as correct, best first."""
 
     target: str
     references: list[str]
@@ -30,7 +31,7 @@ Adapter = Callable[[Mapping[str, Any]], Gold]
 
 
 class Candidate(NamedTuple):
-    """A way to get the gold of a document; one that was named for the task need not beat the guesses."""
+    """A way to get a document's gold answer; one `named` for the task is preferred to better-scoring guesses."""
 
     name: str
     adapter: Adapter
@@ -38,18 +39,18 @@ class Candidate(NamedTuple):
 
 
 def alternatives(column: str) -> Adapter:
-    """Answers of several people, or several spellings: the most common one is the target."""
+    """Answers of several people, or several spellings; the most common one is the target."""
     return lambda doc: most_common(texts_in(doc.get(column)))
 
 
 def captions(column: str) -> Adapter:
-    """Descriptions of one picture: up to five, joined, are the target (HONES, vocabulary projection)."""
+    """Descriptions of one image; up to five, joined, are the target (HONES, vocabulary projection)."""
     return lambda doc: joined(texts_in(doc.get(column)))
 
 
 def box(column: str) -> Adapter:
-    """A box of four numbers, in the brackets that grounding tasks read."""
-    return lambda doc: _one("[" + ", ".join(f"{float(x):.3f}" for x in doc.get(column) or []) + "]")
+    """A box of four numbers, in the brackets that grounding tasks parse."""
+    return lambda doc: _single("[" + ", ".join(f"{float(x):.3f}" for x in doc.get(column) or []) + "]")
 
 
 BY_NAME: tuple[tuple[str, Adapter], ...] = (
@@ -89,16 +90,16 @@ def choose(
     higher_is_better: bool = True,
     override: str | None = None,
 ) -> Candidate:
-    """Choose how to get gold answers, and prove it: scored as answers they must come near the maximum.
+    """Choose how to get gold answers, and prove it: scored as answers they must come close to the maximum.
 
     Args:
         task: the task's name, looked up in `BY_NAME`.
-        metric: the metric that `score` gives; one of captions makes lists of texts captions.
-        docs: the first documents of the task, without pictures.
+        metric: the metric that `score` gives; for a caption metric, lists of texts are captions.
+        docs: the first documents of the task, without images.
         native: the task's own `doc_to_target`.
-        score: the aggregated metric of these documents, given one answer each.
-        higher_is_better: the metric's direction.
-        override: a column, or a Jinja template over the columns; nothing else is then tried.
+        score: the aggregated metric of these documents, given one answer per document.
+        higher_is_better: whether a higher metric is better.
+        override: a column, or a Jinja template over the columns; then nothing else is tried.
 
     Raises: TaskError naming what was tried and how to name the target.
     """
@@ -123,14 +124,14 @@ def is_named(task: str) -> bool:
 
 
 def unproven(task: str, doc: Mapping[str, Any], override: str | None) -> Candidate:
-    """The gold answer of a task that no metric proves: only as it is named, by `override` or in `BY_NAME`.
+    """The gold answer of a task that no metric proves, which must be named, by `override` or in `BY_NAME`.
 
     Raises: TaskError when it is not named.
     """
     named = _named(task, alternatives, override)
     if not named:
         raise TaskError(
-            f"task {task} has no metric that could prove a gold answer: name the column or a template with "
+            f"task {task} has no metric that can prove a gold answer: name its column or a template with "
             f"--target; the columns are {', '.join(map(str, doc))}"
         )
     source = f"--target {override}" if override is not None else named[0].name
@@ -142,7 +143,7 @@ def _tried(
 ) -> float | str:
     """The score of a candidate's gold answers, or why there is none.
 
-    A document without one counts as answered by nonsense: how many there are is asked of all of them, later.
+    A document without a gold answer counts as answered by nonsense; later, such documents are counted.
     """
     answers, why = [], ""
     for doc in docs:
@@ -155,7 +156,7 @@ def _tried(
             return f"not a template over the columns ({error})"
         except TaskError as error:
             return str(error)
-    if all(one == NONSENSE for one in answers):
+    if all(answer == NONSENSE for answer in answers):
         return why
     try:
         return float(score(answers))
@@ -166,7 +167,7 @@ def _tried(
 
 
 def _proves(value: float, nonsense: float, best: float, higher_is_better: bool) -> bool:
-    """Near the maximum: half of 1, or of the best candidate where the metric's scale is another."""
+    """Close to the maximum: half of 1, or half of the best candidate where the metric has another scale."""
     if not higher_is_better:
         return value <= 0.5 * nonsense and value < nonsense
     return value > nonsense and value >= 0.5 and value >= 0.5 * best
@@ -184,10 +185,10 @@ def _candidates(
 
 
 def _named(task: str, several: Callable[[str], Adapter], override: str | None) -> list[Candidate]:
-    """The one way that `override` names, or else the first for the task in `BY_NAME`, if any."""
+    """The candidate that `override` names, or else the first for the task in `BY_NAME`; empty for none."""
     if override is not None:
         return [Candidate(override, _template(override) if "{{" in override else several(override), True)]
-    known = [Candidate(f"the adapter of {name}", one, True) for name, one in BY_NAME if fnmatch(task, name)]
+    known = [Candidate(f"the adapter of {name}", way, True) for name, way in BY_NAME if fnmatch(task, name)]
     return known[:1]
 
 
@@ -196,7 +197,7 @@ def _of_captions(metric: str) -> bool:
 
 
 def _template(template: str) -> Adapter:
-    return lambda doc: _one(apply_template(template, dict(doc)))
+    return lambda doc: _single(apply_template(template, dict(doc)))
 
 
 def _unproven(
@@ -212,35 +213,35 @@ def _unproven(
         for candidate, value in tried
     )
     return (
-        f"task {task} shows no gold answer: scored as answers by {metric} (nonsense gets {nonsense:.3g}), "
-        f"{what}. Name {'another' if override else 'the'} column or a template with --target; "
+        f"could not find the gold answer of task {task}. Candidates scored with {metric} (nonsense answers get "
+        f"{nonsense:.3g}): {what}. Name {'another' if override else 'the'} column or a template with --target; "
         f"the columns are {', '.join(map(str, doc))}"
     )
 
 
 def most_common(texts: Sequence[str]) -> Gold:
-    """Give the most common text as target (the first of equals); the references are ordered by frequency."""
+    """The most common text as target (the first of equals); the references are ordered by frequency."""
     counts = Counter(texts)
     ordered = sorted(counts, key=lambda text: -counts[text])
     return Gold(ordered[0], ordered)
 
 
 def joined(texts: Sequence[str]) -> Gold:
-    """Give up to five texts joined as target, and each as a reference."""
+    """Up to five texts joined as target, and each as a reference."""
     kept = list(texts)[:MOST_REFERENCES]
     if not kept:
         raise LookupError("no text")
     return Gold(" ".join(kept), kept)
 
 
-def _one(text: str) -> Gold:
+def _single(text: str) -> Gold:
     if not text.strip():
         raise LookupError("no text")
     return Gold(text.strip(), [text.strip()])
 
 
 def texts_in(value: Any) -> list[str]:
-    """Give the texts in a column: one, a list, or dicts of annotations in either of the forms of `datasets`.
+    """The texts in a column: a text, a list, or dicts of annotations in either of the forms of `datasets`.
 
     Raises: LookupError when there is none.
     """
@@ -248,9 +249,25 @@ def texts_in(value: Any) -> list[str]:
         value = next((value[key] for key in ("answer", "caption", "text", "raw") if key in value), None)
         return texts_in(value)
     if isinstance(value, list | tuple):
-        return [text for one in value for text in texts_in(one)]
+        return [text for item in value for text in texts_in(item)]
     if isinstance(value, str) and value.strip():
         return [value.strip()]
     if isinstance(value, Real):
         return [str(value)]
     raise LookupError("no text")
+
+
+def choices_of(task: Task, doc: Mapping[str, Any]) -> list[str]:
+    """The choices that a multiple-choice task offers for a document."""
+    return [str(choice).strip() for choice in task.doc_to_choice(dict(doc))]
+
+
+def native_gold(task: Task, doc: Mapping[str, Any]) -> Gold:
+    """The task's own `doc_to_target`; where it is the position of a choice, or of several, their texts."""
+    found = task.doc_to_target(dict(doc))
+    if getattr(task.config, "doc_to_choice", None) is not None:
+        several = found if isinstance(found, list) else [found]
+        if all(isinstance(position, int) for position in several):
+            texts = task.doc_to_choice(dict(doc))
+            found = [texts[position] for position in several]
+    return most_common(texts_in(found))

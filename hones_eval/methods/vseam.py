@@ -8,11 +8,12 @@ from torch import Tensor
 from hones_eval.core import readouts
 from hones_eval.core.sites import Head, top_heads
 from hones_eval.engine.passes import replaced_by_mean
+from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.runs.measure import Measurement, Totals
-from hones_eval.runs.next_token import Together
+from hones_eval.lmms.answers.next_token import NextTokenReadouts
 
 KINDS = ("signed", "positive", "negative")
 
@@ -26,7 +27,7 @@ class HeadContribution:
     def __init__(self, replayer: Replayer, examples: TaskExamples) -> None:
         """Score all heads of the replayer's model on `examples`."""
         self.replayer = replayer
-        self.together = Together(replayer, examples, _probability_and_correct)
+        self.readouts = NextTokenReadouts(SharedReplayer(replayer), examples, _probability_and_correct)
         shape = replayer.anatomy.shape
         self.heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
 
@@ -47,7 +48,7 @@ class HeadContribution:
         if not example.target_ids:
             sums["without_tokens"] += 1
             return Measurement(sums, f"{example.task}, doc_id {example.doc_id}")
-        found = self.together.of(example, replaced_by_mean(self.heads))
+        found = self.readouts.of(example, replaced_by_mean(self.heads))
         p, correct = found.base.tolist()
         for edit, value in zip(found.edits, found.edited[:, 0].tolist(), strict=True):
             sums["signed"][edit.site] = p - value

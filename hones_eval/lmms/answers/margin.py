@@ -1,26 +1,27 @@
-"""Answers that are a margin: how much rather a model would say one word than another at the next token.
+"""Margin answers: how much a model prefers one word to another at the next token.
 
-A task asks for it by `margin: [Yes, No]` among its `generation_kwargs`. Its answers are then the numbers
-`logit(Yes) - logit(No)` as text, wherever they come from: a ranking, a steered wrapper, a masked bank.
+A task asks for them with `margin: [Yes, No]` among its `generation_kwargs`. Its answers are then the numbers
+`logit(Yes) - logit(No)` as text, in a ranking as well as from a steered wrapper.
 """
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hones_eval.errors import HonesError, TaskError, UnsupportedModelError
+from hones_eval.errors import HonesError, TaskError
+from hones_eval.lmms.answers.kind import NextTokenReader, RecordedTask, Recorder, Recording
+from hones_eval.lmms.answers.next_token import NextTokenKind, as_text
+from hones_eval.lmms.answers.tokens import next_token
 
 SETTING = "margin"
-TAIL = 24  # tokens at the end of a prompt that decide how the next ones are cut
+PROOF_EXAMPLES = 64  # a score of whole queries needs at least one whole query
 
 
 class Margin(NamedTuple):
-    """The tokens with which two words begin behind one prompt."""
+    """The tokens with which two words begin after one prompt."""
 
     yes: int
     no: int
@@ -38,78 +39,29 @@ def words_of(settings: Mapping[str, Any], task: str) -> tuple[str, str] | None:
     words = settings.get(SETTING)
     if words is None:
         return None
-    two = isinstance(words, list | tuple) and len(words) == 2 and all(isinstance(one, str) for one in words)
-    if not two or not all(one.strip() for one in words) or words[0] == words[1]:
-        raise TaskError(f"{task}: its generation_kwargs have margin={words!r}, and not two different words")
+    two = isinstance(words, list | tuple) and len(words) == 2 and all(isinstance(word, str) for word in words)
+    if not two or not all(word.strip() for word in words) or words[0] == words[1]:
+        raise TaskError(
+            f"{task}: margin={words!r} in its generation_kwargs should be two different words, as in "
+            "margin: [Yes, No]"
+        )
     return words[0], words[1]
 
 
-def without(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation settings as a wrapper takes them, which knows of no margin."""
-    return {name: value for name, value in settings.items() if name != SETTING}
+def margin_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], words: tuple[str, str]) -> Margin:
+    """The tokens with which the two words begin when a model answers this prompt.
 
-
-def margin_behind(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], words: tuple[str, str]
-) -> Margin:
-    """The tokens that the two words begin with when a model answers this very prompt.
-
-    Raises: HonesError when both begin with the same token: every margin would be 0.
+    Raises: HonesError when both begin with the same token, so that every margin would be 0.
     """
     first, second = (next_token(tokenizer, prompt, word) for word in words)
     if first == second:
         token = tokenizer.convert_ids_to_tokens(first)
         raise HonesError(
             f"{type(tokenizer).__name__} begins both {words[0]!r} and {words[1]!r} with the token {token!r} "
-            f"({first}) behind this prompt, so their margin is always 0: this task needs a tokenizer "
+            f"({first}) after this prompt, so their margin is always 0: this task needs a tokenizer "
             "that has the words, or other words as margin among its generation_kwargs"
         )
     return Margin(first, second)
-
-
-def next_token(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: str) -> int:
-    """The token behind a prompt in the conversation encoded with the answer; see `answer_tokens`."""
-    return answer_tokens(tokenizer, prompt, answer)[0]
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: str) -> list[int]:
-    """The tokens behind a prompt in the conversation encoded with the answer, at least one.
-
-    A space stands before an answer, as in `ASSISTANT: Yes`, where the prompt ends in neither a blank nor a
-    special token. Raises: HonesError when the encoded conversation does not go on from the prompt's tokens.
-    """
-    tail, text = _tail(tokenizer, list(prompt))
-    ends = not text or text[-1].isspace() or tail[-1] in tokenizer.all_special_ids
-    whole = _encoded(tokenizer, text + ("" if ends else " ") + answer)
-    if whole[: len(tail)] != tail or len(whole) == len(tail):
-        raise HonesError(
-            f"{type(tokenizer).__name__} encodes the prompt's end {text[-20:]!r} otherwise when "
-            f"{answer!r} follows, so the answer's first token cannot be told"
-        )
-    return whole[len(tail) :]
-
-
-def _tail(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> tuple[list[int], str]:
-    """The longest end of a prompt whose text encodes to its own tokens again."""
-    for size in range(min(TAIL, len(prompt)), 0, -1):
-        tail = prompt[-size:]
-        text = str(tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if _encoded(tokenizer, text) == tail:
-            return tail, text
-    raise HonesError(
-        f"{type(tokenizer).__name__} does not give a prompt's last tokens again from their text, "
-        "so the first token of an answer cannot be told"
-    )
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return found
-
-
-def as_text(margin: float) -> str:
-    """A margin as the text of an answer, nothing rounded."""
-    return repr(float(margin))
 
 
 def as_answer(text: str, words: tuple[str, str]) -> str:
@@ -117,48 +69,85 @@ def as_answer(text: str, words: tuple[str, str]) -> str:
     return as_text({words[0]: 1.0, words[1]: -1.0}.get(text, 0.0))
 
 
-class Margins(Mapping[int, str]):
-    """One prompt's margins under many edits, by the edit's number, as texts; kept in four bytes each."""
+class MarginRecorder(Recorder):
+    """Records prompts with the tokens of the two words after each."""
 
-    def __init__(self, values: Tensor) -> None:
-        """`values` [E], in float32; NaN under an edit that was not measured, which is left out."""
-        self._values = np.asarray(values.numpy(), dtype="<f4")
+    proof_examples = PROOF_EXAMPLES
+    shares_prompts = True
+    has_distractors = True
 
-    @classmethod
-    def of(cls, record: str) -> Self:
-        """From `record`."""
-        return cls(torch.from_numpy(np.frombuffer(base64.b64decode(record), dtype="<f4").copy()))
+    def __init__(self, task: RecordedTask, words: tuple[str, str]) -> None:
+        """Record `task`, whose answers are margins of the first of `words` over the second."""
+        self.task = task
+        self.words = words
 
-    def record(self) -> str:
-        """As a text that JSON can hold."""
-        return base64.b64encode(self._values.tobytes()).decode("ascii")
+    def record(self, index: int, gold: str) -> Recording:
+        """The prompt; the target is the token of the word that the gold answer is.
 
-    def __getitem__(self, number: int) -> str:
-        """The margin under one edit."""
-        value = float(self._values[number])
-        if value != value:
-            raise KeyError(number)
-        return as_text(value)
+        Raises: TaskError naming task and document when the words' tokens are unknown or the same.
+        """
+        request = self.task.requests[index][0]
+        inputs, settings = self.task.calls.record(request)
+        try:
+            margin = margin_after(self.task.tokenizer, inputs["input_ids"][0].tolist(), self.words)
+        except HonesError as error:
+            raise TaskError(f"{request.task_name}, doc_id {request.doc_id}: {error}") from error
+        ids = [margin.yes if gold == self.words[0] else margin.no]
+        return Recording(inputs, settings, ids, margin, is_distractor=ids != [margin.yes])
 
-    def __iter__(self) -> Iterator[int]:
-        """Numbers of the edits that were measured."""
-        measured: list[int] = np.flatnonzero(~np.isnan(self._values)).tolist()
-        return iter(measured)
+    def as_answer(self, doc: Mapping[str, Any], text: str) -> str:
+        """The margin that stands for an answer in words."""
+        return as_answer(text, self.words)
 
-    def __len__(self) -> int:
-        """How many edits were measured."""
-        return int((~np.isnan(self._values)).sum())
+    def wrong_answer(self, doc: Mapping[str, Any]) -> str:
+        """A margin of 0."""
+        return as_text(0.0)
+
+    def report(self) -> dict[str, Any]:
+        """The two words."""
+        return {"margin": " - ".join(self.words)}
 
 
-def tokenizer_in(wrapper: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that an lmms-eval model decodes answers with.
+class MarginReader:
+    """Reads the margin from the logits of one `generate` call of a steered wrapper."""
 
-    Raises: UnsupportedModelError where it shows none.
-    """
-    for holder in ("", "processor", "_processor", "_image_processor", "image_processor"):
-        found = getattr(getattr(wrapper, holder, None) if holder else wrapper, "tokenizer", None)
-        if isinstance(found, PreTrainedTokenizerBase):
-            return found
-    raise UnsupportedModelError(
-        f"{type(wrapper).__name__} shows no tokenizer, as `.tokenizer`, to encode answers"
-    )
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: tuple[str, str]) -> None:
+        """`text` is None until a call was read."""
+        self.text: str | None = None
+        self._tokenizer, self._words = tokenizer, words
+
+    def read(self, prompt: Tensor, logits: Tensor) -> None:
+        """Read the margin from the logits [1, vocabulary] after a prompt [1, tokens].
+
+        Raises: HonesError when there is more than one row, or the margin is not finite.
+        """
+        if len(prompt) != 1 or len(logits) != 1:
+            raise HonesError(f"margins are read from one prompt at a time, not from {len(prompt)}")
+        margin = margin_after(self._tokenizer, prompt[0].tolist(), self._words)
+        value = float(margin.of(logits[0]))
+        if not math.isfinite(value):
+            raise HonesError(f"the margin between {' and '.join(self._words)} is {value}")
+        self.text = as_text(value)
+
+
+class MarginAnswers(NextTokenKind):
+    """Answers that are margins between two words."""
+
+    name = "margin"
+    settings = frozenset({SETTING})
+
+    def recorder(self, task: RecordedTask) -> Recorder | None:
+        """A recorder for tasks that name two words."""
+        words = words_of(task.settings, str(task.requests[0][0].task_name))
+        return None if words is None else MarginRecorder(task, words)
+
+    def differs(self, base: float, edited: Tensor) -> Tensor:
+        """Whether the other word is preferred."""
+        return (edited > 0) != (base > 0)
+
+    def reader(
+        self, settings: Mapping[str, Any], task: str, tokenizer: PreTrainedTokenizerBase
+    ) -> NextTokenReader | None:
+        """A reader of the margin between the two words that the settings name."""
+        words = words_of(settings, task)
+        return None if words is None else MarginReader(tokenizer, words)

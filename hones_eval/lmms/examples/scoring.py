@@ -1,4 +1,4 @@
-"""Scores of one answer and of a whole set, by the task's own filters, metrics and aggregation."""
+"""Scores single answers and whole sets by the task's own filters, metrics and aggregation."""
 
 import math
 import random
@@ -15,7 +15,6 @@ from lmms_eval.api.task import Task
 from lmms_eval.filters.transformation import StripThinkingFilter
 
 from hones_eval.errors import TaskError, one_line
-from hones_eval.lmms.answers import choices
 from hones_eval.lmms.calls import aggregate, quiet
 from hones_eval.lmms.examples.tasks import document
 from hones_eval.lmms.failures import failure
@@ -29,24 +28,26 @@ class Scorer:
         self.task = task
         self._filters = [*self._thinking(), *task._filters[0].filters]
 
-    def score(self, instance: Instance, text: str) -> dict[str, Any]:
-        """Give the result of one answer: for every metric what its aggregation takes of a document.
+    def score(self, instance: Instance, responses: Sequence[Any]) -> dict[str, Any]:
+        """The result of one document: for each metric the entry that its aggregation takes.
 
-        The answer to a question of choices is the text of `choices.as_text`.
+        Args:
+            instance: the request that was answered.
+            responses: one text, or one pair of value and greediness per choice.
         """
-        answers = choices.from_text(text) if instance.request_type == "loglikelihood" else [text]
         doc = document(self.task, instance.doc_id)
         with quiet(), _seeded(instance.doc_id):
             try:
-                result = self._process(doc, [self._filtered(instance, answer) for answer in answers])
+                result = self._process(doc, [self._filtered(instance, response) for response in responses])
             except Exception as error:
                 where = f"{self.task.task_name}, doc_id {instance.doc_id}"
-                what = f"{where}: process_results failed on the answer {text[:80]!r}"
+                answer = responses[0] if len(responses) == 1 else list(responses)
+                what = f"{where}: process_results failed on the answer {str(answer)[:80]!r}"
                 raise failure(what, error, doc) from error
         return dict(result)
 
     def aggregate(self, metric: str, results: Sequence[dict[str, Any]]) -> float:
-        """Give the task's own aggregation of one metric over the results of `score`.
+        """The task's own aggregation of one metric over results of `score`.
 
         Raises: TaskError when no result has the metric, or the aggregation gives no finite number.
         """
@@ -67,7 +68,7 @@ class Scorer:
         return float(number)
 
     def mean_score(self, metric: str, results: Sequence[dict[str, Any]]) -> float:
-        """Give the mean of the scores that a metric's entries list, for a metric on a scale of its own.
+        """The mean of the scores that a metric's entries list, for a metric on a scale of its own.
 
         Raises: TaskError when an entry lists none.
         """
@@ -96,24 +97,24 @@ class Scorer:
         answered = Instance(instance.request_type, instance.args, instance.idx, dict(instance.metadata))
         answered.resps = [answer]
         responses: list[Any] = [answered.resps]
-        for one in self._filters:
-            responses = one.apply(responses, getattr(self.task, "task_docs", None))
+        for applied in self._filters:
+            responses = applied.apply(responses, getattr(self.task, "task_docs", None))
         answer = next(iter(responses))
         tags = parse_reasoning_tags_config(task_value=getattr(self.task.config, "reasoning_tags", None))
         return strip_reasoning_tags(answer, tags) if tags and isinstance(answer, str) else answer
 
     def _process(self, doc: dict[str, Any], answers: list[Any]) -> dict[str, Any]:
-        """`process_results` without lmms-eval's retries, two seconds apart: what fails once fails again."""
+        """`process_results` without lmms-eval's retries, which are two seconds apart and fail again."""
         plain = getattr(self.task.process_results, "__wrapped__", None)
         result = self.task.process_results(doc, answers) if plain is None else plain(self.task, doc, answers)
         if not isinstance(result, dict):
-            raise TypeError(f"it gave {type(result).__name__} instead of a dict of metrics")
+            raise TypeError(f"it returned {type(result).__name__} instead of a dict of metrics")
         return result
 
 
 @contextmanager
 def _seeded(doc_id: int) -> Iterator[None]:
-    """The same score for the same answer: MMMU guesses a choice at random where an answer names none."""
+    """Give an answer the same score each time: MMMU picks a random choice where an answer names none."""
     before = random.getstate(), np.random.get_state()
     random.seed(doc_id)
     np.random.seed(doc_id)

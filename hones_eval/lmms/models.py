@@ -1,4 +1,4 @@
-"""lmms-eval models by name, each as one process, and the Hugging Face model inside."""
+"""Loads lmms-eval models by name, each as one process, and finds the Hugging Face model inside."""
 
 import inspect
 import os
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError, UnsupportedModelError, one_line
 
-# What launchers set. A wrapper that sees them joins a process group and demands GPUs; here each process
-# measures its own examples, and whoever launched the processes adds their sums up.
+# Set by launchers. A wrapper that sees them joins a process group and demands GPUs. Here each process
+# measures its own examples, and the loop adds up the sums of all processes.
 LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -27,22 +27,22 @@ def load_lmm(model: str, model_args: str, *, device: str | None = None) -> lmms:
     """Build an lmms-eval model by name with batch size 1, as one process whatever launched this one.
 
     Args:
-        model: what `lmms-eval --model` takes.
-        model_args: what `lmms-eval --model_args` takes; what it says wins over what is chosen here.
-        device: a torch device; by default this process's GPU, or the CPU where there is none. A wrapper
-            that takes a `device_map` is given the same.
+        model: a value of `lmms-eval --model`.
+        model_args: a value of `lmms-eval --model_args`; it takes precedence over the defaults here.
+        device: a torch device; by default this process's GPU, or the CPU where there is none. It is also
+            passed as `device_map` to wrappers that have one.
 
     Raises: HonesError for an unknown name (with the nearest ones) or a model that cannot be built.
     """
     cls = _wrapper_class(model)
     given = _parsed(model_args)
-    place = device or str(given.get("device") or _own_device())
-    chosen: dict[str, Any] = {"batch_size": 1, "device": place}
+    device = device or str(given.get("device") or _own_device())
+    defaults: dict[str, Any] = {"batch_size": 1, "device": device}
     if _takes(cls, "device_map"):
-        chosen["device_map"] = place
+        defaults["device_map"] = device
     with _launcher_hidden():
         try:
-            lmm: lmms = cls(**(chosen | given | {"batch_size": 1}))
+            lmm: lmms = cls(**(defaults | given | {"batch_size": 1}))
         except HonesError:
             raise
         except Exception as error:
@@ -79,7 +79,7 @@ def _parsed(model_args: str) -> dict[str, Any]:
 
 
 def _own_device() -> str:
-    """The GPU with the number of this process on its node, as torchrun, Lightning or SLURM gives it."""
+    """The GPU whose number is this process's on its node, as set by torchrun, Lightning or SLURM."""
     if not torch.cuda.is_available():
         return "cpu"
     number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
@@ -87,9 +87,9 @@ def _own_device() -> str:
 
 
 def _takes(cls: type, name: str) -> bool:
-    """Whether a constructor on the way up names the argument; mixins hand `**kwargs` on."""
-    constructors = [vars(one)["__init__"] for one in cls.__mro__[:-1] if "__init__" in vars(one)]
-    return any(name in inspect.signature(one).parameters for one in constructors)
+    """Whether a constructor among the class's bases names the argument; mixins pass `**kwargs` on."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    return any(name in inspect.signature(constructor).parameters for constructor in constructors)
 
 
 @contextmanager
@@ -104,17 +104,17 @@ def _launcher_hidden() -> Iterator[None]:
 
 
 def inner_model(lmm: lmms) -> PreTrainedModel:
-    """Give the Hugging Face model inside an lmms-eval model.
+    """The Hugging Face model inside an lmms-eval model.
 
-    Raises: UnsupportedModelError where there is none, as behind an API, or one that does not generate.
+    Raises: UnsupportedModelError where there is none, as for models behind an API, or it does not generate.
     """
     named = [getattr(lmm, name, None) for name in ("model", "_model")]
-    found = [one for one in (*named, *vars(lmm).values()) if isinstance(one, PreTrainedModel)]
+    found = [value for value in (*named, *vars(lmm).values()) if isinstance(value, PreTrainedModel)]
     name = type(lmm).__name__
     if not found:
         raise UnsupportedModelError(
-            f"{name} holds no Hugging Face model, as `.model`, whose heads could be measured"
+            f"{name} has no Hugging Face model (looked for `.model`), so it has no heads to measure"
         )
     if not found[0].can_generate():
-        raise UnsupportedModelError(f"{name} holds a {type(found[0]).__name__}, which cannot generate")
+        raise UnsupportedModelError(f"the {type(found[0]).__name__} of {name} cannot generate")
     return found[0]

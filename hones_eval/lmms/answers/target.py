@@ -1,0 +1,50 @@
+"""The log-probability of an example's gold answer, teacher-forced after the prompt, under edits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hones_eval.core import readouts
+from hones_eval.engine.passes import Passes, Rows, SiteEdit, check_finite
+from hones_eval.lmms.answers.kind import EditRun
+from hones_eval.lmms.example import Example
+
+
+class Target:
+    """One example's target: its unedited log-probability `base`, and the drops [E] under edits."""
+
+    def __init__(self, run: EditRun, example: Example) -> None:
+        """Measure the target of `example`."""
+        self.run = run
+        self.example = example
+        self.ids = torch.tensor(example.target_ids)
+        self.drops = torch.zeros(len(run.edits), dtype=torch.float64)
+        self.base = 0.0
+
+    def replay(self, edits: Sequence[SiteEdit]) -> None:
+        """Replay edits on prompt and target."""
+        example, decoder = self.example, self.run.decoder
+        inputs = decoder.append(example.inputs, example.target_ids[:-1])
+        passes = self.run.replayer.record(inputs, len(example.target_ids))
+        self.start(passes)
+        for rows in passes.edited(edits):
+            self.add(rows)
+
+    def start(self, passes: Passes) -> None:
+        """Read the unedited log-probability from a pass whose first tokens read are the target's.
+
+        Raises: HonesError where it is not finite.
+        """
+        check_finite(passes, self.example.where)
+        self.base = self._read(passes.base_logits[None])[0]
+
+    def add(self, rows: Rows) -> None:
+        """Read the log-probabilities under some edits."""
+        for edit, value in zip(rows.edits, self._read(rows.logits), strict=True):
+            self.drops[self.run.numbers[edit]] = self.base - value
+
+    def _read(self, logits: Tensor) -> list[float]:
+        ids = self.ids.to(logits.device)
+        values: list[float] = readouts.sequence_log_probability(logits[:, : len(ids)], ids).tolist()
+        return values

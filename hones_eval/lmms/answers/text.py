@@ -1,0 +1,73 @@
+"""Text answers: what the wrapper makes of the tokens that the model generates."""
+
+from collections.abc import Sequence
+
+from hones_eval.lmms.answers.kind import (
+    AnswerKind,
+    EditedAnswers,
+    EditRun,
+    RecordedTask,
+    Recorder,
+    Recording,
+    RowAnswer,
+    SteeringRun,
+)
+from hones_eval.lmms.answers.target import Target
+from hones_eval.lmms.example import Example
+
+
+class TextRecorder(Recorder):
+    """Records prompts; the target is the gold answer encoded alone."""
+
+    def __init__(self, task: RecordedTask) -> None:
+        """Record `task`."""
+        self.task = task
+
+    def record(self, index: int, gold: str) -> Recording:
+        """The arguments of `generate`, as the wrapper passes them."""
+        inputs, settings = self.task.calls.record(self.task.requests[index][0])
+        return Recording(inputs, settings, self.task.tokenizer.encode(gold, add_special_tokens=False))
+
+
+class TextAnswers(AnswerKind):
+    """Generated text, greedily decoded."""
+
+    name = "text"
+
+    def recorder(self, task: RecordedTask) -> Recorder | None:
+        """A recorder for every task that generates; other kinds are asked first."""
+        return TextRecorder(task)
+
+    def under_edits(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
+        """Decode once, check the answer under every edit, and decode only the answers that differ.
+
+        Where the answer begins with the target, the same passes also give the target's log-probability.
+        """
+        decoded = run.decoder.greedy(example.inputs, example.settings)
+        target = Target(run, example)
+        shared = decoded.passes if decoded.covers(example.target_ids) else None
+        if shared is not None:
+            target.start(shared)
+        edits = [run.edits[number] for number in numbers]
+        differing: dict[int, str] = {}
+        for edit, tokens in decoded.answers(edits, None if shared is None else target.add):
+            if tokens != decoded.tokens:
+                differing[run.numbers[edit]] = run.examples.decode(example.index, tokens)
+        if shared is None:
+            target.replay(edits)
+        return EditedAnswers(
+            base=run.examples.decode(example.index, decoded.tokens),
+            changed=differing,
+            log_probability=target.base,
+            drops=target.drops,
+            differing=len(differing),
+            decoded_in_full=decoded.passes is None,
+        )
+
+    def under_steerings(self, run: SteeringRun, example: Example, names: Sequence[str]) -> list[RowAnswer]:
+        """What the wrapper makes of the new tokens of every row."""
+        output = run.generate(example, names)
+        return [
+            RowAnswer(text, logits)
+            for text, logits in zip(run.answers(example, output), output.logits[0], strict=True)
+        ]
