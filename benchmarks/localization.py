@@ -39,7 +39,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head
 from hones_eval.engine.prompts import appended
 from hones_eval.engine.replay import Replayer
-from hones_eval.lmms.answers.choices import Choice, Choices, Reading, from_text
+from hones_eval.lmms.answers.choices import Choice, ChoiceAnswers, Choices, Reading, from_text
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.vseam import HeadContribution
@@ -142,6 +142,8 @@ def by_log_probability(count: int, profiled: bool) -> None:
 class ChoiceTask(TokenTask):
     """Scores the choice with the smallest loss: the target is the first."""
 
+    kind = ChoiceAnswers()
+
     def score(self, index: int, text: str) -> dict[str, float]:
         values = [value for value, _ in from_text(text)]
         return {"share": float(values[0] == min(values))}
@@ -155,7 +157,7 @@ def by_choices(count: int, profiled: bool) -> None:
     offered = [offer(example) for example in examples]
     for example, four in zip(examples, offered, strict=True):
         asked = [Choice(appended(one.inputs, one.target_ids), TARGET) for one in four]
-        example.choices = Choices(asked, 0, 0, Reading("mean loss", 0))
+        example.details = Choices(asked, 0, 0, Reading("mean loss", 0))
     localization = HeadLocalization(Replayer(Anatomy.of(model)), ChoiceTask(examples))  # type: ignore[arg-type]
 
     def ours(index: int) -> Tensor:

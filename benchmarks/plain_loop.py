@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from hones_eval.core.sites import Head
-from hones_eval.lmms.answers.choices import Choices
-from hones_eval.lmms.answers.margin import Margin
+from hones_eval.lmms.answers.kind import AnswerKind
+from hones_eval.lmms.answers.text import TextAnswers
 
 IMAGE, END, WORDS = 5, 2, range(10, 1000)
 
@@ -31,9 +31,12 @@ class TokenExample:
     inputs: dict[str, Tensor]
     settings: dict[str, Any]
     target_ids: list[int]
-    margin: Margin | None = None
-    choices: Choices | None = None
+    details: Any = None
     is_distractor: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.task}, doc_id {self.doc_id}"
 
 
 class TokenTask:
@@ -41,7 +44,7 @@ class TokenTask:
 
     higher_is_better = True
     is_mean = True
-    by_log_probability = False
+    kind: AnswerKind = TextAnswers()
     metric = "share"
 
     def __init__(self, examples: list[TokenExample]) -> None:
@@ -53,7 +56,7 @@ class TokenTask:
     def __getitem__(self, index: int) -> TokenExample:
         return self.examples[index]
 
-    def together(self, index: int) -> list[TokenExample]:
+    def with_same_images(self, index: int) -> list[TokenExample]:
         picture = self.examples[index].inputs.get("pixel_values")
         return [one for one in self.examples if one.inputs.get("pixel_values") is picture]
 

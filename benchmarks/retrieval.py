@@ -20,7 +20,7 @@ from torch import Tensor
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
-from hones_eval.lmms.answers.margin import Margin
+from hones_eval.lmms.answers.margin import Margin, MarginAnswers
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.runs.measure import Totals
 
@@ -37,13 +37,12 @@ class Queries:
     metric = "ndcg_at_5"
     higher_is_better = True
     is_mean = False
-    by_log_probability = False
-    margin_words = ("Yes", "No")
+    kind = MarginAnswers()
 
     def __init__(self, examples: list[TokenExample], candidates: int) -> None:
         self.examples, self.candidates = examples, candidates
 
-    def together(self, index: int) -> list[TokenExample]:
+    def with_same_images(self, index: int) -> list[TokenExample]:
         start = index // self.candidates * self.candidates
         return self.examples[start : start + self.candidates]
 
@@ -133,7 +132,7 @@ def compare(queries: int, candidates: int) -> None:
 
     measured(examples[:candidates])  # the proof that sharing is exact, and warm caches
     (scores, log_scores, totals), seconds = timed(ours)
-    assert int(totals.sums["shared"]) == len(examples), localization.together.sharing.inexact
+    assert int(totals.sums["shared"]) == len(examples), localization.run.sharing.inexact
     base, base_seconds = timed(lambda: margins(None))
     some = [Head(layer, (3 * layer) % HEADS) for layer in range(LAYERS)]
     edited, edited_seconds = timed(lambda: {head: margins(head) for head in some})

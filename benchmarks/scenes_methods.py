@@ -31,7 +31,7 @@ from hones_eval.core.sites import Head, Neuron, matched_random, neuron_count, to
 from hones_eval.engine.passes import SiteEdit
 from hones_eval.engine.replay import Replayer
 from hones_eval.jobs.verify import Measured, masked
-from hones_eval.lmms.answers.margin import Margins
+from hones_eval.lmms.answers.next_token import NumberTexts
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder, answered
 from hones_eval.methods.hones import NeuronAttribution, inverse_document_frequency
@@ -116,7 +116,9 @@ def margin_drops(replayer: Replayer, examples: TaskExamples, neurons: Sequence[N
     lead = torch.zeros(len(neurons), dtype=torch.float64)
     for index, one in enumerate(documents):
         record = totals.records[index]
-        margins = torch.tensor([float(text) for text in Margins.of(record["margins"]).values()]).double()
+        margins = torch.tensor(
+            [float(text) for text in NumberTexts.unpack(record["margins"]).values()]
+        ).double()
         weight = 1.0 if one["answer"] == "Yes" else -1 / (sizes[one["query"]] - 1)
         lead += weight * (float(record["base"]) - margins)
     return Truth(ablation.metric_drops(totals).float(), (lead / len(sizes)).float())

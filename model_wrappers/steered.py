@@ -106,7 +106,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         answers = dict(zip(in_words, self._in_words([requests[i] for i in in_words]), strict=True))
         for i, reader in readers.items():
             if reader is not None:
-                answers[i] = self._read(reader, requests[i])
+                answers[i] = self._read_answer(reader, requests[i])
         return [answers[i] for i in range(len(requests))]
 
     def _in_words(self, requests: list[Instance]) -> list[Any]:
@@ -116,7 +116,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self._watched.check_rows(len(requests), type(self).__name__)
         return answers
 
-    def _read(self, reader: NextTokenReader, request: Instance) -> str:
+    def _read_answer(self, reader: NextTokenReader, request: Instance) -> str:
         """The answer that a reader reads from the logits of the request's `generate`.
 
         While inputs are recorded, `generate` is replaced and nothing is read; then the wrapper's own answer is

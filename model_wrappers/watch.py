@@ -104,7 +104,9 @@ class WatchedGenerate:
         output = self._generate(*args, **(dict(kwargs) | ONE_TOKEN))
         prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if not isinstance(prompt, Tensor):
-            raise HonesError("the wrapper passes no input_ids to generate, so no answer can be read from logits")
+            raise HonesError(
+                "the wrapper passes no input_ids to generate, so no answer can be read from logits"
+            )
         self.reader.read(prompt, output.logits[0])
         return output if kwargs.get("return_dict_in_generate") else output.sequences
 

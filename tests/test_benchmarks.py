@@ -74,7 +74,7 @@ import json, sys
 from hones_eval.lmms.answers.choices import preferring
 from hones_eval.lmms.examples import TaskExamples, load_lmm
 def answer(one):
-    asked = one.choices
+    asked = one.details
     return preferring(asked.gold, len(asked.offered)) if asked else one.references[0]
 lmm = load_lmm("hones_llava", f"pretrained={sys.argv[1]}")
 found = {}

@@ -286,7 +286,10 @@ def test_own_tokens_leave_what_a_template_puts_round_a_choice() -> None:
             {"metric: acc": "metric: acc_mutual_info"},
             "'acc_mutual_info' should be one of acc, acc_norm",
         ),
-        ({"doc_to_target: place": "doc_to_target: question"}, "shows no gold answer.*is none of the choices"),
+        (
+            {"doc_to_target: place": "doc_to_target: question"},
+            "could not find the gold answer.*is not among the choices",
+        ),
         (
             {"doc_to_choice: options": 'doc_to_choice: ["red"]'},
             "doc_id 0: there is one choice, and nothing to choose",
@@ -331,7 +334,7 @@ def test_how_a_wrapper_reads_logits_is_found_out(
     }[value]
     monkeypatch.setattr(type(lmm), "loglikelihood", scoring(of, greedy_at))
     examples = TaskExamples(lmm, "own_choice", model_name="hones_hf", include_path=tasks)
-    assert examples[0].choices.reading == choices.Reading(value, greedy_at)
+    assert examples[0].details.reading == choices.Reading(value, greedy_at)
 
 
 def test_what_a_wrapper_scores_otherwise_is_refused(
@@ -339,7 +342,7 @@ def test_what_a_wrapper_scores_otherwise_is_refused(
 ) -> None:
     lmm = build("hones_hf")
     monkeypatch.setattr(type(lmm), "loglikelihood", scoring(lambda logs: logs.min()))
-    with pytest.raises(TaskError, match="neither loss nor log-likelihood"):
+    with pytest.raises(TaskError, match="neither the loss nor the log-likelihood"):
         TaskExamples(lmm, "own_choice", model_name="hones_hf", include_path=tasks)
 
 

@@ -241,7 +241,7 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "metric": ({"metric": "blue"}, "has no metric 'blue'; it has exact_match"),
     "target": (
         {"target": "colour"},
-        "shows no gold answer.*--target; the columns are .*answer",
+        "could not find the gold answer.*--target; the columns are .*answer",
     ),
     "include_path": ({"include_path": "/nowhere"}, "/nowhere is not a folder"),
     "heads": ({"heads": 99}, "cannot choose 99 of 16 heads: ask for 1 to 16"),
@@ -360,7 +360,7 @@ def test_a_task_without_targets(
     with (tmp_path / "tasks" / "utils.py").open("a") as utils:
         utils.write("\n\ndef results(doc, answers):\n    return {'strange': 0.0}\n")
     line = complains(rank(tmp_path / "out", include_path=tmp_path / "tasks", tasks="own_untold"))
-    assert "own_untold shows no gold answer" in line
+    assert "could not find the gold answer of task own_untold" in line
     assert "--target" in line
 
 

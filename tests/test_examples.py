@@ -15,9 +15,9 @@ from lmms_eval import evaluator
 from loguru import logger
 
 from hones_eval.errors import HonesError, TaskError, UnsupportedModelError
-from hones_eval.lmms.answers.margin import as_answer
+from hones_eval.lmms.answers.margin import MarginRecorder, as_answer
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.lmms.examples.playback import Playback
+from hones_eval.lmms.playback import Playback
 
 WRAPPERS = {"llava_hf": "llava", "qwen2_5_vl": "qwen2_5_vl", "instructblip": "instructblip"}
 GREEDY = "max_new_tokens=6"
@@ -175,10 +175,10 @@ def test_scores_are_those_of_lmms_evals_evaluator(
     task: str, llava: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = TaskExamples(llava, task, model_name="llava_hf", limit=12)
-    golds = [examples._gold_of(request).references[0] for request in examples._requests]
+    golds = [examples._gold.of(request.doc_id).references[0] for request in examples._requests]
     answers = [gold if i % 3 else "Yes" for i, gold in enumerate(golds)]
-    if examples.margin_words is not None:
-        answers = [as_answer(text, examples.margin_words) for text in answers]
+    if isinstance(examples.recorder, MarginRecorder):
+        answers = [as_answer(text, examples.recorder.words) for text in answers]
     monkeypatch.setattr(llava, "generate_until", lambda requests: [answers[r.doc_id] for r in requests])
     monkeypatch.setattr(llava, "clean", lambda: None)
     theirs = evaluator.evaluate(llava, {task: examples._task}, limit=12, bootstrap_iters=0)
@@ -326,7 +326,7 @@ def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
     assert [examples.score(0, text)["exact_match"] for text in ("RED", "RED.")] == [1.0, 0.0]
 
     clips = TaskExamples(llava, "own_clip", model_name="llava_hf", include_path=good)
-    with pytest.raises(TaskError, match="own_clip, doc_id 0: it shows video, not a picture"):
+    with pytest.raises(TaskError, match="own_clip, doc_id 0: it shows video; only tasks with images"):
         clips[0]
     with pytest.raises(TaskError, match="columns are question, colour, gold"):
         build(good, target="{{question}}")
@@ -359,7 +359,7 @@ def test_models_are_found_by_name() -> None:
 
 
 def test_a_model_that_cannot_generate_is_refused(llava: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="holds a LlavaModel, which cannot generate"):
+    with pytest.raises(UnsupportedModelError, match="the LlavaModel of .* cannot generate"):
         inner_model(Wrapper(inner_model(llava).model, lambda model: ""))
     with pytest.raises(UnsupportedModelError, match="no Hugging Face model"):
         inner_model(Wrapper(None, lambda model: ""))

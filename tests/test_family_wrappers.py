@@ -18,7 +18,8 @@ from hones_eval.core.attach import steer
 from hones_eval.core.steering import Steering
 from hones_eval.engine import prompts
 from hones_eval.errors import HonesError
-from hones_eval.lmms.examples.playback import Playback
+from hones_eval.lmms.answers.choices import recorded_choice
+from hones_eval.lmms.playback import Playback
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 REWRITE = "HONES_EVAL_REWRITE_DOCS"
@@ -135,7 +136,7 @@ def test_log_likelihoods_of_choices_are_those_of_generating_them(at: Visit, foun
     losses = family_doors.losses(at.baseline, requests)
     playback = Playback(at.baseline)
     for request, loss in zip(requests, losses, strict=True):
-        asked = playback.record_choice(request)
+        asked = recorded_choice(playback, request)
         prompt = prompts.shortened(asked.inputs, asked.inputs["input_ids"].shape[1] - asked.scored)
         assert prompt["input_ids"].tolist() == at.calls[0].inputs["input_ids"].tolist()
         assert at.baseline.tokenizer.decode(asked.ids).split() == request.args[1].split()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
-from hones_eval.lmms.examples.models import _own_device
+from hones_eval.lmms.models import _own_device
 
 COUNT = 5
 LAUNCHED = Path(__file__).parent / "helpers" / "launched.py"

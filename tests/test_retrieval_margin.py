@@ -25,7 +25,7 @@ from hones_eval.core.artifact import read_json
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
-from hones_eval.lmms.answers.margin import margin_behind
+from hones_eval.lmms.answers.margin import margin_after
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.runs.lightning import _Pass
 from hones_eval.toy import checkpoint_path
@@ -287,18 +287,18 @@ def test_ranks_share_queries_not_candidates(visits: dict[str, Visit]) -> None:
     assert all(everywhere)
     assert sorted(index for mine in everywhere for index in mine) == list(range(len(examples)))
     for index in (CANDIDATES, CANDIDATES + 9, 2 * CANDIDATES - 1):
-        assert [one.index for one in examples.together(index)] == queries[1]
+        assert [one.index for one in examples.with_same_images(index)] == queries[1]
 
 
 def test_measuring_costs_one_group_a_query(visits: dict[str, Visit], monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[int] = []
-    together = TaskExamples.together
+    together = TaskExamples.with_same_images
 
     def counted(self: TaskExamples, index: int) -> Any:
         groups.append(index)
         return together(self, index)
 
-    monkeypatch.setattr(TaskExamples, "together", counted)
+    monkeypatch.setattr(TaskExamples, "with_same_images", counted)
     visits["llava"].rank("counted")
     assert groups == [0, CANDIDATES]
 
@@ -344,11 +344,11 @@ def test_a_space_of_its_own_is_refused_and_a_word_with_its_space_is_not() -> Non
     bad = llama_style(words)
     prompt = bad.encode("ASSISTANT:", add_special_tokens=False)
     with pytest.raises(HonesError, match=rf"{type(bad).__name__} begins both 'Yes' and 'No' .* token '▁'"):
-        margin_behind(bad, prompt, ("Yes", "No"))
+        margin_after(bad, prompt, ("Yes", "No"))
     good = llama_style([*words, ("▁", "Yes"), ("▁", "No")])
-    found = margin_behind(good, prompt, ("Yes", "No"))
+    found = margin_after(good, prompt, ("Yes", "No"))
     assert good.convert_ids_to_tokens([found.yes, found.no]) == ["▁Yes", "▁No"]
-    behind_a_line = margin_behind(bad, bad.encode("ASSISTANT:\n", add_special_tokens=False), ("Yes", "No"))
+    behind_a_line = margin_after(bad, bad.encode("ASSISTANT:\n", add_special_tokens=False), ("Yes", "No"))
     assert bad.convert_ids_to_tokens([behind_a_line.yes, behind_a_line.no]) == ["Yes", "No"]
     logits = torch.zeros(len(good))
     logits[found.yes], logits[found.no] = 2.0, 0.5

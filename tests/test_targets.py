@@ -52,7 +52,7 @@ def test_what_cannot_be_proven_is_an_error_that_says_how_to_go_on() -> None:
     with pytest.raises(TaskError) as caught:
         chosen(DOCS, "question")
     said = str(caught.value)
-    assert "task own shows no gold answer" in said
+    assert "could not find the gold answer of task own" in said
     assert "doc_to_target: 0" in said
     assert "column label: 0" in said
     assert "with --target; the columns are question, answer, label, gold" in said

@@ -25,7 +25,7 @@ class Questions:
     def __init__(self, some: Sequence[Example]) -> None:
         self.some = some
 
-    def together(self, index: int) -> list[Example]:
+    def with_same_images(self, index: int) -> list[Example]:
         picture = next(one.image_hashes for one in self.some if one.index == index)
         return [one for one in self.some if one.image_hashes == picture]
 

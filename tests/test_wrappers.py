@@ -436,9 +436,9 @@ def test_settings_that_make_no_sense(
     steering = str(steerings["llava"])
     for wrong, message in (
         ({"steering": ""}, "steering= is empty: give a folder or a hub id, or leave it out"),
-        ({"strength": "strong"}, "strength='strong' is not a number"),
-        ({"attach": "glue"}, "attach='glue' is not known: use hook or fold"),
-        ({"allow_noop": "maybe"}, "allow_noop='maybe' is neither true nor false"),
+        ({"strength": "strong"}, "strength='strong' should be a number"),
+        ({"attach": "glue"}, "attach='glue' is unknown: use hook or fold"),
+        ({"allow_noop": "maybe"}, "allow_noop='maybe' should be true or false"),
         ({"steering": str(tmp_path / "nowhere")}, "no steering at"),
     ):
         with pytest.raises(HonesError, match=message):

@@ -11,6 +11,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import neuron_count, top_heads
+from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.jobs.head_search import Savings, localize
 from hones_eval.lmms.examples import TaskExamples
@@ -19,7 +20,6 @@ from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, invers
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
-from hones_eval.engine.prefixes import SharedReplayer
 
 Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 

@@ -11,9 +11,9 @@ from hones_eval.engine.passes import replaced_by_mean
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
+from hones_eval.lmms.answers.next_token import NextTokenReadouts
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.runs.measure import Measurement, Totals
-from hones_eval.lmms.answers.next_token import NextTokenReadouts
 
 KINDS = ("signed", "positive", "negative")
 

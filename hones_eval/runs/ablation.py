@@ -126,7 +126,8 @@ class _Corpus:
         self.examples = examples
         records = {index: totals.records[index] for index in sorted(totals.records)}
         self.answers = {
-            index: _Answers(record["base"], examples.kind.changed(record)) for index, record in records.items()
+            index: _Answers(record["base"], examples.kind.changed(record))
+            for index, record in records.items()
         }
         self._known: dict[tuple[int, str], Any] = {}
 

@@ -22,8 +22,8 @@ from hones_eval.core.sites import Head
 from hones_eval.engine.passes import ROUNDING, replaced_by_mean
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.call_capture import Call
-from hones_eval.lmms.examples.models import inner_model
-from hones_eval.lmms.examples.playback import Playback
+from hones_eval.lmms.models import inner_model
+from hones_eval.lmms.playback import Playback
 
 NEW_TOKENS = 5
 SETTINGS = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": 2, "do_sample": False}

@@ -23,6 +23,7 @@ from hones_eval.engine.prompts import shortened
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.lmms.answers.kind import (
     AnswerKind,
+    Calls,
     EditedAnswers,
     EditRun,
     RecordedTask,
@@ -135,6 +136,32 @@ def _plain(text: Any) -> str:
     return " ".join(str(text).split()).casefold()
 
 
+def recorded_choice(calls: Calls, request: Instance) -> Choice:
+    """What the wrapper passes to `forward` for one choice; its labels tell which tokens are the choice.
+
+    Raises: TaskError when there are no labels, or they are not at the end of one row.
+    """
+    where = f"{request.task_name}, doc_id {request.doc_id}"
+    wrapper = calls.wrapper_name
+    arguments = calls.record_forward(request)
+    labels = arguments.pop("labels", None)
+    if not isinstance(labels, Tensor):
+        raise TaskError(
+            f"{where}: {wrapper} passes no labels to its model, so the choice's tokens cannot be told from "
+            "the question's"
+        )
+    given = {key: value for key, value in arguments.items() if value is not None}
+    inputs = Call.of(calls.model, given).inputs
+    tokens = inputs["input_ids"].shape
+    scored = int((labels != -100).sum())
+    if tokens[0] != 1 or not 0 < scored < tokens[1] or bool((labels[0, -scored:] == -100).any()):
+        raise TaskError(
+            f"{where}: {wrapper} gives labels to {scored} tokens of input_ids {list(tokens)}; "
+            "expected one question followed by a choice"
+        )
+    return Choice(inputs, scored)
+
+
 class ChoiceRecorder(Recorder):
     """Records the questions of one multiple-choice task, as one lmms-eval model receives them."""
 
@@ -180,7 +207,7 @@ class ChoiceRecorder(Recorder):
             position = self.position(self.task.document(request.doc_id), gold)
         except TaskError as error:
             raise TaskError(f"{where}: {error}") from None
-        offered = [self._choice(choice) for choice in self.task.requests[index]]
+        offered = [recorded_choice(self.task.calls, choice) for choice in self.task.requests[index]]
         right = offered[position]
         start, end = own_tokens(self.task.tokenizer, right.ids, gold)
         length = int(right.inputs["input_ids"].shape[1]) - right.scored + start
@@ -189,31 +216,6 @@ class ChoiceRecorder(Recorder):
         details = Choices(offered, position, start, self.reading)
         return Recording(shortened(right.inputs, length), settings, ids, details)
 
-    def _choice(self, request: Instance) -> Choice:
-        """What the wrapper passes to `forward` for one choice; its labels tell which tokens are the choice.
-
-        Raises: TaskError when there are no labels, or they are not at the end of one row.
-        """
-        where = f"{request.task_name}, doc_id {request.doc_id}"
-        wrapper = self.task.calls.wrapper_name
-        arguments = self.task.calls.record_forward(request)
-        labels = arguments.pop("labels", None)
-        if not isinstance(labels, Tensor):
-            raise TaskError(
-                f"{where}: {wrapper} passes no labels to its model, so the choice's tokens cannot be told from "
-                "the question's"
-            )
-        given = {key: value for key, value in arguments.items() if value is not None}
-        inputs = Call.of(self.task.calls.model, given).inputs
-        tokens = inputs["input_ids"].shape
-        scored = int((labels != -100).sum())
-        if tokens[0] != 1 or not 0 < scored < tokens[1] or bool((labels[0, -scored:] == -100).any()):
-            raise TaskError(
-                f"{where}: {wrapper} gives labels to {scored} tokens of input_ids {list(tokens)}; "
-                "expected one question followed by a choice"
-            )
-        return Choice(inputs, scored)
-
     def _find_reading(self) -> Reading:
         """How the wrapper reads logits, found on the longest choice, of which a sum is not the mean.
 
@@ -221,7 +223,7 @@ class ChoiceRecorder(Recorder):
         """
         calls = self.task.calls
         request = max(chain.from_iterable(self.task.requests), key=lambda choice: len(str(choice.args[1])))
-        choice = self._choice(request)
+        choice = recorded_choice(calls, request)
         value = calls.log_likelihood(request)
         greedy_at = next((late for late in (0, 1) if calls.finds_greedy(request, late)), None)
         with torch.no_grad():
