@@ -119,8 +119,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     def _read_answer(self, reader: NextTokenReader, request: Instance) -> str:
         """The answer that a reader reads from the logits of the request's `generate`.
 
-        While inputs are recorded, `generate` is replaced and nothing is read; then the wrapper's own answer is
-        returned.
+        While inputs are recorded, `generate` is replaced and nothing is read. Then the wrapper's own answer
+        is returned.
         """
         self._watched.reader = reader
         try:
@@ -236,7 +236,7 @@ def _class_after(mixin: type, cls: type) -> type:
 
 
 def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Replacements of defaults of the base wrapper that fail: CUDA on a machine without, an empty device_map."""
+    """Values for defaults of the base wrapper that fail: CUDA where there is none, an empty device_map."""
     parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
     device = str(kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

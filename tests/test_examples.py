@@ -359,7 +359,7 @@ def test_models_are_found_by_name() -> None:
 
 
 def test_a_model_that_cannot_generate_is_refused(llava: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="the LlavaModel of .* cannot generate"):
+    with pytest.raises(UnsupportedModelError, match=r"the LlavaModel of .* cannot generate"):
         inner_model(Wrapper(inner_model(llava).model, lambda model: ""))
     with pytest.raises(UnsupportedModelError, match="no Hugging Face model"):
         inner_model(Wrapper(None, lambda model: ""))

@@ -172,8 +172,8 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     chosen = ["--how", "signed", "--strengths", "[1]", "--out", str(tmp_path / "scale")]
     assert main(["scale", *flags, *later, *found, *chosen, "--metric", "balanced_accuracy"]) == 0
     one_answer = (
-        "all 2 gold answers of vseam_animal are 'Yes', so any edit that makes a model always give this answer "
-        "looks helpful: include other answers"
+        "all 2 gold answers of vseam_animal are 'Yes', so any edit that makes a model always give this "
+        "answer looks helpful: include other answers"
     )
     offered = f"{one_answer}, or --metric balanced_accuracy"
     nothing_to_lose = "the unmasked model already scores 0, so a zero drop is uninformative"

@@ -31,7 +31,7 @@ Adapter = Callable[[Mapping[str, Any]], Gold]
 
 
 class Candidate(NamedTuple):
-    """A way to get a document's gold answer; one `named` for the task is preferred to better-scoring guesses."""
+    """A way to get a document's gold answer; one `named` for the task beats guesses with better scores."""
 
     name: str
     adapter: Adapter
@@ -213,9 +213,9 @@ def _unproven(
         for candidate, value in tried
     )
     return (
-        f"could not find the gold answer of task {task}. Candidates scored with {metric} (nonsense answers get "
-        f"{nonsense:.3g}): {what}. Name {'another' if override else 'the'} column or a template with --target; "
-        f"the columns are {', '.join(map(str, doc))}"
+        f"could not find the gold answer of task {task}. Candidates scored with {metric} (nonsense answers "
+        f"get {nonsense:.3g}): {what}. Name {'another' if override else 'the'} column or a template with --target; the "
+        f"columns are {', '.join(map(str, doc))}"
     )
 
 

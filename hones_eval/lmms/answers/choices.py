@@ -51,8 +51,8 @@ VALUES: dict[str, Callable[[Tensor, int], Tensor]] = {
 class Reading(NamedTuple):
     """How a wrapper reads logits: which of `VALUES` it computes, and which choices it calls greedy.
 
-    A choice is greedy when each of its tokens is the likeliest: where the token is predicted (0), one position
-    later (1), as in `llava_hf`, or never (None).
+    A choice is greedy when each of its tokens is the likeliest: where the token is predicted (0), or one
+    position later (1), as in `llava_hf`. None where no choice is ever called greedy.
     """
 
     value: str
@@ -234,8 +234,8 @@ class ChoiceRecorder(Recorder):
             if math.isclose(found, value, rel_tol=tolerance, abs_tol=tolerance):
                 return reading
         raise TaskError(
-            f"{request.task_name}, doc_id {request.doc_id}: {calls.wrapper_name} scores a choice as {value:g}, "
-            "which is neither the loss nor the log-likelihood of the tokens that it gives labels"
+            f"{request.task_name}, doc_id {request.doc_id}: {calls.wrapper_name} scores a choice as "
+            f"{value:g}, which is neither the loss nor the log-likelihood of the tokens that it gives labels"
         )
 
 

@@ -22,7 +22,8 @@ def tokenizer_of(wrapper: Any) -> PreTrainedTokenizerBase:
         if isinstance(found, PreTrainedTokenizerBase):
             return found
     raise UnsupportedModelError(
-        f"{type(wrapper).__name__} has no `.tokenizer` (also looked on its processor), needed to encode answers"
+        f"{type(wrapper).__name__} has no `.tokenizer` (also looked on its processor), which is needed to "
+        "encode answers"
     )
 
 
@@ -64,8 +65,8 @@ def _tail(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> tuple[list[i
         if _encoded(tokenizer, text) == tail:
             return tail, text
     raise HonesError(
-        f"{type(tokenizer).__name__} does not encode the text of a prompt's last tokens to these tokens again, "
-        "so the first token of an answer is unknown"
+        f"{type(tokenizer).__name__} does not encode the text of a prompt's last tokens to these tokens "
+        "again, so the first token of an answer is unknown"
     )
 
 

@@ -156,7 +156,7 @@ class TaskExamples(Dataset[Example]):
         return self._answers[key]
 
     def score(self, index: int, text: str) -> dict[str, Any]:
-        """The result of one answer by the task's filters and `process_results`, or by the kind's own metric."""
+        """The result of one answer by the task's filters and metrics, or by the kind's own metric."""
         own = self.kind.own_result(text)
         return own or self._scorer.score(self._request(index), self.kind.responses(text))
 
@@ -213,7 +213,7 @@ class TaskExamples(Dataset[Example]):
             )
 
     def constant_answer_warning(self) -> str | None:
-        """A warning when all gold answers are the same: any edit that makes the model give it looks helpful."""
+        """A warning when all gold answers are the same, so that always giving it looks helpful."""
         golds = [self._gold.of(request.doc_id).target for request in self._requests]
         if len(golds) < 2 or len({gold.strip().lower() for gold in golds}) > 1:
             return None
