@@ -311,7 +311,7 @@ def test_what_is_not_a_question_of_choices_is_refused_by_name(
 
 def test_a_wrapper_without_log_likelihoods_is_refused_with_the_way_out(tasks: Path) -> None:
     lmm = load_lmm("llava_hf", MODEL_ARGS)
-    says = r"own_choice, doc_id \d: LlavaHf failed: .*; use --model hones with base=<this model>, which scores choices"
+    says = r"own_choice, doc_id \d: LlavaHf failed: .*; use --model hones with base=<this model>"
     with pytest.raises(TaskError, match=says):
         TaskExamples(lmm, "own_choice", model_name="llava_hf", include_path=tasks)
 

@@ -134,7 +134,10 @@ class Playback:
         return output[0]
 
 
-_WITHOUT_LIKELIHOODS = "; use --model hones with base=<this model>, which scores choices after the prompts that it generates from"
+_WITHOUT_LIKELIHOODS = (
+    "; use --model hones with base=<this model>, which scores choices after the prompts that it generates "
+    "from"
+)
 
 
 def _pair(output: Any) -> Any:

@@ -212,10 +212,11 @@ def _unproven(
         f"{candidate.name}: {value if isinstance(value, str) else format(value, '.3g')}"
         for candidate, value in tried
     )
+    wanted = "another" if override else "the"
     return (
         f"could not find the gold answer of task {task}. Candidates scored with {metric} (nonsense answers "
-        f"get {nonsense:.3g}): {what}. Name {'another' if override else 'the'} column or a template with --target; the "
-        f"columns are {', '.join(map(str, doc))}"
+        f"get {nonsense:.3g}): {what}. Name {wanted} column or a template with --target; "
+        f"the columns are {', '.join(map(str, doc))}"
     )
 
 
