@@ -102,7 +102,7 @@ def test_a_task_with_a_remote_judge_is_ranked_by_a_named_gold_answer_alone(
     assert says.endswith("how likely a gold answer is: --metric log_probability --target COLUMN"), says
     assert rank(own, folder, "--metric", "log_probability") == 1
     says = own_answers.complaint(capsys.readouterr().err)
-    assert "no metric that could prove a gold answer: name the column" in says, says
+    assert "no metric that can prove a gold answer: name its column" in says, says
     assert says.endswith("the columns are question, answer"), says
     assert rank(own, folder, "--metric", "log_probability", "--target", "answer") == 0
     settings = json.loads((folder / "ranking" / "ranking.json").read_text())["settings"]
