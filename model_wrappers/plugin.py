@@ -128,7 +128,7 @@ def _patch_cache(module: ModuleType) -> None:
         lm.record.add(requests, lm.task_dict)
         stock = self._model_fingerprint_hash
         if lm.fingerprint:
-            self._model_fingerprint_hash = f"{stock}-steering-{lm.fingerprint}"
+            self._model_fingerprint_hash = f"{stock}-{lm.fingerprint}"
         try:
             if reqtype != "loglikelihood":
                 return execute(self, lm, reqtype, requests)

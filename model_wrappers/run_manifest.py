@@ -34,8 +34,13 @@ class RunRecord:
         model_args: Mapping[str, Any],
         steering: Steering | None,
         settings: Mapping[str, Any],
+        weights: str,
     ) -> None:
-        """`settings` are the path, strength and attach mode of the steering; `model_args` the wrapper's."""
+        """`settings` are the path, strength and attach mode of the steering; `model_args` the wrapper's.
+
+        `weights` is the digest of the model's weights without the steering.
+        """
+        self.weights = weights
         self.steering = steering
         self.base_wrapper: str = wrapper.base_wrapper
         self.rank = int(os.environ.get("RANK", "0"))
@@ -43,6 +48,7 @@ class RunRecord:
         self._base_model = {
             "id": str(model_args.get("pretrained") or model.config._name_or_path),
             "revision": model_args.get("revision") or getattr(model.config, "_commit_hash", None),
+            "weights": weights,
         }
         self._requests: dict[int, Instance] = {}
         self._task_dict: Mapping[str, Any] = {}

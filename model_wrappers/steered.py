@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.attach import AttachMode, attach_steering
 from hones_eval.core.steering import Steering
+from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader
 from hones_eval.lmms.answers.registry import plain_settings, reader_of
@@ -66,6 +67,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         base = _class_after(Steered, type(self))
         super().__init__(**(kwargs | _missing_devices(base, kwargs)))
         self._inner = inner_model(self)
+        weights = weights_digest(self._inner)  # before a steering is folded in
         attached = None
         if loaded is not None:
             attached = attach_steering(self._inner, loaded, attach, float(strength))
@@ -84,13 +86,15 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             model_args=kwargs,
             steering=loaded,
             settings={"path": steering, "strength": float(strength), "attach": attach},
+            weights=weights,
         )
         registry.latest_record = self.record
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the scales, part of the keys of lmms-eval's answer cache; empty for the baseline."""
-        return "" if self.record.steering is None else self.record.steering.digest
+        """The digest of the weights, and of the scales if there are any: the key of cached answers."""
+        steering = self.record.steering
+        return self.record.weights if steering is None else f"{self.record.weights}-{steering.digest}"
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
         """The output of `generate` that the base wrapper decodes; a family may change it here."""

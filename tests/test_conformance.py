@@ -102,8 +102,6 @@ def test_answers_of_other_models_keep_their_keys(cache: ResponseCache) -> None:
         for request in requests()
     }
     assert keys(cache) == stock
-    cache.execute(SteeredEcho(""), "generate_until", requests())
-    assert keys(cache) == stock, "a baseline of ours has nothing to add to the key"
 
 
 def _content_hash(request: Instance) -> str:

@@ -305,6 +305,44 @@ def test_runs_that_differ_are_refused(tmp_path: Path, options: dict[str, Any], r
     assert re.search(reason, " ".join(reasons(board)))
 
 
+def test_runs_of_other_weights_at_one_path_are_not_compared(tmp_path: Path) -> None:
+    """A checkpoint that was swapped between the runs must not be credited to the steering."""
+    first, second = "sha256-float32-aa", "sha256-float32-bb"
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE, weights=first)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=Steered(), date=DATE, weights=second)
+    board = board_of(tmp_path)
+    assert not board.rows
+    assert reasons(board) == [f"the weights at tiny/llava differ: {second} here and {first} in the baseline"]
+    write_run(tmp_path, QUESTIONS, BEFORE, date="20260102_030406", weights=second)
+    (row,) = board_of(tmp_path).rows
+    assert row.pair.baseline.base.weights == second
+
+
+@pytest.mark.parametrize(
+    ("made_for", "weights", "note"),
+    [
+        ("tiny/llava", None, ""),
+        ("tiny/llava", "sha256-float32-aa", ""),
+        ("a/copy", "sha256-float32-aa", ""),
+        ("tiny/llava", "sha256-bfloat16-bb", ""),
+        ("other/llava", None, "made for other/llava, and the base model here is tiny/llava"),
+        ("tiny/llava", "sha256-float32-bb", "made for other weights of tiny/llava"),
+    ],
+)
+def test_a_steering_made_for_another_base_model_is_noted(
+    tmp_path: Path, made_for: str, weights: str | None, note: str
+) -> None:
+    source = provenance("shapes") | {"base_model": made_for, "weights": weights}
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE, weights="sha256-float32-aa")
+    steered = Steered(provenance=source)
+    write_run(tmp_path, QUESTIONS, AFTER, steered=steered, date=DATE, weights="sha256-float32-aa")
+    board = board_of(tmp_path)
+    (row,) = board.rows
+    assert any("steering was made for" in line for line in row.notes) == bool(note)
+    assert note in " ".join(row.notes)
+    assert note in " ".join(board.warnings)
+
+
 def test_other_examples_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
     write_run(tmp_path, QUESTIONS, AFTER[:50], steered=Steered(), date=DATE, limit=50)

@@ -100,6 +100,9 @@ def test_a_steering_edited_in_place_gets_no_stale_answers(second: Path, task: st
 def test_manifests_say_what_ran(second: Path, llava_checkpoint: Path) -> None:
     baseline, steered, edited = (manifest(second / run) for run in ("baseline", "steered", "edited"))
     assert (baseline["wrapper"], baseline["base_wrapper"]) == ("vseam_llava", "llava_hf")
+    weights = baseline["base_model"].pop("weights")
+    assert weights.startswith("sha256-float32-")
+    assert steered["base_model"]["weights"] == edited["base_model"]["weights"] == weights
     assert baseline["base_model"] == {"id": str(llava_checkpoint), "revision": None}
     assert baseline["steering"] is None
     assert baseline["requests"] == steered["requests"] == edited["requests"]

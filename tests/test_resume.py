@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 from drawn_data import write_folder
 
 from hones_eval.__main__ import main
+from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
+from hones_eval.runs import checkpoint
 from hones_eval.runs.checkpoint import Partial, Progress
 from hones_eval.runs.lightning import _Pass
 
@@ -51,27 +54,53 @@ def test_killed_runs_end_with_the_same_bytes(
     assert int(useful[1]) > 0, "no kill left anything to go on from: the test has shown nothing"
 
 
-def test_other_settings_are_not_gone_on_with(
-    tmp_path: Path,
-    rank_arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def interrupted(
+    tmp_path: Path, rank_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], Path]:
+    """The arguments of a ranking that stopped after four examples, and its folder."""
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     step, out = _Pass.predict_step, tmp_path / "out"
 
-    def interrupted(self: _Pass, *arguments: object) -> None:
+    def stopping(self: _Pass, *arguments: object) -> None:
         step(self, *arguments)
         if self.done == 4:
             raise HonesError("the power went")
 
+    arguments = [*rank_arguments, *CAPTIONS, "--out", str(out)]
     with monkeypatch.context() as broken:
-        broken.setattr(_Pass, "predict_step", interrupted)
-        assert main([*rank_arguments, *CAPTIONS, "--out", str(out)]) == 1
+        broken.setattr(_Pass, "predict_step", stopping)
+        assert main(arguments) == 1
     assert any((out / "partial").glob("*.safetensors"))
-    assert main([*rank_arguments, *CAPTIONS, "--out", str(out), "--resume", "--heads", "5"]) == 1
-    assert "other examples, settings or versions" in capsys.readouterr().err
+    return arguments, out
+
+
+def test_other_settings_are_not_gone_on_with(
+    interrupted: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = interrupted
+    assert main([*arguments, "--resume", "--heads", "5"]) == 1
+    assert "another model, other examples, settings or versions" in capsys.readouterr().err
     assert not (out / "ranking.json").exists()
+
+
+def test_other_weights_at_the_same_path_are_not_gone_on_with(
+    interrupted: tuple[list[str], Path], llava_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint replaced in place is another model, whatever its path says."""
+    arguments, out = interrupted
+    weights = llava_checkpoint / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        families.save_checkpoint("llava", llava_checkpoint, seed=5)
+        assert weights.read_bytes() != kept
+        assert main([*arguments, "--resume"]) == 1
+    finally:
+        weights.write_bytes(kept)
+    assert "was measured with another model" in capsys.readouterr().err
+    assert not (out / "ranking.json").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert Ranking.load(out).provenance.weights is not None
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import lmms_eval.models
 import pytest
 import torch
@@ -295,6 +296,20 @@ def test_the_cache_answers_a_second_run(
     assert all(texts(first))
     assert texts(evaluate("hones_llava", arguments, **settings)) == texts(first)
     assert len(registry.latest_record._fingerprints()["tiny_colours"]) == 3
+
+
+def test_other_weights_at_the_same_path_get_no_cached_answers(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is replaced in place between two runs that share a cache."""
+    folder, cache = tmp_path / "model", str(tmp_path / "cache")
+    families.save_checkpoint("llava", folder)
+    before = evaluate("hones_llava", f"pretrained={folder}", use_cache=cache)
+    families.save_checkpoint("llava", folder, seed=5)
+    after = evaluate("hones_llava", f"pretrained={folder}", use_cache=cache)
+    fresh = evaluate("hones_llava", f"pretrained={folder}")
+    assert texts(fresh) != texts(before)
+    assert texts(after) == texts(fresh)
 
 
 def test_a_steering_that_changes_no_logit_is_an_error(

@@ -12,6 +12,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance, write_json, write_text
 from hones_eval.core.attach import steer
 from hones_eval.core.steering import Steering
+from hones_eval.core.weights import weights_digest
 from hones_eval.engine import tokens
 from hones_eval.engine.activations import VIEWS
 from hones_eval.errors import HonesError
@@ -131,6 +132,7 @@ def _write(
         revision=getattr(config, "_commit_hash", None),
         shape=job.anatomy.shape,
         method="lens",
+        weights=weights_digest(job.anatomy.model),
         settings=settings,
         examples=[job.examples.example_set()],
     )

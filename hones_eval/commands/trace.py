@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 from hones_eval.commands.documents import keys_of
 from hones_eval.commands.shared import DType, Job, Rows, names_in, say
 from hones_eval.core.artifact import Provenance, write_json, write_text
+from hones_eval.core.weights import weights_digest
 from hones_eval.engine.tokens import Roles
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.lmms.answers.tokens import tokenizer_of
@@ -183,6 +184,7 @@ def _write(
         revision=getattr(config, "_commit_hash", None),
         shape=job.anatomy.shape,
         method="trace",
+        weights=weights_digest(job.anatomy.model),
         settings=settings,
         examples=[task.example_set() for one in categories for task in (one.pairs.clean, one.pairs.edited)],
     )

@@ -109,6 +109,8 @@ class Provenance:
     examples: Annotated[list[ExampleSet], Field(max_length=limits.EXAMPLE_SETS)]
     seed: Annotated[int, Field(strict=True, ge=-limits.INTEGER, le=limits.INTEGER)] = 0
     ranking: Annotated[dict[str, Any], Field(strict=True)] | None = None
+    weights: Name | None = None
+    """The digest of the model's weights (`core.weights`); None in artifacts from before it was recorded."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

@@ -11,6 +11,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import neuron_count, top_heads
+from hones_eval.core.weights import weights_digest
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.jobs.head_search import Savings, localize
@@ -175,6 +176,7 @@ def provenance(
         settings=settings,
         examples=[examples.example_set()],
         seed=seed,
+        weights=weights_digest(anatomy.model),
     )
 
 

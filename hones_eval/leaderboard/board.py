@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hones_eval.errors import HonesError
-from hones_eval.leaderboard.pairing import Unpaired, pair_runs
+from hones_eval.leaderboard.pairing import MADE_FOR, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Run, read_logs
 from hones_eval.leaderboard.rows import Row, compare_pairs
 from hones_eval.stats.paired import holm
@@ -51,6 +51,8 @@ def build_board(
     rows = _ranked(_adjusted(rows, resamples))
     unranked = sorted(unpaired, key=lambda item: (item.run.task, item.run.date, str(item.run.results_path)))
     warnings = [NONE_STEERED] if all(run.steering is None for run in found.runs) else []
+    made_for = [f"{p.steered.name}: {note}" for p in pairs for note in p.notes if note.startswith(MADE_FOR)]
+    warnings += made_for
     warnings += [*found.unreadable, *(f"{item.run.name}: {item.reasons[0]}" for item in unranked)]
     return Board(
         rows=tuple(rows),

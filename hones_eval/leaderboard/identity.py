@@ -22,6 +22,7 @@ class BaseModel:
     revision: str | None
     wrapper: str
     arguments: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None
 
     def differences(self, other: "BaseModel") -> list[str]:
         """Sentences that say how another base model differs; empty if it does not."""
@@ -30,6 +31,10 @@ class BaseModel:
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs and None not in (mine, theirs):  # a run without a manifest knows no revision
                 found.append(f"the base {what} is {theirs} here and {mine} in the baseline")
+        if self.weights != other.weights and None not in (self.weights, other.weights):
+            found.append(
+                f"the weights at {self.name} differ: {other.weights} here and {self.weights} in the baseline"
+            )
         if self.arguments != other.arguments:
             names = sorted({key for key, _ in set(self.arguments) ^ set(other.arguments)})
             found.append(f"the model arguments differ: {', '.join(names)}")

@@ -74,6 +74,7 @@ class Manifest:
     path: Path
     base_name: str
     base_revision: str | None
+    base_weights: str | None
     wrapper: str
     base_wrapper: str
     steering: SteeringRef | None
@@ -153,6 +154,7 @@ def _manifest(path: Path, content: Mapping[str, Any], shared: SharedRequests) ->
         path=path,
         base_name=str(content["base_model"]["id"]),
         base_revision=content["base_model"].get("revision"),
+        base_weights=content["base_model"].get("weights"),
         wrapper=str(content["wrapper"]),
         base_wrapper=str(content["base_wrapper"]),
         steering=None if steering is None else _steering(steering),

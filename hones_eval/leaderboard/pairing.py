@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hones_eval.core.weights import weights_differ
 from hones_eval.leaderboard.reading import Run
 from hones_eval.leaderboard.samples import Samples
+
+MADE_FOR = "the steering was made for"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,8 @@ def _example_differences(baseline: Samples, steered: Samples) -> list[str]:
 
 
 def _notes(baseline: Run, steered: Run) -> Iterable[str]:
+    if other := _made_for_another_model(steered):
+        yield other
     if baseline.seeds != steered.seeds:
         yield f"seeds differ: {baseline.seeds} in the baseline, {steered.seeds} here"
     if baseline.has_manifest != steered.has_manifest:
@@ -118,6 +123,20 @@ def _notes(baseline: Run, steered: Run) -> Iterable[str]:
     )
     if same:
         yield "the steering changed no answer"
+
+
+def _made_for_another_model(run: Run) -> str:
+    """A sentence if a steering was made for another base model: by its weights, else by its name."""
+    assert run.steering is not None
+    provenance = run.steering.provenance
+    name, weights = provenance.get("base_model"), provenance.get("weights")
+    if run.base.weights is not None and weights == run.base.weights:
+        return ""
+    if weights_differ(weights, run.base.weights) and name == run.base.name:
+        return f"{MADE_FOR} other weights of {name} ({weights}; here {run.base.weights})"
+    if name is None or name == run.base.name:
+        return ""
+    return f"{MADE_FOR} {name}, and the base model here is {run.base.name}"
 
 
 def _no_baseline(steered: Run, broken: Sequence[Run]) -> str:

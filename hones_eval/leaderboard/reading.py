@@ -143,7 +143,12 @@ def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest])
     steering = steering_from_arguments(arguments)
     mine = _matching(manifests, path, content, base, steering)
     if mine:
-        base = replace(base, revision=mine[0].base_revision, wrapper=mine[0].base_wrapper)
+        base = replace(
+            base,
+            revision=mine[0].base_revision,
+            wrapper=mine[0].base_wrapper,
+            weights=mine[0].base_weights,
+        )
         steering = mine[0].steering
     return [_run(path, content, task, base, steering, mine) for task in content["configs"]]
 

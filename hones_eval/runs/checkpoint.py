@@ -55,7 +55,7 @@ class Partial:
             raise HonesError(f"{path} cannot be read ({error}): run without --resume") from None
         if about["fingerprint"] != self.fingerprint:
             raise HonesError(
-                f"{path} was measured with other examples, settings or versions: "
+                f"{path} was measured with another model, other examples, settings or versions: "
                 "run as before, or without --resume"
             )
         return Progress(about["done"], sums, {int(index): one for index, one in about["records"].items()})

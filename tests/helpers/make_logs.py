@@ -106,6 +106,7 @@ def write_run(
     errors: Sequence[Mapping[str, Any]] = (),
     more_args: str = "",
     media: bool = False,
+    weights: str | None = None,
 ) -> Path:
     """Write results, samples and manifest of one task; returns the results file.
 
@@ -149,7 +150,7 @@ def write_run(
     }
     results.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     if manifest:
-        _write_manifest(place, questions, len(rows), steered, base, model, date, errors)
+        _write_manifest(place, questions, len(rows), steered, base, model, date, errors, weights)
     return results
 
 
@@ -225,6 +226,7 @@ def _write_manifest(
     model: str,
     date: str,
     errors: Sequence[Mapping[str, Any]],
+    weights: str | None,
 ) -> None:
     hashes = _hashes(tuple(questions.images[:count]))
     requests = {
@@ -242,7 +244,7 @@ def _write_manifest(
         "lmms_eval_version": "0.7.3",
         "torch_version": "2.14.1",
         "transformers_version": "5.23.0",
-        "base_model": {"id": base, "revision": None},
+        "base_model": {"id": base, "revision": None, "weights": weights},
         "wrapper": model,
         "base_wrapper": "llava_hf",
         "steering": None
