@@ -70,17 +70,17 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(_flat(tensor).cpu().numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return _flat(tensor).cpu().numpy().tobytes()
 
 
 def _sampled(tensor: Tensor) -> bytes:
     flat = _flat(tensor)
     if flat.numel() <= BLOCK * BLOCKS:
-        return bytes(memoryview(flat.cpu().numpy()))
+        return _bytes(flat)
     starts = torch.linspace(0, flat.numel() - BLOCK, BLOCKS, dtype=torch.float64).long().tolist()
     blocks = torch.cat([flat[start : start + BLOCK] for start in starts])
-    return bytes(memoryview(blocks.cpu().numpy())) + str(_sum_of_bits(flat)).encode()
+    return _bytes(blocks) + str(_sum_of_bits(flat)).encode()
 
 
 def _sum_of_bits(flat: Tensor) -> int:
