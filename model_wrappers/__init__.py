@@ -1,6 +1,6 @@
-"""lmms-eval's own models, with a steering inside: found by lmms-eval through an entry point.
+"""Steered versions of lmms-eval's models, found by lmms-eval through an entry point.
 
-Importing this costs no more than lmms-eval's table of model names; torch and the wrappers come when used.
+Importing this package is cheap; torch and the wrappers are imported when a model is used.
 """
 
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def manifests() -> "list[ModelManifest]":
-    """What lmms-eval asks the entry point for: one manifest a model. Also installs the plug-in's patches."""
-    # Importing lmms_eval.models calls this function, so a module that comes first must not import it back.
+    """The entry point that lmms-eval calls: one manifest per model. Also installs the plug-in's patches."""
+    # Importing lmms_eval.models calls this function, so nothing imported above may import lmms_eval.models.
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from . import plugin, registry

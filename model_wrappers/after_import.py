@@ -1,4 +1,4 @@
-"""Change a module of somebody else's right after it is imported, without importing it any earlier."""
+"""Patches a third-party module right after it is imported, without importing it earlier."""
 
 import sys
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from hones_eval.errors import HonesError
 
 
 def after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
-    """Call `patch` with the module called `name`: now when it is imported, or else as soon as it is.
+    """Call `patch` with the module called `name`: now if it is imported, otherwise as soon as it is.
 
-    Raises: HonesError when the module is just being imported, too late for one and too early for the other.
+    Raises: HonesError while the module is being imported, when neither is possible.
     """
     module = sys.modules.get(name)
     if module is None:
@@ -21,11 +21,11 @@ def after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
     elif not getattr(module.__spec__, "_initializing", False):
         patch(module)
     else:
-        raise HonesError(f"{name} is being imported just now: import lmms_eval.models before it")
+        raise HonesError(f"{name} is only partly imported: import lmms_eval.models before it")
 
 
 class _PatchOnImport:
-    """Lets the usual finders find one module, and patches it when it has run."""
+    """A finder that lets the usual ones find a module, and patches it after it has run."""
 
     def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""`--model hones --model_args base=<any lmms-eval model>,...`: the steered class is made when asked for."""
+"""`--model hones --model_args base=<any lmms-eval model>,...`: makes the steered class on demand."""
 
 from difflib import get_close_matches
 from typing import Any, cast
@@ -12,7 +12,7 @@ from .steered import Steered
 
 
 class AnyBase(lmms):  # type: ignore[misc]
-    """Stands for whichever chat (or, where there is none, simple) wrapper `base=` names."""
+    """Stands for the chat wrapper that `base=` names, or the simple one where there is no chat wrapper."""
 
     is_simple = False
 
@@ -26,13 +26,13 @@ class AnyBase(lmms):  # type: ignore[misc]
 
 
 class SimpleAnyBase(AnyBase):
-    """The same under `--force_simple`."""
+    """The same with `--force_simple`."""
 
     is_simple = True
 
 
 def steered_class(base: str, *, force_simple: bool = False) -> type[Steered]:
-    """The steered class of an lmms-eval model: ours where we have one, or else made on the spot.
+    """The steered class of an lmms-eval model: this package's own, or else a new one.
 
     Raises: HonesError when lmms-eval has no such model, or cannot import it.
     """

@@ -1,7 +1,7 @@
-"""`--model hones_hf`: any Hugging Face vision-language model that transformers can prompt by itself, steered.
+"""`--model hones_hf`: any Hugging Face vision-language model with a chat template, steered.
 
-For families whose wrapper lmms-eval lacks, or has only for versions of transformers that are gone: whatever
-`AutoModelForImageTextToText` loads and whose processor has a chat template. PaliGemma needs none.
+It serves families for which lmms-eval has no wrapper that works with current transformers: every model that
+`AutoModelForImageTextToText` loads and whose processor has a chat template. PaliGemma needs no template.
 """
 
 import inspect
@@ -27,20 +27,20 @@ from .hf_requests import (
     as_part,
     cut,
     generation,
-    medium,
+    images,
     parts,
-    pictures,
     texts,
     until,
+    visual_part,
 )
 from .steered import Steered
 
 WITHOUT_TEMPLATE = ("paligemma",)
-"""Families that are asked in one turn without a chat template: pictures, then the text."""
+"""Families that are prompted without a chat template: images, then the text."""
 
 
 class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
-    """A chat model of lmms-eval over transformers' own prompting, in batches padded on the left."""
+    """A chat model of lmms-eval that uses transformers' own prompting, in batches padded on the left."""
 
     is_simple = False
 
@@ -61,22 +61,22 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
         Args:
             pretrained: a folder or a hub id.
-            revision: of the hub's repository.
-            device: where the model goes when there is no `device_map`.
-            device_map: as transformers has it; `auto` spreads one model over several GPUs.
-            dtype: `auto` is the checkpoint's own, or the name of one of torch's.
-            batch_size: questions asked at once.
-            attn_implementation: `eager`, `sdpa`, `flash_attention_2`; by default transformers' choice.
-            chat_template: a Jinja file to use in place of the processor's template.
+            revision: a branch, tag or commit on the hub.
+            device: the model's device when there is no `device_map`.
+            device_map: as in transformers; `auto` spreads one model over several GPUs.
+            dtype: `auto` for the checkpoint's own, or the name of a torch type.
+            batch_size: the number of questions per batch.
+            attn_implementation: `eager`, `sdpa`, `flash_attention_2`; transformers chooses by default.
+            chat_template: a Jinja file to use instead of the processor's template.
             trust_remote_code: run code that comes with the checkpoint.
-            unknown: anything else is an error.
+            unknown: any other argument is an error.
 
-        Raises: HonesError for what cannot be loaded or prompted.
+        Raises: HonesError when the model cannot be loaded or prompted.
         """
         super().__init__()
         _refuse_unknown(unknown)
         if not pretrained:
-            raise HonesError("pretrained= is missing: a folder or a Hugging Face hub id")
+            raise HonesError("pretrained= is missing: give a folder or a Hugging Face hub id")
         self.batch_size_per_gpu = _count(batch_size)
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
@@ -103,41 +103,43 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of the inputs."""
         return self.model.device
 
     @property
     def batch_size(self) -> int:
-        """Questions asked at once."""
+        """The number of questions per batch."""
         return self.batch_size_per_gpu
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer every request; answers end before the first of the task's `until` strings."""
+        """Answer all requests; answers end before the first of the task's `until` strings."""
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
-            for places in alike(requests):
-                for start in range(0, len(places), self.batch_size_per_gpu):
-                    batch = places[start : start + self.batch_size_per_gpu]
-                    asked = [self._read(place, requests[place]) for place in batch]
-                    for one, answer in self._batch(asked):
-                        answers[one.place] = answer
+            for group in alike(requests):
+                for start in range(0, len(group), self.batch_size_per_gpu):
+                    batch = group[start : start + self.batch_size_per_gpu]
+                    asked = [self._read(number, requests[number]) for number in batch]
+                    for question, answer in self._batch(asked):
+                        answers[question.number] = answer
                     bar.update(len(batch))
-        return [answers[place] for place in range(len(requests))]
+        return [answers[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
-        """Not served."""
-        raise HonesError("hones_hf asks once; tasks of several rounds need a wrapper that has them")
+        """Not supported. Raises: HonesError."""
+        raise HonesError(
+            "hones_hf does not support tasks with several rounds; use another model with --model hones"
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Scored by `Steered`, behind the prompts that are generated from."""
+        """Not supported: `Steered` computes log-likelihoods after the prompts of `generate_until`."""
         raise NotImplementedError
 
     def inputs_of(self, conversations: Sequence[Messages]) -> dict[str, Any]:
-        """What `generate` takes for a batch of conversations, all with pictures or all without."""
+        """The arguments of `generate` for a batch of conversations, all with images or all without."""
         if self._prompted_plainly:
-            made = self._plain_inputs(conversations)
+            inputs = self._plain_inputs(conversations)
         else:
-            made = self.processor.apply_chat_template(
+            inputs = self.processor.apply_chat_template(
                 list(conversations),
                 add_generation_prompt=True,
                 tokenize=True,
@@ -145,33 +147,33 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
             )
-        placed = made.to(self.device, self._model.dtype)
+        placed = inputs.to(self.device, self._model.dtype)
         return {name: value for name, value in placed.items() if name != "labels"}
 
-    def _read(self, place: int, request: Instance) -> Asked:
+    def _read(self, number: int, request: Instance) -> Asked:
         _, source, settings, doc_id, task, split = request.args
         messages = [
-            {"role": message["role"], "content": [as_part(one) for one in parts(message["content"])]}
+            {"role": message["role"], "content": [as_part(part) for part in parts(message["content"])]}
             for message in source(self.task_dict[task][split][doc_id])
         ]
-        return Asked(place, messages, settings)
+        return Asked(number, messages, settings)
 
     def _batch(self, asked: list[Asked]) -> Iterable[tuple[Asked, GenerationResult]]:
-        # Processors take a batch in which every row shows something, or in which none does.
-        for showing in (True, False):
-            rows = [one for one in asked if bool(pictures(one.messages)) == showing]
+        # Processors take a batch in which every row has images, or in which none does.
+        for with_images in (True, False):
+            rows = [question for question in asked if bool(images(question.messages)) == with_images]
             if rows:
                 yield from zip(rows, self._generate(rows), strict=True)
 
     def _generate(self, asked: list[Asked]) -> list[GenerationResult]:
-        inputs = self.inputs_of([one.messages for one in asked])
+        inputs = self.inputs_of([question.messages for question in asked])
         settings = {"pad_token_id": self.tokenizer.pad_token_id} | generation(asked[0].settings)
         output = self._model.generate(**inputs, **settings)
         prompt: Tensor = inputs["input_ids"]
         if not torch.equal(output[:, : prompt.shape[1]], prompt.to(output.device)):
             raise HonesError(
-                f"{type(self._model).__name__} does not repeat its prompt in front of its answer, as "
-                "decoder-only models of transformers do: hones_hf cannot tell where the answer begins"
+                f"{type(self._model).__name__} does not return its prompt before its answer, as decoder-only "
+                "models of transformers do, so hones_hf cannot tell where the answer begins"
             )
         new = output[:, prompt.shape[1] :]
         decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -183,33 +185,35 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         ]
 
     def _plain_inputs(self, conversations: Sequence[Messages]) -> Any:
-        """A picture's token for each picture, then all that is said: the processor does the rest."""
-        shown = [pictures(messages) for messages in conversations]
+        """One image token per image, then all texts; the processor does the rest."""
+        shown = [images(messages) for messages in conversations]
         if not all(shown):
-            raise HonesError(f"{type(self._model).__name__} wants a picture with every question")
-        said = [
+            raise HonesError(f"{type(self._model).__name__} needs an image with every question")
+        prompts = [
             self.processor.image_token * len(own) + "\n".join(texts(messages))
             for own, messages in zip(shown, conversations, strict=True)
         ]
-        return self.processor(text=said, images=shown, padding=True, padding_side="left", return_tensors="pt")
+        return self.processor(
+            text=prompts, images=shown, padding=True, padding_side="left", return_tensors="pt"
+        )
 
     def _prepare_tokenizer(self) -> None:
         if getattr(self._model.config, "is_encoder_decoder", False):
             raise HonesError(
-                f"{type(self._model).__name__} is an encoder with a decoder; hones_hf takes decoders"
+                f"{type(self._model).__name__} is an encoder-decoder model; hones_hf needs a decoder-only one"
             )
         if getattr(self.processor, "tokenizer", None) is None:
-            raise HonesError(f"{type(self.processor).__name__} holds no tokenizer to prompt with")
+            raise HonesError(f"{type(self.processor).__name__} has no tokenizer, which is needed to prompt")
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _prompts_plainly(self, pretrained: str, chat_template: str | None) -> bool:
-        """Whether the model is asked without a chat template; a template that was given takes its place."""
+        """Whether the model is prompted without a chat template; `chat_template` overrides it."""
         if chat_template is not None:
             path = Path(chat_template).expanduser()
             if not path.is_file():
-                raise HonesError(f"chat_template={chat_template}: there is no such file")
+                raise HonesError(f"chat_template={chat_template}: no such file")
             self.processor.chat_template = path.read_text(encoding="utf-8")
         if self.processor.chat_template is not None:
             return False
@@ -217,40 +221,40 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             return True
         raise HonesError(
             f"{pretrained} ({self._model.config.model_type}) has no chat template: give chat_template=<a "
-            "Jinja file>, or take lmms-eval's wrapper of the family: --model hones --model_args base=..."
+            "Jinja file>, or use lmms-eval's wrapper of the family: --model hones --model_args base=..."
         )
 
 
 class SimpleHfModel(HfModel):
-    """The same under `--force_simple`: pictures first, then the task's text."""
+    """The same with `--force_simple`: images first, then the task's text."""
 
     is_simple = True
 
-    def _read(self, place: int, request: Instance) -> Asked:
+    def _read(self, number: int, request: Instance) -> Asked:
         text, settings, source, doc_id, task, split = request.args
-        return Asked(place, _one_turn(text, source(self.task_dict[task][split][doc_id])), settings)
+        return Asked(number, _one_turn(text, source(self.task_dict[task][split][doc_id])), settings)
 
 
 class Hf(Steered, HfModel):
-    """Steered, prompted through the chat template."""
+    """The steered model, prompted through the chat template."""
 
     base_wrapper = "hones_hf"
 
 
 class SimpleHf(Steered, SimpleHfModel):
-    """Steered, under `--force_simple`."""
+    """The steered model with `--force_simple`."""
 
     base_wrapper = "hones_hf"
 
 
 def _one_turn(text: str, shown: Sequence[Any] | None) -> Messages:
-    """Pictures, then what is said."""
-    content = [as_part(medium(one)) for one in shown or []]
+    """One turn of a chat: images, then the text."""
+    content = [as_part(visual_part(visual)) for visual in shown or []]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def _own_device(device: str | None) -> torch.device:
-    """This process's own GPU where several processes share a node, and otherwise what was asked for."""
+    """This process's own GPU where several processes share a node, otherwise the requested device."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and chosen.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -262,13 +266,13 @@ def _dtype(name: str) -> Any:
         return name
     found = getattr(torch, str(name), None)
     if not isinstance(found, torch.dtype):
-        raise HonesError(f"dtype={name!r} is not known: use auto, bfloat16, float16 or float32")
+        raise HonesError(f"dtype={name!r} is unknown: use auto, bfloat16, float16 or float32")
     return found
 
 
 def _count(batch_size: int | str) -> int:
     if not str(batch_size).isdigit() or int(batch_size) < 1:
-        raise HonesError(f"batch_size={batch_size!r} is not a whole number from 1 on")
+        raise HonesError(f"batch_size={batch_size!r} should be a whole number of at least 1")
     return int(batch_size)
 
 

@@ -1,4 +1,4 @@
-"""What `hones_hf` makes of lmms-eval's requests: messages in transformers' words, settings of `generate`."""
+"""Converts lmms-eval's requests for `hones_hf`: messages for transformers, settings for `generate`."""
 
 import json
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from hones_eval.errors import HonesError
 Messages = list[dict[str, Any]]
 
 DEFAULT_NEW_TOKENS = 1024
-"""As lmms-eval's wrappers have it, for tasks that set no `max_new_tokens`."""
-OF_OTHERS = {"until", "image_aspect_ratio", "skip_special_tokens"}
-"""Settings of tasks that `generate` has not: `until` is kept by the wrapper, others are meant for others."""
+"""The default of lmms-eval's wrappers, for tasks without `max_new_tokens`."""
+NOT_OF_GENERATE = {"until", "image_aspect_ratio", "skip_special_tokens"}
+"""Settings that `generate` does not have: `until` is applied here, the others are for other models."""
 
 
 class Asked(NamedTuple):
-    """A request, read: what is said and shown, how to generate, and where the answer belongs."""
+    """A request: its number, its messages and its generation settings."""
 
-    place: int
+    number: int
     messages: Messages
     settings: dict[str, Any]
 
 
 def alike(requests: Sequence[Instance]) -> list[list[int]]:
-    """Places of requests that may share a batch: those with the same generation settings."""
+    """Numbers of requests, grouped by generation settings: those of one group can share a batch."""
     groups: dict[str, list[int]] = {}
-    for place, request in enumerate(requests):
+    for number, request in enumerate(requests):
         settings = next(part for part in request.args if isinstance(part, dict))
-        groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(place)
+        groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(number)
     return list(groups.values())
 
 
@@ -42,18 +42,18 @@ def parts(content: Any) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def medium(medium: Any) -> dict[str, Any]:
+def visual_part(visual: Any) -> dict[str, Any]:
     """One of a document's visuals as a part of a message."""
-    kind = medium.get("type", "video") if isinstance(medium, dict) else "image"
-    if isinstance(medium, str) and Path(medium).suffix.lower() not in Image.registered_extensions():
+    kind = visual.get("type", "video") if isinstance(visual, dict) else "image"
+    if isinstance(visual, str) and Path(visual).suffix.lower() not in Image.registered_extensions():
         kind = "video"
-    return {"type": kind, "url": medium}
+    return {"type": kind, "url": visual}
 
 
 def as_part(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message in the words of transformers.
+    """A part of a message in the form of transformers.
 
-    Raises: HonesError for anything but text and pictures.
+    Raises: HonesError for anything but text and images.
     """
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
@@ -61,20 +61,18 @@ def as_part(part: dict[str, Any]) -> dict[str, Any]:
     if isinstance(shown, str) and part["type"] == "image":
         shown = Image.open(shown)
     if part["type"] != "image" or not isinstance(shown, Image.Image):
-        raise HonesError(
-            f"it shows {part['type']} ({type(shown).__name__}); hones_hf takes pictures and text"
-        )
+        raise HonesError(f"it shows {part['type']} ({type(shown).__name__}); hones_hf takes images and text")
     return {"type": "image", "image": shown.convert("RGB")}
 
 
-def pictures(messages: Messages) -> list[Image.Image]:
-    """All pictures of a conversation, in order."""
-    return [part["image"] for one in messages for part in one["content"] if part["type"] == "image"]
+def images(messages: Messages) -> list[Image.Image]:
+    """All images of a conversation, in order."""
+    return [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
 
 
 def texts(messages: Messages) -> list[str]:
-    """All that is said in a conversation, in order."""
-    return [part["text"] for one in messages for part in one["content"] if part["type"] == "text"]
+    """All texts of a conversation, in order."""
+    return [part["text"] for turn in messages for part in turn["content"] if part["type"] == "text"]
 
 
 def until(settings: dict[str, Any]) -> list[str]:
@@ -84,7 +82,7 @@ def until(settings: dict[str, Any]) -> list[str]:
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """An answer before the first string that ends it; white space around it is no part of an answer."""
+    """An answer up to the first string that ends it, without white space around it."""
     text = text.strip()
     for end in until:
         text = text.split(end)[0] if end else text
@@ -92,16 +90,16 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def generation(given: dict[str, Any]) -> dict[str, Any]:
-    """A task's generation settings as `generate` has them: greedy unless it asks for a temperature.
+    """A task's generation settings for `generate`: greedy unless the task asks for a temperature.
 
-    Raises: HonesError for a setting that `generate` does not know.
+    Raises: HonesError for a setting that `generate` does not have.
     """
     known = set(GenerationConfig().to_dict())
-    unknown = given.keys() - known - OF_OTHERS
+    unknown = given.keys() - known - NOT_OF_GENERATE
     if unknown:
         near = get_close_matches(min(unknown), sorted(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise HonesError(f"generate of transformers has no setting {', '.join(sorted(unknown))}{hint}")
+        raise HonesError(f"`generate` of transformers has no setting {', '.join(sorted(unknown))}{hint}")
     settings = {name: value for name, value in given.items() if name in known}
     settings.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
     if not settings.setdefault("do_sample", bool(given.get("temperature"))):

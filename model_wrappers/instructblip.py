@@ -1,4 +1,4 @@
-"""`--model hones_instructblip`: lmms-eval's `instructblip`, steered, and without the echo of the prompt."""
+"""`--model hones_instructblip`: lmms-eval's `instructblip`, steered, without the prompt in its answers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +13,15 @@ from .steered import Steered
 class InstructBlip(Steered, InstructBLIP):  # type: ignore[misc]
     """Steered `instructblip`.
 
-    With a decoder-only language model, `generate` gives the prompt back in front of the answer, and the
-    stock wrapper decodes and scores both. Here the prompt is cut off.
+    With a decoder-only language model, `generate` returns the prompt before the answer, and the stock wrapper
+    decodes and scores both. Here the prompt is removed.
     """
 
     base_wrapper = "instructblip"
     own_likelihoods = False
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
-        """The new tokens alone, `output` [batch, prompt + new] without the prompt when it is in there."""
+        """The new tokens of `output` [batch, prompt + new], whose prompt is removed where there is one."""
         prompt = inputs["input_ids"]
         length = prompt.shape[1]
         echoed = output.shape[1] >= length and torch.equal(output[:, :length], prompt.to(output.device))

@@ -1,9 +1,9 @@
-"""What the plug-in changes in lmms-eval, each once and each right after the module in question is imported.
+"""Patches of lmms-eval, each applied once, right after the module in question is imported.
 
 lmms-eval has no entry point for tasks, chooses prompts by the name after `--model`, keys its answer cache on
-the text of `--model_args`, and ends with exit status 0 when a run fails. None of that can be put right from
-inside a model class, so a few methods are wrapped. Runs of other models pass through unchanged, except that
-caption metrics start fewer Java programs.
+the text of `--model_args`, and exits with status 0 when a run fails. A model class cannot change any of that,
+so a few methods are wrapped. Runs of other models are unchanged, except that caption metrics start fewer Java
+programs.
 """
 
 import sys
@@ -26,7 +26,7 @@ COMMAND = "lmms_eval.__main__"
 
 
 def install() -> None:
-    """Patch the modules that are there, and the others when they are imported. Safe to call twice."""
+    """Patch the modules that are imported, and the others when they are. Safe to call twice."""
     after_import("lmms_eval.tasks", _patch_tasks)
     after_import("lmms_eval.caching.response_cache", _patch_cache)
     after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
@@ -34,7 +34,7 @@ def install() -> None:
 
 
 def own_task_folders() -> list[str]:
-    """Where our tasks lie, in a checkout or installed."""
+    """The folders of this package's tasks, in a checkout or installed."""
     spec = find_spec("hones_eval.tasks")
     return list(spec.submodule_search_locations or []) if spec else []
 
@@ -62,8 +62,8 @@ def _patch_tasks(module: ModuleType) -> None:
             if COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
                 from hones_eval.lmms.task_files import broken_file
 
-                for blamed in filter(None, (broken_file(Path(folder)) for folder in given)):
-                    raise _ending(blamed) from blamed
+                for error in filter(None, (broken_file(Path(folder)) for folder in given)):
+                    raise _ending(error) from error
             raise
 
     @wraps(match)
@@ -71,7 +71,7 @@ def _patch_tasks(module: ModuleType) -> None:
         found = match(self, task_list)
         unknown = [n for n in task_list if n not in found and "*" not in n and not Path(n).is_file()]
         if unknown and COMMAND in sys.modules and is_ours(self.__dict__.get("model_name")):
-            raise _ending(HonesError(f"no task called {', '.join(unknown)}: --tasks list names them all"))
+            raise _ending(HonesError(f"there is no task {', '.join(unknown)}: --tasks list shows all"))
         return found
 
     @wraps(load)
@@ -105,7 +105,7 @@ def _patch_tasks(module: ModuleType) -> None:
 
 
 def _offers_choices(manager: Any, config: Any) -> bool:
-    """Whether a task is one of log-likelihoods, whose requests lmms-eval builds in the simple form alone."""
+    """Whether a task asks for log-likelihoods, whose requests lmms-eval only builds in the simple form."""
     from hones_eval.lmms.task_files import read_task_file
 
     name = config.get("task") if isinstance(config, dict) else config
@@ -142,7 +142,7 @@ def _patch_cache(module: ModuleType) -> None:
 
 
 class _Pairs:
-    """A model of ours whose log-likelihoods are plain pairs, as the cache takes them."""
+    """A steered model whose log-likelihoods are plain pairs, as lmms-eval's cache takes them."""
 
     def __init__(self, lm: Any) -> None:
         self._lm = lm
@@ -151,7 +151,7 @@ class _Pairs:
         return getattr(self._lm, name)
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        return [one.text for one in self._lm.loglikelihood(requests)]
+        return [result.text for result in self._lm.loglikelihood(requests)]
 
 
 def _patch_tracker(module: ModuleType) -> None:
@@ -182,7 +182,7 @@ def _patch_tracker(module: ModuleType) -> None:
 
 
 def _patch_evaluate(module: ModuleType) -> None:
-    """Only under the command, which would print a trace and end with exit status 0."""
+    """Patch the evaluation under the command, which would print a traceback and exit with status 0."""
     if _is_patched(module):
         return
     evaluate = module.simple_evaluate
@@ -192,27 +192,29 @@ def _patch_evaluate(module: ModuleType) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if not is_ours(model):
             return evaluate(*args, **kwargs)
-        from hones_eval.lmms.failures import told_at_once
+        from hones_eval.lmms.failures import failing_at_once
 
         tracker = kwargs.get("evaluation_tracker")
         try:
-            if kwargs.get("tasks") == []:  # lmms-eval looks for YAML files in a folder that --tasks names
-                raise HonesError("no task was found: is there a folder here with the name after --tasks?")
-            with told_at_once():
+            if kwargs.get("tasks") == []:  # a folder here has the name of the task
+                raise HonesError(
+                    "no task was found: lmms-eval read YAML files from a folder with the name after --tasks"
+                )
+            with failing_at_once():
                 results = evaluate(*args, **kwargs)
         except Exception as error:
-            _write_apart(tracker, model, error)
+            _write_manifest(tracker, model, error)
             raise _ending(error, debug=kwargs.get("verbosity") == "DEBUG") from error
-        if results is None:  # not the first rank, which writes when it saves the results
-            _write_apart(tracker, model)
+        if results is None:  # only the first rank returns results; it writes its manifest with them
+            _write_manifest(tracker, model)
         return results
 
     module.simple_evaluate = loud  # type: ignore[attr-defined]
 
 
-def _write_apart(tracker: Any, model: Any, error: Exception | None = None) -> None:
-    """Write the manifest of a run that failed, or of a rank that saves no results."""
-    # Known only once this run's model and tasks are there; before, the latest record may be of another run.
+def _write_manifest(tracker: Any, model: Any, error: Exception | None = None) -> None:
+    """Write the manifest of a failed run, or of a rank that saves no results."""
+    # Only set once this run's model and tasks are loaded; until then the latest record may be another run's.
     source = getattr(getattr(tracker, "general_config_tracker", None), "model_source", None)
     if registry.latest_record is not None and source and tracker.output_path:
         if error is not None and not registry.latest_record.errors:
@@ -225,7 +227,7 @@ def _results_folder(tracker: Any) -> Path:
 
 
 def _ending(error: Exception, *, debug: bool = False) -> BaseException:
-    """What to raise: under the command an end with one line and exit status 1, elsewhere the error itself."""
+    """The exception to raise: under the command one line and exit status 1, elsewhere the error itself."""
     if COMMAND not in sys.modules:
         return error
     from hones_eval.runs.processes import is_about_others, left_alone
@@ -237,12 +239,12 @@ def _ending(error: Exception, *, debug: bool = False) -> BaseException:
         traceback.print_exception(error)
     message = " ".join(str(error).split())
     kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
-    hint = "" if debug else " (--verbosity DEBUG for the trace)"
+    hint = "" if debug else " (--verbosity DEBUG for the traceback)"
     return SystemExit(f"hones-eval: {kind}{message}{hint}")
 
 
 def _close_progress_bars() -> None:
-    """So that what follows on stderr has a line of its own, and is the last."""
+    """Close progress bars, so that the message has a line of its own, the last of stderr."""
     from tqdm import tqdm
 
     for bar in list(getattr(tqdm, "_instances", [])):
@@ -253,9 +255,9 @@ def _name(model: Any) -> str:
     return model if isinstance(model, str) else type(model).__name__
 
 
-def _is_patched(thing: Any) -> bool:
-    """Whether this was called before on the same class or module."""
-    if "_patched_by_hones_eval" in vars(thing):
+def _is_patched(target: Any) -> bool:
+    """Whether this was called before with the same class or module."""
+    if "_patched_by_hones_eval" in vars(target):
         return True
-    thing._patched_by_hones_eval = True
+    target._patched_by_hones_eval = True
     return False

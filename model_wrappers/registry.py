@@ -1,4 +1,4 @@
-"""The models that this package gives to lmms-eval: their names, what they steer, and the run at hand."""
+"""The models that this package adds to lmms-eval: their names and bases, and the state of the current run."""
 
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,7 +8,10 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """A model of ours: the wrapper of lmms-eval that it steers, and its classes in the module of its name."""
+    """One model of this package: the lmms-eval wrapper that it steers, and its classes.
+
+    The classes are in the module of the family's name.
+    """
 
     base: str
     simple: str
@@ -21,40 +24,40 @@ FAMILIES = {
     "instructblip": Family("instructblip", "InstructBlip"),
     "hf": Family("hones_hf", "SimpleHf", "Hf"),
 }
-BASES = {f"{method}_{name}": one.base for method in ("hones", "vseam") for name, one in FAMILIES.items()}
 GENERIC = ("hones", "vseam")
+BASES = {f"{method}_{name}": family.base for method in GENERIC for name, family in FAMILIES.items()}
 
 generic_base: str | None = None
-"""What `base=` named last: models are built before their tasks are loaded."""
+"""The last value of `base=`: models are built before their tasks are loaded."""
 latest_record: "RunRecord | None" = None
-"""The record of the steered model that was built last."""
+"""The record of the last steered model that was built."""
 
 
 def own_names() -> set[str]:
-    """Every name that this plug-in gives to lmms-eval."""
+    """Every model name that this plug-in adds to lmms-eval."""
     return {*BASES, *GENERIC}
 
 
 def own_name_of(base: str) -> str | None:
-    """The name of our own class for a base wrapper, where we have one."""
+    """The name of this package's model for a base wrapper; None where there is none."""
     return next((name for name, known in BASES.items() if known == base), None)
 
 
 def base_name(model: Any) -> Any:
-    """The name whose prompts a model is to see: a steered model's base, and any other model's own."""
+    """The name whose prompts a model receives: a steered model's base, and any other model's own."""
     if isinstance(model, str):
         return BASES.get(model, generic_base if model in GENERIC and generic_base else model)
     return _base_of(model) or model
 
 
 def is_ours(model: Any) -> bool:
-    """A name of ours, or one that can only be meant for one of ours."""
+    """Whether a model is one of this package, or a name that can only be meant for one."""
     if isinstance(model, str):
         return re.split("[-_]", model)[0] in GENERIC
     return _base_of(model) is not None
 
 
 def _base_of(model: Any) -> str | None:
-    """The base of a steered model, asked of its class: a mock of a model has whatever it is asked for."""
+    """The base of a steered model. Its class is asked, as a mock of a model has every attribute."""
     base = getattr(type(model), "base_wrapper", None)
     return base if isinstance(base, str) else None

@@ -1,4 +1,4 @@
-"""The run manifest: what lmms-eval does not write down about a run, in a file beside its results."""
+"""The run manifest: a file next to lmms-eval's results, with what lmms-eval does not record about a run."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ MAKES_INPUT = ("generate_until", "generate_until_agentic", "generate_until_multi
 
 
 class RunRecord:
-    """What is kept of a run while it goes on: the model, the steering, the requests and the errors."""
+    """The model, steering, requests and errors of a run in progress."""
 
     def __init__(
         self,
@@ -55,22 +55,22 @@ class RunRecord:
         self.errors: list[dict[str, Any]] = []
 
     def add(self, requests: list[Instance], task_dict: Mapping[str, Any]) -> None:
-        """Keep requests, answered or found in a cache; those that only fill up a rank do not count."""
+        """Keep requests, whether answered or found in a cache; padding of a rank is left out."""
         self._task_dict = task_dict
         for request in requests:
             if not (request.metadata or {}).get("__padding_only__"):
                 self._requests[id(request)] = request
 
     def add_error(self, where: Document | None, error: Exception) -> None:
-        """Keep an error with the task and document that it happened at."""
+        """Keep an error with its task and document."""
         task, doc_id = where or (None, None)
         self.errors.append({"task": task, "doc_id": doc_id, "error": f"{type(error).__name__}: {error}"})
 
     def write(self, folder: Path, wrapper: str, results: str | None = None) -> Path:
         """Write `hones_manifest_<pid>_<time>_rank<k>.json` into the folder of a run's results.
 
-        `wrapper` is the name after --model, `results` the name of the results file; ranks but the first have
-        none, and a failed run has none either, nor hashes of what it may not be able to load.
+        `wrapper` is the name after --model, `results` the name of the results file, which only the first rank
+        of a run that succeeded has. A failed run has no hashes, as it may not be able to load its images.
         """
         now = datetime.now(UTC)
         name = f"hones_manifest_{os.getpid()}_{now:%Y%m%dT%H%M%S%f}_rank{self.rank}.json"
@@ -112,35 +112,35 @@ class RunRecord:
         }
 
     def _fingerprints(self) -> dict[str, dict[str, Any]]:
-        """By task and document, a hash of all its prompts, and one hash a picture."""
+        """By task and document, a hash of all its prompts, and one hash per image."""
         prompts: dict[Document, list[str]] = {}
-        pictures: dict[Document, list[str]] = {}
+        images: dict[Document, list[str]] = {}
         requests = self._requests.values()
-        for request in tqdm(requests, desc="Hashing prompts and pictures", disable=self.rank != 0):
+        for request in tqdm(requests, desc="Hashing prompts and images", disable=self.rank != 0):
             document = (str(request.task_name), request.doc_id)
             if request.request_type == "loglikelihood" and document in prompts:
-                prompts[document] += _texts(request)  # another choice behind the same question
+                prompts[document] += _texts(request)  # another choice of the same question
                 continue
             texts, shown = _shown(request, self._task_dict)
             prompts.setdefault(document, []).extend(texts)
-            pictures.setdefault(document, []).extend(image_hash(picture) for picture in shown)
+            images.setdefault(document, []).extend(image_hash(image) for image in shown)
         tasks: dict[str, dict[str, Any]] = {}
         for (task, doc_id), texts in prompts.items():
             tasks.setdefault(task, {})[str(doc_id)] = {
                 "prompt_sha256": hash_of(texts),
-                "image_sha256": pictures[task, doc_id],
+                "image_sha256": images[task, doc_id],
             }
         return tasks
 
 
 def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], list[Image]]:
-    """The texts and pictures of one request, from the same functions that the wrapper asks."""
+    """The texts and images of one request, from the same functions that the wrapper calls."""
     arguments, texts = request.args, _texts(request)
     sources = [part for part in arguments if callable(part)]
     if not sources:
         return texts, []
     doc_id, task, split = arguments[-3:]
-    # A log-likelihood request has doc_to_target before its doc_to_visual, others may have doc_to_text after.
+    # A log-likelihood request has doc_to_target before doc_to_visual; others may have doc_to_text after it.
     source = sources[0] if request.request_type in MAKES_INPUT else sources[-1]
     content = source(task_dict[task][split][doc_id])
     if isinstance(content, list) and content and isinstance(content[0], dict) and "role" in content[0]:
@@ -149,7 +149,7 @@ def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _texts(request: Instance) -> list[str]:
-    """The question, and in a log-likelihood request the choice behind it."""
+    """The question, and in a log-likelihood request also the choice."""
     count = 2 if request.request_type == "loglikelihood" else 1
     return [part for part in request.args[:count] if isinstance(part, str)]
 

@@ -292,7 +292,7 @@ def test_own_tokens_leave_what_a_template_puts_round_a_choice() -> None:
         ),
         (
             {"doc_to_choice: options": 'doc_to_choice: ["red"]'},
-            "doc_id 0: there is one choice, and nothing to choose",
+            "doc_id 0: it has one choice; a multiple-choice task needs",
         ),
         ({"multiple_choice": "loglikelihood"}, "has output_type loglikelihood; only tasks with one answer"),
     ],

@@ -264,7 +264,7 @@ def test_a_corrupt_picture_is_named(
     [
         ("hones_vqs", "no task named 'hones_vqs': did you mean .*hones_vqa"),
         # `lmms-eval tasks list` would leave out ours: it loads no plug-in.
-        ("qqqq", "no task named 'qqqq': `lmms-eval --tasks list` names them all"),
+        ("qqqq", "no task named 'qqqq': `lmms-eval --tasks list` shows all"),
         ("vqav2", "group of several tasks; choose one of: vqav2_test, vqav2_val"),
         ("mmsearch_end2end", "output_type generate_until_multi_round; only tasks with one answer"),
     ],

@@ -225,9 +225,9 @@ def test_hones_hf_says_what_it_cannot_do(smolvlm: Visit, visit: Callable[[Door],
     for arguments, message in (
         ("", "pretrained= is missing"),
         (f"pretrained={folder},batch_sise=2", "no argument 'batch_sise': did you mean batch_size?"),
-        (f"pretrained={folder},batch_size=auto", "batch_size='auto' is not a whole number from 1 on"),
+        (f"pretrained={folder},batch_size=auto", "batch_size='auto' should be a whole number of at least 1"),
         (f"pretrained={folder},dtype=float23", "dtype='float23' is not known"),
-        (f"pretrained={folder},chat_template=none.jinja", "chat_template=none.jinja: there is no such file"),
+        (f"pretrained={folder},chat_template=none.jinja", "chat_template=none.jinja: no such file"),
         (f"pretrained={folder / 'nowhere'}", "nowhere cannot be loaded"),
         (f"pretrained={visit(instructblip).checkpoint}", r"\(instructblip\) has no chat template"),
     ):
@@ -249,7 +249,7 @@ def test_hones_hf_stops_where_a_request_cannot_be_answered(smolvlm: Visit) -> No
     video = family_doors.request(lm, QUESTIONS[0], 0)
     shown = [{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}]
     video.arguments = (video.args[0], lambda doc: shown, *video.args[2:])
-    with pytest.raises(HonesError, match=r"it shows video \(str\); hones_hf takes pictures and text"):
+    with pytest.raises(HonesError, match=r"it shows video \(str\); hones_hf takes images and text"):
         lm.generate_until([video])
 
 

@@ -24,13 +24,15 @@ FAULTS = {
 }
 SAYS = {
     "vqav2_val": ("is a gated dataset on the Hub", "set HF_TOKEN to a token that has access"),
-    "mme": ("peer closed connection without sending complete message body", "within reach?"),
+    "mme": ("peer closed connection without sending complete message body", "reachable?"),
     "pope": ("Parquet magic bytes not found in footer", "to fetch it again"),
     "refcoco_bbox_rec_val": (
         "KeyError: 'bbox', which may be a column or a split that its data set does not have",
     ),
-    "ocrbench": ("KeyError: 'answer', which is no column of the data set (dataset, question, question_type",),
-    "vizwiz_vqa_val": ("doesn't exist on the Hub or cannot be accessed", "within reach?"),
+    "ocrbench": (
+        "KeyError: 'answer', which is not a column of the data set (dataset, question, question_type",
+    ),
+    "vizwiz_vqa_val": ("doesn't exist on the Hub or cannot be accessed", "reachable?"),
 }
 EVALUATED = [task for task in SAYS if task != "mme"]
 """huggingface_hub's own pauses over a file that is cut are long, and the same for both commands."""
@@ -121,7 +123,7 @@ def test_an_evaluation_without_a_hub_ends_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("hones-eval: task pope cannot be built: "), last
-    assert "; is http://127.0.0.1:9 within reach? What was downloaded before does without it" in last
+    assert "; is http://127.0.0.1:9 reachable? Data that was downloaded before works without it" in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("logs/*/*_results.json"))
 

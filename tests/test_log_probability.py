@@ -99,7 +99,9 @@ def test_a_task_with_a_remote_judge_is_ranked_by_a_named_gold_answer_alone(
     folder = task(SCORED, SCORED + "metadata:\n  gpt_eval_model_name: somebody\n")
     assert rank(own, folder) == 1
     says = own_answers.complaint(capsys.readouterr().err)
-    assert says.endswith("how likely a gold answer is: --metric log_probability --target COLUMN"), says
+    assert says.endswith("how likely a gold answer is instead: --metric log_probability --target COLUMN"), (
+        says
+    )
     assert rank(own, folder, "--metric", "log_probability") == 1
     says = own_answers.complaint(capsys.readouterr().err)
     assert "no metric that can prove a gold answer: name its column" in says, says

@@ -127,18 +127,18 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         lambda one: one.update(doc_to_text="{{quesiton}} Answer:"),
         "doc_to_text: 'quesiton' should be a column; did you mean question?; the columns are ",
     ),
-    "template": (lambda one: one.update(doc_to_text="{{question"), "'{{question' is no Jinja template"),
+    "template": (lambda one: one.update(doc_to_text="{{question"), "'{{question' is not a Jinja template"),
     "column": (
         lambda one: one.update(doc_to_target="gold"),
         "doc_to_target: 'gold' should be a column; the ",
     ),
-    "column of pictures": (
+    "column of images": (
         lambda one: one.update(doc_to_visual="images"),
-        "doc_to_visual: 'images' should be a column of pictures; did you mean image?",
+        "doc_to_visual: 'images' should be a column of images; did you mean image?",
     ),
     "no pictures": (
         lambda one: one.update(doc_to_visual="answer"),
-        "doc_to_visual: column 'answer' should hold pictures, which dataset_path: imagefolder",
+        "doc_to_visual: column 'answer' should contain images, which dataset_path: imagefolder",
     ),
     "type": (lambda one: one.update(task=7), "task: 7 should be a name"),
     "setting": (
@@ -212,7 +212,7 @@ def without_file_name(table: list[dict[str, str]]) -> None:
 
 
 SPOILT = [
-    (without_picture, "doc_to_visual: 1 of 16 pictures are not there, the first is "),
+    (without_picture, "doc_to_visual: 1 of 16 images are missing, the first is "),
     (without_answer, "column answer: 1 of 16 rows have no value, the first is row 3 from 0"),
     (without_file_name, "`file_name`, `*_file_name`, `file_names` or `*_file_names` must be present"),
 ]

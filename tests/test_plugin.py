@@ -181,7 +181,7 @@ def test_an_unknown_task_ends_the_command(manager: TaskManager, monkeypatch: pyt
     assert manager.match_tasks(["pope", "no_such_task"]) == ["pope"]
     monkeypatch.setitem(sys.modules, plugin.COMMAND, sys)
     assert manager.match_tasks(["pope", "vqav2_v*"])
-    with pytest.raises(SystemExit, match="no task called no_such_task"):
+    with pytest.raises(SystemExit, match="there is no task no_such_task"):
         manager.match_tasks(["pope", "no_such_task"])
     manager.model_name = "llava_hf"
     assert manager.match_tasks(["pope", "no_such_task"]) == ["pope"]

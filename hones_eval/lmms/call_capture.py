@@ -1,4 +1,4 @@
-"""Stand-ins at the doors of a model, `generate` and `forward`, which see what a wrapper hands over."""
+"""Test doubles for `model.generate` and `model.forward` that capture the arguments a wrapper passes."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class Call(NamedTuple):
-    """The arguments of one `generate`: what `forward` takes too, and the settings of generation."""
+    """The arguments of one `generate`: those that `forward` takes too, and the generation settings."""
 
     inputs: dict[str, Any]
     settings: dict[str, Any]
 
     @classmethod
     def of(cls, model: PreTrainedModel, arguments: Mapping[str, Any]) -> "Call":
-        """Sort a call's arguments, by name."""
+        """Split a call's arguments, given by name."""
         settings, forward = _settings_and_inputs(cast(Any, type(model)))
         inputs = {
             key: value
@@ -33,21 +33,21 @@ class Call(NamedTuple):
 
 @cache
 def _settings_and_inputs(model: type[PreTrainedModel]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the settings of generation, and of what a kind of model takes; asked for with every call."""
+    """Names of all generation settings, and of the arguments of a model class's `forward`."""
     return frozenset(GenerationConfig().to_dict()), frozenset(inspect.signature(model.forward).parameters)
 
 
 class StandInForGenerate:
-    """At the place of `generate`: keeps its arguments and returns an answer that is already chosen."""
+    """Replaces `generate`: keeps the arguments and returns an answer that is already chosen."""
 
     def __init__(self, model: PreTrainedModel, token_ids: list[int], with_prompt: bool) -> None:
-        """The answer is `token_ids`, with the prompt in front as decoder-only models give it, or without."""
+        """Return `token_ids`, after the prompt as decoder-only models do, or without it."""
         self.calls: list[dict[str, Any]] = []
         self._model, self._token_ids, self._with_prompt = model, token_ids, with_prompt
         self._signature = inspect.signature(cast(Any, type(model)).generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """As `generate`."""
+        """Keep the arguments of `generate`, and return the answer."""
         arguments = self._named(args, kwargs)
         self.calls.append(arguments)
         sequences = self._sequences(arguments)
@@ -56,7 +56,7 @@ class StandInForGenerate:
         return sequences
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name; `inputs`, which `generate` takes for any, under the model's own name."""
+        """All arguments by name; `inputs` under the name of the model's main input."""
         named = _by_name(self._signature, self._model, args, kwargs)
         if "inputs" in named:
             first = named.pop("inputs")
@@ -77,13 +77,13 @@ class StandInForGenerate:
 
 
 class StandInForForward:
-    """At the place of `forward`: keeps its arguments and returns logits that say nothing.
+    """Replaces `forward`: keeps the arguments and returns logits of 0.
 
-    With `sure` they are 1 for every token of `input_ids`: at the position before it (0) or at its own (1).
+    With `sure` the logit of every token of `input_ids` is 1: at the position before it (0) or at its own (1).
     """
 
     def __init__(self, model: PreTrainedModel, sure: int | None = None) -> None:
-        """`calls` are the arguments of every call, by name."""
+        """`calls` holds the arguments of every call, by name."""
         self.calls: list[dict[str, Any]] = []
         self._model, self._sure = model, sure
         self._signature = inspect.signature(type(model).forward)
@@ -94,19 +94,19 @@ class StandInForForward:
         arguments = _by_name(self._signature, self._model, args, kwargs)
         self.calls.append(arguments)
         ids: Tensor = arguments["input_ids"]
-        nothing = torch.zeros((), device=ids.device, dtype=self._model.dtype)
-        logits = nothing.expand(*ids.shape, self._vocabulary)
+        zero = torch.zeros((), device=ids.device, dtype=self._model.dtype)
+        logits = zero.expand(*ids.shape, self._vocabulary)
         if self._sure is not None:
             known = ids.roll(self._sure - 1, dims=1).unsqueeze(-1)
             logits = torch.zeros_like(logits).scatter(-1, known, 1.0)
-        return CausalLMOutputWithPast(loss=cast(Any, nothing), logits=cast(Any, logits))
+        return CausalLMOutputWithPast(loss=cast(Any, zero), logits=cast(Any, logits))
 
 
 class CountedForward:
-    """At the place of `forward`: the same, and counted."""
+    """Replaces `forward`: calls it and counts the calls."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """`calls` has an entry for every call."""
+        """`calls` has one entry per call."""
         self.calls: list[None] = []
         self._forward = model.forward
 
@@ -119,7 +119,7 @@ class CountedForward:
 def _by_name(
     signature: inspect.Signature, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a call of a model's method by name, those in `**kwargs` among them."""
+    """All arguments of a call of a model's method by name, including those in `**kwargs`."""
     named: dict[str, Any] = {}
     for name, value in list(signature.bind_partial(model, *args, **kwargs).arguments.items())[1:]:
         kind = signature.parameters[name].kind
@@ -129,7 +129,7 @@ def _by_name(
 
 @contextmanager
 def replaced(model: PreTrainedModel, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """A method of the model is the stand-in inside, and what it was before, an instance's own too, after."""
+    """Replace a method of the model within the block; afterwards it is what it was before."""
     before = vars(model).get(name)
     setattr(model, name, stand_in)
     try:

@@ -1,4 +1,4 @@
-"""Calls into lmms-eval's tasks as it makes them itself, but without retries, and as often as one likes."""
+"""Calls of lmms-eval's task functions without its retries, prints and side effects between calls."""
 
 import argparse
 import copy
@@ -14,10 +14,10 @@ from loguru import logger
 
 
 def aggregate(function: Callable[..., Any], items: Sequence[Any]) -> Any:
-    """Give what an aggregation makes of `process_results`' entries for one metric.
+    """Aggregate the entries of `process_results` for one metric.
 
-    Aggregations that write a submission get a folder that is gone afterwards. What one adds up in its
-    module, as OCRBench does, is put back, so that a second call does not count the first.
+    Aggregations that write a submission get a temporary folder. Sums that an aggregation keeps in its module,
+    as OCRBench does, are restored, so that a second call does not include the first.
     """
     with _module_kept(function):
         if "args" not in inspect.signature(function).parameters:
@@ -28,7 +28,7 @@ def aggregate(function: Callable[..., Any], items: Sequence[Any]) -> Any:
 
 @contextmanager
 def _module_kept(function: Callable[..., Any]) -> Iterator[None]:
-    """Put the lists and dicts back that a function names in its module."""
+    """Restore the lists and dicts of its module that a function uses."""
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     scope = getattr(function, "__globals__", {})
     named = [scope[name] for name in names if type(scope.get(name)) in (dict, list)]
@@ -43,7 +43,7 @@ def _module_kept(function: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def without_retries(method: str) -> Iterator[None]:
-    """One try of a method of lmms-eval's tasks instead of five, two seconds apart: it fails for good."""
+    """Call a method of lmms-eval's tasks once, instead of five times at intervals of two seconds."""
     from lmms_eval.api.task import ConfigurableTask
 
     plain = getattr(getattr(ConfigurableTask, method), "__wrapped__", None)
@@ -56,7 +56,7 @@ def without_retries(method: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither bars nor prints nor throughput lines of lmms-eval inside: they come with every request."""
+    """Silence the progress bars, prints and throughput lines that lmms-eval writes for every request."""
     noisy = "lmms_eval.models.model_utils.gen_metrics"
     logger.disable(noisy)
     try:

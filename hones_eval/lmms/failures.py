@@ -1,4 +1,4 @@
-"""What keeps an lmms-eval task from its data, its requests or its scores: one line, with the way out.
+"""One-line errors, with the way out, for tasks whose data, requests or scores fail.
 
 lmms-eval itself fetches a data set up to five times, with pauses, and its error names no task.
 """
@@ -20,27 +20,27 @@ from hones_eval.lmms.calls import without_retries
 
 
 @contextmanager
-def told_at_once() -> Iterator[None]:
-    """Let tasks fetch their data once, from a hub that answers, and fail with a TaskError that names them."""
+def failing_at_once() -> Iterator[None]:
+    """Make tasks fetch their data once, and fail with a TaskError that names the task."""
     task = ConfigurableTask
     with without_retries("download"):
-        told: dict[str, Any] = {
+        patches: dict[str, Any] = {
             "download": _asking_first(task.download),
             "__init__": _named(task.__init__, " cannot be built"),
             "build_all_requests": _named(task.build_all_requests, ": its requests cannot be built"),
             "process_results": _named(task.process_results, ": an answer cannot be scored"),
         }
-        with mock.patch.multiple(task, **told):
+        with mock.patch.multiple(task, **patches):
             yield
 
 
 def failure(what: str, error: BaseException, columns: Collection[str] | None = None) -> TaskError:
-    """Give the TaskError for `what` failed: the reason at the bottom of lmms-eval's retries, and the way out.
+    """The TaskError for a failure: the cause behind lmms-eval's retries, and the way out.
 
     Args:
-        what: the task, and what it cannot do.
+        what: the task, and what failed.
         error: as it was caught.
-        columns: those of the data set, where they are known.
+        columns: the data set's, where they are known.
     """
     if isinstance(error, RetryError):
         error = error.last_attempt.exception() or error
@@ -66,7 +66,7 @@ def _named(method: Callable[..., Any], fails: str) -> Callable[..., Any]:
 def _asking_first(download: Callable[..., None]) -> Callable[..., None]:
     @wraps(download)
     def asking(task: Any, *args: Any, **kwargs: Any) -> None:
-        _must_find_its_hub(_name(task), str(task.DATASET_PATH))
+        _check_hub_answers(_name(task), str(task.DATASET_PATH))
         download(task, *args, **kwargs)
 
     return asking
@@ -76,10 +76,10 @@ def _name(task: Any) -> str:
     return str(getattr(task.config, "task", None))
 
 
-def _must_find_its_hub(name: str, source: str) -> None:
-    """Refuse a hub that accepts a connection and says nothing: `datasets` asks it again for many minutes.
+def _check_hub_answers(name: str, source: str) -> None:
+    """Refuse a hub that accepts a connection and never answers: `datasets` retries it for many minutes.
 
-    One that refuses, or answers with an error, fails at once and is left to `datasets`, with its cache.
+    A hub that refuses, or answers with an error, fails at once. It is left to `datasets`, which has a cache.
     """
     if "/" not in source or Path(source).exists() or is_offline_mode():  # csv, json, a folder
         return
@@ -95,20 +95,20 @@ def _must_find_its_hub(name: str, source: str) -> None:
 
 
 def _way_out(error: BaseException, columns: Collection[str] | None) -> str:
-    """What to do about a data set that the hub does not give, or that lacks a column."""
+    """The way out for a data set that cannot be fetched, or that lacks a column."""
     if "gated" in str(error):
         return "; then log in with `hf auth login`, or set HF_TOKEN to a token that has access"
     if isinstance(error, KeyError):
         if columns is None:
             return ", which may be a column or a split that its data set does not have"
         lacking = [key for key in error.args if key not in columns]
-        return f", which is no column of the data set ({', '.join(columns)})" if lacking else ""
+        return f", which is not a column of the data set ({', '.join(columns)})" if lacking else ""
     unreached = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("http")
     if unreached or type(error).__name__ in ("DatasetNotFoundError", "LocalEntryNotFoundError"):
         if is_offline_mode():
             return "; HF_HUB_OFFLINE is set, so it has to be in the cache: unset it to fetch it"
         return (
-            f"; is {constants.ENDPOINT} within reach? What was downloaded before does without it: "
+            f"; is {constants.ENDPOINT} reachable? Data that was downloaded before works without it: "
             "HF_HUB_OFFLINE=1"
         )
     if type(error).__name__ == "ArrowInvalid":

@@ -1,7 +1,7 @@
-"""A user's own task file, checked before lmms-eval reads it: a mistake is one line with file, key and form.
+"""Checks a user's task file before lmms-eval reads it: a mistake is one line with file, key and form.
 
-lmms-eval itself ends with a trace, takes a misspelt column for a constant text, or scores with what is left.
-Its built-in tasks are not checked, nor is what a `!function` of the file does.
+lmms-eval itself ends with a traceback, takes a misspelt column for a constant text, or ignores a metric.
+Built-in tasks are not checked, and neither is the code of a file's `!function`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,21 +24,22 @@ from transformers import GenerationConfig
 from yaml import ScalarNode
 
 from hones_eval.errors import TaskError, first_line
+from hones_eval.lmms.answers.registry import own_settings
 
 LOCAL = ("imagefolder", "csv", "json", "parquet", "arrow", "text")
-"""Builders of `datasets` that read files of the user's."""
+"""Builders of `datasets` that read local files."""
 METRICS = {
     "generate_until": ("exact_match", "anls", "bleu", "chrf", "ter"),
     "multiple_choice": ("acc", "acc_norm", "exact_match", "f1", "mcc"),
 }
-"""lmms-eval's metrics for answers and for choices; its registry does not tell which are for which."""
+"""lmms-eval's metrics for answers and for choices, which its registry does not tell apart."""
 
 
 class Form(NamedTuple):
-    """What a key of a task file has to look like."""
+    """The expected types of a key in a task file, and their description."""
 
     types: tuple[type, ...]
-    says: str
+    text: str
 
 
 FORMS = {
@@ -47,7 +48,7 @@ FORMS = {
     "dataset_kwargs": Form((dict,), "a mapping, such as {data_dir: /path/to/folder}"),
     "test_split": Form((str,), "the name of a split, such as train"),
     "validation_split": Form((str,), "the name of a split, such as train"),
-    "doc_to_visual": Form((str, ScalarNode), "a column of pictures, or !function"),
+    "doc_to_visual": Form((str, ScalarNode), "a column of images, or !function"),
     "doc_to_text": Form(
         (str, ScalarNode), 'a column, a template such as "{{question}} Answer:", or !function'
     ),
@@ -60,12 +61,12 @@ FORMS = {
     "output_type": Form((str,), " or ".join(METRICS)),
 }
 REQUIRED = ("task", "dataset_path", "doc_to_text", "doc_to_target")
-BESIDE_SETTINGS = {"until", "image_aspect_ratio", "max_gen_toks", "margin"}
-"""What wrappers take from `generation_kwargs` beside transformers' own settings."""
+WRAPPER_SETTINGS = {"until", "image_aspect_ratio", "max_gen_toks"}
+"""Settings in `generation_kwargs` that wrappers take in addition to those of transformers."""
 
 
 def users_file(manager: Any, task: str) -> Path | None:
-    """The YAML file of a task that is neither lmms-eval's nor of this package; `manager` is lmms-eval's."""
+    """The YAML file of a task that is in neither lmms-eval nor this package; `manager` is lmms-eval's."""
     entry = manager.task_index.get(task, {})
     path = Path(str(entry.get("yaml_path"))).resolve()
     if entry.get("type") != "task" or any(path.is_relative_to(folder) for folder in _built_in()):
@@ -76,11 +77,11 @@ def users_file(manager: Any, task: str) -> Path | None:
 def _built_in() -> list[Path]:
     spec = find_spec("hones_eval.tasks")
     ours = list(spec.submodule_search_locations or []) if spec else []
-    return [Path(one).resolve() for one in (*ours, *lmms_eval.tasks.__path__)]
+    return [Path(folder).resolve() for folder in (*ours, *lmms_eval.tasks.__path__)]
 
 
 def check_task_file(path: Path) -> None:
-    """Check a task's YAML file and, where its data lies in files, the columns and pictures that it names.
+    """Check a task's YAML file and, where its data are local, the columns and images that it names.
 
     Raises: TaskError with the file, the key and the expected form.
     """
@@ -89,21 +90,21 @@ def check_task_file(path: Path) -> None:
     _check_forms(path, config)
     output_type = config.get("output_type", "generate_until")
     if output_type not in ALL_OUTPUT_TYPES:
-        says = FORMS["output_type"].says
+        text = FORMS["output_type"].text
         raise TaskError(
-            f"{path}: output_type: {output_type!r} should be {says}{_hint(str(output_type), METRICS)}"
+            f"{path}: output_type: {output_type!r} should be {text}{_hint(str(output_type), METRICS)}"
         )
     if output_type in METRICS:
         _check_metrics(path, config, METRICS[output_type])
     if output_type == "multiple_choice" and config.get("doc_to_choice") is None:
-        raise TaskError(f"{path}: doc_to_choice: missing; it should be {FORMS['doc_to_choice'].says}")
+        raise TaskError(f"{path}: doc_to_choice: missing; it should be {FORMS['doc_to_choice'].text}")
     _check_generation(path, config.get("generation_kwargs") or {})
     if config["dataset_path"] in LOCAL and "process_docs" not in config:
         _check_columns(path, config, _split(path, config))
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
-    """The mapping of a task file with what it includes; `!function` values are left as YAML nodes."""
+    """The content of a task file and the files it includes; `!function` values stay YAML nodes."""
     try:
         return dict(utils.load_yaml_config(str(path), mode="simple"))
     except yaml.YAMLError as error:
@@ -113,7 +114,9 @@ def read_task_file(path: Path) -> dict[str, Any]:
             f"{where}: not valid YAML: {getattr(error, 'problem', None) or first_line(error)}"
         ) from None
     except FileNotFoundError as error:
-        raise TaskError(f"{path}: include: there is no file {error.filename}, nor beside this one") from None
+        raise TaskError(
+            f"{path}: include: there is no file {error.filename}, also not next to this one"
+        ) from None
     except Exception as error:
         raise TaskError(
             f"{path} is not an lmms-eval task: {type(error).__name__}: {first_line(error)}"
@@ -121,7 +124,7 @@ def read_task_file(path: Path) -> dict[str, Any]:
 
 
 def broken_file(folder: Path) -> TaskError | None:
-    """Which file of a folder lmms-eval cannot read, as its own message often names none."""
+    """The error of the first file of a folder that lmms-eval cannot read; lmms-eval's may name none."""
     for path in sorted(folder.rglob("*.yaml")):
         try:
             read_task_file(path)
@@ -131,47 +134,50 @@ def broken_file(folder: Path) -> TaskError | None:
 
 
 def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
-    known = [one.name for one in fields(TaskConfig)]
+    known = [field.name for field in fields(TaskConfig)]
     for key in config:
         if key not in known:
-            raise TaskError(f"{path}: {key}: lmms-eval knows no such key{_hint(str(key), known)}")
+            raise TaskError(f"{path}: {key}: unknown to lmms-eval{_hint(str(key), known)}")
     missing = next((key for key in REQUIRED if config.get(key) is None), None)
     if missing:
-        raise TaskError(f"{path}: {missing}: missing; it should be {FORMS[missing].says}")
+        raise TaskError(f"{path}: {missing}: missing; it should be {FORMS[missing].text}")
     if not (config.get("test_split") or config.get("validation_split")):
-        raise TaskError(f"{path}: test_split: missing; it should be {FORMS['test_split'].says}")
+        raise TaskError(f"{path}: test_split: missing; it should be {FORMS['test_split'].text}")
 
 
 def _check_forms(path: Path, config: Mapping[str, Any]) -> None:
     for key, form in FORMS.items():
         value = config.get(key)
         if value is not None and not isinstance(value, form.types):
-            raise TaskError(f"{path}: {key}: {value!r} should be {form.says}")
+            raise TaskError(f"{path}: {key}: {value!r} should be {form.text}")
 
 
 def _check_metrics(path: Path, config: Mapping[str, Any], known: Sequence[str]) -> None:
-    for place, one in enumerate(config.get("metric_list") or []):
-        key = f"metric_list[{place}]"
-        if not isinstance(one, dict) or not isinstance(one.get("metric"), str | ScalarNode):
-            raise TaskError(f"{path}: {key}: {one!r} should be a mapping with a metric, metric: {known[0]}")
-        name, own = one["metric"], config.get("process_results") is not None
+    for number, entry in enumerate(config.get("metric_list") or []):
+        key = f"metric_list[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str | ScalarNode):
+            raise TaskError(f"{path}: {key}: {entry!r} should be a mapping with a metric, metric: {known[0]}")
+        name, own = entry["metric"], config.get("process_results") is not None
         if isinstance(name, str) and not own and name not in known:
             raise TaskError(
                 f"{path}: {key}.metric: {name!r} should be one of {', '.join(known)}"
                 f"{_hint(name, known)}; others need process_results: !function"
             )
-        how = one.get("aggregation")
-        if how is None and own:
+        aggregation = entry.get("aggregation")
+        if aggregation is None and own:
             raise TaskError(f"{path}: {key}.aggregation: missing; it should be mean, or !function")
-        if how is not None and not isinstance(how, ScalarNode) and how not in AGGREGATION_REGISTRY:
-            raise TaskError(f"{path}: {key}.aggregation: {how!r} should be mean, median, or !function")
-        higher = one.get("higher_is_better", True)
+        given = aggregation is not None and not isinstance(aggregation, ScalarNode)
+        if given and aggregation not in AGGREGATION_REGISTRY:
+            raise TaskError(
+                f"{path}: {key}.aggregation: {aggregation!r} should be mean, median, or !function"
+            )
+        higher = entry.get("higher_is_better", True)
         if not isinstance(higher, bool):
             raise TaskError(f"{path}: {key}.higher_is_better: {higher!r} should be true or false")
 
 
 def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
-    known = [*GenerationConfig().to_dict(), *BESIDE_SETTINGS]
+    known = [*GenerationConfig().to_dict(), *WRAPPER_SETTINGS, *own_settings()]
     for key in settings:
         if key not in known and _hint(str(key), known):  # a wrapper may take others
             raise TaskError(f"{path}: generation_kwargs.{key}: no such setting{_hint(str(key), known)}")
@@ -181,7 +187,7 @@ def _check_generation(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _split(path: Path, config: Mapping[str, Any]) -> Dataset:
-    """The split that is evaluated; reading it leaves it in the cache that lmms-eval takes it from."""
+    """The split that is evaluated; reading it also puts it into the cache that lmms-eval uses."""
     settings = dict(config.get("dataset_kwargs") or {})
     folder = settings.get("data_dir")
     if folder is not None and not Path(folder).is_dir():
@@ -205,7 +211,7 @@ def _split(path: Path, config: Mapping[str, Any]) -> Dataset:
 
 
 def _table_hint(reason: BaseException) -> str:
-    """What spreadsheets do to a table that is saved as CSV."""
+    """The way out for typical mistakes of a table saved as CSV by a spreadsheet."""
     if isinstance(reason, UnicodeDecodeError):
         return "; save the table as UTF-8"
     if "file_name" in str(reason):
@@ -221,7 +227,7 @@ def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None
         if not isinstance(value, str):
             continue
         named = _named(path, key, value, rows)
-        missing = next((one for one in named if one not in rows.column_names), None)
+        missing = next((column for column in named if column not in rows.column_names), None)
         if missing:
             hint = _hint(missing, rows.column_names)
             raise TaskError(f"{path}: {key}: {missing!r} should be a column{hint}; {has}")
@@ -233,42 +239,42 @@ def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None
                 f"{path}: column {column}: {len(empty)} of {len(rows)} rows have no value, the first is row "
                 f"{empty[0]} from 0 (in a CSV file NA, None and null are read as none: write JSON lines)"
             )
-    _check_pictures(path, config.get("doc_to_visual"), rows, has)
+    _check_images(path, config.get("doc_to_visual"), rows, has)
 
 
 def _named(path: Path, key: str, value: str, rows: Dataset) -> set[str]:
-    """The columns that a text names: itself where it is one word, or those in its template."""
+    """The columns that a text names: itself where it is one word, otherwise those in its template."""
     if value in rows.column_names or value.isidentifier():
         return {value}
     try:
         return meta.find_undeclared_variables(Environment().parse(value))
     except TemplateSyntaxError as error:
-        raise TaskError(f"{path}: {key}: {value!r} is no Jinja template: {error}") from None
+        raise TaskError(f"{path}: {key}: {value!r} is not a Jinja template: {error}") from None
 
 
-def _check_pictures(path: Path, column: Any, rows: Dataset, has: str) -> None:
+def _check_images(path: Path, column: Any, rows: Dataset, has: str) -> None:
     if not isinstance(column, str):
         return
     if column not in rows.column_names:
         hint = _hint(column, rows.column_names)
-        raise TaskError(f"{path}: doc_to_visual: {column!r} should be a column of pictures{hint}; {has}")
+        raise TaskError(f"{path}: doc_to_visual: {column!r} should be a column of images{hint}; {has}")
     if not isinstance(rows.features[column], Image):
         raise TaskError(
-            f"{path}: doc_to_visual: column {column!r} should hold pictures, which dataset_path: imagefolder "
-            "makes of a column file_name"
+            f"{path}: doc_to_visual: column {column!r} should contain images, which dataset_path: "
+            "imagefolder makes from a column file_name"
         )
-    pictures = enumerate(rows.cast_column(column, Image(decode=False))[column])
-    missing = [(row, one and one["path"]) for row, one in pictures if not _is_there(one)]
+    images = enumerate(rows.cast_column(column, Image(decode=False))[column])
+    missing = [(row, image and image["path"]) for row, image in images if not _exists(image)]
     if missing:
         row, name = missing[0]
         raise TaskError(
-            f"{path}: doc_to_visual: {len(missing)} of {len(rows)} pictures are not there, the first is "
+            f"{path}: doc_to_visual: {len(missing)} of {len(rows)} images are missing, the first is "
             f"{name} of row {row} from 0; file_name should be relative to the table that names it"
         )
 
 
-def _is_there(picture: dict[str, Any] | None) -> bool:
-    return picture is not None and (bool(picture["bytes"]) or Path(picture["path"]).is_file())
+def _exists(image: dict[str, Any] | None) -> bool:
+    return image is not None and (bool(image["bytes"]) or Path(image["path"]).is_file())
 
 
 def _hint(name: str, known: Any) -> str:

@@ -1,4 +1,4 @@
-"""What one pass over examples gives: sums that add up over examples and ranks, and records that do not."""
+"""The result of one pass over examples: sums over examples and ranks, and records per example."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,9 +9,9 @@ from hones_eval.lmms.examples import Example
 
 
 class Measurement(NamedTuple):
-    """What one example adds: tensors to be summed, and a record for what only a whole corpus can tell.
+    """One example's contribution: tensors to be summed, and a record for metrics of a whole corpus.
 
-    Records are plain JSON where runs are to be resumable.
+    Records of resumable runs are plain JSON.
     """
 
     sums: dict[str, Tensor]
@@ -19,33 +19,33 @@ class Measurement(NamedTuple):
 
 
 class Measure(Protocol):
-    """One pass over the examples of a task; the loop adds up what `measure` gives."""
+    """One pass over the examples of a task; the loop adds up the results of `measure`."""
 
     def zeros(self) -> dict[str, Tensor]:
-        """The sums before the first example; their size does not depend on the number of examples."""
+        """The sums before the first example, whose sizes do not depend on the number of examples."""
 
     def measure(self, example: Example) -> Measurement:
-        """What one example adds."""
+        """One example's contribution."""
 
 
 class Staged(Measure, Protocol):
-    """A pass in stages: what one stage measured, on whichever rank, can change what the next ones measure."""
+    """A pass in stages: the results of one stage, from all ranks, can change what the next one measures."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to measure; later stages are then passed over."""
+        """Whether nothing is left to measure; later stages are then skipped."""
 
     def stages(self) -> list[list[int]]:
-        """Every example's index once, in stages."""
+        """The indices of all examples, each once, by stage."""
 
     def look(self, stage: Sequence[Measurement]) -> None:
-        """Take in a stage: what its examples added, in its order; every rank calls this with the same."""
+        """Take in the measurements of one stage, in order; every rank is given the same."""
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned from the stages so far, beside the sums."""
+        """The state after the stages so far, apart from the sums."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
 
 
 class Totals(NamedTuple):

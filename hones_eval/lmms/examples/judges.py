@@ -1,4 +1,4 @@
-"""Which tasks ask a remote model for their scores."""
+"""Finds out which tasks are scored by a remote model."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -9,11 +9,12 @@ JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthro
 
 
 def remote_judge(metadata: Any, functions: Iterable[Any]) -> str | None:
-    """Name what a task would call to score an answer, or None when it scores by itself.
+    """The remote model or library that a task calls to score an answer; None when it scores locally.
 
     Args:
-        metadata: of the task's YAML.
-        functions: `process_results` and the aggregations; their code is read, and of what they call by name.
+        metadata: that of the task's YAML.
+        functions: `process_results` and the aggregations; their code is searched, and that of the functions
+            that they call by name.
     """
     for part in metadata if isinstance(metadata, list) else [metadata]:
         if isinstance(part, dict) and part.get("gpt_eval_model_name"):
@@ -26,7 +27,7 @@ def remote_judge(metadata: Any, functions: Iterable[Any]) -> str | None:
 
 
 def _reached(function: Any, seen: set[int]) -> Iterator[str]:
-    """Judges that a function names, directly or through functions of its own module's kind."""
+    """Judges that a function names, directly or through other functions of tasks."""
     if isinstance(function, partial):
         function = function.func
     code = getattr(function, "__code__", None)
@@ -59,6 +60,6 @@ def _home(value: Any) -> str:
 
 
 def _is_task_code(function: Callable[..., Any]) -> bool:
-    """Whether a function belongs to a task: lmms-eval's own, or a `utils.py` beside a YAML file."""
+    """Whether a function belongs to a task: lmms-eval's own, or a `utils.py` next to a YAML file."""
     home = getattr(function, "__module__", None) or ""
     return home.startswith("lmms_eval.tasks") or "." not in home

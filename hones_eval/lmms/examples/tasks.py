@@ -1,4 +1,4 @@
-"""lmms-eval tasks by name, with their requests; what cannot serve as examples is refused by name."""
+"""Builds lmms-eval tasks and their requests by name; a task that cannot be measured is an error."""
 
 import copy
 import ssl
@@ -20,7 +20,7 @@ from loguru import logger
 from hones_eval.errors import TaskError, one_line
 from hones_eval.lmms.calls import quiet
 from hones_eval.lmms.examples.judges import remote_judge
-from hones_eval.lmms.failures import failure, told_at_once
+from hones_eval.lmms.failures import failing_at_once, failure
 from hones_eval.lmms.task_files import broken_file, check_task_file, read_task_file, users_file
 
 
@@ -35,10 +35,16 @@ def build_task(
 ) -> Task:
     """Build one lmms-eval task as `lmms-eval --model <model_name> --tasks <name>` would.
 
-    A task that a remote model judges is refused where it is to be `scored`.
+    Args:
+        name: a task, or a group or tag with a single task.
+        lmm: the model; it decides between lmms-eval's chat and simple form.
+        model_name: the name after lmms-eval's `--model`, which chooses the task's prompts.
+        include_path: a folder of further task YAML files.
+        gen_kwargs: as lmms-eval's `--gen_kwargs`.
+        scored: whether the task's metrics are needed; then a task that a remote model scores is refused.
 
     Raises: TaskError for an unknown task, a group of several, a task that asks for neither one answer nor
-    choices, or one whose YAML or data set fails.
+        choices, or one whose YAML or data set fails.
     """
     manager = _manager(model_name, include_path)
     name = _leaf(manager, name)
@@ -49,9 +55,9 @@ def build_task(
     if scored:
         _must_score_alone(config, name)
     _let_datasets_fingerprint()
-    with told_at_once(), quiet():
+    with failing_at_once(), quiet():
         try:
-            # lmms-eval builds requests for log-likelihoods in the simple form alone.
+            # lmms-eval builds requests for log-likelihoods only in the simple form.
             form = "simple" if lmm.is_simple or chooses else "chat"
             task = get_task_dict([name], manager, form)[name]
         except Exception as error:
@@ -62,9 +68,9 @@ def build_task(
 
 
 def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Instance]]:
-    """Give every document's requests, one for an answer and one for each choice of a multiple-choice task.
+    """The requests of at most `limit` documents from `offset` on: one per document, or one per choice.
 
-    Documents are those from `offset` on, at most `limit` of them. Raises: TaskError when there is none.
+    Raises: TaskError when there is no document, or its requests are not of one kind.
     """
     name = task.task_name
     if limit is not None and limit < 1:
@@ -90,11 +96,13 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Inst
         for requests in found:
             if len(requests) < 2:
                 where = f"{name}, doc_id {requests[0].doc_id}"
-                raise TaskError(f"{where}: there is one choice, and nothing to choose")
+                raise TaskError(f"{where}: it has one choice; a multiple-choice task needs at least two")
     else:
-        other = next((one[0].request_type for one in found if one[0].request_type != ANSWER), None)
+        other = next(
+            (requests[0].request_type for requests in found if requests[0].request_type != ANSWER), None
+        )
         if other or any(len(requests) > 1 for requests in found):
-            raise TaskError(f"task {name} asks for {other or 'several answers a document'}; {_WANTED}")
+            raise TaskError(f"task {name} asks for {other or 'several answers per document'}; {_WANTED}")
     return found
 
 
@@ -107,7 +115,7 @@ def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
         return _own_tasks(model_name)
     folder = Path(include_path)
     if not folder.is_dir():
-        raise TaskError(f"include_path {folder} is not a folder; it should hold lmms-eval task YAML files")
+        raise TaskError(f"include_path {folder} is not a folder; it should contain lmms-eval task YAML files")
     try:
         theirs = TaskManager(include_path=str(folder), include_defaults=False, model_name=model_name)
     except Exception as error:
@@ -122,7 +130,7 @@ def _manager(model_name: str, include_path: str | Path | None) -> TaskManager:
 
 
 def _own_tasks(model_name: str) -> TaskManager:
-    """lmms-eval's and this package's tasks, with the prompts for one model."""
+    """The task manager of lmms-eval's and this package's tasks, with the prompts for one model."""
     manager = copy.copy(_index())
     manager.model_name = model_name
     return manager
@@ -130,15 +138,15 @@ def _own_tasks(model_name: str) -> TaskManager:
 
 @lru_cache(maxsize=1)
 def _index() -> TaskManager:
-    """Reading two thousand YAML files takes seconds."""
+    """The task manager, made once: reading two thousand YAML files takes seconds."""
     return TaskManager()
 
 
 def _leaf(manager: TaskManager, name: str) -> str:
-    """The task that a name stands for: itself, or the only leaf of a group or tag."""
+    """The task with a name, or the only task of a group or tag."""
     if name not in manager.task_index:
         near = get_close_matches(name, manager.all_tasks, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval --tasks list` names them all"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval --tasks list` shows all"
         raise TaskError(f"lmms-eval has no task named {name!r}: {hint}")
     leaves = sorted(set(_leaves(manager, name)))
     if len(leaves) == 1:
@@ -160,7 +168,7 @@ def _leaves(manager: TaskManager, name: str) -> Iterator[str]:
 
 
 def _output_type(manager: TaskManager, name: str) -> str:
-    """What a task asks for. Raises: TaskError for what cannot be measured, before its data set is fetched."""
+    """The task's output type. Raises: TaskError for one that cannot be measured, before data are fetched."""
     entry = manager.task_index[name]
     output_type = str(read_task_file(Path(entry["yaml_path"])).get("output_type", ANSWER))
     if output_type not in (ANSWER, CHOICE):
@@ -172,42 +180,40 @@ def _config(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = utils.load_yaml_config(manager.task_index[name]["yaml_path"], mode="full")
     except Exception as error:
-        if type(error).__module__.startswith("openai"):  # a client that is made on import
+        if type(error).__module__.startswith("openai"):  # some tasks make a client when they are imported
             raise TaskError(_judged(name, "openai")) from error
         raise failure(f"task {name} cannot be built", error) from error
     return config
 
 
 def _must_score_alone(config: dict[str, Any], name: str) -> None:
-    """Refuse what asks a remote model for its scores, before its data set is fetched."""
-    named = [one.get("aggregation") for one in config.get("metric_list") or []]
-    aggregations = [get_aggregation(one) if isinstance(one, str) else one for one in named]
+    """Refuse a task that a remote model scores, before its data set is fetched."""
+    named = [entry.get("aggregation") for entry in config.get("metric_list") or []]
+    aggregations = [get_aggregation(name) if isinstance(name, str) else name for name in named]
     judge = remote_judge(config.get("metadata"), [config.get("process_results"), *aggregations])
     if judge:
         raise TaskError(_judged(name, judge))
 
 
 def judge_of(task: Task) -> str | None:
-    """The remote model that scores a task's answers, if one does."""
+    """The remote model that scores a task's answers; None where there is none."""
     return remote_judge(task.config.metadata, [task.config.process_results, *task.aggregation().values()])
 
 
 def _judged(name: str, judge: str) -> str:
     return (
-        f"task {name} is scored by a remote model ({judge}); heads cannot be measured with it, only with how "
-        "likely a gold answer is: --metric log_probability --target COLUMN"
+        f"task {name} is scored by a remote model ({judge}), which cannot measure heads; measure "
+        "how likely a gold answer is instead: --metric log_probability --target COLUMN"
     )
 
 
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
-    """What `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
+    """Set what `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
     if gen_kwargs:
         try:
             settings = utils.simple_parse_args_string(gen_kwargs)
         except ValueError:
-            raise TaskError(
-                f"gen_kwargs {gen_kwargs!r} are not of the form name=value,name=value, as lmms-eval has it"
-            ) from None
+            raise TaskError(f"gen_kwargs {gen_kwargs!r} should have the form name=value,name=value") from None
         task.set_config("generation_kwargs", settings, update=True)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
@@ -215,7 +221,7 @@ def _adjust(task: Task, gen_kwargs: str | None) -> None:
 
 
 def _let_datasets_fingerprint() -> None:
-    """Let `datasets` hash functions that hold a connection, as lmms-eval's evaluator does."""
+    """Let `datasets` hash functions that hold a network connection, as lmms-eval's evaluator does."""
     if not hasattr(ssl.SSLContext, "_orig_reduce"):
         context: Any = ssl.SSLContext
         context._orig_reduce = True  # lmms-eval's own mark
@@ -223,6 +229,6 @@ def _let_datasets_fingerprint() -> None:
 
 
 def document(task: Task, doc_id: int) -> dict[str, Any]:
-    """Give a copy of a document without its pictures, as lmms-eval scores it; scorers write into it."""
+    """A copy of a document without its images, as lmms-eval scores it; some scorers modify it."""
     found: Mapping[str, Any] = task.eval_docs_no_media[doc_id]
     return copy.deepcopy(dict(found))
