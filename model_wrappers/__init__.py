@@ -16,14 +16,13 @@ def manifests() -> "list[ModelManifest]":
 
     from . import plugin, registry
 
-    def manifest(name: str, family: registry.Family) -> ModelManifest:
-        path = f"{__name__}.{name}"
-        chat = f"{path}.{family.chat}" if family.chat else None
-        return ModelManifest(f"hones_{name}", f"{path}.{family.simple}", chat, aliases=(f"vseam_{name}",))
+    def manifest(name: str) -> ModelManifest:
+        simple, chat = (registry.class_path(name, form) for form in ("simple", "chat"))
+        return ModelManifest(f"hones_{name}", simple, chat, aliases=(f"vseam_{name}",))
 
     plugin.install()
     any_base = f"{__name__}.any_base"
     return [
-        *(manifest(name, family) for name, family in registry.FAMILIES.items()),
+        *(manifest(name) for name in registry.FAMILIES),
         ModelManifest("hones", f"{any_base}.SimpleAnyBase", f"{any_base}.AnyBase", aliases=("vseam",)),
     ]

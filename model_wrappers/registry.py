@@ -8,21 +8,34 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """One model of this package: the lmms-eval wrapper that it steers, and its classes.
+    """One model of this package: the lmms-eval model that it steers, and the wrapper classes.
 
-    The classes are in the module of the family's name.
+    A class of lmms-eval becomes a steered class in `families`, so that a family is one row here. A class of
+    this package is used as it is.
     """
 
     base: str
-    simple: str
+    """lmms-eval's name of the model, whose prompts it receives."""
+    simple: str | None = None
+    """Path of the wrapper class for lmms-eval's simple requests; None where there is none."""
     chat: str | None = None
+    """Path of the wrapper class for chats; None where there is none."""
+    own_likelihoods: bool = True
+    """Whether the wrapper's log-likelihoods work; where it has none, this does not matter."""
+
+
+def _stock(base: str, name: str, *, own_likelihoods: bool = True) -> Family:
+    """A family whose wrapper classes in lmms-eval's two forms have one name."""
+    simple, chat = (f"lmms_eval.models.{form}.{base}.{name}" for form in ("simple", "chat"))
+    return Family(base, simple, chat, own_likelihoods)
 
 
 FAMILIES = {
-    "llava": Family("llava_hf", "SimpleLlava", "Llava"),
-    "qwen2_5_vl": Family("qwen2_5_vl", "SimpleQwen", "Qwen"),
-    "instructblip": Family("instructblip", "InstructBlip"),
-    "hf": Family("hones_hf", "SimpleHf", "Hf"),
+    "llava": _stock("llava_hf", "LlavaHf", own_likelihoods=False),  # they fail on transformers 5
+    "qwen2_5_vl": _stock("qwen2_5_vl", "Qwen2_5_VL"),
+    "qwen3_vl": _stock("qwen3_vl", "Qwen3_VL"),
+    "instructblip": Family("instructblip", f"{__package__}.instructblip.InstructBlip"),
+    "hf": Family("hones_hf", f"{__package__}.hf.SimpleHf", f"{__package__}.hf.Hf"),
 }
 GENERIC = ("hones", "vseam")
 BASES = {f"{method}_{name}": family.base for method in GENERIC for name, family in FAMILIES.items()}
@@ -31,6 +44,14 @@ generic_base: str | None = None
 """The last value of `base=`: models are built before their tasks are loaded."""
 latest_record: "RunRecord | None" = None
 """The record of the last steered model that was built."""
+
+
+def class_path(name: str, form: str) -> str | None:
+    """Path of a family's steered class for `simple` or `chat` requests; None where there is none."""
+    path: str | None = getattr(FAMILIES[name], form)
+    if path is None or path.startswith(f"{__package__}."):
+        return path
+    return f"{__package__}.families.{name}_{form}"
 
 
 def own_names() -> set[str]:

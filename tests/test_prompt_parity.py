@@ -37,7 +37,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, model, model_args in (
             ("stock", "qwen3_vl", f"pretrained={checkpoint},device=cpu,device_map=cpu"),
             ("baseline", "hones", ours),
-            ("steered", "hones", f"{ours},steering=steering"),
+            ("steered", "hones_qwen3_vl", f"{ours},steering=steering".removeprefix("base=qwen3_vl,")),
         )
     ]
     (folder / "config.yaml").write_text(yaml.safe_dump(runs))

@@ -11,20 +11,22 @@ import torch
 from lmms_eval import evaluator
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
-from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 from lmms_eval.models.simple.llava_hf import LlavaHf
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_runs import write_steering, write_task
 from loguru import logger
 
 from hones_eval.errors import EditError, HonesError, MisfitError
-from hones_eval.model_wrappers import registry
+from hones_eval.model_wrappers import families as steered_families
+from hones_eval.model_wrappers import manifests, registry
 from hones_eval.model_wrappers.any_base import steered_class
 from hones_eval.model_wrappers.steered import Steered, inner_model
 from hones_eval.model_wrappers.watch import WatchedGenerate
 
-FAMILIES = ("llava", "qwen", "instructblip")
-ON_CPU = {"llava_hf": ",device=cpu,device_map=cpu", "qwen2_5_vl": ",device=cpu,device_map=cpu"}
+FAMILIES = ("llava", "qwen", "instructblip", "qwen3")
+ON_CPU = ",device=cpu,device_map=cpu"
+PROMPTS = {"llava": "One word for LLaVA.", "qwen": "One word for Qwen.", "qwen3": "Answer briefly."}
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +36,14 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(
-    llava_checkpoint: Path, qwen_checkpoint: Path, instructblip_checkpoint: Path
+    llava_checkpoint: Path,
+    qwen_checkpoint: Path,
+    instructblip_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    return dict(zip(FAMILIES, (llava_checkpoint, qwen_checkpoint, instructblip_checkpoint), strict=True))
+    qwen3 = families.save_checkpoint("qwen3_vl", tmp_path_factory.mktemp("checkpoints") / "qwen3_vl")
+    found = (llava_checkpoint, qwen_checkpoint, instructblip_checkpoint, qwen3)
+    return dict(zip(FAMILIES, found, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +92,11 @@ def asked(samples: dict[int, Any]) -> list[str]:
 @pytest.mark.parametrize("force_simple", [False, True], ids=["chat", "simple"])
 @pytest.mark.parametrize(
     ("family", "base", "ours"),
-    [("llava", "llava_hf", "hones_llava"), ("qwen", "qwen2_5_vl", "vseam_qwen2_5_vl")],
+    [
+        ("llava", "llava_hf", "hones_llava"),
+        ("qwen", "qwen2_5_vl", "vseam_qwen2_5_vl"),
+        ("qwen3", "qwen3_vl", "hones_qwen3_vl"),
+    ],
 )
 def test_stock_answers_without_a_steering_and_others_with_one(
     evaluate: Evaluate,
@@ -97,12 +108,12 @@ def test_stock_answers_without_a_steering_and_others_with_one(
     force_simple: bool,
 ) -> None:
     pretrained = f"pretrained={checkpoints[family]}"
-    stock = evaluate(base, pretrained + ON_CPU[base], force_simple=force_simple)
+    stock = evaluate(base, pretrained + ON_CPU, force_simple=force_simple)
     baseline = evaluate(ours, pretrained, force_simple=force_simple)
     assert texts(baseline) == texts(stock)
     assert all(texts(stock))
     assert asked(baseline) == asked(stock)
-    assert f"One word for {'LLaVA' if family == 'llava' else 'Qwen'}." in asked(stock)[0]
+    assert PROMPTS[family] in asked(stock)[0]
 
     steered = evaluate(ours, f"{pretrained},steering={steerings[family]}", force_simple=force_simple)
     assert texts(steered) != texts(stock)
@@ -133,12 +144,30 @@ def test_any_base_is_steered_as_our_own_class_is(
     )
     pretrained = f"pretrained={checkpoints['llava']}"
     steering = f"{pretrained},steering={steerings['llava']}"
-    stock = evaluate(name, pretrained + ON_CPU["llava_hf"])
+    stock = evaluate(name, pretrained + ON_CPU)
     baseline = evaluate("hones", f"base={name},{pretrained}")
     assert (texts(baseline), asked(baseline)) == (texts(stock), asked(stock))
     steered = evaluate("vseam", f"base={name},{steering},attach=fold")
     assert texts(steered) != texts(stock)
     assert asked(steered) == asked(stock)
+
+
+def test_a_family_is_one_row_of_the_registry_also_where_its_wrapper_takes_only_chats(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = registry.Family("llava_hf", chat="lmms_eval.models.chat.llava_hf.LlavaHf", own_likelihoods=False)
+    monkeypatch.setitem(registry.FAMILIES, "chat_only", row)
+    (manifest,) = [one for one in manifests() if one.model_id == "hones_chat_only"]
+    assert manifest.simple_class_path is None
+    own = ModelRegistryV2()
+    own.register_manifest(manifest)
+    model = own.get_model_class("vseam_chat_only", force_simple=True)
+    assert not model.is_simple
+    assert model.base_wrapper == "llava_hf"
+    lm = model.create_from_arg_string(f"pretrained={checkpoints['llava']}")
+    assert isinstance(lm, Steered)
+    with pytest.raises(AttributeError, match="no steered class 'chat_only_simple'"):
+        steered_families.chat_only_simple  # noqa: B018
 
 
 def test_any_base_that_we_have_a_class_for_is_that_class(
