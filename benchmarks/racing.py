@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from hones_eval.choices import Bound
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.replay import Replayer
 from hones_eval.jobs.head_search import Savings, localize
@@ -27,7 +28,7 @@ from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.raced import LOOK
 from hones_eval.runs.lightning import Loop
-from hones_eval.runs.racing import Bound, Race
+from hones_eval.runs.racing import Race
 from hones_eval.toy import checkpoint_path, scenes
 
 SCENES = Path(__file__).resolve().parent.parent / "tasks" / "scenes"

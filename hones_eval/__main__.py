@@ -1,21 +1,18 @@
 """The `hones-eval` command."""
 
+import json
 import os
-import re
 import sys
 import tempfile
 import traceback
-from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
-
-from hones_eval.commands import COMMANDS, command
-from hones_eval.errors import HonesError
+from hones_eval.commands import ARTIFACTS, COMMANDS, command
+from hones_eval.commands.answer import print_as_json, show
+from hones_eval.errors import HonesError, UsageError
 from hones_eval.version import __version__
 
 
@@ -23,33 +20,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; by default those of the process. `--debug` anywhere shows the
-            trace of an error that is otherwise one line.
+        arguments: the words after the program's name; by default those of the process. `--debug` anywhere
+            shows the trace of an error that is otherwise one line; `--json` anywhere keeps standard output
+            for one JSON document.
 
-    Returns: 0, or 1 when the command failed, 2 when its flags cannot be read, 130 when it was interrupted.
+    Returns: 0; 1 when the command failed, 2 when its flags cannot be read, 130 when it was interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [one for one in given if one != "--debug"]
-    _calm_libraries()
+    debug, as_json = "--debug" in given, "--json" in given
+    given = [word for word in given if word not in ("--debug", "--json")]
+    _answer_about_itself(given)
+    _quiet_libraries()
+    print_as_json(as_json)
     try:
-        chosen = _read(given)
-        arguments_of_command = chosen[chosen.subcommand].as_dict()
-        arguments_of_command.pop("config")
-        _check(**arguments_of_command)
-        command(chosen.subcommand)(**arguments_of_command)
-        if several := sys.modules.get("hones_eval.runs.processes"):
-            several.wait_for_others()
-    except (HonesError, ArgumentError, OSError) as error:
+        _run(given, as_json)
+    except (HonesError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"hones-eval: {_in_a_line(error)}{_way_out(error, given)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        print(f"hones-eval: {_one_line(error)}{_way_out(error, given)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns an interrupt of a pass into an exit without a word.
+        # Lightning turns an interrupt of a pass into an exit without a message.
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
-        print(f"hones-eval: interrupted{_way_on(given)}", file=sys.stderr)
+        print(f"hones-eval: interrupted{_how_to_go_on(given)}", file=sys.stderr)
         return 130
     finally:
         if several := sys.modules.get("hones_eval.runs.processes"):
@@ -57,99 +51,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(given: Sequence[str]) -> Namespace:
-    """The command and its flags. Raises: ArgumentError, or HonesError for a file of flags that is no text."""
-    try:
-        return _parser(given).parse_args(given)
-    except UnicodeDecodeError as error:
-        raise HonesError(f"the file that --config names is not UTF-8 text: {error}") from None
+def _answer_about_itself(given: Sequence[str]) -> None:
+    """Print the version or a help text and exit, before anything heavy is imported."""
+    if given[:1] == ["--version"]:
+        print(f"hones-eval {__version__}")
+        raise SystemExit(0)
+    if not {"-h", "--help"} & set(given):
+        return
+    from hones_eval.commands.help_texts import command_help, program_help
+
+    print(command_help(given[0]) if given[0] in COMMANDS else program_help())
+    raise SystemExit(0)
 
 
-def _check(**arguments: Any) -> None:
-    """Refuse before any work what would fail after it: a folder to write to that is none, a seed below 0."""
-    if arguments.get("seed", 0) < 0:
-        raise HonesError(f"--seed {arguments['seed']}: a seed is 0 or more")
-    out = arguments["out"]
-    there = next(one for one in (out, *out.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise HonesError(f"--out {out}: {there} is a file, and a folder is to be written")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise HonesError(f"--out {out}: nothing can be written in {there} ({error.strerror})") from None
+def _run(given: Sequence[str], as_json: bool) -> None:
+    from hones_eval.commands.flags import read
+
+    call = read(given)
+    _check_numbers(call.arguments)
+    _check_out(call.name, call.arguments, call.overwrite)
+    answer = command(call.name)(**call.arguments)
+    if several := sys.modules.get("hones_eval.runs.processes"):
+        several.wait_for_others()
+    if answer is not None:
+        show(answer)
+        if as_json:
+            print(json.dumps(answer.data, indent=1, ensure_ascii=False, default=str))
 
 
-def _in_a_line(error: Exception) -> str:
-    """What an error says; of a flag what was given and what is expected, without the parser's reasoning."""
-    said = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    for pattern in _REFUSED_FLAGS:
-        if refused := re.fullmatch(pattern, said):
-            wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", refused["wanted"]).removesuffix(", NoneType")
-            return f"--{refused['flag']} {refused['given'] or repr('')}: {wanted} is expected"
-    return said
+def _check_numbers(arguments: dict[str, Any]) -> None:
+    """Refuse numbers that no model and no task could make sense of, before anything is loaded."""
+    for flag, least, why in _LEAST:
+        value = arguments.get(flag)
+        if isinstance(value, int) and value < least:
+            raise HonesError(f"--{flag} {value}: {why}")
+    share = arguments.get("neurons")
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        raise HonesError(
+            f"--neurons {share:g}: the share of neurons must lie above 0 and at most 1, 0.01 for one percent"
+        )
 
 
-# How jsonargparse says that a value has none of the types of a flag.
-_REFUSED_FLAGS = (
-    r'Parser key "(?P<flag>\w+)": Expected a (?P<wanted>.*)\. Got value: ?(?P<given>.*)',
-    r'Parser key "(?P<flag>\w+)": Does not validate .*? Subtypes: \[(?P<wanted>.*?)\] Errors: .*'
-    r" Given value: ?(?P<given>.*)",
+_LEAST = (
+    ("seed", 0, "a seed is 0 or more"),
+    ("limit", 1, "at least 1 example is needed"),
+    ("test_limit", 1, "at least 1 example is needed"),
+    ("offset", 0, "give how many examples to skip, 0 or more"),
+    ("batch_size", 1, "at least one row has to be run at once"),
 )
 
 
+def _check_out(name: str, arguments: dict[str, Any], overwrite: bool) -> None:
+    """Refuse an `--out` that cannot be written to, or that holds the result of another run."""
+    out = arguments.get("out")
+    if not isinstance(out, Path):
+        return
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise HonesError(f"--out {out}: {existing} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise HonesError(f"--out {out}: cannot write in {existing} ({error.strerror})") from None
+    artifact = out / ARTIFACTS.get(name, "")
+    if name in ARTIFACTS and artifact.is_file() and not (overwrite or arguments.get("resume")):
+        ways = "--overwrite or --resume" if "resume" in arguments else "--overwrite"
+        raise HonesError(
+            f"--out {out} already holds {artifact.name} of another run: give {ways}, or another --out"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 def _way_out(error: Exception, given: Sequence[str]) -> str:
-    """Errors of ours name it themselves; for flags it is the help."""
-    if not isinstance(error, ArgumentError):
+    """Errors name the way out themselves; for flags it is the help text."""
+    if not isinstance(error, UsageError):
         return ""
-    return f" (see hones-eval {given[0]} --help)" if given and given[0] in COMMANDS else " (see --help)"
+    name = f" {given[0]}" if given and given[0] in COMMANDS else ""
+    return f" (see hones-eval{name} --help)"
 
 
-def _way_on(given: Sequence[str]) -> str:
-    """What is not lost of a command that was interrupted."""
+def _how_to_go_on(given: Sequence[str]) -> str:
+    """How an interrupted command is continued."""
     resumable = given[:1] and given[0] in COMMANDS and "resume" in signature(command(given[0])).parameters
     return "; with --resume the same command goes on from what was measured" if resumable else ""
 
 
-def _parser(given: Sequence[str]) -> ArgumentParser:
-    """Flags from signatures, help from docstrings; folders need no flag, and switches no value."""
-    parser = ArgumentParser(
-        prog="hones-eval",
-        exit_on_error=False,
-        description="Find the heads and neurons that carry a task, scale them, see whether it helped.",
-    )
-    parser.add_argument("--version", action="version", version=f"hones-eval {__version__}")
-    commands = parser.add_subcommands()
-    # Only the command that is asked for is imported: most of them bring torch along.
-    for name in [given[0]] if given and given[0] in COMMANDS else COMMANDS:
-        function = command(name)
-        description = (function.__doc__ or "").split("Args:")[0].strip()
-        flags = ArgumentParser(exit_on_error=False, description=description)
-        flags.add_argument("--config", action="config", help="a YAML file with values for these flags")
-        bare = set()
-        for parameter in signature(function).parameters.values():
-            if parameter.annotation == list[Path]:
-                bare.add(parameter.name)
-                flags.add_argument(parameter.name, nargs="+", type=Path, help=_help(function, parameter.name))
-            elif parameter.default is False:
-                bare.add(parameter.name)
-                flags.add_argument(
-                    f"--{parameter.name}", action="store_true", help=_help(function, parameter.name)
-                )
-        flags.add_function_arguments(function, as_group=False, skip=bare)
-        commands.add_subcommand(name, flags, help=(function.__doc__ or "").splitlines()[0])
-    return parser
-
-
-def _help(function: Callable[..., None], parameter: str) -> str | None:
-    documented = docstring_parser.parse(function.__doc__ or "").params
-    return next((one.description for one in documented if one.arg_name == parameter), None)
-
-
-def _calm_libraries() -> None:
-    """Start-up banners, and bars that are no terminal's, would bury the one line that matters."""
+def _quiet_libraries() -> None:
+    """Switch off start-up banners, and progress bars without a terminal, which would bury our own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     if not sys.stderr.isatty():

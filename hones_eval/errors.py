@@ -5,6 +5,10 @@ class HonesError(Exception):
     """Something the user asked for cannot be done; the message says what, where, and the way out."""
 
 
+class UsageError(HonesError):
+    """The flags of a command cannot be read."""
+
+
 class UnsupportedModelError(HonesError):
     """The model's anatomy is one that this package does not serve, and the message names why."""
 

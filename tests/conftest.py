@@ -50,7 +50,7 @@ def model_args(llava_checkpoint: Path) -> str:
 @pytest.fixture(scope="module")
 def models_loaded_once() -> Iterator[None]:
     """Every command of a file loads the same checkpoints: keep what the real loader gave."""
-    from hones_eval.commands import shared
+    from hones_eval.api import model as loading
     from hones_eval.lmms.examples import load_lmm
 
     loaded: dict[tuple[str, str], Any] = {}
@@ -61,7 +61,7 @@ def models_loaded_once() -> Iterator[None]:
         return loaded[model, arguments]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "load_lmm", load)
+        patch.setattr(loading, "load_lmm", load)
         yield
 
 

@@ -21,17 +21,19 @@ def level(folder: str, *may_import: str) -> None:
 level("version")
 level("errors")
 level("limits")
-level("core", "errors", "limits", "version")
+level("choices")
+level("core", "errors", "limits", "version", "choices")
 level("engine", "core")
 level("lmms", "engine")
 level("runs", "lmms")
-level("stats", "errors")
+level("stats", "errors", "choices")
 level("methods", "runs")
 level("toy", "runs")
 level("editing", "core")
 level("leaderboard", "lmms", "stats")
 level("jobs", "methods", "stats")
 level("reports", "jobs")
+level("api", "reports")
 level("model_wrappers", "runs")
 FOLDERS["tasks"] = {"errors", "core", "toy"}
 EVERYTHING = {"commands", "__main__", "__init__"}  # may import all of the above
@@ -39,7 +41,7 @@ EVERYTHING = {"commands", "__main__", "__init__"}  # may import all of the above
 # Libraries that only some folders may import.
 ONLY = {
     "lightning": {"runs", "jobs"},
-    "lmms_eval": {"commands", "leaderboard", "lmms", "model_wrappers", "tasks"},
+    "lmms_eval": {"api", "commands", "leaderboard", "lmms", "model_wrappers", "tasks"},
     "peft": {"core"},
 }
 # Modules of pure tensor functions: no hook, no model.

@@ -16,12 +16,13 @@ from drawn_data import write_folder
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hones_eval.choices import Method
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.jobs.rank import Discovery, Method, discover, provenance
+from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, inverse_document_frequency
 from hones_eval.methods.vseam import HeadContribution

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hones_eval.__main__ import main
-from hones_eval.commands import shared
+from hones_eval.api import model as loading
 from hones_eval.core.artifact import read_json
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
@@ -276,7 +276,7 @@ def test_a_screen_measures_margins_of_the_heads_that_it_leaves(visits: dict[str,
 
 
 def test_ranks_share_queries_not_candidates(visits: dict[str, Visit]) -> None:
-    lmm = shared.load_lmm("llava_hf", visits["llava"].arguments)
+    lmm = loading.load_lmm("llava_hf", visits["llava"].arguments)
     examples = TaskExamples(lmm, "hones_retrieval", model_name="llava_hf", limit=3 * CANDIDATES + 7)
     queries = [
         list(range(i, min(i + CANDIDATES, len(examples)))) for i in range(0, len(examples), CANDIDATES)

@@ -11,7 +11,7 @@ from margins import Slow
 from torch import Tensor
 
 from hones_eval.__main__ import main
-from hones_eval.commands import shared
+from hones_eval.api import model as loading
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron, matched_random, top_neurons
@@ -144,7 +144,7 @@ def test_the_truth_of_single_neurons_matches_plain_forward_passes(monkeypatch: p
     import scenes_methods
 
     reference = slow(RETRIEVAL)
-    lmm = shared.load_lmm(MODEL, ARGUMENTS)
+    lmm = loading.load_lmm(MODEL, ARGUMENTS)
     examples = TaskExamples(lmm, RETRIEVAL, model_name=MODEL, limit=CANDIDATES)
     neurons = [Neuron(0, 304), Neuron(0, 270), Neuron(2, 17), Neuron(4, 100), Neuron(5, 3)]
     found = scenes_methods.margin_drops(Replayer(Anatomy.of(reference.model)), examples, neurons)

@@ -1,9 +1,14 @@
-"""The commands of `hones-eval`: each a function whose signature is its flags and whose docstring its help."""
+"""The commands of `hones-eval`: each a function whose signature is its flags and whose docstring its help.
+
+A command's module imports only what its signature needs. Whatever brings torch, Lightning or lmms-eval is
+imported by the function when it runs, so that `--help` and refused flags take no time.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
 
-# One module a command, imported only when it is asked for: most of them bring torch along.
+from hones_eval.commands.answer import Answer
+
 COMMANDS = (
     "demo",
     "rank",
@@ -18,8 +23,22 @@ COMMANDS = (
     "export",
 )
 
+# The file that a finished run of a command leaves in --out. An --out that holds it is refused unless
+# --overwrite (or the command's own --resume) is given. Commands that are missing here may be run again on
+# the same folder: they add to it, or rebuild a page from the same inputs.
+ARTIFACTS = {
+    "rank": "ranking.json",
+    "scale": "steering.json",
+    "verify": "verify.json",
+    "compare": "compare.json",
+    "trace": "trace.json",
+    "lens": "lens.json",
+    "export": "config.json",
+}
 
-def command(name: str) -> Callable[..., None]:
-    """The function behind a command's name."""
-    function: Callable[..., None] = getattr(import_module(f"hones_eval.commands.{name}"), name)
+
+def command(name: str) -> Callable[..., Answer | None]:
+    """The function of a command; the module and the function of `edit-sites` are called `edit_sites`."""
+    word = name.replace("-", "_")
+    function: Callable[..., Answer | None] = getattr(import_module(f"hones_eval.commands.{word}"), word)
     return function

@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
+from hones_eval.api.task_names import limits_of, names_in
+from hones_eval.choices import DType, Rows
+from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
-from hones_eval.jobs.compare import Comparison, Crossing, cross, load_named
-from hones_eval.jobs.compare_levels import Sharing, levels_of, sharing
-from hones_eval.reports import comparison as comparison_report
 
 
 def compare(
     rankings: list[Path],
     out: Path,
     neurons: float | None = None,
-    heads: int = 30,
+    heads: int | None = None,
     levels: str | None = None,
     model: str | None = None,
     model_args: str = "",
@@ -29,32 +28,43 @@ def compare(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
-) -> None:
-    """Compare rankings of one model: layer curves, shared groups, overlaps; with a model, cross-masking.
+) -> Answer:
+    """Compare rankings of one model: neurons per layer, shared groups, overlaps; with a model, cross-masking.
 
     Args:
         rankings: folders that rank wrote, two or more.
         out: the folder to write compare.json, tables, figures and the groups' rankings to.
         neurons: the share of all neurons to select; by default each ranking's own.
-        heads: how many heads to compare.
-        levels: the semantic level of each ranking in their order, object,object,attribute, for mean overlaps
-            within a level and across levels.
-        model: with tasks, for the matrix "mask one ranking's neurons, measure another's task".
+        heads: how many heads to compare; by default the paper's share, 30 of 1024, at least 1 and at most 30.
+        levels: the semantic level of each ranking, in the order of the rankings
+            (object,object,attribute), for mean overlaps within a level and across levels.
+        model: with --tasks, for the matrix "mask one ranking's neurons, measure another's task".
         model_args: as in lmms-eval --model_args.
-        tasks: tasks to measure on, a,b,c, with other pictures than the rankings'.
+        tasks: tasks to measure on, a,b,c, with other images than the rankings'.
         include_path: a folder with more task YAML files.
-        limit: use at most so many examples of each task.
-        limits: the limit of single tasks in place of that of all, {"hones_retrieval": 2500}, where an
-            example is a candidate.
-        offset: skip so many examples of each task first.
-        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
+        limit: use at most this many examples of each task.
+        limits: limits of single tasks that replace --limit, as {"hones_retrieval": 2500}, where an example is
+            a candidate.
+        offset: skip this many examples of each task first.
+        gen_kwargs: as in lmms-eval --gen_kwargs, for example max_new_tokens=24.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: masked answers generated at once; auto fits them to the device.
+        batch_size: how many masked answers are generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
-        seed: of the random banks, the bootstrap and the permutations of levels.
+        num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
+        seed: for the random banks, the bootstrap and the permutations of levels.
+
+    Example:
+        hones-eval compare runs/vqa/ranking runs/ocr/ranking --out runs/compare
     """
-    comparison = Comparison(load_named(rankings), neurons, heads)
+    from hones_eval.api.ranking import default_heads
+    from hones_eval.jobs.compare import Comparison, Crossing, cross, load_named
+    from hones_eval.jobs.compare_levels import Sharing, levels_of, sharing
+    from hones_eval.reports import comparison as comparison_report
+
+    loaded = load_named(rankings)
+    if heads is None:
+        heads = default_heads(next(iter(loaded.values())).provenance.shape)
+    comparison = Comparison(loaded, neurons, heads)
     shared: list[Sharing] = []
     if levels is not None:
         of_each = levels_of(list(comparison.rankings), levels.split(","))
@@ -64,41 +74,48 @@ def compare(
     crossings: list[Crossing] = []
     first = True
     if model is not None and tasks is not None:
+        from hones_eval import api
+
         names = names_in(tasks, "tasks")
         few = limits_of(names, limit, limits, "limits")
-        chosen: dict[str, Any] = {
-            "include_path": include_path,
-            "offset": offset,
-            "gen_kwargs": gen_kwargs,
-        }
-        machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
-        job = Job.open(model, model_args, names[0], limit=few[names[0]], **chosen, **machine)  # type: ignore[arg-type]
-        others = [job.on(name, limit=few[name], **chosen).examples for name in names[1:]]
-        examples = [job.examples, *others]
-        crossings = cross(comparison, job.replayer, examples, job.loop, seed)
-        first = job.loop.is_first
-    if first:
-        report = comparison_report.write(comparison, crossings, shared, out)
-        _say_comparison(report, out)
+        masked = api.load(
+            model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
+        )
+        examples = [
+            masked.examples(
+                name, limit=few[name], include_path=include_path, offset=offset, gen_kwargs=gen_kwargs
+            )
+            for name in names
+        ]
+        crossings = cross(comparison, masked.replayer, examples, masked.loop, seed)
+        first = masked.loop.is_first
+    if not first:
+        return Answer([])
+    report = comparison_report.write(comparison, crossings, shared, out)
+    return Answer(_lines(report, out), {"out": str(out), **report})
 
 
-def _say_comparison(report: dict[str, Any], out: Path) -> None:
-    say(f"wrote {out}: {len(report['rankings'])} rankings")
-    for one in report["neuron_overlaps"]:
-        chance = f"{one['chance']:.3g} by chance, {one['chance_by_layer']:.3g} by chance in the same layers"
-        say(
-            f"{one['first']} and {one['second']} share {one['shared']} neurons: "
-            f"Jaccard {one['jaccard']:.3g}, {chance}"
+def _lines(report: dict[str, Any], out: Path) -> list[str]:
+    """The overlaps beyond chance, and what masking one ranking's neurons costs on another's task."""
+    lines = [f"wrote {out}: {len(report['rankings'])} rankings"]
+    for pair in report["neuron_overlaps"]:
+        lines.append(
+            f"{pair['first']} and {pair['second']} share {pair['shared']} neurons: Jaccard "
+            f"{pair['jaccard']:.3g}, {_chance(pair)}"
         )
-    for one in report["levels"]:
-        more = "" if one["p"] is None else f" (p of more than across levels: {one['p']:.2g})"
-        say(
-            f"{one['sites']} {one['levels']}, {one['pairs']} pairs: mean Jaccard {one['jaccard']:.3g}, "
-            f"{one['chance']:.3g} by chance, {one['chance_by_layer']:.3g} by chance in the same layers{more}"
+    for level in report["levels"]:
+        p = "" if level["p"] is None else f" (p of more than across levels: {level['p']:.2g})"
+        lines.append(
+            f"{level['sites']} {level['levels']}, {level['pairs']} pairs: mean Jaccard "
+            f"{level['jaccard']:.3g}, {_chance(level)}{p}"
         )
-    for one in report["cross_task"]:
-        drop = one["drop"]["value"]
-        say(
-            f"mask {one['masked']}, measure {one['measured']}: drop {drop:.4g} of {one['baseline']:.4g}, "
-            f"random {one['random_drop']:.4g}"
+    for cell in report["cross_task"]:
+        lines.append(
+            f"mask {cell['masked']}, measure {cell['measured']}: drop {cell['drop']['value']:.4g} of "
+            f"{cell['baseline']:.4g}, random {cell['random_drop']:.4g}"
         )
+    return lines
+
+
+def _chance(found: dict[str, Any]) -> str:
+    return f"{found['chance']:.3g} by chance, {found['chance_by_layer']:.3g} by chance in the same layers"

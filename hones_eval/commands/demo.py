@@ -5,23 +5,21 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from hones_eval.choices import Category
+from hones_eval.commands.answer import Answer, say, show
 from hones_eval.commands.edit import edit
-from hones_eval.commands.edit_answers import CATEGORIES
 from hones_eval.commands.leaderboard import leaderboard
 from hones_eval.commands.rank import rank
 from hones_eval.commands.scale import scale
-from hones_eval.commands.shared import say
 from hones_eval.commands.trace import trace
 from hones_eval.commands.verify import verify
-from hones_eval.core.artifact import read_json
 from hones_eval.errors import HonesError
-from hones_eval.toy import checkpoint_path
 
 
 class _Plan(NamedTuple):
-    """Which tasks each step of the demonstration uses: three sets of pictures that share none."""
+    """The tasks of each step: three sets of images that have none in common."""
 
     discovery: str
     development: str
@@ -42,81 +40,100 @@ def demo(
     questions: Path | None = None,
     examples: int = 48,
     factor: float = 1.5,
-) -> None:
-    """Run the whole job on the embedded model: rank, verify, scale, evaluate with lmms-eval, leaderboard.
+) -> Answer:
+    """Run the whole job on the bundled model: rank, verify, scale, evaluate with lmms-eval, leaderboard.
 
     Args:
         out: the folder for everything that the steps write.
         photos: a folder of photographs with one JSON file of annotations; by default scenes are drawn.
         questions: a file of yes/no questions with boxes, as the V-SEAM release has them; the job is then
-            V-SEAM's: edit, trace, rank heads, rescale, evaluate. Their pictures lie beside it or in --photos.
-        examples: use at most so many examples to discover and to verify; four times as many to evaluate.
+            V-SEAM's: edit, trace, rank heads, rescale, evaluate. The images are next to it or in --photos.
+        examples: use at most this many examples to discover and to verify; four times as many to evaluate.
         factor: what the selected neurons are multiplied by.
+
+    Example:
+        hones-eval demo --out demo
+        hones-eval demo --photos my_photos --out demo
     """
+    from hones_eval.toy import checkpoint_path
+
     if photos is not None and not photos.exists():
         raise HonesError(f"--photos {photos}: there is no such folder")
     model, model_args = "hones_llava", f"pretrained={checkpoint_path()}"
     if photos is not None or questions is not None:
-        say("note: the embedded model has only ever seen drawn scenes; on photographs this shows the path")
+        say(
+            "note: the bundled model was trained on drawn scenes only; on photographs this shows the "
+            "path, not a result"
+        )
     if questions is not None:
-        _with_edits(questions, photos, out, examples, model, model_args)
-        return
+        return _with_edits(questions, photos, out, examples, model, model_args)
     plan = SCENES
     if photos is not None:
         os.environ["HONES_EVAL_DATA"] = str(photos.resolve())
         plan = PHOTOS
     say(f"\n1. Which heads and neurons carry {plan.discovery}?")
-    rank(
-        "hones",
-        model,
-        plan.discovery,
-        out / "ranking",
-        model_args=model_args,
-        limit=examples,
-        heads=8,
+    show(
+        rank(
+            "hones",
+            model,
+            plan.discovery,
+            out / "ranking",
+            model_args=model_args,
+            limit=examples,
+            heads=8,
+        )
     )
-    say("\n2. Do they matter on other pictures? Mask them, beside random ones.")
-    verify(out / "ranking", model, plan.development, out / "verify", model_args=model_args, limit=examples)
+    say("\n2. Do they matter on other images? Mask them, and random ones for comparison.")
+    held_out = {"model_args": model_args, "limit": examples}
+    show(verify(out / "ranking", model, plan.development, out / "verify", **held_out))  # type: ignore[arg-type]
     say(f"\n3. Scale the neurons by {factor}.")
-    scale(ranking=out / "ranking", how="fixed", factor=factor, out=out / "steering")
-    say("\n4. Evaluate on a third set of pictures with lmms-eval, as it is and steered.")
-    _evaluate(model_args, plan.test, out, 4 * examples)
+    show(scale(ranking=out / "ranking", how="fixed", factor=factor, out=out / "steering"))
+    say("\n4. Evaluate on a third set of images with lmms-eval, without and with the steering.")
+    return _evaluate(model_args, plan.test, out, 4 * examples)
 
 
 def _with_edits(
     questions: Path, photos: Path | None, out: Path, examples: int, model: str, model_args: str
-) -> None:
-    """V-SEAM on pairs that are made here; heads are found on one category and tested on the others."""
-    say("\n1. Edit the pictures so that the answers change.")
-    edit(out / "edits", "auto", questions=questions, images=photos)
+) -> Answer:
+    """V-SEAM on image pairs made here: heads are found on one category and tested on the others."""
+    from hones_eval.core.artifact import read_json
+
+    say("\n1. Edit the images so that the answers change.")
+    show(edit(out / "edits", "auto", questions=questions, images=photos))
     pairs = read_json(out / "edits" / "vseam_pairs.json")
+    categories = get_args(Category)
     edited = [
-        name for name, _ in Counter(pair["category"] for pair in pairs).most_common() if name in CATEGORIES
+        name for name, _ in Counter(pair["category"] for pair in pairs).most_common() if name in categories
     ]
     if not edited:
-        raise HonesError(f"{questions}: no edit of the categories {', '.join(CATEGORIES)} was accepted")
+        raise HonesError(f"{questions}: no edit of the categories {', '.join(categories)} was accepted")
     os.environ["HONES_EVAL_DATA"] = str((out / "edits").resolve())
     say("\n2. Where does the model see the difference? Put clean activations into edited passes.")
     clean = [f"vseam_{name}" for name in edited]
     twins = [f"{name}_edited" for name in clean]
-    trace(",".join(clean), ",".join(twins), model, out / "trace", "image,text,last", model_args=model_args)
+    pairs_of_tasks = (",".join(clean), ",".join(twins))
+    show(trace(*pairs_of_tasks, model, out / "trace", "image,text,last", model_args=model_args))
     say(f"\n3. Which heads help and hurt on {clean[0]}, clean and edited?")
-    rank("vseam", model, f"{clean[0]}_both", out / "ranking", model_args=model_args, limit=examples, heads=8)
+    both = f"{clean[0]}_both"
+    show(rank("vseam", model, both, out / "ranking", model_args=model_args, limit=examples, heads=8))
     say("\n4. Rescale them by their signed scores.")
-    scale(ranking=out / "ranking", how="signed", out=out / "steering")
+    show(scale(ranking=out / "ranking", how="signed", out=out / "steering"))
     if len(clean) == 1:
-        say(f"\nnote: there is no other category, so {clean[0]} is tested on what its heads were found on")
+        say(
+            f"\nnote: there is no other category, so {clean[0]} is tested on the examples that its "
+            "heads were found on"
+        )
     tests = tuple(f"{name}_both" for name in clean[1:] or clean)
-    say("\n5. Evaluate with lmms-eval, as it is and steered.")
-    _evaluate(model_args, tests, out, 4 * examples)
+    say("\n5. Evaluate with lmms-eval, without and with the steering.")
+    return _evaluate(model_args, tests, out, 4 * examples)
 
 
-def _evaluate(model_args: str, tasks: tuple[str, ...], out: Path, limit: int) -> None:
-    """Baseline and steered runs of `out`'s steering, and the page that compares them."""
+def _evaluate(model_args: str, tasks: tuple[str, ...], out: Path, limit: int) -> Answer:
+    """Run lmms-eval without and with the steering in `out`, and write the page that compares them."""
     for name, steering in (("baseline", ""), ("steered", f",steering={out / 'steering'}")):
         _lmms_eval(model_args + steering, tasks, out / "logs" / name, limit)
     say("\nDid it help?")
-    leaderboard([out / "logs"], out / "board")
+    return leaderboard([out / "logs"], out / "board")
 
 
 def _lmms_eval(model_args: str, tasks: tuple[str, ...], logs: Path, limit: int) -> None:
@@ -129,4 +146,4 @@ def _lmms_eval(model_args: str, tasks: tuple[str, ...], logs: Path, limit: int) 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not list(logs.rglob("*results.json")):
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise HonesError(f"lmms-eval failed with exit status {done.returncode}; its last words: {tail}")
+        raise HonesError(f"lmms-eval failed with exit status {done.returncode}; its last lines: {tail}")

@@ -2,18 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from hones_eval.editing.checks import Bounds
-from hones_eval.editing.editors import EditorName
-from hones_eval.editing.inpaint import DType, InpaintSettings
-from hones_eval.editing.masks import MaskName
-from hones_eval.editing.reading import Reading, read_records
-from hones_eval.editing.records import Level
-from hones_eval.editing.run import Report, edit_records
-from hones_eval.editing.sheet import contact_sheet
-from hones_eval.editing.work import EditSettings
+from hones_eval.choices import Category, DType, EditorName, Level, MaskName
+from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
+
+if TYPE_CHECKING:
+    from hones_eval.editing.reading import Reading
+    from hones_eval.editing.run import Report
 
 NAMED = 10
 
@@ -25,7 +22,7 @@ def edit(
     images: Path | None = None,
     task: str | None = None,
     level: Level | None = None,
-    category: Literal["animal", "indoor", "vehicle", "color", "material", "action", "spatial"] | None = None,
+    category: Category | None = None,
     limit: int | None = None,
     scene_graphs: Path | None = None,
     mask: MaskName = "cut",
@@ -50,44 +47,54 @@ def edit(
     sheet: int = 60,
     include_path: Path | None = None,
     seed: int = 0,
-) -> None:
-    """Edit pictures so that the answers to their yes/no questions change, and check that it worked.
+) -> Answer:
+    """Edit images so that the answers to their yes/no questions change, and check that it worked.
 
     Args:
         out: the folder to write images, masks, vseam_pairs.json, report.json and the contact sheet to; the
-            same command goes on where it stopped.
+            same command continues where it stopped.
         editor: remove (object), recolor, retexture (attribute), move, mirror (relation), auto (the one of
-            these that fits), inpaint (a diffusers checkpoint, any level) or folder (pictures made elsewhere).
+            these that fits), inpaint (a diffusers checkpoint, any level) or folder (images made elsewhere).
         questions: a JSON file of records, as the V-SEAM release has them.
-        images: the folder of the clean pictures; by default that of the questions.
+        images: the folder of the clean images; by default that of the questions.
         task: an lmms-eval task whose documents are such records, instead of questions and images.
         level: edit only the records of this semantic level.
-        category: of records that do not say theirs.
-        limit: read at most so many records.
+        category: the category of records that do not name theirs.
+        limit: read at most this many records.
         scene_graphs: GQA scene graphs with the boxes of records that have none.
-        mask: cut (the thing in the box, by its colours), box, or segmenter.
+        mask: the region to edit; cut is the thing in the box, found by its colors.
         segmenter: a checkpoint of the SAM family, for --mask segmenter.
-        folder: where the editor folder finds the edited pictures; by default the images.
+        folder: where --editor folder finds the edited images; by default --images.
         checkpoint: a diffusers inpainting checkpoint, for --editor inpaint.
         steps: inpaint: denoising steps.
         guidance: inpaint: how strongly the prompt guides.
         negative_prompt: inpaint: what not to paint.
-        longest_side: inpaint: larger pictures are painted at this size.
-        composite: inpaint: keep the clean picture outside the mask.
-        batch: inpaint: pictures of one size painted at once.
+        longest_side: inpaint: larger images are painted at this size.
+        composite: inpaint: keep the clean image outside the mask.
+        batch: inpaint: images of one size painted at once.
         device: for inpaint and segmenter: auto, cpu, cuda, cuda:1 ...
         dtype: inpaint: the checkpoint's floating-point type.
         offload: inpaint: keep parts of the checkpoint on the CPU until they run.
-        min_psnr: reject edits with a lower PSNR outside the mask, in decibel.
+        min_psnr: reject edits with a lower PSNR outside the mask, in decibels.
         min_ssim: reject edits with a lower SSIM outside the mask.
-        min_change: reject edits with a smaller mean colour difference (CIE76) inside the mask.
+        min_change: reject edits with a smaller mean color difference (CIE76) inside the mask.
         model: an lmms-eval model that answers the clean and the edited question, to count flipped answers.
         model_args: of that model, as in lmms-eval --model_args.
         workers: processes for editors that need no weights; 0 edits in this one.
-        sheet: show at most so many edits on the contact sheet, taken evenly from all.
+        sheet: show at most this many edits on the contact sheet, taken evenly from all.
         include_path: a folder with more task YAML files.
-        seed: of everything that is drawn.
+        seed: for everything that is drawn at random.
+
+    Example:
+        hones-eval edit --questions pairs.json --images photos --editor auto --out edits
+        hones-eval edit --task vseam_color --level attribute --editor recolor --out edits
     """
+    from hones_eval.editing.checks import Bounds
+    from hones_eval.editing.inpaint import InpaintSettings
+    from hones_eval.editing.run import edit_records
+    from hones_eval.editing.sheet import contact_sheet
+    from hones_eval.editing.work import EditSettings
+
     for flag, value, least in (("limit", limit, 1), ("workers", workers, 0), ("sheet", sheet, 0)):
         if value is not None and value < least:
             raise HonesError(f"--{flag} {value}: give {least} or more")
@@ -115,22 +122,27 @@ def edit(
         if checkpoint
         else None,
     )
-    reading, pictures = _records(questions, images, task, out, scene_graphs, category, limit, include_path)
-    report = edit_records(reading, pictures, out, settings, workers=workers, progress=sys.stderr.isatty())
+    reading, folder_of_images = _records(
+        questions, images, task, out, scene_graphs, category, limit, include_path
+    )
+    report = edit_records(
+        reading, folder_of_images, out, settings, workers=workers, progress=sys.stderr.isatty()
+    )
     if model is not None:
         from hones_eval.commands.edit_answers import count_flips
 
         report = count_flips(report, out, settings, model, model_args)
     if not reading.records and not reading.problems:
         raise HonesError(f"{questions or task}: there is no record in it")
-    _say_report(report)
     if not report.accepted and not report.rejected:
         first = f": {report.problems[0].question_id}: {report.problems[0].reason}" if report.problems else ""
         raise HonesError(
             f"none of {len(reading.records) + len(reading.problems)} records could be edited{first}"
         )
     contact_sheet(out, report, shown=sheet)
-    _say(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
+    lines = _lines(report)
+    lines.append(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
+    return Answer(lines, {"out": str(out), "by_level": report.by_level(), "left_out": report.left_out})
 
 
 def _records(
@@ -142,7 +154,10 @@ def _records(
     category: str | None,
     limit: int | None,
     include_path: Path | None,
-) -> tuple[Reading, Path]:
+) -> "tuple[Reading, Path]":
+    """The records to edit, and the folder of their images."""
+    from hones_eval.editing.reading import Reading, read_records
+
     if (questions is None) == (task is None):
         raise HonesError("give either --questions FILE (with --images DIR) or --task TASK")
     if task is not None:
@@ -150,14 +165,14 @@ def _records(
 
         return records_of_task(task, out, include_path, scene_graphs, category, limit)
     assert questions is not None
-    pictures = images or questions.parent
-    if not pictures.is_dir():
-        raise HonesError(f"--images {pictures} is not a folder")
+    folder = images or questions.parent
+    if not folder.is_dir():
+        raise HonesError(f"--images {folder} is not a folder")
     reading = read_records(questions, scene_graphs=scene_graphs, category=category)
-    return Reading(reading.records[:limit], reading.problems), pictures
+    return Reading(reading.records[:limit], reading.problems), folder
 
 
-def _summary(report: Report) -> str:
+def _summary(report: "Report") -> str:
     parts = [
         f"{level}: {counts['accepted']} accepted, {counts['rejected']} rejected, "
         f"{counts['not_editable']} not editable"
@@ -166,21 +181,17 @@ def _summary(report: Report) -> str:
     return "; ".join(parts) + "."
 
 
-def _say_report(report: Report) -> None:
-    if report.resumed:
-        _say(f"{report.resumed} edits are kept from an earlier run")
-    _say(_summary(report))
-    for row in report.rejected[:NAMED]:
-        _say(f"rejected {row['question_id']}: {'; '.join(row['reasons'])}")
-    for problem in report.problems[:NAMED]:
-        _say(f"not editable {problem.question_id}: {problem.reason}")
+def _lines(report: "Report") -> list[str]:
+    """How many edits were accepted, and why the others were not."""
+    lines = [f"{report.resumed} edits are kept from an earlier run"] if report.resumed else []
+    lines.append(_summary(report))
+    lines += [
+        f"rejected {row['question_id']}: {'; '.join(row['reasons'])}" for row in report.rejected[:NAMED]
+    ]
+    lines += [f"not editable {each.question_id}: {each.reason}" for each in report.problems[:NAMED]]
     more = max(0, len(report.rejected) - NAMED) + max(0, len(report.problems) - NAMED)
     if more:
-        _say(f"and {more} more, in report.json")
+        lines.append(f"and {more} more, in report.json")
     if report.left_out:
-        _say(f"{report.left_out} records of other levels or categories are left out")
-
-
-def _say(line: str) -> None:
-    """As the other commands do, without the models that their module loads."""
-    print(line, flush=True)
+        lines.append(f"{report.left_out} records of other levels or categories are left out")
+    return lines

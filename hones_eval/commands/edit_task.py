@@ -28,14 +28,14 @@ def records_of_task(
     category: str | None,
     limit: int | None,
 ) -> tuple[Reading, Path]:
-    """Make records of a task's documents and keep its pictures, each once.
+    """Make records of a task's documents and save its images, each once.
 
     A document is a V-SEAM record itself, or carries one as JSON text in the column `record`.
 
-    Returns: the records, and the folder with their pictures, beside `out`.
-    Raises: TaskError when the task cannot be built or its documents have no picture.
+    Returns: the records, and the folder with their images, next to `out`.
+    Raises: TaskError when the task cannot be built or its documents have no image.
     """
-    # Only what a task asks of a model when it is built: whether it takes chats, and a place for its data.
+    # The only attributes of a model that building a task needs: its kind of prompts, and a place for data.
     reader = cast(lmms, SimpleNamespace(is_simple=True, task_dict={}))
     built = build_task(task, reader, model_name="default", include_path=include_path, gen_kwargs=None)
     requests = [asked[0] for asked in build_requests(built, limit, 0)]
@@ -55,31 +55,31 @@ def records_of_task(
 def _row(
     doc: Mapping[str, Any], doc_id: int, show: Callable[[Any], list[Any]], folder: Path, task: str
 ) -> dict[str, Any]:
-    """A document as a record, its picture kept.
+    """A document as a record, with its image saved.
 
-    Raises: RecordError when its picture, or the record that it carries, cannot be read.
+    Raises: RecordError when its image, or the record that it carries, cannot be read.
     """
     plain = {key: value for key, value in doc.items() if not isinstance(value, Image.Image)}
     if isinstance(plain.get("record"), str):
         try:
             plain |= json.loads(plain["record"])
         except (ValueError, TypeError) as error:
-            raise RecordError(f"its column 'record' is no JSON object: {error}") from None
+            raise RecordError(f"its column 'record' is not a JSON object: {error}") from None
     try:
         with refuse_truncated_images():
             clean = _keep(show(doc), folder, task)
     except (OSError, SyntaxError) as error:
-        raise RecordError(f"its picture cannot be read: {' '.join(str(error).split())}") from None
+        raise RecordError(f"its image cannot be read: {' '.join(str(error).split())}") from None
     objects = plain.get("involved_objects") or plain.get("relevant_objects") or plain.get("objects")
     return (
         {"question_id": str(doc_id)} | plain | {"involved_objects": objects, "edited": None, "clean": clean}
     )
 
 
-def _keep(pictures: list[Any], folder: Path, task: str) -> str:
-    if not pictures or not isinstance(pictures[0], Image.Image):
-        raise TaskError(f"task {task} shows no picture, so there is nothing to edit")
-    seen = pictures[0].convert("RGB")
+def _keep(images: list[Any], folder: Path, task: str) -> str:
+    if not images or not isinstance(images[0], Image.Image):
+        raise TaskError(f"task {task} shows no image, so there is nothing to edit")
+    seen = images[0].convert("RGB")
     name = f"{file_name(image_hash(seen)[:24])}.png"
     if not (folder / name).is_file():
         write_bytes(folder / name, png(np.asarray(seen)))
@@ -87,6 +87,6 @@ def _keep(pictures: list[Any], folder: Path, task: str) -> str:
 
 
 def _category(task: str) -> str | None:
-    """`animal` of `vseam_animal` and `vseam_animal_test`."""
+    """The category in a task's name: `animal` for `vseam_animal` and `vseam_animal_test`."""
     words = task.split("_")
     return words[1] if words[0] == "vseam" and len(words) > 1 and words[1] not in ("pope", "cocoqa") else None

@@ -1,30 +1,10 @@
 """`hones-eval lens`."""
 
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from hones_eval.commands.shared import DType, Job, say
-from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.artifact import Provenance, write_json, write_text
-from hones_eval.core.attach import steer
-from hones_eval.core.steering import Steering
-from hones_eval.core.weights import weights_digest
-from hones_eval.engine import tokens
-from hones_eval.engine.activations import VIEWS
+from hones_eval.choices import DType
+from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
-from hones_eval.lmms.answers.tokens import tokenizer_of
-from hones_eval.lmms.examples import inner_model, load_lmm
-from hones_eval.methods.lens import LogitLens, Other, Said, Seen
-from hones_eval.reports import figures, lens_figures
-from hones_eval.reports.trace_tables import csv_text
-from hones_eval.runs.measure import Totals
-from hones_eval.version import __version__
-
-HEADER = ["example", "doc_id", "model", "view", "layer", "position", "token", "entropy", "answer_probability"]
 
 
 def lens(
@@ -44,163 +24,55 @@ def lens(
     dtype: DType = "auto",
     devices: int = 1,
     num_nodes: int = 1,
-) -> None:
-    """Unembed what every layer holds: attention output, residual after attention, FFN and block output.
+) -> Answer:
+    """Unembed every layer's states: attention output, residual after attention, FFN and block output.
 
     Writes lens.json (means over examples), lens.csv (top tokens, their probabilities, entropy), a figure of
-    the means, and one figure an example with its picture.
+    the means, and one figure per example with its image.
 
     Args:
         model: as in lmms-eval --model.
-        tasks: an lmms-eval task, one that generates.
+        tasks: an lmms-eval task that generates an answer.
         out: the folder to write to.
         model_args: as in lmms-eval --model_args.
         include_path: a folder with more task YAML files.
-        limit: use at most so many examples.
-        offset: skip so many examples first.
+        limit: use at most this many examples.
+        offset: skip this many examples first.
         gen_kwargs: as in lmms-eval --gen_kwargs.
-        positions: last, text, image, all, or places in the prompt, from 0 or backwards: --positions=5,-1.
-        top: how many of the likeliest tokens to list.
+        positions: last, text, image, all, or positions in the prompt, counted from 0 or from the end, as in
+            --positions=5,-1.
+        top: how many of the most likely tokens to list.
         against: a steering to compare with (a folder or hub id after steering=), or other model_args.
-        strength: of that steering.
+        strength: the strength of that steering.
         figures_of: how many examples get a figure.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
         devices: processes on this node, one device each.
-        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
+        num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
+
+    Example:
+        hones-eval lens --model llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf \\
+            --tasks vqav2_val --limit 20 --against steering=runs/vqa/steering --out runs/vqa/lens
     """
-    steering = _steering(against)
-    if strength != 1 and steering is None:
-        raise HonesError(f"--strength {strength:g} is that of a steering: give --against steering=FOLDER")
+    from hones_eval import api
+    from hones_eval.api import lens as logit_lens
+
+    steering = logit_lens.other_steering(against, strength)
     if figures_of < 0:
         raise HonesError(f"--figures_of {figures_of}: give how many examples get a figure, 0 or more")
-    job = Job.open(
-        model,
-        model_args,
+    loaded = api.load(model, model_args, dtype=dtype, devices=devices, num_nodes=num_nodes)
+    lines = logit_lens.lens(
+        loaded,
         tasks,
+        out,
         include_path=include_path,
         limit=limit,
         offset=offset,
         gen_kwargs=gen_kwargs,
-        dtype=dtype,
-        devices=devices,
-        num_nodes=num_nodes,
+        positions=positions,
+        top=top,
+        against=against,
+        steering=steering,
+        strength=strength,
+        figures_of=figures_of,
     )
-    tokenizer = tokenizer_of(job.lmm)
-    other = None if against is None else _other(job, against, steering, strength)
-    method = LogitLens(job.anatomy, tokenizer, positions, top, other)
-    totals = job.loop.run(job.examples, cast(Any, method), f"lens {tasks}")
-    if job.loop.is_first:
-        settings = job.settings(positions=positions, top=top, against=against, strength=strength)
-        _write(out, job, tokenizer, totals, settings, figures_of)
-
-
-def _steering(against: str | None) -> Steering | None:
-    """The steering that `--against steering=...` names, read before the model is."""
-    given = dict(one.partition("=")[::2] for one in (against or "").split(","))
-    if given.keys() - {"steering", "strength", "attach", "allow_noop"} or not against:
-        return None
-    if len(given) > 1 or not given.get("steering"):
-        raise HonesError(
-            f"--against {against}: give a steering alone, --against steering=FOLDER, and how strong it is by "
-            "--strength; or all model_args of another model, pretrained=..."
-        )
-    return Steering.load(given["steering"])
-
-
-def _other(job: Job, against: str, steering: Steering | None, strength: float) -> Other:
-    """The same model with a steering, or the model of other model_args."""
-    if steering is not None:
-        return Other(job.anatomy, partial(steer, job.anatomy.model, steering, strength=strength))
-    model: Any = inner_model(load_lmm(job.model, against))
-    return Other(Anatomy.of(model.to(job.anatomy.model.dtype)))
-
-
-def _write(
-    out: Path,
-    job: Job,
-    tokenizer: PreTrainedTokenizerBase,
-    totals: Totals,
-    settings: dict[str, Any],
-    figures_of: int,
-) -> None:
-    seen: list[Seen] = [totals.records[index] for index in sorted(totals.records)]
-    count = totals.sums["examples"]
-    means = {name: total / count for name, total in totals.sums.items() if name != "examples"}
-    config = job.anatomy.model.config
-    provenance = Provenance(
-        base_model=str(getattr(config, "name_or_path", "") or type(job.anatomy.model).__name__),
-        revision=getattr(config, "_commit_hash", None),
-        shape=job.anatomy.shape,
-        method="lens",
-        weights=weights_digest(job.anatomy.model),
-        settings=settings,
-        examples=[job.examples.example_set()],
-    )
-    by_view = {name: dict(zip(VIEWS, mean.tolist(), strict=True)) for name, mean in means.items()}
-    report = {"format": "hones-eval lens", "package_version": __version__, "means": by_view}
-    write_json(out / "lens.json", report | provenance.to_json())
-    texts = _Texts(tokenizer)
-    rows = [row for one in seen for row in _rows(one, texts)]
-    tops = [
-        f"{what}_{rank + 1}"
-        for rank in range(seen[0].said.top_ids.shape[-1])
-        for what in ("token", "probability")
-    ]
-    write_text(out / "lens.csv", csv_text([*HEADER, *tops], rows))
-    drawn = {name: mean.numpy() for name, mean in means.items()}
-    figures.save(lens_figures.mean_figure(drawn, int(count)), out / "means.png")
-    for one in seen[:figures_of]:
-        _draw(out, job, one, texts, tokenizer)
-    say(
-        f"wrote {out / 'lens.json'}, lens.csv and {min(figures_of, len(seen))} figures: {int(count)} examples"
-    )
-
-
-class _Texts:
-    """What single tokens look like, remembered."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def of(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = str(self._tokenizer.decode([token]))
-        return self._known[token]
-
-    def likeliest(self, ids: Tensor) -> list[list[list[str]]]:
-        """Texts of the first of `ids` [views, L, P, k]."""
-        return [[[self.of(one) for one in row] for row in layers] for layers in ids[..., 0].tolist()]
-
-
-def _rows(seen: Seen, texts: _Texts) -> list[list[Any]]:
-    rows = []
-    for model, said in (("model", seen.said), ("other", seen.other)):
-        if said is None:
-            continue
-        for place, view in enumerate(VIEWS):
-            for layer in range(said.entropy.shape[1]):
-                for at, (position, token) in enumerate(zip(seen.positions, seen.tokens, strict=True)):
-                    label = [seen.index, seen.doc_id, model, view, layer, position, token]
-                    rows.append(label + _cells(said, (place, layer, at), texts))
-    return rows
-
-
-def _cells(said: Said, place: tuple[int, int, int], texts: _Texts) -> list[Any]:
-    cells: list[Any] = [float(said.entropy[place]), float(said.answer[place])]
-    for token, p in zip(said.top_ids[place].tolist(), said.top_probabilities[place].tolist(), strict=True):
-        cells += [texts.of(token), p]
-    return cells
-
-
-def _draw(out: Path, job: Job, seen: Seen, texts: _Texts, tokenizer: PreTrainedTokenizerBase) -> None:
-    inputs = job.examples[seen.index].inputs
-    text = inputs["input_ids"][0, tokens.positions(job.anatomy, inputs)[1]].tolist()
-    prompt = "".join(tokens.token_texts(tokenizer, text))
-    pictures = job.examples.images(seen.index)
-    likeliest = texts.likeliest(seen.said.top_ids)
-    drawn = lens_figures.lens_figure(seen, likeliest, pictures, prompt)
-    figures.save(drawn, out / f"example{seen.index}.png")
-    if seen.other is not None:
-        drawn = lens_figures.difference_figure(seen, likeliest, pictures, prompt)
-        figures.save(drawn, out / f"example{seen.index}_difference.png")
+    return Answer(lines, {"out": str(out), "answer": lines})

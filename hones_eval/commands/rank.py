@@ -1,18 +1,15 @@
 """`hones-eval rank`."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hones_eval.commands.shared import DType, Job, Rows, names_in, say
-from hones_eval.core.artifact import hash_of
-from hones_eval.core.ranking import Ranking
-from hones_eval.errors import HonesError
-from hones_eval.jobs.head_search import Savings, Screen
-from hones_eval.jobs.rank import Discovery, Method, discover, provenance
-from hones_eval.runs.checkpoint import Partial
-from hones_eval.runs.racing import Bound
-from hones_eval.version import __version__
+from hones_eval.choices import Bound, DType, Method, Rows, Screen
+from hones_eval.commands.answer import Answer
+
+if TYPE_CHECKING:
+    from hones_eval.core.ranking import Ranking
+
+SHOWN = 5
 
 
 def rank(
@@ -27,7 +24,7 @@ def rank(
     gen_kwargs: str | None = None,
     metric: str | None = None,
     target: str | None = None,
-    heads: int = 30,
+    heads: int | None = None,
     neurons: float = 0.01,
     dtype: DType = "auto",
     batch_size: Rows = "auto",
@@ -40,126 +37,171 @@ def rank(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
-) -> None:
+) -> Answer:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
     Args:
-        method: hones (the task's metric; also neurons) or vseam (the answer's probability; heads); to
-            compare with, by neurons alone: random, activation (mean size), write_norm (the same times the
-            norm of what is written), dvp (what is written towards the answer), entropy (active in this task
-            and not in others).
+        method: hones (effect on the task's metric; heads and neurons) or vseam (effect on the answer's
+            probability; heads). The others are baselines that score neurons alone: random, activation (mean
+            size), write_norm (the same times the norm of the output weights), dvp (contribution to the
+            answer's logit), entropy (active in this task and not in others).
         model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
-        tasks: the lmms-eval task to discover on, one that asks for an answer or a choice; for entropy the
-            tasks to tell it apart from follow it, a,b,c.
+        tasks: the lmms-eval task to rank on, with free or multiple-choice answers. For entropy, that task and
+            then the tasks to tell it apart from, a,b,c.
         out: the folder to write ranking.json and ranking.safetensors to.
-        model_args: as in lmms-eval --model_args.
+        model_args: as in lmms-eval --model_args, for example pretrained=FOLDER_OR_HUB_ID.
         include_path: a folder with more task YAML files.
-        limit: use at most so many examples.
-        offset: skip so many examples first; keep discovery, development and test apart with it.
-        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
-        metric: which of the task's metrics to use, or log_probability, that of the gold answer; by default
-            the task's first that is a number.
-        target: the column, or a template, of the gold answer, where it is not found by itself.
-        heads: how many heads to condition neurons on (hones), or to name as best and worst (vseam).
+        limit: use at most this many examples.
+        offset: skip this many examples first; use it to keep discovery, development and test images apart.
+        gen_kwargs: as in lmms-eval --gen_kwargs, for example max_new_tokens=24.
+        metric: the task's metric to use, or log_probability for that of the gold answer; by default the
+            task's first metric that is a number.
+        target: the column, or a Jinja template, of the gold answer, where it is not found automatically.
+        heads: how many heads neurons are conditioned on (hones), or how many are named as best and worst
+            (vseam). By default the paper's share, 30 of 1024 heads, at least 1 and at most 30.
         neurons: the share of all neurons to select, 0.01 for one percent.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: edited passes run at once; auto fits them to the device.
+        batch_size: how many edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
-        seed: recorded, and used by methods that draw at random and for the order of a race.
-        resume: go on from what a killed run of the same command left in OUT/partial.
-        race: for hones with a metric that is a mean over examples: the risk, such as 0.05, that the best
-            heads differ from the exact ones (up to ties). Examples come in random order, and a head is no
-            longer measured once a bound shows that it is, or is not, among the best.
-        race_bound: the bound that a race goes by, betting or the wider bernstein (empirical Bernstein).
-        race_span: the largest difference of the metric between two answers, 1 for metrics from 0 to 1.
-        screen: first_order (for hones) estimates all heads by one backward pass an example, which needs
-            gradients and their memory, and measures only the best of them. What it leaves out is not known.
+        num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
+        seed: for methods that draw at random, and for the order of a race.
+        resume: continue from the progress that a killed run of the same command left in OUT/partial.
+        race: stop measuring heads early, for hones with a metric that is a mean over examples. The value is
+            the accepted risk, such as 0.05, that the best heads differ from the exact ones (up to ties).
+            Examples come in random order, and a head is dropped once a bound shows that it is, or is not,
+            among the best.
+        race_bound: the confidence bound of a race; bernstein (empirical Bernstein) is wider than betting.
+        race_span: the largest possible difference of the metric between two answers, 1 for metrics from 0 to
+            1.
+        screen: first_order estimates all heads of hones by one backward pass per example, which needs memory
+            for gradients, and measures only the best ones. Heads that it leaves out have no score.
         screen_share: the share of all heads that is measured after a screen.
+
+    Example:
+        hones-eval rank --method hones --model llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf \\
+            --tasks vqav2_val --limit 200 --out runs/vqa/ranking
+        hones-eval rank --method vseam --model qwen2_5_vl \\
+            --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct --tasks vseam_color_both \\
+            --out runs/color/ranking
     """
-    savings = Savings(race, race_bound, race_span, screen, screen_share)
-    if savings.settings() and method != "hones":
-        raise HonesError(f"--race and --screen save work of --method hones; {method} has nothing to save")
-    task, others = tasks, list[str]()
-    if method == "entropy":
-        task, *others = names_in(tasks, "tasks")
-        if not others:
-            raise HonesError(
-                "entropy compares tasks: give the one to rank for and then others, --tasks a,b,c"
-            )
-    job = Job.open(
-        model,
-        model_args,
-        task,
+    from hones_eval import api
+
+    loaded = api.load(
+        model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
+    )
+    ranking = api.rank(
+        loaded,
+        tasks,
+        method=method,
         include_path=include_path,
         limit=limit,
         offset=offset,
         gen_kwargs=gen_kwargs,
         metric=metric,
         target=target,
-        dtype=dtype,
-        batch_size=batch_size,
-        devices=devices,
-        num_nodes=num_nodes,
+        heads=heads,
+        neurons=neurons,
+        seed=seed,
+        race=race,
+        race_bound=race_bound,
+        race_span=race_span,
+        screen=screen,
+        screen_share=screen_share,
+        out=out,
+        resume=resume,
     )
-    settings = job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs, **savings.settings())
-    source = provenance(job.anatomy, job.examples, method, settings, seed)
-    contrast = [
-        job.on(other, include_path=include_path, limit=limit, offset=offset, gen_kwargs=gen_kwargs).examples
-        for other in others
-    ]
-    partial = Partial(
-        out / "partial", hash_of([__version__, json.dumps(source.to_json(), sort_keys=True)]), resume
-    )
-    job.loop.partial = partial
-    ranking = discover(
-        Discovery(job.replayer, job.examples, job.loop, source, heads, neurons, contrast, savings)
-    )
-    if job.loop.is_first:
-        ranking.save(out)
-        partial.clear()
-        _say_ranking(ranking, out)
+    return answer_of(ranking, out, explicit_heads=heads is not None)
 
 
-def _say_ranking(ranking: Ranking, out: Path) -> None:
+def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Answer:
+    """Which heads and neurons a ranking names."""
     report = ranking.report or {}
-    if ranking.provenance.method not in ("hones", "vseam"):
-        say(f"wrote {out}: {report['examples']} examples, neurons by {ranking.provenance.method}")
-        return
-    say(f"wrote {out}: {report['examples']} examples, replay {report['replay']}")
-    if ranking.provenance.method == "vseam":
-        say(
-            f"the likeliest first token was right in {report['correct_examples']} of {report['examples']}; "
-            f"{len(report['top_positive'])} heads help, {len(report['top_negative'])} hurt"
+    method = ranking.provenance.method
+    exactness = f", replay {report['replay']}" if "replay" in report else f", neurons by {method}"
+    lines = [f"wrote {out}: {_count(report['examples'], 'example')}{exactness}"]
+    if not explicit_heads and method in ("hones", "vseam"):
+        shape, chosen = ranking.provenance.shape, ranking.provenance.settings["heads"]
+        lines.append(
+            f"--heads is {chosen} for the {shape.layers * shape.heads} heads of this model, the paper's "
+            "share (30 of 1024)"
         )
-        for warning in report["warnings"]:
-            say(f"warning: {warning}")
-        return
-    say(f"{report['metric']} {report['base_metric']:.4g} unedited")
+    if method == "hones":
+        lines += _hones_lines(report)
+    elif method == "vseam":
+        lines += _vseam_lines(report)
+    if ranking.head_scores is not None and method in ("hones", "vseam"):
+        best = ranking.top_heads(min(SHOWN, ranking.head_scores.numel()))
+        unit = "drop of the metric" if method == "hones" else "drop of the answer's probability"
+        shown = ", ".join(f"{head.layer}.{head.head} {score:+.4f}" for head, score in best)
+        lines.append(f"top heads, as layer.head with the {unit}: {shown}")
+    if ranking.neuron_scores is not None:
+        lines.append(_neuron_line(ranking))
+    lines += [f"warning: {warning}" for warning in _warnings(ranking)]
+    return Answer(lines, _data(ranking, out))
+
+
+def _hones_lines(report: dict[str, Any]) -> list[str]:
+    lines = [f"{report['metric']} {report['base_metric']:.4g} unedited"]
     if "margin" in report:
-        say(
+        lines.append(
             f"answers are margins {report['margin']}; {report['examples_sharing_a_prefix']} examples shared "
-            f"their picture's prefix with others ({report['prefix_sharing']})"
+            f"the prefix of their image with others ({report['prefix_sharing']})"
         )
-    _say_savings(report)
-    if not report["heads_with_positive_score"]:
-        say(
-            "warning: no head's replacement lowers the metric, so neurons are ranked by their contribution "
-            "alone; more examples, or a task that the model can do, give heads a score"
-        )
-
-
-def _say_savings(report: dict[str, Any]) -> None:
     if "screen" in report:
-        one = report["screen"]
-        say(
-            f"screened by first-order estimates (with gradients): {one['heads_measured']} heads measured, "
-            f"{one['heads_not_measured']} not, which stand as 0 and are never chosen"
+        found = report["screen"]
+        lines.append(
+            f"screened by first-order estimates (with gradients): {found['heads_measured']} heads measured; "
+            f"the other {found['heads_not_measured']} are stored as 0 and never chosen"
         )
     if "race" in report:
-        one = report["race"]
-        say(
-            f"raced at risk {one['delta']:g}: {one['work_saved']:.0%} of the work saved, "
-            f"{one['examples_run']} of {report['examples']} examples run, "
-            f"{len(one['undecided'])} heads measured on all of them"
+        found = report["race"]
+        lines.append(
+            f"raced at risk {found['delta']:g}: {found['work_saved']:.0%} of the work saved, "
+            f"{found['examples_run']} of {report['examples']} examples run, "
+            f"{len(found['undecided'])} heads measured on all of them"
         )
+    return lines
+
+
+def _vseam_lines(report: dict[str, Any]) -> list[str]:
+    return [
+        f"the most likely first token was right in {report['correct_examples']} of {report['examples']} "
+        f"examples; {len(report['top_positive'])} heads help, {len(report['top_negative'])} hurt"
+    ]
+
+
+def _neuron_line(ranking: "Ranking") -> str:
+    """How the selected neurons lie over the layers."""
+    bank = ranking.neurons()
+    counts: dict[int, int] = {}
+    for neuron in bank:
+        counts[neuron.layer] = counts.get(neuron.layer, 0) + 1
+    by_layer = ", ".join(f"{layer}: {counts[layer]}" for layer in sorted(counts))
+    return f"{_count(len(bank), 'neuron')} selected, by layer {by_layer}"
+
+
+def _warnings(ranking: "Ranking") -> list[str]:
+    report = ranking.report or {}
+    found = list(report.get("warnings", []))
+    if ranking.provenance.method == "hones" and not report["heads_with_positive_score"]:
+        found.append(
+            "no head's replacement lowers the metric, so neurons are ranked by their contribution alone; use "
+            "more examples, or a task that the model can do"
+        )
+    return found
+
+
+def _data(ranking: "Ranking", out: Path) -> dict[str, Any]:
+    """The answer for programs."""
+    report = {key: value for key, value in (ranking.report or {}).items() if key != "screen"}
+    data: dict[str, Any] = {"out": str(out), "method": ranking.provenance.method, "report": report}
+    if ranking.head_scores is not None:
+        best = ranking.top_heads(min(20, ranking.head_scores.numel()))
+        data["top_heads"] = [{"layer": h.layer, "head": h.head, "score": score} for h, score in best]
+    if ranking.neuron_scores is not None:
+        data["neurons"] = [list(neuron) for neuron in ranking.neurons()]
+    return data
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval.commands.shared import DType, Job, Rows, limits_of, names_in, say
+from hones_eval.api.task_names import limits_of, names_in
+from hones_eval.choices import DType, Method, Rows
+from hones_eval.commands.answer import Answer, say
 from hones_eval.errors import HonesError
-from hones_eval.jobs.learn import FitSettings
-from hones_eval.jobs.rank import Method
-from hones_eval.jobs.study import Study, TaskSplits, run
-from hones_eval.reports import study as study_report
 
 METHODS: tuple[Method, ...] = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
 
@@ -26,7 +24,7 @@ def study(
     limits: dict[str, int] | None = None,
     test_limits: dict[str, int] | None = None,
     gen_kwargs: str | None = None,
-    heads: int = 30,
+    heads: int | None = None,
     neurons: float = 0.01,
     factor: float = 2.0,
     trials: int = 5,
@@ -37,40 +35,52 @@ def study(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
-) -> None:
-    """Make the paper's table: rank, scale in every way and test on several tasks, as they are and shifted.
+) -> Answer:
+    """Make the paper's table: rank, scale in every way, and test on several tasks and on shifted ones.
 
-    A task called T is tested as T, and has its neurons chosen on T_discovery and its scales on T_development.
-    Rankings and steerings are kept in the folder, and a second run goes on from there.
+    A task T has its neurons chosen on T_discovery, its scales on T_development, and is tested on T. Rankings
+    and steerings are kept in the folder; the same command continues from there.
 
     Args:
         model: as in lmms-eval --model.
-        tasks: tasks whose other splits are tasks too, a,b,c.
+        tasks: the tasks, a,b,c; their discovery and development splits are tasks too.
         out: the folder to write study.md, study.json, steering.csv, attribution.csv and figures to.
         model_args: as in lmms-eval --model_args.
-        shifted: what to append to a task's name for its shifted test set; or other tasks to transfer to, as
-            in hones_vqa=gqa,hones_ocr=textvqa_val; empty for none.
-        methods: rankings to compare by masking their top neurons; by default hones and all of its
-            baselines, but entropy only where there are several tasks to tell apart.
+        shifted: the suffix of the tasks with shifted test sets; or other tasks to transfer to, as in
+            hones_vqa=gqa,hones_ocr=textvqa_val; empty for none.
+        methods: rankings to compare by masking their top neurons; by default hones and its baselines, entropy
+            only where there are several tasks.
         include_path: a folder with more task YAML files.
-        limit: use at most so many examples for discovery and as many for development.
-        test_limit: use at most so many examples of each test.
-        limits: the limit of single tasks in place of that of all, {"hones_retrieval": 2500}, where an
-            example is a candidate.
+        limit: use at most this many examples for discovery and as many for development.
+        test_limit: use at most this many examples of each test.
+        limits: limits of single tasks that replace --limit, as {"hones_retrieval": 2500}, where an example is
+            a candidate.
         test_limits: the same for tests.
-        gen_kwargs: as in lmms-eval --gen_kwargs, e.g. max_new_tokens=24.
-        heads: how many heads to condition neurons on.
+        gen_kwargs: as in lmms-eval --gen_kwargs, for example max_new_tokens=24.
+        heads: how many heads neurons are conditioned on; by default the paper's share, 30 of 1024, at least 1
+            and at most 30.
         neurons: the share of all neurons to select, 0.01 for one percent.
-        factor: of the fixed scales.
-        trials: random banks, as many neurons in each layer as HONES selects; two or more, better five.
-        learning_rate: of the learned scales, for AdamW; it falls to a tenth.
-        epochs: of the learned scales, passes over the development examples.
+        factor: the factor of the fixed scales.
+        trials: how many random banks, with as many neurons in each layer as HONES selects; two or more,
+            better five.
+        learning_rate: AdamW's, for the learned scales; it falls to a tenth.
+        epochs: passes over the development examples, for the learned scales.
         dtype: the model's floating-point type; auto leaves it as the wrapper loads it.
-        batch_size: edited passes run at once; auto fits them to the device.
+        batch_size: how many edited passes run at once; auto fits them to the device.
         devices: processes on this node, one device each.
-        num_nodes: nodes; torchrun or srun starts the command on each (docs/distributed.md).
-        seed: of everything that is drawn at random.
+        num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
+        seed: for everything that is drawn at random.
+
+    Example:
+        hones-eval study --model llava_hf --model_args pretrained=... --tasks hones_vqa,hones_ocr \\
+            --limit 200 --test_limit 500 --out runs/study
     """
+    from hones_eval import api
+    from hones_eval.api.ranking import check_heads, default_heads
+    from hones_eval.jobs.learn import FitSettings
+    from hones_eval.jobs.study import Study, TaskSplits, run
+    from hones_eval.reports import study as study_report
+
     names = names_in(tasks, "tasks")
     if methods is None:
         methods = [one for one in METHODS if one != "entropy" or len(names) > 1]
@@ -79,26 +89,29 @@ def study(
     chosen: dict[str, Any] = {"include_path": include_path, "gen_kwargs": gen_kwargs}
     few = limits_of(names, limit, limits, "limits")
     tested = limits_of(names, test_limit, test_limits, "test_limits")
-    machine = {"dtype": dtype, "batch_size": batch_size, "devices": devices, "num_nodes": num_nodes}
     elsewhere = _elsewhere(names, shifted)
-    job = Job.open(model, model_args, f"{names[0]}_discovery", limit=few[names[0]], **chosen, **machine)  # type: ignore[arg-type]
+    loaded = api.load(
+        model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
+    )
+    heads = default_heads(loaded.anatomy.shape) if heads is None else check_heads(loaded, heads)
 
     def splits(name: str) -> TaskSplits:
         return TaskSplits(
             name,
-            job.on(f"{name}_discovery", limit=few[name], **chosen).examples,
-            job.on(f"{name}_development", limit=few[name], **chosen).examples,
-            job.on(name, limit=tested[name], **chosen).examples,
-            job.on(elsewhere[name], limit=tested[name], **chosen).examples if name in elsewhere else None,
+            loaded.examples(f"{name}_discovery", limit=few[name], **chosen),
+            loaded.examples(f"{name}_development", limit=few[name], **chosen),
+            loaded.examples(name, limit=tested[name], **chosen),
+            loaded.examples(elsewhere[name], limit=tested[name], **chosen) if name in elsewhere else None,
         )
 
+    every = [splits(name) for name in names]
     plan = Study(
-        job.replayer,
-        job.loop,
-        [splits(name) for name in names],
+        loaded.replayer,
+        loaded.loop,
+        every,
         methods,
         out,
-        job.settings(heads=heads, neurons=neurons, gen_kwargs=gen_kwargs),
+        loaded.settings(every[0].discovery, heads=heads, neurons=neurons, gen_kwargs=gen_kwargs),
         heads,
         neurons,
         factor,
@@ -107,14 +120,15 @@ def study(
         FitSettings(learning_rate=learning_rate, epochs=epochs, seed=seed),
     )
     report = run(plan)
-    if job.loop.is_first:
-        study_report.write(report, out)
-        say((out / "study.md").read_text(encoding="utf-8"))
-        say(f"wrote {out / 'study.md'}, study.json, two tables and two figures")
+    if not loaded.loop.is_first:
+        return Answer([])
+    study_report.write(report, out)
+    say((out / "study.md").read_text(encoding="utf-8"))
+    return Answer([f"wrote {out / 'study.md'}, study.json, two tables and two figures"], report)
 
 
 def _elsewhere(names: list[str], shifted: str) -> dict[str, str]:
-    """Where scales are tested too, by the task that they are chosen for."""
+    """The shifted task of every task, where there is one."""
     if "=" not in shifted:
         return {name: f"{name}{shifted}" for name in names} if shifted else {}
     pairs = [one.partition("=") for one in shifted.split(",")]

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from hones_eval.core import notebook
 from hones_eval.core.artifact import Provenance, digest, load_artifact, save_artifact
 from hones_eval.core.sites import Head, Neuron, neuron_count, top_heads, top_neurons
 from hones_eval.errors import HonesError, MisfitError
@@ -70,6 +71,58 @@ class Ranking:
                 f"this ranking's settings give no fraction of neurons, but {share!r}: pass --neurons"
             )
         return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
+
+    def top_heads(self, count: int = 10) -> list[tuple[Head, float]]:
+        """The `count` best heads with their scores, best first.
+
+        Raises: HonesError when the ranking has no head scores, or fewer heads than `count`.
+        """
+        best = self.heads(count)
+        assert self.head_scores is not None
+        return [(head, float(self.head_scores[head])) for head in best]
+
+    def top_neurons(self, count: int = 10) -> list[tuple[Neuron, float]]:
+        """The `count` best neurons with their scores, best first.
+
+        Raises: HonesError when the ranking has no neuron scores, or fewer neurons than `count`.
+        """
+        if self.neuron_scores is None:
+            raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
+        scores = self.neuron_scores
+        return [(neuron, float(scores[neuron])) for neuron in top_neurons(scores, count)]
+
+    def to_pandas(self) -> Any:
+        """Every head as a row of a pandas.DataFrame: layer, head, and each of its scores.
+
+        Raises: HonesError when the ranking has no head scores, or pandas is not installed.
+        """
+        if self.head_scores is None:
+            raise HonesError("this ranking has no head scores")
+        columns = {name: tensor for name, tensor in self._tensors().items() if name in _HEAD_TENSORS}
+        rows = [
+            {"layer": layer, "head": head} | {name: float(t[layer, head]) for name, t in columns.items()}
+            for layer in range(self.head_scores.shape[0])
+            for head in range(self.head_scores.shape[1])
+        ]
+        return notebook.data_frame(rows)
+
+    def __repr__(self) -> str:
+        """The method, the examples and the best head, in one line."""
+        source = self.provenance
+        tasks = ", ".join(f"{examples.count} examples of {examples.task}" for examples in source.examples)
+        best = ""
+        if self.head_scores is not None:
+            head, score = self.top_heads(1)[0]
+            best = f"; best head {head.layer}.{head.head} with {score:.4g}"
+        return f"<hones_eval.Ranking by {source.method} of {source.base_model} on {tasks}{best}>"
+
+    def _repr_html_(self) -> str:
+        """The best heads as a table."""
+        if self.head_scores is None:
+            return notebook.html_table([], repr(self))
+        best = self.top_heads(min(10, self.head_scores.numel()))
+        rows = [{"layer": head.layer, "head": head.head, "score": score} for head, score in best]
+        return notebook.html_table(rows, repr(self))
 
     def save(self, folder: str | Path) -> None:
         """Write `ranking.json` and `ranking.safetensors` into `folder`."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hones_eval.choices import EditorName, Level
 from hones_eval.editing.boxes import Box, Window
 from hones_eval.editing.counterfactual import Change, Kind
 from hones_eval.editing.layout import OPPOSITE, goal_of, mirrored_differ, must_not_hold, place
@@ -15,10 +16,8 @@ from hones_eval.editing.moving import best_stretch, mirror, move, remove
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.problems import RecordError
 from hones_eval.editing.recolor import recolor, spread, toned
-from hones_eval.editing.records import Level, Record
+from hones_eval.editing.records import Record
 from hones_eval.editing.retexture import retexture
-
-EditorName = Literal["auto", "remove", "recolor", "retexture", "move", "mirror", "inpaint", "folder"]
 
 
 class Edited(NamedTuple):

@@ -6,18 +6,17 @@ guidance 7.5, and the result is brought back to the picture's size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from hones_eval.choices import DType
 from hones_eval.editing.masks import Region
 from hones_eval.editing.photographs import Pixels
 from hones_eval.editing.problems import RecordError, no_memory
 from hones_eval.errors import HonesError
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """Where to edit: a soft mask of a thing from its box, from a cut by colour, or from a segmenter."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from hones_eval.choices import MaskName
 from hones_eval.editing.boxes import Window
 from hones_eval.editing.photographs import Pixels
 from hones_eval.errors import HonesError
 
 Alpha = NDArray[np.float32]
-MaskName = Literal["cut", "box", "segmenter"]
 CUT_SIDE = 320
 
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from hones_eval.choices import Level
 from hones_eval.core.artifact import read_json
 from hones_eval.editing.locating import SceneGraphs, how_many, locate
 from hones_eval.editing.problems import Problem, RecordError
 from hones_eval.editing.questions import category_of
-from hones_eval.editing.records import LEVELS, Answer, Level, Record, Thing
+from hones_eval.editing.records import LEVELS, Answer, Record, Thing
 from hones_eval.errors import HonesError
 
 RELEASED = "vseam_gqa_"

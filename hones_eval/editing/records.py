@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from hones_eval.choices import Level
 from hones_eval.editing.boxes import Box
 
-Level = Literal["object", "attribute", "relation"]
 Answer = Literal["Yes", "No"]
 LEVELS: dict[str, Level] = {
     "animal": "object",

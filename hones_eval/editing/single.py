@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hones_eval.choices import EditorName
 from hones_eval.editing import photographs
 from hones_eval.editing.checks import Bounds, Verdict, judge, sound
 from hones_eval.editing.counterfactual import Change, choose_change
-from hones_eval.editing.editors import Edited, Editor, EditorName, editor_for, window_of
+from hones_eval.editing.editors import Edited, Editor, editor_for, window_of
 from hones_eval.editing.masks import Masker, Region
 from hones_eval.editing.photographs import Photograph
 from hones_eval.editing.problems import RecordError

@@ -11,13 +11,14 @@ from typing import TypeVar
 
 import cv2
 
+from hones_eval.choices import EditorName, Level, MaskName
 from hones_eval.editing import photographs
 from hones_eval.editing.checks import Bounds
-from hones_eval.editing.editors import Edited, EditorName
+from hones_eval.editing.editors import Edited
 from hones_eval.editing.inpaint import InpaintSettings
-from hones_eval.editing.masks import Masker, MaskName, masker
+from hones_eval.editing.masks import Masker, masker
 from hones_eval.editing.problems import Problem, RecordError, no_memory
-from hones_eval.editing.records import Level, Record
+from hones_eval.editing.records import Record
 from hones_eval.editing.single import Job, Made, finish, make, prepare, region_of
 
 Result = TypeVar("Result")

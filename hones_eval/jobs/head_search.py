@@ -1,10 +1,11 @@
 """Localize heads on a set of examples: every head on every example, or with a race or a screen in front."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hones_eval.choices import Bound, Screen
 from hones_eval.core.sites import Head, top_heads
 from hones_eval.errors import HonesError
 from hones_eval.methods.first_order import FirstOrder
@@ -12,9 +13,7 @@ from hones_eval.methods.hones import HeadLocalization
 from hones_eval.methods.raced import LOOK, RacedAblation, in_order
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
-from hones_eval.runs.racing import Bound, Race
-
-Screen = Literal["first_order"]
+from hones_eval.runs.racing import Race
 
 
 @dataclass(frozen=True)

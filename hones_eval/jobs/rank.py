@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hones_eval.choices import Method
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.ranking import Ranking
@@ -21,8 +22,6 @@ from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, invers
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
-
-Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
 
 
 @dataclasses.dataclass(frozen=True)

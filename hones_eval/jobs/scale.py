@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
+from hones_eval.choices import HowHeads, HowNeurons
 from hones_eval.core.artifact import ExampleSet
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron, matched_random
@@ -20,8 +21,6 @@ from hones_eval.methods.banks import check_fits
 from hones_eval.runs.lightning import Loop
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-How = Literal["grid", "search", "learned", "learned_no_kl", "random"]
-HowHeads = Literal["signed", "topk"]
 STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "topk": (0.25, 0.5, 0.75, 1)}
 
 
@@ -59,7 +58,7 @@ class Development:
         return self.examples.example_set()
 
 
-def choose(job: Development, how: How | HowHeads) -> Steering:
+def choose(job: Development, how: HowNeurons | HowHeads) -> Steering:
     """Choose scales by the method `how`.
 
     Returns: the same steering on every process. Its provenance names the development examples.
@@ -72,7 +71,7 @@ def choose(job: Development, how: How | HowHeads) -> Steering:
     return replace(steering, provenance=replace(steering.provenance, settings=settings))
 
 
-def _chosen(job: Development, how: How | HowHeads) -> Steering:
+def _chosen(job: Development, how: HowNeurons | HowHeads) -> Steering:
     if how == "signed" or how == "topk":
         return head_grid(job, how)
     if how == "grid":
@@ -177,7 +176,7 @@ def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]
     return scaling.chosen(scaling.of_neurons(job.ranking, fitted.scales, {}), recorded, job.example_set)
 
 
-def learned_settings(settings: FitSettings, how: How) -> FitSettings:
+def learned_settings(settings: FitSettings, how: HowNeurons) -> FitSettings:
     """The learning settings of `how`: `learned_no_kl` drops the KL term."""
     return replace(settings, beta=0.0) if how == "learned_no_kl" else settings
 

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 
+from hones_eval.choices import HowNeurons, Method
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings
-from hones_eval.jobs.rank import Discovery, Method, discover, provenance
-from hones_eval.jobs.scale import Development, How, choose, learned_settings
+from hones_eval.jobs.rank import Discovery, discover, provenance
+from hones_eval.jobs.scale import Development, choose, learned_settings
 from hones_eval.jobs.verify import Measured, masked, refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
@@ -22,7 +23,7 @@ from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.methods.banks import few_trials, neuron_banks
 from hones_eval.runs.lightning import Loop
 
-WAYS = ("fixed", *get_args(How))
+WAYS = ("fixed", *get_args(HowNeurons))
 
 
 class TaskSplits(NamedTuple):
@@ -156,7 +157,7 @@ def _scaled(study: Study, task: TaskSplits, ranking: Ranking, how: str) -> Steer
             study.neurons,
             settings=study.fit,
         )
-        steering = choose(job, cast(How, how))
+        steering = choose(job, cast(HowNeurons, how))
     if study.loop.is_first:
         steering.save(folder)
     return steering
@@ -169,7 +170,7 @@ def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
         return wanted | {"factor": study.factor}
     if how in ("grid", "search"):
         return wanted
-    return wanted | dataclasses.asdict(learned_settings(study.fit, cast(How, how)))
+    return wanted | dataclasses.asdict(learned_settings(study.fit, cast(HowNeurons, how)))
 
 
 def _same(folder: Path, found: object, wanted: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hones_eval.choices import Sites
 from hones_eval.core.artifact import ExampleSet, Provenance
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron
@@ -20,8 +21,6 @@ from hones_eval.runs.lightning import Loop
 from hones_eval.stats.paired import Floats
 from hones_eval.stats.resampling import numbered, resample_means, resample_results
 from hones_eval.version import __version__
-
-Sites = Literal["auto", "neurons", "heads"]
 
 
 @dataclass(frozen=True)

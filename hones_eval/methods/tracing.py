@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hones_eval.choices import What
 from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.activations import Part
@@ -19,7 +20,6 @@ from hones_eval.errors import HonesError, TaskError
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.runs.measure import Measurement
 
-What = Literal["image", "text", "last", "attention", "ffn"]
 WHATS: tuple[What, ...] = get_args(What)
 BY_TOKEN: tuple[What, ...] = ("attention", "ffn")
 

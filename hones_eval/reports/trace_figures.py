@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from hones_eval.methods.tracing import Traced, What
+from hones_eval.choices import What
+from hones_eval.methods.tracing import Traced
 from hones_eval.reports.figures import COLOURS
 from hones_eval.reports.trace_tables import MEASURES, Curve, RoleMap, changes, recovered
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hones_eval.choices import What
 from hones_eval.engine.tokens import LAST
-from hones_eval.methods.tracing import BY_TOKEN, Traced, What
+from hones_eval.methods.tracing import BY_TOKEN, Traced
 
 OTHER = "other words"
 MEASURES = ("probability_change", "logit_change", "recovered")

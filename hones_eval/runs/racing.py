@@ -18,14 +18,12 @@ exact mean decides.
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hones_eval.choices import Bound
 from hones_eval.errors import HonesError
-
-Bound = Literal["betting", "bernstein"]
 
 # Shares of the largest stake that a bet may put up without going into debt; each has an equal part of its
 # wealth. The best share is about mean / mean square of the differences: high where a loss is rare.

@@ -8,7 +8,7 @@ import plain
 import torch
 from torch import Tensor, nn
 
-from hones_eval.commands import shared
+from hones_eval.api import model as loading
 from hones_eval.core.sites import Neuron
 from hones_eval.lmms.examples import TaskExamples, inner_model
 
@@ -20,7 +20,7 @@ class Slow:
         self, model: str, arguments: str, task: str, words: tuple[str, str], limit: int, offset: int = 0
     ) -> None:
         """`words` are the tokens that begin Yes and No behind the task's prompt."""
-        lmm = shared.load_lmm(model, arguments)
+        lmm = loading.load_lmm(model, arguments)
         self.model = inner_model(lmm).float()
         examples = TaskExamples(lmm, task, model_name=model, limit=limit, offset=offset)
         self.tokens = [examples._tokenizer.convert_tokens_to_ids(word) for word in words]

@@ -1,0 +1,206 @@
+"""Turn the scores of a ranking into the scales of a steering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hones_eval.choices import How
+from hones_eval.core.artifact import hash_of
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.steering import Steering
+from hones_eval.errors import HonesError
+from hones_eval.methods import scaling
+from hones_eval.version import __version__
+
+if TYPE_CHECKING:  # scales that need no model are made without importing lmms-eval and Lightning
+    from hones_eval.api.model import Model
+
+FACTOR = 2.0
+HEADS = 10
+DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random")
+"""Ways that choose neuron scales on development examples."""
+
+
+def scale(
+    ranking: Ranking,
+    how: How = "fixed",
+    *,
+    factor: float | None = None,
+    neurons: float | None = None,
+    strength: float | None = None,
+    epsilon: float | None = None,
+    heads: int | None = None,
+    enhance: float | None = None,
+    suppress: float | None = None,
+    strengths: Sequence[float] | None = None,
+    factors: Sequence[float] | None = None,
+    groups: int = 3,
+    beta: float = 0.05,
+    learning_rate: float = 5e-4,
+    epochs: int = 2,
+    model: Model | None = None,
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    gen_kwargs: str | None = None,
+    metric: str | None = None,
+    target: str | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+) -> Steering:
+    """Turn the scores of a ranking into the scales of a steering.
+
+    A scale `s` multiplies a neuron's activation or a head's slice: `a <- s * a`. `fixed` sets `s = factor`
+    for the selected neurons; `signed` sets `s = clip(1 + strength * score, 0, 2)` for every head; `topk`
+    sets `s = 1 + enhance` for the best and `s = 1 - suppress` for the worst heads. The other ways choose on
+    development examples, and need `model` and `tasks`.
+
+    Args:
+        ranking: what `rank` returned.
+        how: the way to choose the scales.
+        factor: fixed: what the selected neurons are multiplied by; 2 by default.
+        neurons: the share of all neurons to scale; by default the ranking's.
+        strength: signed: lambda in 1 + lambda * score; 1 by default.
+        epsilon: signed: scores smaller than this are ignored; 0 by default.
+        heads: topk: how many heads to enhance, and how many to suppress; 10 by default.
+        enhance: topk: a in 1 + a; 0.5 by default.
+        suppress: topk: b in 1 - b; 0.5 by default.
+        strengths: signed and topk with `tasks`: the values to try.
+        factors: grid and search: the values to try.
+        groups: search: how many groups of layers get a factor of their own.
+        beta: learned and random: the weight of KL(original || scaled).
+        learning_rate: learned and random: AdamW's.
+        epochs: learned and random: passes over the development examples.
+        model: what `load` returned, for the ways that choose on development examples.
+        tasks: the development task, with other images than the ranking's.
+        include_path: a folder with more task YAML files.
+        limit: use at most this many development examples.
+        offset: skip this many examples first.
+        gen_kwargs: as in lmms-eval --gen_kwargs.
+        metric: the task's metric to use; by default its first that is a number.
+        target: the column, or a template, of the gold answer.
+        seed: for the random bank and the order of examples.
+        out: the folder to save the steering to.
+        resume: continue from the progress that a killed run of the same job left in `out`.
+
+    Raises: HonesError when a value does not belong to `how`, when every scale would be 1, or when no strength
+        helped on the development examples; then nothing is written.
+    """
+    _refuse_values_of_other_ways(
+        how,
+        factor=factor,
+        strength=strength,
+        epsilon=epsilon,
+        heads=heads,
+        enhance=enhance,
+        suppress=suppress,
+    )
+    if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
+        steering = _given(ranking, how, factor, neurons, strength, epsilon, heads, enhance, suppress)
+        if out is not None:
+            steering.save(out)
+        return steering
+    if model is None or tasks is None:
+        raise HonesError(
+            f"--how {how} chooses scales on development examples: give --model, --model_args and --tasks, a "
+            "task with other images than the ranking's"
+        )
+    for flag, value in (("strength", strength), ("enhance", enhance), ("suppress", suppress)):
+        if how not in DEVELOPED and value is not None:
+            raise HonesError(
+                f"--{flag} {value:g} leaves nothing to choose on --tasks {tasks}: leave one of them out; "
+                "--strengths gives the values to try"
+            )
+    from hones_eval.jobs.learn import FitSettings
+    from hones_eval.jobs.scale import GRID, Development, choose
+    from hones_eval.runs.checkpoint import Partial
+
+    examples = model.examples(
+        tasks,
+        include_path=include_path,
+        limit=limit,
+        offset=offset,
+        gen_kwargs=gen_kwargs,
+        metric=metric,
+        target=target,
+    )
+    fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
+    settings = (neurons, tuple(factors or GRID), groups, fit, heads or HEADS, epsilon or 0.0, strengths)
+    development = Development(ranking, model.replayer, examples, model.loop, *settings)
+    partial = None
+    if out is not None:
+        pinned = [ranking.digest, development.example_set.hash, *map(str, (how, *settings))]
+        pinned.append(json.dumps(model.settings(examples, gen_kwargs=gen_kwargs), sort_keys=True))
+        partial = Partial(Path(out) / "partial", hash_of([__version__, *pinned]), resume)
+    model.loop.partial = partial
+    try:
+        steering = choose(development, how)
+    finally:
+        model.loop.partial = None
+    refuse_unhelpful(steering)
+    if out is not None and partial is not None and model.loop.is_first:
+        steering.save(out)
+        partial.clear()
+    return steering
+
+
+def refuse_unhelpful(steering: Steering) -> None:
+    """Raise HonesError when the best of what was tried is to change nothing."""
+    if steering.is_noop:
+        found = steering.provenance.settings
+        base = found.get("baseline")
+        score = "" if base is None else f" ({found['metric']} {base:.4g} without a steering)"
+        raise HonesError(
+            f"no strength helped on development examples{score}: nothing was written. Try more examples, "
+            "other values (--factors, --strengths), or another ranking"
+        )
+
+
+def _given(
+    ranking: Ranking,
+    how: How,
+    factor: float | None,
+    neurons: float | None,
+    strength: float | None,
+    epsilon: float | None,
+    heads: int | None,
+    enhance: float | None,
+    suppress: float | None,
+) -> Steering:
+    """The steering of values that are given, not chosen."""
+    if how == "fixed":
+        steering = scaling.fixed(ranking, FACTOR if factor is None else factor, neurons)
+    elif how == "signed":
+        steering = scaling.signed(ranking, 1.0 if strength is None else strength, epsilon or 0.0)
+    else:
+        steering = scaling.topk(
+            ranking,
+            HEADS if heads is None else heads,
+            0.5 if enhance is None else enhance,
+            0.5 if suppress is None else suppress,
+        )
+    if steering.is_noop:
+        raise HonesError("every scale is 1: this steering would change nothing, so it was not written")
+    return steering
+
+
+# The way of scaling that reads each value; with another way it would be silently ignored.
+READ_BY = {
+    "factor": "fixed",
+    "strength": "signed",
+    "epsilon": "signed",
+    "heads": "topk",
+    "enhance": "topk",
+    "suppress": "topk",
+}
+
+
+def _refuse_values_of_other_ways(how: str, **given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None and how != READ_BY[name]:
+            raise HonesError(f"--{name} only applies to --how {READ_BY[name]}, not to {how}")

@@ -1,0 +1,44 @@
+"""The values that flags and arguments may take, in one module that imports nothing.
+
+The command line and the type hints of the heavy modules share these names, so that `--help` needs no torch.
+"""
+
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""A floating-point type of a model; `auto` leaves it as the wrapper loads it."""
+Rows = int | Literal["auto"]
+"""How many rows go through the model at once; `auto` fits them to the device."""
+
+Sites = Literal["auto", "neurons", "heads"]
+"""Which sites are masked; `auto` is heads for V-SEAM's rankings and neurons for the others."""
+Bound = Literal["betting", "bernstein"]
+"""The confidence bound that a race of heads uses."""
+Screen = Literal["first_order"]
+"""The estimate by which heads are screened before they are measured."""
+
+HowNeurons = Literal["grid", "search", "learned", "learned_no_kl", "random"]
+"""Ways to choose the scales of neurons on development examples."""
+HowHeads = Literal["signed", "topk"]
+"""Ways to scale heads by their scores."""
+How = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "signed", "topk"]
+"""Every way to scale."""
+
+What = Literal["image", "text", "last", "attention", "ffn"]
+"""Which activations are patched in causal tracing."""
+Pairs = Literal["all", "right"]
+"""Which pairs of a clean and an edited example are averaged."""
+Export = Literal["checkpoint", "ia3"]
+"""The forms in which a steering is exported."""
+
+Level = Literal["object", "attribute", "relation"]
+"""The semantic level of a question."""
+Category = Literal["animal", "indoor", "vehicle", "color", "material", "action", "spatial"]
+"""The categories of V-SEAM's questions."""
+EditorName = Literal["auto", "remove", "recolor", "retexture", "move", "mirror", "inpaint", "folder"]
+"""The editors of images."""
+MaskName = Literal["cut", "box", "segmenter"]
+"""How the region of an edit is found."""
+
+Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
+"""The methods of `rank`."""

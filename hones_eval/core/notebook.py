@@ -1,0 +1,34 @@
+"""Tables for notebooks: pandas where it is installed, and HTML with everything escaped."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from hones_eval.errors import HonesError
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as a pandas.DataFrame. Raises: HonesError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise HonesError("to_pandas needs pandas: pip install pandas") from None
+    return pandas.DataFrame(list(rows))
+
+
+def html_table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
+    """Rows as an HTML table that any notebook shows; every text is escaped."""
+    columns = list(rows[0]) if rows else []
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_shown(row[name]))}</td>" for name in columns) + "</tr>"
+        for row in rows
+    )
+    title = f"<caption>{escape(caption)}</caption>"
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
