@@ -251,7 +251,7 @@ def test_bad_names_and_flags_are_one_line_errors(
     for limits, complaint in (
         ([], "4 of the 6 images of own_a"),
         (["--limits", '{"own_a": 5}'], "4 of the 5 images of own_a"),
-        (["--limits", '{"own_b": 5}'], "--limits names own_b, which is none of --tasks own_a"),
+        (["--limits", '{"own_b": 5}'], "--limits names own_b, which is not one of --tasks own_a"),
         (["--tasks", "own_a,own_b,own_a"], "--tasks own_a,own_b,own_a: a task is named twice"),
     ):
         assert main([*given, *limits]) == 1

@@ -296,7 +296,7 @@ def test_a_page_shows_a_question_as_text_and_not_as_markup(tmp_path: Path) -> No
         ),
         (["--editor", "remove", "--questions", "{in}/questions.json"], "none of 1 records could be edited"),
         (["--editor", "remove", "--questions", "{in}/empty.json"], "empty.json: there is no record in it"),
-        (["--editor", "remove", "--limit=-1"], "--limit -1: give 1 or more"),
+        (["--editor", "remove", "--limit=-1"], "--limit -1: at least 1 example is needed"),
         (["--editor", "remove", "--sheet=-1"], "--sheet -1: give 0 or more"),
         (["--editor", "remove", "--workers=-1"], "--workers -1: give 0 or more"),
     ],

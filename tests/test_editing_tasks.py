@@ -80,7 +80,7 @@ def test_a_tasks_documents_are_edited_like_a_file_of_them(
     assert main([*flags, *from_task, "--limit", "6", "--out", str(tmp_path / "task")]) == 0
     said = capsys.readouterr().out
     for line in (
-        "3: its column 'record' is no JSON object",
+        "3: its column 'record' is not a JSON object",
         "4: its picture cannot be read: image file is truncated",
         "5: its picture cannot be read: [Errno 2] No such file",
     ):
@@ -153,8 +153,8 @@ def test_edits_that_flip_a_models_answer_are_told_from_others(tmp_path: Path) ->
     reasons = {one["question_id"]: one["reasons"] for one in report["rejected"]}
     for name, given in reasons.items():
         clean, made, right = expected[name]
-        assert any(clean in one and "of the clean picture" in one for one in given) is not right[0]
-        assert any(made in one and "of the edited picture" in one for one in given) is not right[1]
+        assert any(clean in one and "for the clean image" in one for one in given) is not right[0]
+        assert any(made in one and "for the edited image" in one for one in given) is not right[1]
     assert "the model says" in (out / "contact_sheet.html").read_text()
     # Another run asks again and says the same.
     before = (out / "vseam_pairs.json").read_bytes()

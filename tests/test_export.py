@@ -66,7 +66,7 @@ def test_the_base_is_never_overwritten_and_a_steering_without_effect_is_not_expo
     arguments = ["export", "--steering", str(steering_folder), "--pretrained", str(base)]
     arguments += ["--to", "checkpoint"]
     assert main([*arguments, "--out", str(tmp_path / "other" / ".." / "base")]) == 1
-    assert "is the base model itself, which would be lost" in capsys.readouterr().err
+    assert "is the base model's own folder" in capsys.readouterr().err
     assert main([*arguments, "--out", str(tmp_path / "out"), "--strength", "0"]) == 1
     assert "at strength 0: every scale is 1, there is nothing to export" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

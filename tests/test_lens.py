@@ -189,7 +189,7 @@ def test_the_command_writes_tables_and_figures(
     assert report["means"]["other_answer"]["block"][-1] == pytest.approx(sum(last) / 2, rel=1e-4)
     assert report["means"]["divergence"]["block"][-1] > 0
     for flags, says in (
-        (["--strength", "2"], "--strength 2 is that of a steering: give --against"),
+        (["--strength", "2"], "--strength 2 only applies to a steering: give --against"),
         (["--figures_of=-1"], "--figures_of -1: give how many examples"),
     ):
         assert main([*arguments[:-4], *flags, "--out", str(tmp_path / "no")]) == 1

@@ -351,7 +351,7 @@ def test_the_command_averages_what_its_tables_hold(
     assert found["pairs"] == 4
     assert found["left_out"] == {
         "its clean and edited answers agree: 'Yes'": ["q2"],
-        "it has no twin in vseam_color_edited": ["q4"],
+        "it has no counterpart in vseam_color_edited": ["q4"],
     }
     said = capsys.readouterr().out
     assert "4 pairs traced" in said

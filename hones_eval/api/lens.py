@@ -82,7 +82,7 @@ def _steering(against: str | None) -> Steering | None:
     if len(given) > 1 or not given.get("steering"):
         raise HonesError(
             f"--against {against}: give either a steering alone, --against steering=FOLDER, with its "
-            "strength in --strength, or all model_args of another model, pretrained=..."
+            "strength given by --strength; or all model_args of another model, pretrained=..."
         )
     return Steering.load(given["steering"])
 

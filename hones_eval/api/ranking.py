@@ -67,10 +67,15 @@ def rank(
     Returns: the ranking, the same on every process.
     Raises: HonesError when the job cannot be done as asked.
     """
-    savings = Savings(race, race_bound, race_span, screen, screen_share)
-    if savings.settings() and method != "hones":
-        raise HonesError(f"--race and --screen only apply to --method hones, not to {method}")
-    task, *others = _tasks(tasks, method)
+    (task, *others), savings = check_request(
+        tasks,
+        method,
+        race=race,
+        race_bound=race_bound,
+        race_span=race_span,
+        screen=screen,
+        screen_share=screen_share,
+    )
     examples = model.examples(
         task,
         include_path=include_path,
@@ -104,6 +109,27 @@ def rank(
         ranking.save(out)
         partial.clear()
     return ranking
+
+
+def check_request(
+    tasks: str,
+    method: Method,
+    *,
+    race: float | None = None,
+    race_bound: Bound = "betting",
+    race_span: float = 1.0,
+    screen: Screen | None = None,
+    screen_share: float = 0.25,
+) -> tuple[list[str], Savings]:
+    """Check what can be checked before a model is loaded.
+
+    Returns: the task to rank on, then those that `entropy` compares it with; and how heads are measured.
+    Raises: HonesError for settings that do not go together.
+    """
+    savings = Savings(race, race_bound, race_span, screen, screen_share)
+    if savings.settings() and method != "hones":
+        raise HonesError(f"--race and --screen only apply to --method hones, not to {method}")
+    return _tasks(tasks, method), savings
 
 
 def default_heads(shape: ModelShape) -> int:

@@ -88,8 +88,7 @@ def scale(
         out: the folder to save the steering to.
         resume: continue from the progress that a killed run of the same job left in `out`.
 
-    Raises: HonesError when a value does not belong to `how`, when every scale would be 1, or when no strength
-        helped on the development examples; then nothing is written.
+    Raises: HonesError when a value does not belong to `how`, or when every scale would be 1.
     """
     _refuse_values_of_other_ways(
         how,
@@ -142,23 +141,10 @@ def scale(
         steering = choose(development, how)
     finally:
         model.loop.partial = None
-    refuse_unhelpful(steering)
     if out is not None and partial is not None and model.loop.is_first:
         steering.save(out)
         partial.clear()
     return steering
-
-
-def refuse_unhelpful(steering: Steering) -> None:
-    """Raise HonesError when the best of what was tried is to change nothing."""
-    if steering.is_noop:
-        found = steering.provenance.settings
-        base = found.get("baseline")
-        score = "" if base is None else f" ({found['metric']} {base:.4g} without a steering)"
-        raise HonesError(
-            f"no strength helped on development examples{score}: nothing was written. Try more examples, "
-            "other values (--factors, --strengths), or another ranking"
-        )
 
 
 def _given(

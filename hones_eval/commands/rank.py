@@ -85,7 +85,16 @@ def rank(
             --out runs/color/ranking
     """
     from hones_eval import api
+    from hones_eval.api import ranking as ranking_api
 
+    savings = {
+        "race": race,
+        "race_bound": race_bound,
+        "race_span": race_span,
+        "screen": screen,
+        "screen_share": screen_share,
+    }
+    ranking_api.check_request(tasks, method, **savings)  # type: ignore[arg-type]
     loaded = api.load(
         model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
     )
@@ -102,13 +111,9 @@ def rank(
         heads=heads,
         neurons=neurons,
         seed=seed,
-        race=race,
-        race_bound=race_bound,
-        race_span=race_span,
-        screen=screen,
-        screen_share=screen_share,
         out=out,
         resume=resume,
+        **savings,  # type: ignore[arg-type]
     )
     return answer_of(ranking, out, explicit_heads=heads is not None)
 
@@ -130,7 +135,7 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
     elif method == "vseam":
         lines += _vseam_lines(report)
     if ranking.head_scores is not None and method in ("hones", "vseam"):
-        best = ranking.top_heads(min(SHOWN, ranking.head_scores.numel()))
+        best = ranking.top_heads(min(SHOWN, ranking.measured_heads))
         unit = "drop of the metric" if method == "hones" else "drop of the answer's probability"
         shown = ", ".join(f"{head.layer}.{head.head} {score:+.4f}" for head, score in best)
         lines.append(f"top heads, as layer.head with the {unit}: {shown}")
@@ -196,7 +201,7 @@ def _data(ranking: "Ranking", out: Path) -> dict[str, Any]:
     report = {key: value for key, value in (ranking.report or {}).items() if key != "screen"}
     data: dict[str, Any] = {"out": str(out), "method": ranking.provenance.method, "report": report}
     if ranking.head_scores is not None:
-        best = ranking.top_heads(min(20, ranking.head_scores.numel()))
+        best = ranking.top_heads(min(20, ranking.measured_heads))
         data["top_heads"] = [{"layer": h.layer, "head": h.head, "score": score} for h, score in best]
     if ranking.neuron_scores is not None:
         data["neurons"] = [list(neuron) for neuron in ranking.neurons()]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hones_eval.choices import DType, How, Rows
 from hones_eval.commands.answer import Answer
+from hones_eval.errors import HonesError
 
 if TYPE_CHECKING:
     from hones_eval.api.model import Model
@@ -95,6 +96,11 @@ def scale(
     from hones_eval.core.ranking import Ranking
 
     scores = Ranking.load(ranking)
+    if how != "fixed" and (model is None) != (tasks is None):
+        raise HonesError(
+            f"--how {how} chooses scales on development examples: give --model, --model_args and --tasks, a "
+            "task with other images than the ranking's"
+        )
     loaded = None
     if model is not None and tasks is not None and how != "fixed":
         loaded = api.load(
@@ -143,6 +149,10 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
 
         lines.append(summary(settings))
         lines += [f"warning: {warning}" for warning in settings.get("warnings", [])]
+        if steering.is_noop:
+            lines.append(
+                "warning: nothing beats leaving the model as it is, so this steering changes nothing"
+            )
         if lost := steering.rounded_away(model.anatomy.model.dtype):
             lines.append(
                 f"warning: {lost} scales are so near to 1 that rounding to {model.dtype} undoes them"

@@ -72,6 +72,13 @@ class Ranking:
             )
         return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
 
+    @property
+    def measured_heads(self) -> int:
+        """How many heads have a score: all, or those that a screen left."""
+        if self.head_scores is None:
+            return 0
+        return int(self.head_scores.numel() if self.head_examples is None else (self.head_examples > 0).sum())
+
     def top_heads(self, count: int = 10) -> list[tuple[Head, float]]:
         """The `count` best heads with their scores, best first.
 
@@ -120,7 +127,7 @@ class Ranking:
         """The best heads as a table."""
         if self.head_scores is None:
             return notebook.html_table([], repr(self))
-        best = self.top_heads(min(10, self.head_scores.numel()))
+        best = self.top_heads(min(10, self.measured_heads))
         rows = [{"layer": head.layer, "head": head.head, "score": score} for head, score in best]
         return notebook.html_table(rows, repr(self))
 
