@@ -158,7 +158,7 @@ def _claim(out: Path, settings: EditSettings) -> None:
 
 
 # What a kill in the middle of a write leaves under its temporary name.
-_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.[a-z0-9_]{8}(\.tmp)?$")
+_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.([a-z0-9_]{8}|.+\.tmp)$")
 
 
 def _kept(record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any] | None:
