@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import Site, editing, recording
+from hones_eval.core.unwrapping import unwrapped
 from hones_eval.errors import EditError, HonesError, UnsupportedModelError
 
 
@@ -39,11 +40,12 @@ class Anatomy:
     shape: ModelShape
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Anatomy":
+    def of(cls, model: nn.Module) -> "Anatomy":
         """Find the anatomy of a model and prove it by an experiment.
 
         Raises: UnsupportedModelError, which names the model and the reason.
         """
+        model = unwrapped(model)
         name = type(model).__name__
         decoder = _decoder(model, name)
         config: Any = decoder.config
@@ -139,8 +141,6 @@ class Anatomy:
 
 
 def _decoder(model: PreTrainedModel, name: str) -> nn.Module:
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{name} is not a Hugging Face PreTrainedModel")
     text = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or text.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -260,7 +260,15 @@ def _prove_layers(
 def _probe(decoder: nn.Module, first: nn.Module, hidden: int) -> Tensor:
     weight = next(p for p in first.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 5, hidden, generator=generator).to(weight.device, weight.dtype)
+    device = _execution_device(first) if weight.is_meta else weight.device
+    return torch.randn(1, 5, hidden, generator=generator).to(device, weight.dtype)
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """The device that accelerate runs an offloaded module on, whose weights are on the meta device."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _last_hidden(decoder: nn.Module, embeddings: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Attach a steering to a model, by hooks or folded into its weights, and remove it exactly."""
 
+import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core import edits
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import AttachedEdits, Edit, Site
+from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
@@ -32,18 +34,24 @@ class AttachedSteering:
         if self._attached is not None:
             self._attached.check_ran()
 
+    def check_ever_ran(self) -> None:
+        """Raise EditError when a hook has never run since it was attached."""
+        if self._attached is not None:
+            self._attached.check_ever_ran()
+
     def detach(self) -> None:
         """Restore the model bit for bit. Safe to call twice."""
         self._undo()
 
 
 def attach_steering(
-    model: PreTrainedModel, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+    model: nn.Module, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
 ) -> AttachedSteering:
     """Scale heads and neurons of `model` until the returned object is detached.
 
     Args:
-        model: any vision-language model that `Anatomy.of` supports.
+        model: any vision-language model that `Anatomy.of` supports, also compiled, or inside of
+            `DataParallel` or a `PeftModel`.
         steering: scales whose shapes fit the model's language model.
         how: `hook` multiplies activations on every call, and also works with quantized or shared weights;
             `fold` multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run time.
@@ -68,18 +76,22 @@ def attach_to_anatomy(
         return AttachedSteering(None, _fold(anatomy, scaled))
     if how != "hook":
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
-    attached = AttachedEdits([(site, _scaling(site, scales)) for site, scales in scaled])
+    attached = AttachedEdits([(site, _Scaling(site, scales)) for site, scales in scaled])
     return AttachedSteering(attached, attached.detach)
 
 
 @contextmanager
 def steer(
-    model: PreTrainedModel, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+    model: nn.Module, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
 ) -> Iterator[AttachedSteering]:
-    """Steer a model for the length of a `with` block. See `attach_steering` for the arguments."""
+    """Steer a model for the length of a `with` block. See `attach_steering` for the arguments.
+
+    Raises: EditError at the end of the block when a hook never ran in it, so that nothing was steered.
+    """
     attached = attach_steering(model, steering, how, strength)
     try:
         yield attached
+        attached.check_ever_ran()
     finally:
         attached.detach()
 
@@ -108,41 +120,142 @@ def _warn_of_rounding(anatomy: Anatomy, steering: Steering) -> None:
         )
 
 
-def _scaling(site: Site, scales: Tensor) -> Edit:
-    weight = site.module.weight
-    device = weight.device if isinstance(weight, Tensor) else None
-    return partial(edits.scale, scales=scales.to(device))
+class _Scaling:
+    """The edit of one site: multiplies its input by the scales, on whichever device the input is."""
+
+    def __init__(self, site: Site, scales: Tensor) -> None:
+        weight = site.module.weight
+        # The weight of an offloaded layer is on the meta device until the layer is called.
+        placed = isinstance(weight, Tensor) and not weight.is_meta
+        self._scales = scales.to(weight.device) if placed else scales  # type: ignore[arg-type]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scales = self._scales
+        if scales.device != x.device:
+            scales = self._scales = scales.to(x.device)
+        return edits.scale(x, scales)
 
 
 def _fold(anatomy: Anatomy, scaled: list[tuple[Site, Tensor]]) -> Callable[[], None]:
-    for site, _ in scaled:
-        _check_foldable(anatomy.model, site)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for site, scales in scaled:
-        weight: Tensor = site.module.weight.data  # type: ignore[assignment]
-        columns = torch.nonzero(scales != 1).flatten().to(weight.device)
-        kept.append((weight, columns, weight[:, columns].clone()))
-        folded = weight[:, columns].float() * scales.to(weight.device)[columns]
-        weight[:, columns] = folded.to(weight.dtype)
+        reason = why_not_foldable(anatomy.model, site, scales)
+        if reason is not None:
+            raise HonesError(f"{site.name} {reason}: use attach=hook")
+    guard_hooks()  # compiled code may have constants in the place of the weights
+    folds = [_FoldedWeight.of(site.module).add(scales) for site, scales in scaled]
 
     def restore() -> None:
-        while kept:
-            weight, columns, original = kept.pop()
-            weight[:, columns] = original
+        while folds:
+            folds.pop()()
 
     return restore
 
 
-def _check_foldable(model: PreTrainedModel, site: Site) -> None:
+class _FoldedWeight:
+    """The scales that are folded into one weight, with its original columns.
+
+    Folds may be removed in any order: the original columns are restored, and those scales that are left are
+    folded again. Dividing by the removed scales would not give the same numbers.
+    """
+
+    _of: ClassVar["WeakKeyDictionary[nn.Module, _FoldedWeight]"] = WeakKeyDictionary()
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._columns = torch.empty(0, dtype=torch.long)
+        self._original = self._weight()[:, :0].clone()
+        self._folds: dict[object, Tensor] = {}
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_FoldedWeight":
+        if module not in cls._of:
+            cls._of[module] = cls(module)
+        return cls._of[module]
+
+    def add(self, scales: Tensor) -> Callable[[], None]:
+        """Fold scales [in features] into the weight; the returned function takes them out again."""
+        weight, key = self._weight(), object()
+        columns = torch.nonzero(scales != 1).flatten()
+        new = columns[~torch.isin(columns, self._columns)]
+        self._original = torch.cat(
+            [self._original.to(weight.device), weight[:, new.to(weight.device)]], dim=1
+        )
+        self._columns = torch.cat([self._columns, new])
+        self._folds[key] = scales
+        self._multiply(scales)
+        return lambda: self._remove(key)
+
+    def _remove(self, key: object) -> None:
+        module = self._module()
+        if module is None:  # the model is gone, and its weights with it
+            return
+        weight = self._weight()
+        weight[:, self._columns.to(weight.device)] = self._original.to(weight.device)
+        del self._folds[key]
+        for scales in self._folds.values():
+            self._multiply(scales)
+        if not self._folds:
+            self._of.pop(module, None)
+
+    def _multiply(self, scales: Tensor) -> None:
+        weight = self._weight()
+        columns = torch.nonzero(scales != 1).flatten().to(weight.device)
+        folded = weight[:, columns].float() * scales.to(weight.device)[columns]
+        weight[:, columns] = folded.to(weight.dtype)
+
+    def _weight(self) -> Tensor:
+        module = self._module()
+        assert module is not None
+        weight: Tensor = module.weight.data  # type: ignore[assignment]
+        return weight
+
+
+def why_not_foldable(model: PreTrainedModel, site: Site, scales: Tensor | None = None) -> str | None:
+    """Why scales cannot be folded into a site's weight, as the end of a sentence; None where they can.
+
+    Args:
+        model: the model that the site belongs to.
+        site: the linear layer.
+        scales: scales [in features] to try; None tries a fold of every column.
+    """
     weight = site.module.weight
-    if not isinstance(site.module, nn.Linear) or not isinstance(weight, Tensor):
-        raise HonesError(f"{site.name} is a {type(site.module).__name__}: use attach=hook")
-    if not weight.is_floating_point() or weight.shape[1] != site.width:
-        raise HonesError(f"{site.name} has quantized weights, which cannot be folded: use attach=hook")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return "has quantized weights, which cannot be folded"
     if weight.is_meta:
-        raise HonesError(f"{site.name} is offloaded from memory, so nothing can be folded: use attach=hook")
+        return "is offloaded from memory, so nothing can be folded"
     owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(owners) > 1:
-        raise HonesError(
-            f"{' and '.join(owners)} are one tensor, so folding would scale both: use attach=hook"
+        return f"shares its weight ({' and '.join(owners)} are one tensor), so folding would scale both"
+    changed = torch.ones(site.width) if scales is None else scales != 1
+    if not _folding_acts(site, torch.nonzero(changed).flatten()):
+        return (
+            f"({type(site.module).__name__}) does not multiply its input by its plain weight (it is "
+            "quantized, parametrized or adapted), so folded scales would not act as hooked ones do"
         )
+    return None
+
+
+def _folding_acts(site: Site, columns: Tensor) -> bool:
+    """Whether columns of a copy of the module, scaled in its weight, act as the same scales of its input.
+
+    The trial factor is -0.5: every product is exact in floating point, so the two outputs have to be equal up
+    to the order of summation. Anything between input and weight (a quantized tensor that ignores or cannot
+    take the assignment, a weight computed from other parameters, a low-rank adapter beside the weight) shows.
+    """
+    factor = -0.5
+    try:
+        trial = copy.deepcopy(site.module)
+        weight: Tensor = trial.weight.data  # type: ignore[assignment]
+        columns = columns.to(weight.device)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 3, site.width, generator=generator).to(weight.device, weight.dtype)
+        scaled_input = x.clone()
+        scaled_input[..., columns] *= factor
+        with torch.no_grad():
+            plain, hooked = trial(x).float(), trial(scaled_input).float()
+            weight[:, columns] = weight[:, columns] * factor
+            folded = trial(x).float()
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
+        return False  # a tensor that cannot be copied, indexed or assigned to
+    effect = float((plain - hooked).abs().max())
+    return bool(torch.isfinite(folded).all()) and float((folded - hooked).abs().max()) <= 1e-2 * effect

@@ -4,22 +4,35 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from hones_eval.core.adapters import has_adapter
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.attach import attach_to_anatomy, scaled_sites
+from hones_eval.core.attach import attach_to_anatomy, scaled_sites, why_not_foldable
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
 
 def export_checkpoint(model: PreTrainedModel, steering: Steering, out: Path) -> None:
-    """Save the model with the scales folded into its weights. The model in memory stays unchanged."""
-    attached = attach_to_anatomy(Anatomy.of(model), steering, "fold")
+    """Save the model with the scales folded into its weights. The model in memory stays unchanged.
+
+    Raises: HonesError when the model has an adapter that is not merged, or weights that nothing can be folded
+    into (quantized, parametrized). Such a model would not load again as it was steered.
+    """
+    anatomy = Anatomy.of(model)
+    _refuse_adapters(anatomy.model)
+    for site in (*anatomy.heads_in, *anatomy.neurons_in):
+        reason = why_not_foldable(anatomy.model, site)
+        if reason is not None:
+            raise HonesError(
+                f"{site.name} {reason}, so this model cannot be exported with the steering in its weights: "
+                "export an unquantized base model, or use the steering with attach=hook"
+            )
+    attached = attach_to_anatomy(anatomy, steering, "fold")
     try:
-        write_folder(out, model.save_pretrained)
+        write_folder(out, anatomy.model.save_pretrained)
     finally:
         attached.detach()
 
@@ -28,24 +41,44 @@ def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
     """Save a PEFT (IA)^3 adapter that multiplies the inputs of `o_proj` and `down_proj` by the scales.
 
     `peft.PeftModel.from_pretrained(model, out)` gives the steered model. Layers whose scales are all 1 are
-    left out.
+    left out. The files are written directly: an adapter that is on the model in memory is not touched.
+
+    Raises: HonesError when the model has an adapter already: (IA)^3 cannot be loaded on top of it.
     """
-    from peft import IA3Config, get_peft_model
+    from peft import IA3Config
 
     anatomy = Anatomy.of(model)
-    steering.check_fits(anatomy.shape, type(model).__name__)
-    names = {module: name for name, module in model.named_modules()}
+    _refuse_adapters(anatomy.model)
+    steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
+    names = {module: name for name, module in anatomy.model.named_modules()}
     scales = {names[site.module]: values for site, values in scaled_sites(anatomy, steering)}
     if not scales:
         raise HonesError("every scale is 1: there is nothing to export")
-    config = IA3Config(target_modules=list(scales), feedforward_modules=list(scales))
-    adapted: Any = get_peft_model(model, config)
-    try:
-        for name, values in scales.items():
-            _vector(adapted, name).copy_(values)
-        write_folder(out, adapted.save_pretrained)
-    finally:
-        adapted.unload()
+    config = IA3Config(
+        target_modules=list(scales),
+        feedforward_modules=list(scales),  # these are scaled at their input, as a steering does
+        base_model_name_or_path=steering.provenance.base_model,
+        inference_mode=True,
+    )
+    vectors = {f"base_model.model.{name}.ia3_l": values[None].float() for name, values in scales.items()}
+
+    def save(folder: Path) -> None:
+        config.save_pretrained(folder)
+        save_file(
+            {name: values.contiguous() for name, values in vectors.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+    write_folder(out, save)
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    if has_adapter(model):
+        raise HonesError(
+            f"{type(model).__name__} has an adapter that is not merged, so an export of it would lose the "
+            "adapter or the steering: merge it first (`merge_and_unload` in PEFT), or name it with --peft"
+        )
 
 
 def write_folder(out: Path, save: Callable[[Path], object]) -> None:
@@ -55,9 +88,3 @@ def write_folder(out: Path, save: Callable[[Path], object]) -> None:
         save(Path(temporary))
         for path in sorted(Path(temporary).iterdir()):
             shutil.move(path, out / path.name)
-
-
-def _vector(adapted: Any, name: str) -> Tensor:
-    module = adapted.get_submodule(f"base_model.model.{name}")
-    vector: Tensor = module.ia3_l["default"].data
-    return vector.view(-1)

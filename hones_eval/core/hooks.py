@@ -2,12 +2,20 @@
 
 One kind of hook serves every method: a head is a slice of the input of `o_proj`, and a neuron is one feature
 of the input of `down_proj`. Recording, replacing, masking, scaling and learning all act on that input.
+
+Compiled models need care. `torch.compile` traces a module's hooks into the compiled code, but by default does
+not check later whether hooks were added: code that was compiled for a module without hooks silently ignores
+them, and layers share code. So edits that stay attached switch those checks on first (`guard_hooks`) and drop
+the code that was compiled without them; the next call compiles anew. Edits and recorders of one `with` block
+run the model uncompiled instead (`uncompiled`), which costs no compilation.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hones_eval.errors import EditError
@@ -30,22 +38,29 @@ class Site(NamedTuple):
 class AttachedEdits:
     """Edits that stay attached to the inputs of modules until `detach`."""
 
-    def __init__(self, edits: Sequence[tuple[Site, Edit]]) -> None:
-        """Attach every edit. `runs` counts how often each edit ran, per site name."""
-        self.runs = {site.name: 0 for site, _ in edits}
-        self._handles = [
-            site.module.register_forward_pre_hook(self._hook(site, edit)) for site, edit in edits
-        ]
+    def __init__(self, edits: Sequence[tuple[Site, Edit]], *, compiled: bool = True) -> None:
+        """Attach every edit. `compiled=False` promises that the model runs within `uncompiled` meanwhile."""
+        if compiled:
+            guard_hooks()
+        self._hooks = [_EditHook(site, edit) for site, edit in edits]
+        self._handles = [hook.site.module.register_forward_pre_hook(hook.__call__) for hook in self._hooks]
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """How often each edit ran since the last check, by site name. Compiled code counts at most once."""
+        return {hook.site.name: hook.runs for hook in self._hooks}
 
     def check_ran(self) -> None:
         """Raise EditError when an edit has not run since the last check, then reset the counts."""
-        idle = [name for name, count in self.runs.items() if count == 0]
-        self.runs = dict.fromkeys(self.runs, 0)
-        if idle:
-            raise EditError(
-                f"{len(idle)} of {len(self.runs)} edits never ran, the first at {idle[0]}: the forward pass "
-                "did not call that module, so its results are those of an unedited model"
-            )
+        idle = [hook for hook in self._hooks if not hook.runs]
+        for hook in self._hooks:
+            hook.ever_ran = hook.ever_ran or hook.runs > 0
+            hook.runs = 0
+        self._refuse(idle)
+
+    def check_ever_ran(self) -> None:
+        """Raise EditError when an edit has never run since it was attached."""
+        self._refuse([hook for hook in self._hooks if not (hook.runs or hook.ever_ran)])
 
     def detach(self) -> None:
         """Remove every edit. Safe to call twice."""
@@ -53,24 +68,42 @@ class AttachedEdits:
             handle.remove()
         self._handles = []
 
-    def _hook(self, site: Site, edit: Edit) -> Callable[..., Any]:
-        # This runs at every generated token, so it does as little as possible: hooks without keyword
-        # arguments are the cheaper kind, and `input_of`, which builds the error messages, is called only on
-        # bad input.
-        def edit_input(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
-            x = args[0] if len(args) == 1 else None
-            if not isinstance(x, Tensor) or x.shape[-1] != site.width:
-                x = input_of(site, args)
-            edited = edit(x)
-            if edited.shape != x.shape or edited.dtype != x.dtype:
-                raise EditError(
-                    f"the edit at {site.name} turned {tuple(x.shape)} {x.dtype} into "
-                    f"{tuple(edited.shape)} {edited.dtype}; an edit must keep shape and dtype"
-                )
-            self.runs[site.name] += 1
-            return edited
+    def _refuse(self, idle: Sequence["_EditHook"]) -> None:
+        if idle:
+            raise EditError(
+                f"{len(idle)} of {len(self._hooks)} edits never ran, the first at {idle[0].site.name}: the "
+                "forward pass did not call that module, so its results are those of an unedited model"
+            )
 
-        return edit_input
+
+class _EditHook:
+    """A forward pre-hook that edits the input of a site and counts its runs.
+
+    It runs at every generated token, so it does as little as possible: hooks without keyword arguments are
+    the cheaper kind, and `input_of`, which builds the error messages, is called only on bad input.
+    """
+
+    def __init__(self, site: Site, edit: Edit) -> None:
+        self.site = site
+        self.edit = edit
+        self.runs = 0
+        self.ever_ran = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        site = self.site
+        x = args[0] if len(args) == 1 else None
+        if not isinstance(x, Tensor) or x.shape[-1] != site.width:
+            x = input_of(site, args)
+        edited = self.edit(x)
+        if edited.shape != x.shape or edited.dtype != x.dtype:
+            raise EditError(
+                f"the edit at {site.name} turned {tuple(x.shape)} {x.dtype} into "
+                f"{tuple(edited.shape)} {edited.dtype}; an edit must keep shape and dtype"
+            )
+        # Compiled code sets the count on every call, but does not read it: a count that is read becomes a
+        # guard of the compiled code, and every new value would compile the model again.
+        self.runs = 1 if torch.compiler.is_compiling() else self.runs + 1
+        return edited
 
 
 @contextmanager
@@ -79,12 +112,13 @@ def editing(edits: Sequence[tuple[Site, Edit]]) -> Iterator[AttachedEdits]:
 
     Raises: EditError at the end of the block when an edit never ran.
     """
-    attached = AttachedEdits(edits)
-    try:
-        yield attached
-        attached.check_ran()
-    finally:
-        attached.detach()
+    with uncompiled():
+        attached = AttachedEdits(edits, compiled=False)
+        try:
+            yield attached
+            attached.check_ran()
+        finally:
+            attached.detach()
 
 
 @contextmanager
@@ -107,15 +141,16 @@ def recording(sites: Sequence[Site], positions: slice | None = None) -> Iterator
 
         return hook
 
-    handles = [site.module.register_forward_pre_hook(record(site)) for site in sites]
-    try:
-        yield recorded
-        missing = [site.name for site in sites if site.name not in recorded]
-        if missing:
-            raise EditError(f"nothing was recorded at {missing[0]}: no forward pass called it")
-    finally:
-        for handle in handles:
-            handle.remove()
+    with uncompiled():
+        handles = [site.module.register_forward_pre_hook(record(site)) for site in sites]
+        try:
+            yield recorded
+            missing = [site.name for site in sites if site.name not in recorded]
+            if missing:
+                raise EditError(f"nothing was recorded at {missing[0]}: no forward pass called it")
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def input_of(site: Site, args: tuple[Any, ...]) -> Tensor:
@@ -138,11 +173,52 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """Replace a module's `forward` by another function for the length of a `with` block."""
     attributes = vars(module)
     own = attributes.get("forward")  # accelerate stores a wrapped forward on the instance
-    attributes["forward"] = forward
-    try:
+    with uncompiled():
+        attributes["forward"] = forward
+        try:
+            yield
+        finally:
+            if own is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = own
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled models uncompiled within the block, so that hooks attached in it act.
+
+    Costs nothing where nothing has been compiled. Code that is compiled within the block all the same,
+    because it is the first of the process, is dropped at the end: it may hold the block's hooks.
+    """
+    if not _anything_compiled():
+        try:
+            yield
+        finally:
+            _drop_compiled_code()
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
-    finally:
-        if own is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = own
+
+
+def guard_hooks() -> None:
+    """Make compiled code notice hooks that are added and removed from now on.
+
+    Code that was compiled so far is dropped: it may not have noticed. Every steering gets a fresh start also
+    because the compiler gives up on code that it had to compile again for the eighth time.
+    """
+    import torch._dynamo.config  # transformers has imported it already; alone it would take seconds
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    _drop_compiled_code()
+
+
+def _drop_compiled_code() -> None:
+    if _anything_compiled():
+        torch.compiler.reset()
+
+
+def _anything_compiled() -> bool:
+    """Whether `torch.compile` has compiled anything since the start of the process or the last reset."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")  # imported by the first compilation at the latest
+    return frames is not None and bool(frames.input_codes.seen)

@@ -17,6 +17,7 @@ from hones_eval.errors import HonesError, MisfitError, first_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import nn
     from transformers import PreTrainedModel
 
     from hones_eval.core.anatomy import Anatomy
@@ -67,7 +68,7 @@ class Steering:
     @classmethod
     def by_hand(
         cls,
-        model: "PreTrainedModel | Anatomy",
+        model: "nn.Module | Anatomy",
         heads: Mapping[tuple[int, int], float] | None = None,
         neurons: Mapping[tuple[int, int], float] | None = None,
     ) -> Self:
