@@ -5,7 +5,7 @@ head of every layer for one example, scaled to all heads; both are timed by this
 proofs that ours is exact are made before. `--memory` runs `hones-eval rank` on the embedded model, a process
 for every number of examples, and prints the most memory that each ever held. Usage:
 
-    python benchmarks/growth.py [--what examples heads layers answer picture]
+    python benchmarks/growth.py [--what examples heads layers answer image]
     python benchmarks/growth.py --what --memory 50 100 200 500 [--task scenes_vqa_relation_discovery]
 """
 

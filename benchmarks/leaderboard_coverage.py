@@ -88,7 +88,7 @@ def _right_wrong(n: int, gained: float, lost: float, sets: int) -> None:
     ups, downs = (drawn == 1).sum(axis=0), (drawn == -1).sum(axis=0)
     truth = gained - lost
     intervals = [bonett_price(int(up), int(down), n) for up, down in zip(ups, downs, strict=True)]
-    held = np.mean([one.low <= truth <= one.high for one in intervals])
+    held = np.mean([interval.low <= truth <= interval.high for interval in intervals])
     p = [mcnemar_exact(int(up), int(down)) for up, down in zip(ups, downs, strict=True)]
     rejects = np.mean(np.array(p) < 0.05) if truth == 0 else None
     name = f"right/wrong {gained:.2f} gained {lost:.2f} lost"

@@ -106,7 +106,7 @@ def beside_plain(name: str, localization: HeadLocalization, task: Any, profiled:
             measured.append(localization.measure(localization.examples[index]))
         with clock("plain"):
             plain(index)
-    sums = {key: sum(one.sums[key] for one in measured) for key in measured[0].sums}
+    sums = {key: sum(item.sums[key] for item in measured) for key in measured[0].sums}
     found = localization.metric_drops(Totals(sums, {i: one.record for i, one in enumerate(measured)}))
     drops = [task.aggregate(base) - task.aggregate(results) for results in edited]
     expected = torch.tensor(drops, dtype=torch.float64)
@@ -156,7 +156,7 @@ def by_choices(count: int, profiled: bool) -> None:
     examples = examples_for(model, count, new_tokens=1, target_tokens=TARGET)
     offered = [offer(example) for example in examples]
     for example, four in zip(examples, offered, strict=True):
-        asked = [Choice(appended(one.inputs, one.target_ids), TARGET) for one in four]
+        asked = [Choice(appended(choice.inputs, choice.target_ids), TARGET) for choice in four]
         example.details = Choices(asked, 0, 0, Reading("mean loss", 0))
     localization = HeadLocalization(Replayer(Anatomy.of(model)), ChoiceTask(examples))  # type: ignore[arg-type]
 
@@ -165,7 +165,7 @@ def by_choices(count: int, profiled: bool) -> None:
 
     def plain(index: int) -> Tensor:
         def right_one() -> float:
-            values = [log_probability(model, one) for one in offered[index]]
+            values = [log_probability(model, item) for item in offered[index]]
             return values[0]
 
         return plain_drops(model, localization.heads, right_one)
@@ -182,7 +182,7 @@ def offer(example: TokenExample) -> list[TokenExample]:
 
 @torch.no_grad()
 def by_next_token(count: int, profiled: bool) -> None:
-    """V-SEAM on the same LLaVA, where a picture has one question, and where it has five in a row."""
+    """V-SEAM on the same LLaVA, where an image has one question, and where it has five in a row."""
     model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
     for questions in (1, 5):
         used = max(1, count // questions) * questions
@@ -195,7 +195,7 @@ def by_next_token(count: int, profiled: bool) -> None:
         def plain(index: int, method: Any = method, examples: Any = examples) -> Tensor:
             return plain_drops(model, method.heads, lambda: next_probability(model, examples[index]))
 
-        in_turn(f"V-SEAM, questions on a picture: {questions}", used, questions, ours, plain, profiled)
+        in_turn(f"V-SEAM, questions on an image: {questions}", used, questions, ours, plain, profiled)
 
 
 def plain_drops(model: Any, heads: Sequence[Head], value: Callable[[], float]) -> Tensor:

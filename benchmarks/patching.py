@@ -28,7 +28,7 @@ Part = Literal["attention", "ffn"]
 
 
 def pairs_for(model: Any, count: int, text: int) -> list[tuple[Inputs, Inputs]]:
-    """Prompts of two random pictures and the same random words."""
+    """Prompts of two random images and the same random words."""
     config = model.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     made = []
@@ -54,7 +54,7 @@ def fast(
     for rows in patches.patched([Patch(part, layer, (at,), (at,)) for at, layer in cells]):
         for place, logits in zip(rows.places, rows.logits, strict=True):
             found[place] = logits
-    return torch.stack([one for one in found if one is not None])
+    return torch.stack([match for match in found if match is not None])
 
 
 @torch.no_grad()
@@ -99,9 +99,9 @@ def compare(model: Any, part: Part, count: int, text: int) -> None:
     fast(patcher, part, *work[0])
     plain(model, part, *work[0][:2], work[0][2][:6])
     start = time.perf_counter()
-    found = [fast(patcher, part, *one) for one in work]
+    found = [fast(patcher, part, *item) for item in work]
     middle = time.perf_counter()
-    expected = [plain(model, part, *one) for one in work]
+    expected = [plain(model, part, *item) for item in work]
     end = time.perf_counter()
     worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
     effect = max(float((b - b.mean(0)).abs().max()) for b in expected)

@@ -58,7 +58,7 @@ class TokenTask:
 
     def with_same_images(self, index: int) -> list[TokenExample]:
         picture = self.examples[index].inputs.get("pixel_values")
-        return [one for one in self.examples if one.inputs.get("pixel_values") is picture]
+        return [example for example in self.examples if example.inputs.get("pixel_values") is picture]
 
     def decode(self, index: int, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
@@ -104,7 +104,7 @@ def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: f
 def examples_for(
     model: Any, count: int, new_tokens: int, target_tokens: int, on_a_picture: int = 1
 ) -> list[TokenExample]:
-    """Prompts of one random picture and 26 random words; so many in a row on one picture."""
+    """Prompts of one random image and 26 random words; so many in a row on one image."""
     side, patches = model.config.vision_config.image_size, model.config.image_seq_length
     made = []
     for index in range(count):

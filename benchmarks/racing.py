@@ -105,12 +105,12 @@ def table(task: str, drops: Tensor, tops: Sequence[int]) -> None:
             best = drops[:size].mean(0).sort(descending=True).values
             for bound in ("betting", "bernstein"):
                 found = [raced(drops[:size], keep, seed, bound) for seed in range(SEEDS)]  # type: ignore[arg-type]
-                saved = sorted(1 / one.share for one in found)
+                saved = sorted(1 / match.share for match in found)
                 print(
                     f"| {task} | {size} | {keep} | {best[keep - 1]:.3f} / {best[keep]:.3f} | {bound} | "
-                    f"{sum(one.right for one in found)} of {SEEDS} | "
-                    f"{SEEDS / sum(one.share for one in found):.1f} ({saved[0]:.1f} to {saved[-1]:.1f}) | "
-                    f"{sum(one.undecided for one in found) / SEEDS:.1f} |",
+                    f"{sum(match.right for match in found)} of {SEEDS} | "
+                    f"{SEEDS / sum(match.share for match in found):.1f} ({saved[0]:.1f} to {saved[-1]:.1f}) | "
+                    f"{sum(match.undecided for match in found) / SEEDS:.1f} |",
                     flush=True,
                 )
 

@@ -59,7 +59,7 @@ def llava_1_5_7b(trial: bool) -> LlavaConfig:
 
 
 def qwen2_5_vl_7b(trial: bool) -> Qwen2_5_VLConfig:
-    """As published: 28 layers, 28 query and 4 key-value heads, hidden 3584; a picture of 672 x 672 pixels."""
+    """As published: 28 layers, 28 query and 4 key-value heads, hidden 3584; an image of 672 x 672 pixels."""
     text = {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -83,7 +83,7 @@ CONFIGS: dict[str, Callable[[bool], Any]] = {
 
 
 def examples_for(config: Any, count: int, device: torch.device, dtype: torch.dtype) -> list[TokenExample]:
-    """Prompts of one picture of 576 tokens and 40 random words; the targets are random too."""
+    """Prompts of one image of 576 tokens and 40 random words; the targets are random too."""
     made = []
     for index in range(count):
         generator = torch.Generator().manual_seed(index)

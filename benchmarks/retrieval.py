@@ -51,14 +51,14 @@ class Queries:
         return {"ndcg_at_5": (index // self.candidates, right, float(text))}
 
     def aggregate(self, results: Sequence[dict[str, Any]]) -> float:
-        return ndcg([one["ndcg_at_5"] for one in results])
+        return ndcg([result["ndcg_at_5"] for result in results])
 
 
 def ndcg(judged: Sequence[tuple[int, bool, float]]) -> float:
     """Mean NDCG@5 with ties against the right candidate."""
     gains = []
-    for query in sorted({one[0] for one in judged}):
-        members = [one for one in judged if one[0] == query]
+    for query in sorted({item[0] for item in judged}):
+        members = [item for item in judged if item[0] == query]
         best = next(score for _, right, score in members if right)
         rank = sum(score >= best for _, _, score in members)
         gains.append(1 / math.log2(1 + rank) if rank <= 5 else 0.0)
@@ -66,7 +66,7 @@ def ndcg(judged: Sequence[tuple[int, bool, float]]) -> float:
 
 
 def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample]:
-    """A random picture a query, and random candidates between words that are the same for all.
+    """A random image a query, and random candidates between words that are the same for all.
 
     The right one is the third by the unedited margins.
     """
@@ -87,7 +87,7 @@ def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample
         made.append(TokenExample(index, "random", index, inputs, {}, [MARGIN.no], MARGIN))
     for query in range(queries):
         mine = made[query * candidates : (query + 1) * candidates]
-        by_margin = sorted(mine, key=lambda one: -float(MARGIN.of(model(**one.inputs).logits[0, -1])))
+        by_margin = sorted(mine, key=lambda key: -float(MARGIN.of(model(**key.inputs).logits[0, -1])))
         by_margin[2].target_ids = [MARGIN.yes]  # third, so that edits move it up and down
     return made
 
@@ -108,8 +108,8 @@ def compare(queries: int, candidates: int) -> None:
     localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
 
     def measured(some: Sequence[TokenExample]) -> Totals:
-        every = [localization.measure(one) for one in some]  # type: ignore[arg-type]
-        sums = {name: sum(one.sums[name] for one in every) for name in every[0].sums}
+        every = [localization.measure(item) for item in some]  # type: ignore[arg-type]
+        sums = {name: sum(item.sums[name] for item in every) for name in every[0].sums}
         return Totals(sums, {one.index: m.record for one, m in zip(some, every, strict=True)})
 
     def ours() -> tuple[Tensor, Tensor, Totals]:
@@ -119,10 +119,10 @@ def compare(queries: int, candidates: int) -> None:
     def margins(head: Head | None) -> Tensor:
         """Of all candidates, and their targets' log-probabilities [examples, 2]."""
         rows = []
-        for one in examples:
-            run = lambda one=one: model(**one.inputs, use_cache=False).logits[0, -1].float()  # noqa: E731
+        for example in examples:
+            run = lambda item=item: model(**item.inputs, use_cache=False).logits[0, -1].float()  # noqa: E731
             logits = run() if head is None else plain_head(model, head, HEADS, run)
-            log_p = logits.log_softmax(-1)[one.target_ids[0]]
+            log_p = logits.log_softmax(-1)[example.target_ids[0]]
             rows.append(torch.stack([logits[MARGIN.yes] - logits[MARGIN.no], log_p]))
         return torch.stack(rows).double()
 

@@ -4,7 +4,7 @@
 
 HONES: one percent of the neurons times 2, for each task. V-SEAM: heads by their signed scores, for each kind
 of question. Controls: the same scales on other neurons, or other heads, of the same layers, drawn at random.
-Every one is measured on every task, on pictures as they are and shifted. Rankings, steerings and logs stay in
+Every one is measured on every task, on images as they are and shifted. Rankings, steerings and logs stay in
 the work folder, and a second run goes on from what is there: from the same logs it writes the same bytes.
 """
 

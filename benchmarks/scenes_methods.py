@@ -112,7 +112,7 @@ def margin_drops(replayer: Replayer, examples: TaskExamples, neurons: Sequence[N
     ablation = Ablation(replayer, examples, [SiteEdit(neuron, "mask") for neuron in neurons])
     totals = Loop("cpu", progress=False).run(examples, ablation, examples.task)
     documents = [examples.document(index) for index in range(len(examples))]
-    sizes = Counter(one["query"] for one in documents)
+    sizes = Counter(document["query"] for document in documents)
     lead = torch.zeros(len(neurons), dtype=torch.float64)
     for index, one in enumerate(documents):
         record = totals.records[index]

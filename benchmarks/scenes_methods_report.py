@@ -103,10 +103,10 @@ def write(reports: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def page(reports: Sequence[Mapping[str, Any]]) -> str:
-    base = ", ".join(f"{one['task']} {one['metric']} {one['baseline']:.3f}" for one in reports)
+    base = ", ".join(f"{report['task']} {report['metric']} {report['baseline']:.3f}" for report in reports)
     parts = [
         "# Rankings of neurons beside the ground truth\n",
-        f"Unedited: {base}. Intervals are 95 %, paired, over pictures.\n",
+        f"Unedited: {base}. Intervals are 95 %, paired, over images.\n",
         "## Agreement with masking every neuron alone\n",
         "Share of a ranking's top 1 % that is in the top 1 % of the truth (0.01 by chance) / Spearman's "
         "correlation over all neurons. The truth is what the answer loses: the target's log-probability, for "
@@ -165,7 +165,7 @@ def where_table(reports: Sequence[Mapping[str, Any]]) -> Rows:
 def table(reports: Sequence[Mapping[str, Any]], part: str, key: str, names: Sequence[str], cell: Any) -> Rows:
     rows: Rows = []
     for name in names:
-        found = {one["task"]: row for one in reports for row in one[part] if row[key] == name}
+        found = {report["task"]: row for report in reports for row in report[part] if row[key] == name}
         rows.append({key: name.replace(" 1.00%", "")} | {task: cell(row) for task, row in found.items()})
     return rows
 
@@ -175,9 +175,9 @@ def random_table(reports: Sequence[Mapping[str, Any]]) -> Rows:
     rows: Rows = []
     for like in ("hones", "dvp"):
         row: dict[str, Any] = {"random banks, mean (largest)": f"layers as {like}"}
-        for one in reports:
-            drops = [r["drop"] for r in one["masking"] if r["bank"].startswith(f"random like {like}")]
-            row[one["task"]] = f"{np.mean(drops):.3f} ({max(drops):.3f})"
+        for report in reports:
+            drops = [r["drop"] for r in report["masking"] if r["bank"].startswith(f"random like {like}")]
+            row[report["task"]] = f"{np.mean(drops):.3f} ({max(drops):.3f})"
         rows.append(row)
     return rows
 

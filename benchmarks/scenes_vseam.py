@@ -2,15 +2,15 @@
 
     python benchmarks/scenes_vseam.py --out leaderboards/scenes/vseam --work runs/scenes_vseam
 
-1. `rank --method vseam` on shifted pictures, since only there the model is wrong often enough for heads that
-   hurt: the three semantic levels, and the nine kinds of questions on two halves of the pictures each.
+1. `rank --method vseam` on shifted images, since only there the model is wrong often enough for heads that
+   hurt: the three semantic levels, and the nine kinds of questions on two halves of the images each.
 2. `compare`: heat maps by level (`levels/`); what kinds share within a level and across (`kinds/`), or within
    and across yes/no and open questions (`forms/`); what two halves of the same kind share (`halves/`), which
    is the most that could be expected.
-3. `verify`: the heads of every level zeroed on test pictures, beside random ones (`verify/`).
-4. `scale --how signed` and `topk`, strengths chosen on development pictures; lmms-eval on test pictures,
+3. `verify`: the heads of every level zeroed on test images, beside random ones (`verify/`).
+4. `scale --how signed` and `topk`, strengths chosen on development images; lmms-eval on test images,
    as they are and shifted (`rescaled/`).
-5. `trace` (`trace/`) and `lens` (`lens/`) on pictures as they are.
+5. `trace` (`trace/`) and `lens` (`lens/`) on images as they are.
 
 Rankings, steerings and logs stay in the work folder; a second run goes on from what is there.
 """
@@ -37,7 +37,7 @@ ROLES = (
 
 
 def rank(work: Path, task: str, examples: int, half: int = 0) -> str:
-    """The heads of a task on the first, or the next, so many shifted pictures to discover on."""
+    """The heads of a task on the first, or the next, so many shifted images to discover on."""
     folder = work / "rankings" / f"{task.removeprefix('vqa_')}_{half + 1}"
     if not (folder / "ranking.json").is_file():
         flags = ("--tasks", f"scenes_{task}_shifted_discovery", "--heads", str(HEADS), "--out", str(folder))
@@ -92,7 +92,7 @@ def rescale(work: Path, out: Path, examples: int, test: int) -> None:
 
 
 def steering(folder: Path, ranking: str, how: str, level: str, examples: int) -> Path:
-    """Heads scaled with the strengths that do best on shifted pictures of the development split."""
+    """Heads scaled with the strengths that do best on shifted images of the development split."""
     if not (folder / "steering.json").is_file():
         flags = ("--tasks", f"scenes_{level}_shifted_development", "--limit", str(examples))
         chosen = ("--how", how, "--strengths", STRENGTHS[how], "--out", str(folder))

@@ -222,7 +222,7 @@ finds what stands here, with the embedded model and tiny data sets that have the
 - **rank**: heads measured by replay, neurons by what they write; the metric without an edit is the one that
   `lmms-eval` reports, but for MMMU's, which guesses at random where an answer names no choice; here each
   example guesses the same every time
-- **steered run**: the same prompts and pictures as the baseline, and other answers
+- **steered run**: the same prompts and images as the baseline, and other answers
 - **row**: how many of the task's metrics are compared, of how many; the second table says how
 
 | task | target | metric | rank hones | rank vseam | steered run | row |
@@ -230,8 +230,8 @@ finds what stands here, with the embedded model and tiny data sets that have the
 """
 STATISTICS = """
 ## Statistics
-Intervals here are over a handful of examples: from 100 on, plain BCa. What is grouped by picture shares
-pictures between questions.
+Intervals here are over a handful of examples: from 100 on, plain BCa. What is grouped by image shares
+images between questions.
 
 | task | metric | test | interval | where there is none |
 |---|---|---|---|---|

@@ -59,7 +59,7 @@ assert "hones_eval.model_wrappers.plugin" not in sys.modules
 found = {"untouched": measured()}
 import lmms_eval.models  # installs the plug-in
 found["shared"] = measured()
-try:  # the second picture has two answers, which METEOR refuses when it has asked for the first one's score
+try:  # the second image has two answers, which METEOR refuses when it has asked for the first one's score
     utils.Meteor().compute_score({0: ["a"], 1: ["b"]}, {0: ["a"], 1: ["b", "c"]})
 except AssertionError:
     found["after a failure"] = measured()
@@ -181,7 +181,7 @@ def test_a_tokenization_is_remembered_unless_it_failed() -> None:
 
     class Tokenizer:
         def tokenize(self, captions: Any) -> Any:
-            asked.append([one["caption"] for said in captions.values() for one in said])
+            asked.append([answer["caption"] for said in captions.values() for answer in said])
             return {} if len(asked) == 1 else {key: ["words"] for key in captions}
 
     share_caption_tools(SimpleNamespace(Meteor=fresh(METEOR).Meteor, PTBTokenizer=Tokenizer))  # type: ignore[arg-type]
@@ -212,10 +212,10 @@ def test_scorers_in_threads_do_not_read_each_others_answers(meteor: Any, starts:
 
     # Answers that go to another thread leave one waiting for ever.
     threads = [threading.Thread(target=score, args=(i,), daemon=True) for i in range(len(texts))]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(timeout=60)
+    for item in threads:
+        item.start()
+    for element in threads:
+        element.join(timeout=60)
     assert scored == {i: lengths(*mine) for i, mine in enumerate(texts)}
     assert starts() == 1
 
@@ -224,8 +224,8 @@ def test_after_a_failure_the_next_score_has_a_new_program(meteor: Any, starts: C
     scorer = meteor()
     with pytest.raises((OSError, ValueError)):  # as without us: METEOR is gone, and its answer is no number
         scorer.compute_score(said("a", "poison", "c"), said("a", "poison", "c"))
-    for one in (scorer, meteor()):
-        assert one.compute_score(said("a"), said("a"))[1] == lengths("a")
+    for item in (scorer, meteor()):
+        assert item.compute_score(said("a"), said("a"))[1] == lengths("a")
     assert starts() == 2
 
 

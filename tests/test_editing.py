@@ -100,7 +100,7 @@ def test_boxes_from_a_scene_graph() -> None:
     [
         ({"object_positions": [{"x": 0, "y": 0, "w": 0, "h": 9}]}, "has no area"),
         ({"object_positions": [{"x": 0, "y": 0, "w": float("nan"), "h": 9}]}, "not finite"),
-        ({"object_positions": [[1, 2, 3]]}, "is not x, y, w, h"),
+        ({"object_positions": [[1, 2, 3]]}, "is not of the form x, y, w, h"),
         ({"object_positions": [[1, 2, 3, 4], [1, 2, 3, 4]]}, "2 boxes for 1 names"),
         ({"involved_objects": []}, "names no object"),
         ({"answer": "red"}, "only yes/no questions"),
@@ -188,27 +188,27 @@ def test_the_records_own_prompt_and_answer_are_taken_for_what_is_painted() -> No
 @pytest.mark.parametrize(
     ("kind", "row", "said"),
     [
-        ("remove", edited.object_record(answer="No"), "none to remove"),
+        ("remove", edited.object_record(answer="No"), "nothing to remove"),
         ("remove", edited.object_record(object_positions=[]), "no box for 'clock'"),
         ("remove", edited.object_record(involved_objects=["vase"]), "'clock' is not among its objects"),
         ("generate", edited.object_record(question="Is there a gizmo in this picture?",
-                                          involved_objects=["gizmo"]), "in no group"),
+                                          involved_objects=["gizmo"]), "not a known object"),
         ("recolor", edited.record(question="Is the ball shiny?"), "colour that is known"),
-        ("recolor", edited.record(perturb_prompt="red ball"), "hard to tell"),
+        ("recolor", edited.record(perturb_prompt="red ball"), "too similar"),
         ("retexture", edited.record(category="material", question="Is the ball made of glass?", answer="No"),
          "no texture for glass"),
         ("retexture", edited.record(category="material", question="Is the ball made of cheese?"),
          "that is known"),
-        ("move", edited.side_record(question="Is the ball behind the box?"), "matter of depth"),
-        ("move", edited.side_record(question="Is the ball admiring the box?"), "none of those"),
-        ("move", edited.side_record(question="Is the ball on the box?", answer="No"), "no move makes"),
+        ("move", edited.side_record(question="Is the ball behind the box?"), "about depth"),
+        ("move", edited.side_record(question="Is the ball admiring the box?"), "no known opposite"),
+        ("move", edited.side_record(question="Is the ball on the box?", answer="No"), "moving cannot make"),
         ("move", edited.side_record(question="Is the ball on the grass?", involved_objects=["ball", "grass"]),
          "is a surface"),
         ("move", edited.side_record(involved_objects=["ball"], object_positions=[[1, 2, 3, 4]]),
          "two things"),
-        ("mirror", edited.side_record(question="Is the ball above the box?"), "stays true in a mirror"),
-        ("generate", edited.side_record(perturb_prompt="ball far away"), "give 'edited_answer'"),
-        ("adopt", edited.record(), "has to be in 'edited_answer'"),
+        ("mirror", edited.side_record(question="Is the ball above the box?"), "stays true when mirrored"),
+        ("generate", edited.side_record(perturb_prompt="ball far away"), "add 'edited_answer'"),
+        ("adopt", edited.record(), "needs an 'edited_answer'"),
         ("adopt", edited.record(edited_answer="Yes"), "stays 'Yes'"),
     ],
 )  # fmt: skip
@@ -323,5 +323,5 @@ def test_a_moved_thing_is_where_the_relation_wants_it() -> None:
 
 def test_a_box_is_cut_to_the_picture() -> None:
     assert Box(-10, 5.5, 30, 400).inside(100, 50) == Window(0, 5, 20, 50)
-    with pytest.raises(RecordError, match="outside the picture of 100 x 50"):
+    with pytest.raises(RecordError, match="outside the image of 100 x 50"):
         Box(100, 0, 10, 10).inside(100, 50)

@@ -47,7 +47,7 @@ def kinds(folder: Path) -> dict[str, Image.Image]:
 
 
 def broken(folder: Path) -> dict[str, str]:
-    """Write files that are no whole picture; what is said of each."""
+    """Write files that are no whole image; what is said of each."""
     whole = (folder / "grey.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
@@ -57,12 +57,12 @@ def broken(folder: Path) -> dict[str, str]:
     header = (13).to_bytes(4) + size + zlib.crc32(size).to_bytes(4)
     (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + (9).to_bytes(4) + b"IDAT")
     return {
-        "cut": "cut.jpg cannot be read as a picture: image file is truncated",
-        "empty": "empty.png cannot be read as a picture: cannot identify image file",
-        "text": "text.jpg cannot be read as a picture: cannot identify image file",
-        "folder": "its picture folder.jpg (or another suffix) is not in",
-        "bomb": "bomb.png cannot be read as a picture: Image size (40000000000 pixels) exceeds limit",
-        "absent": "its picture absent.jpg (or another suffix) is not in",
+        "cut": "cut.jpg cannot be read as an image: image file is truncated",
+        "empty": "empty.png cannot be read as an image: cannot identify image file",
+        "text": "text.jpg cannot be read as an image: cannot identify image file",
+        "folder": "its image folder.jpg (or another suffix) is not in",
+        "bomb": "bomb.png cannot be read as an image: Image size (40000000000 pixels) exceeds limit",
+        "absent": "its image absent.jpg (or another suffix) is not in",
     }
 
 
@@ -101,8 +101,8 @@ def test_every_kind_of_file_is_edited_as_it_is_seen(
         assert np.array_equal(np.asarray(clean)[~mask], np.asarray(made)[~mask])
         left, top, width, height = BALL
         assert mask[top : top + height, left : left + width].all()
-    reasons = {one["question_id"]: one["reason"] for one in report["not_editable"]}
-    said |= {"nobox": "no box for 'clock'", "flat": "has no area", "far": "outside the picture of 160 x 120"}
+    reasons = {item["question_id"]: item["reason"] for item in report["not_editable"]}
+    said |= {"nobox": "no box for 'clock'", "flat": "has no area", "far": "outside the image of 160 x 120"}
     assert set(reasons) == set(said)
     for name, reason in said.items():
         assert reason in reasons[name]

@@ -128,7 +128,7 @@ def test_parts_that_wait_off_the_device_paint_the_same(checkpoint: Path) -> None
     hooked = [name for name, part in parts._pipeline.components.items() if hasattr(part, "_hf_hook")]
     assert set(hooked) == {"text_encoder", "unet", "vae"}
     assert not [part for part in whole._pipeline.components.values() if hasattr(part, "_hf_hook")]
-    assert np.array_equal(*(next(iter(one.paint([painting(1)]))) for one in (whole, parts)))
+    assert np.array_equal(*(next(iter(item.paint([painting(1)]))) for item in (whole, parts)))
 
 
 def test_a_picture_that_the_safety_checker_blanks_is_named(
@@ -142,7 +142,7 @@ def test_a_picture_that_the_safety_checker_blanks_is_named(
     monkeypatch.setattr(type(painter._pipeline), "run_safety_checker", checked)
     one, blanked = painter.paint([painting(1), painting(2)])
     assert one.shape == (120, 162, 3)
-    assert "safety checker blanked the picture" in str(blanked)
+    assert "safety checker blanked the image" in str(blanked)
 
 
 def test_no_memory_for_the_checkpoint_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_the_command_paints(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
 def test_questions_have_seeds_of_their_own_whatever_runs_beside_them(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Records that cannot be painted, other sizes and batches between them change no other's picture."""
+    """Records that cannot be painted, other sizes and batches between them change no other's image."""
     twins = [edited.object_record(question_id=name, perturb_prompt="cat") for name in ("one", "two")]
     small = edited.object_record(question_id="small", imageId="small")
     bad = [
@@ -211,7 +211,7 @@ def test_questions_have_seeds_of_their_own_whatever_runs_beside_them(
     out = tmp_path / "out"
     assert main([*flags, "--batch", "2", "--questions", str(path), "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert [one["question_id"] for one in report["not_editable"]] == ["flat", "nobox", "gone"]
+    assert [item["question_id"] for item in report["not_editable"]] == ["flat", "nobox", "gone"]
     rows = {row["question_id"]: row for row in json.loads((out / "vseam_pairs.json").read_text())}
     assert list(rows) == ["one", "small", "two"]
     made = {name: np.asarray(Image.open(out / row["edited"])) for name, row in rows.items()}
@@ -336,4 +336,4 @@ def test_no_memory_for_one_mask_stops_one_record(
     assert row["question_id"] == "two"
     (problem,) = json.loads((tmp_path / "out" / "report.json").read_text())["not_editable"]
     assert problem["question_id"] == "one"
-    assert "no free memory" in problem["reason"]
+    assert "not enough memory" in problem["reason"]

@@ -69,7 +69,7 @@ def test_alpha_is_laid_on_white_and_deep_grey_is_scaled(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = saved(tmp_path / "whole.jpg", Image.fromarray(edited.scene())).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     for name, said in (("cut.jpg", "truncated"), ("text.jpg", "cannot identify"), ("none.jpg", "not exist")):
         with pytest.raises(RecordError, match=said):
             photographs.read(tmp_path / name)
@@ -119,7 +119,7 @@ def test_filling_continues_a_pattern_better_than_a_smear() -> None:
     assert np.array_equal(filled[~hole], stripes[~hole])
     assert np.array_equal(filled, fill(broken, hole, 0))
     smear = cv2.inpaint(broken, hole.astype(np.uint8), 3, cv2.INPAINT_TELEA)
-    ours, theirs = (np.abs(one[hole].astype(float) - stripes[hole]).mean() for one in (filled, smear))
+    ours, theirs = (np.abs(item[hole].astype(float) - stripes[hole]).mean() for item in (filled, smear))
     assert ours < 0.5 * theirs
     assert ours < 25
 
@@ -163,7 +163,7 @@ def test_a_new_colour_is_at_home_and_keeps_the_shading(colour: str) -> None:
         assert abs((angle + np.pi) % (2 * np.pi) - np.pi) < 0.45
     else:
         assert np.hypot(*np.median(after[:, 1:], axis=0)) < 10
-    smooth = [cv2.GaussianBlur(rgb_to_lab(one)[..., 0], (0, 0), 3)[core] for one in (picture, made)]
+    smooth = [cv2.GaussianBlur(rgb_to_lab(item)[..., 0], (0, 0), 3)[core] for item in (picture, made)]
     assert np.corrcoef(*smooth)[0, 1] > 0.9
     assert len(before) == len(after)
 
@@ -270,7 +270,7 @@ def test_a_change_counts_only_on_its_own_side_of_the_mask() -> None:
 def test_a_broken_file_is_no_sound_picture() -> None:
     content = photographs.png(edited.scene())
     assert sound(content, 160, 120) is None
-    assert "cannot be read back" in str(sound(content[:500], 160, 120))
+    assert "cannot be decoded" in str(sound(content[:500], 160, 120))
     buffer = io.BytesIO()
     Image.new("L", (160, 120)).save(buffer, format="PNG")
     assert "it is L of 160 x 120" in str(sound(buffer.getvalue(), 160, 120))

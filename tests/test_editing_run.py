@@ -114,7 +114,7 @@ def test_edits_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     run(path, out, level="object")
     with pytest.raises(HonesError, match="holds edits made with another level, seed; choose another --out"):
         run(path, out, seed=3)
-    with pytest.raises(HonesError, match=r"holds other files and no settings\.json"):
+    with pytest.raises(HonesError, match=r"contains other files and no settings\.json"):
         run(path, path.parent)
 
 
@@ -139,16 +139,16 @@ def test_bad_records_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     for name, reason in {
         "nobox": "no box for 'ball'",
         "flat": "has no area",
-        "outside": "outside the picture of 160 x 120",
+        "outside": "outside the image of 160 x 120",
         "missing": "nowhere.jpg (or another suffix) is not in",
-        "cut": "cut.png cannot be read as a picture",
+        "cut": "cut.png cannot be read as an image",
         "tiny": "smaller than 16 pixels",
         "row 6": "is a str, not a record",
     }.items():
         assert reason in said[name]
     assert len(said) == 7
     written = {name for name in contents(tmp_path / "out") if "good" not in name}
-    assert len([name for name in written if name.startswith("images")]) == 1  # the clean picture
+    assert len([name for name in written if name.startswith("images")]) == 1  # the clean image
     assert not [name for name in written if name.startswith(("masks", "rows"))]
 
 
@@ -327,7 +327,7 @@ def test_the_edits_need_no_diffusers_and_workers_no_torch() -> None:
 def test_the_real_photographs(tmp_path: Path) -> None:
     folder = Path(str(DATA)) / "real"
     reading = read_records(folder / "vseam_pairs.json")
-    chosen = [one for one in reading.records if one.category not in ("animal", "vehicle")]
+    chosen = [record for record in reading.records if record.category not in ("animal", "vehicle")]
     report = edit_records(reading._replace(records=chosen), folder, tmp_path, EditSettings("auto"))
     assert {row["category"] for row in report.accepted} == {"indoor", "color", "material"}
     # Both relations name one box only, so that what is true after a move does not follow.

@@ -1,4 +1,4 @@
-"""Edits of an lmms-eval task's documents, and of pictures whose questions a model is asked."""
+"""Edits of an lmms-eval task's documents, and of images whose questions a model is asked."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ dataset_kwargs:
     test: {rows}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function pictures.shown
+doc_to_visual: !function images.shown
 doc_to_text: "{{{{record}}}}"
 doc_to_target: record
 generation_kwargs:
@@ -74,7 +74,7 @@ def test_a_tasks_documents_are_edited_like_a_file_of_them(
     tasks.mkdir()
     (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     (tasks / "own.yaml").write_text(TASK.format(rows=tasks / "rows.jsonl"))
-    (tasks / "pictures.py").write_text(PICTURES)
+    (tasks / "images.py").write_text(PICTURES)
     from_task = ["--task", "own_records", "--include_path", str(tasks)]
     flags = ["edit", "--editor", "auto"]
     assert main([*flags, *from_task, "--limit", "6", "--out", str(tmp_path / "task")]) == 0
@@ -96,7 +96,7 @@ def test_a_tasks_documents_are_edited_like_a_file_of_them(
             )
         same = set(row) - {"clean", "edited", "mask", "made_from"}
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
-    # The same picture of several documents is kept once.
+    # The same image of several documents is kept once.
     assert len(list((tmp_path / "task_pictures").iterdir())) == 1
     assert main([*flags, "--task", "no_such_task", "--out", str(tmp_path / "none")]) == 1
     assert "no_such_task" in capsys.readouterr().err
@@ -107,7 +107,7 @@ def question(place: int) -> tuple[Scene, dict[str, Any]]:
     drawn = scene("test", place)
     thing = drawn.things[place % len(drawn.things)]
     yes = place in (9, 4)
-    colour = thing.color if yes else next(one for one in COLORS if one != thing.color)
+    colour = thing.color if yes else next(color for color in COLORS if color != thing.color)
     left, top, right, bottom = thing.box
     return drawn, edited.record(
         question_id=f"scene-{place}",
@@ -150,7 +150,7 @@ def test_edits_that_flip_a_models_answer_are_told_from_others(tmp_path: Path) ->
     for name, row in accepted.items():
         assert (row["model_clean"], row["model_edited"]) == expected[name][:2]
     report = json.loads((out / "report.json").read_text())
-    reasons = {one["question_id"]: one["reasons"] for one in report["rejected"]}
+    reasons = {item["question_id"]: item["reasons"] for item in report["rejected"]}
     for name, given in reasons.items():
         clean, made, right = expected[name]
         assert any(clean in one and "for the clean image" in one for one in given) is not right[0]

@@ -62,7 +62,7 @@ def build(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[str, Path]:
-    """Each data set unpacked as it comes, under the name of its variable; pictures are drawn ones."""
+    """Each data set unpacked as it comes, under the name of its variable; images are drawn ones."""
     root = tmp_path_factory.mktemp("elsewhere")
     gqa, textvqa, flickr = root / "gqa", root / "textvqa", root / "flickr30k"
     write(gqa / "questions1.2" / "testdev_balanced_questions.json", json.dumps(GQA))
@@ -86,7 +86,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def karpathy(count: int) -> dict[str, Any]:
-    """`dataset_flickr30k.json`: of every four pictures the last is of the training split."""
+    """`dataset_flickr30k.json`: of every four images the last is of the training split."""
 
     def sentence(i: int, j: int) -> dict[str, Any]:
         raw = f"A dog number {i} runs over field {j}."
@@ -150,20 +150,20 @@ def test_captions_of_flickr30k(
     if form == "token":
         shutil.copytree(places["HONES_EVAL_FLICKR30K"] / "flickr30k-images", tmp_path / "flickr30k-images")
         lines = [
-            f"{one['filename']}#{j}\t{sentence['raw']}"
-            for one in listed
-            for j, sentence in enumerate(one["sentences"])
+            f"{item['filename']}#{j}\t{sentence['raw']}"
+            for item in listed
+            for j, sentence in enumerate(item["sentences"])
         ]
         write(tmp_path / "results_20130124.token", "\n".join(lines))
         monkeypatch.setenv("HONES_EVAL_FLICKR30K", str(tmp_path))
-    kept = [one for one in listed if form == "token" or one["split"] == "test"]
+    kept = [item for item in listed if form == "token" or item["split"] == "test"]
     task = build("hones_flickr30k")
     docs = list(task.eval_docs)
-    assert [doc["references"] for doc in docs] == [[s["raw"] for s in one["sentences"]] for one in kept]
+    assert [doc["references"] for doc in docs] == [[s["raw"] for s in entry["sentences"]] for entry in kept]
     assert task.doc_to_text(docs[0]) == "Describe the image in one sentence."
     candidates = build("hones_flickr30k_retrieval").eval_docs
     own = [doc for doc in candidates if doc["positive"]]
-    assert [doc["candidate"] for doc in own] == [one["sentences"][0]["raw"] for one in kept]
+    assert [doc["candidate"] for doc in own] == [entry["sentences"][0]["raw"] for entry in kept]
     assert len(candidates) == len(kept) * min(50, 1 + 5 * (len(kept) - 1))
 
 
@@ -178,7 +178,7 @@ BROKEN = [
     ("gqa", lambda rows: rows["201640614"].pop("answer"), "question 201640614: it has no answer"),
     ("gqa", lambda rows: rows.clear(), "has no entry"),
     ("gqa", lambda rows: rows.update(x=[]), "not a mapping of question ids"),
-    ("gqa", lambda rows: rows["201640614"].update(imageId="n1"), "question 201640614: its picture n1.jpg is"),
+    ("gqa", lambda rows: rows["201640614"].update(imageId="n1"), "question 201640614: its image n1.jpg is"),
     ("textvqa", lambda rows: rows.pop("data"), r'not of the form \{"data"'),
     (
         "textvqa",

@@ -1,4 +1,4 @@
-"""The HONES tasks: documents from a folder, prompts, pictures, splits and scores."""
+"""The HONES tasks: documents from a folder, prompts, images, splits and scores."""
 
 import json
 import math
@@ -83,11 +83,11 @@ def test_prompts_are_those_of_the_release(build: Callable[..., Any]) -> None:
 
 
 def test_splits_share_no_picture_and_leave_none_out(build: Callable[..., Any]) -> None:
-    whole, *parts = ([one["image_path"] for one in build(f"hones_vqa{split}").eval_docs] for split in SPLITS)
-    assert sorted(one for part in parts for one in part) == sorted(whole)
+    whole, *parts = ([doc["image_path"] for doc in build(f"hones_vqa{split}").eval_docs] for split in SPLITS)
+    assert sorted(item for part in parts for item in part) == sorted(whole)
     assert len(whole) == 30
     for name in ("ocr", "caption", "retrieval", "grounding"):
-        same = {one["image_path"] for one in build(f"hones_{name}_test").eval_docs}
+        same = {doc["image_path"] for doc in build(f"hones_{name}_test").eval_docs}
         assert same == set(parts[2])
 
 
@@ -108,7 +108,7 @@ def test_the_box_is_drawn_round_the_text(build: Callable[..., Any]) -> None:
     assert changed.max(0).tolist() == [52, 60]
     assert {tuple(np.asarray(shown)[y, x]) for y, x in changed} == {(0, 0, 255)}
     outside = doc | {"bbox": [70.0, 10.0, 5.0, 5.0]}
-    with pytest.raises(TaskError, match=r"entry 3 .*lies outside of the picture"):
+    with pytest.raises(TaskError, match=r"entry 3 .*lies outside of the image"):
         task.doc_to_visual(outside)
 
 
@@ -172,15 +172,15 @@ def write(
         ("vqa", lambda rows: rows[2]["vqa"].pop("question"), r"entry 2 \(drawn_2.png\): .*vqa.question"),
         ("vqa", lambda rows: rows[2]["vqa"].pop("answers"), "entry 2 .*neither answers nor all_answers"),
         ("vqa", lambda rows: rows[5].pop("image_info"), "drawn.json, entry 5: it has no image_info"),
-        ("vqa", lambda rows: rows[5]["image_info"].update(file_name="x.jpg"), "picture x.jpg is neither"),
+        ("vqa", lambda rows: rows[5]["image_info"].update(file_name="x.jpg"), "image x.jpg is neither"),
         ("ocr", lambda rows: rows[1]["ocr"].update(bbox=[1, 2, 0, 4]), "entry 1 .*ocr.bbox is not a box"),
         ("caption", lambda rows: rows[7].update(captions=["a"]), "entry 7 .*not of the form"),
         (
             "caption",
-            lambda rows: [rows[one].update(captions=[]) for one in (3, 4)],
+            lambda rows: [rows[item].update(captions=[]) for item in (3, 4)],
             r"entry 3 .*it has no captions; so it is with 2 of \d+ entries",
         ),
-        ("retrieval", lambda rows: rows.__delitem__(slice(1, None)), "captions of at least two pictures"),
+        ("retrieval", lambda rows: rows.__delitem__(slice(1, None)), "captions of at least two images"),
     ],
 )
 def test_bad_data_is_named(
@@ -276,7 +276,7 @@ def test_bleu_is_that_of_the_corpus() -> None:
         for text, gold in zip(said, references, strict=True)
     ]
     slow = slow_bleu(
-        [one.lower().split() for one in said], [[g.lower().split() for g in gs] for gs in references]
+        [answer.lower().split() for answer in said], [[g.lower().split() for g in gs] for gs in references]
     )
     assert 0.3 < slow < 0.9
     assert utils.bleu_4(results) == pytest.approx(slow, abs=1e-6)
@@ -297,7 +297,7 @@ def test_ndcg_counts_ties_against_the_positive() -> None:
         expected.append(sum(1 / math.log2(place + 2) for place, i in enumerate(order[:5]) if i == 0))
     rng.shuffle(results)
     assert retrieval.ndcg_at_5(results) == pytest.approx(sum(expected) / len(expected))
-    cut = [one for one in results if one["query"] != 3 or not one["positive"]]
+    cut = [item for item in results if item["query"] != 3 or not item["positive"]]
     assert retrieval.ndcg_at_5(cut) == pytest.approx((sum(expected) - expected[3]) / 39)
     with pytest.raises(ValueError, match="no query has its positive"):
         retrieval.ndcg_at_5([result(0, False, 1.0)])
@@ -314,7 +314,7 @@ def test_a_query_that_a_resample_draws_twice_counts_twice() -> None:
     ]
     alone = [retrieval.ndcg_at_5(query) for query in queries]
     drawn = [0, 3, 3, 5, 0, 0, 2]
-    together = [one for query in drawn for one in queries[query]]
+    together = [item for query in drawn for item in queries[query]]
     expected = pytest.approx(sum(alone[query] for query in drawn) / len(drawn))
     assert len(set(alone)) > 2
     assert retrieval.ndcg_at_5(together) == expected

@@ -93,7 +93,7 @@ def test_a_short_training_reproduces_and_logs(tmp_path: Path) -> None:
         "tokens": 768,
         "warmup": 1,
         "log_every": 2,
-        "measured_pictures": 32,
+        "measured_images": 32,
     }
     folders = [train.train(train.Settings(out=tmp_path / name, **settings)) for name in ("a", "b")]  # type: ignore[arg-type]
     first, second = (load_file(folder / "model.safetensors") for folder in folders)
@@ -139,8 +139,8 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"has SHA-256 .*, not .*: it was changed or cut"):
+    with pytest.raises(CheckpointError, match=r"has SHA-256 .*, not .*: it was modified or is incomplete"):
         checkpoint_path(folder)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="the small VLM lacks"):
+    with pytest.raises(CheckpointError, match="the bundled toy model has no"):
         checkpoint_path(folder)

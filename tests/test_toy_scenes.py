@@ -69,19 +69,19 @@ def test_the_picture_shows_the_colour_that_the_graph_names(one: Scene) -> None:
 @pytest.mark.parametrize("kind", get_args(questions.Kind))
 def test_an_edit_changes_the_answer_and_nothing_outside_its_boxes(kind: questions.Kind) -> None:
     rng, edited_some = random.Random(kind), 0
-    for one in SOME:
-        question = questions.ask(one, kind, rng)
-        edited = question and questions.edit(one, question, rng)
+    for item in SOME:
+        question = questions.ask(item, kind, rng)
+        edited = question and questions.edit(item, question, rng)
         if not question or not edited:
             continue
         edited_some += 1
-        assert question.answer(edited) != question.answer(one)
-        assert (edited.word, edited.word_box, edited.seed) == (one.word, one.word_box, one.seed)
+        assert question.answer(edited) != question.answer(item)
+        assert (edited.word, edited.word_box, edited.seed) == (item.word, item.word_box, item.seed)
         touched = np.zeros((scenes.SIDE, scenes.SIDE), dtype=bool)
-        for thing in set(one.things) ^ set(edited.things):
+        for thing in set(item.things) ^ set(edited.things):
             left, top, right, bottom = thing.box
             touched[top:bottom, left:right] = True
-        differs = (drawing.draw(one) != drawing.draw(edited)).any(axis=2)
+        differs = (drawing.draw(item) != drawing.draw(edited)).any(axis=2)
         assert differs.any()
         assert not (differs & ~touched).any()
     assert edited_some >= 20
@@ -90,11 +90,11 @@ def test_an_edit_changes_the_answer_and_nothing_outside_its_boxes(kind: question
 @pytest.mark.parametrize("kind", ["exists", "color", "texture", "is_color", "is_texture", "shape_at"])
 def test_object_and_attribute_edits_change_one_thing_in_one_respect(kind: questions.Kind) -> None:
     rng = random.Random(kind)
-    for one in SOME:
-        question = questions.ask(one, kind, rng)
-        edited = question and questions.edit(one, question, rng)
+    for item in SOME:
+        question = questions.ask(item, kind, rng)
+        edited = question and questions.edit(item, question, rng)
         assert edited is not None
-        pairs = [(a, b) for a, b in zip(one.things, edited.things, strict=True) if a != b]
+        pairs = [(a, b) for a, b in zip(item.things, edited.things, strict=True) if a != b]
         assert len(pairs) == 1
         before, after = (dataclasses.asdict(thing) for thing in pairs[0])
         assert len([name for name in before if before[name] != after[name]]) == 1
@@ -103,12 +103,12 @@ def test_object_and_attribute_edits_change_one_thing_in_one_respect(kind: questi
 def test_relation_answers_follow_the_pixels() -> None:
     """Left, right, above and below by the middle of each thing's pixels, found by taking it away."""
     rng = random.Random(1)
-    for one in SOME[::4]:
-        question = questions.ask(one, "is_side", rng)
+    for item in SOME[::4]:
+        question = questions.ask(item, "is_side", rng)
         assert question is not None
         middles = []
         for shape in (question.shape, question.other):
-            left, top, right, bottom = changed_box(drawing.draw(without(one, shape)), drawing.draw(one))
+            left, top, right, bottom = changed_box(drawing.draw(without(item, shape)), drawing.draw(item))
             middles.append(((left + right) / 2, (top + bottom) / 2))
         (x1, y1), (x2, y2) = middles
         holds = {
@@ -117,7 +117,7 @@ def test_relation_answers_follow_the_pixels() -> None:
             "above": y1 + 14 < y2,
             "below": y2 + 14 < y1,
         }
-        assert question.answer(one) == ("Yes" if holds[question.value] else "No")
+        assert question.answer(item) == ("Yes" if holds[question.value] else "No")
 
 
 def test_yes_and_no_are_equally_frequent() -> None:
@@ -128,16 +128,16 @@ def test_yes_and_no_are_equally_frequent() -> None:
 
 
 def test_five_captions_are_distinct_and_name_everything() -> None:
-    for one in SOME:
-        references = captions.captions(one)
+    for item in SOME:
+        references = captions.captions(item)
         assert len(set(references)) == 5
-        assert all(captions.phrase(thing) in reference for thing in one.things for reference in references)
+        assert all(captions.phrase(thing) in reference for thing in item.things for reference in references)
 
 
 def test_near_misses_are_false() -> None:
     rng = random.Random(3)
-    for one in SOME:
-        assert captions.near_miss(one, rng) not in captions.captions(one)
+    for item in SOME:
+        assert captions.near_miss(item, rng) not in captions.captions(item)
 
 
 def test_hard_negatives_share_most_words_and_are_not_true() -> None:
@@ -165,10 +165,10 @@ def test_hard_negatives_share_most_words_and_are_not_true() -> None:
 def test_a_shift_changes_the_picture_alike_for_a_scene_and_its_edit(shift: shifts.Shift) -> None:
     one = scene("test", 3)
     edited = edits.change_word(one, random.Random(0))
-    plain, shifted = drawing.draw(one), shifts.shift_picture(shifts.shift_scene(one, shift), shift)
+    plain, shifted = drawing.draw(one), shifts.shift_image(shifts.shift_scene(one, shift), shift)
     assert shifted.shape == plain.shape
     assert (plain != shifted).any()
-    differs = (shifted != shifts.shift_picture(shifts.shift_scene(edited, shift), shift)).any(axis=2)
+    differs = (shifted != shifts.shift_image(shifts.shift_scene(edited, shift), shift)).any(axis=2)
     left, top, right, bottom = one.word_box
     differs[top:bottom, left:right] = False
     assert not differs.any()
@@ -194,18 +194,16 @@ def test_a_full_picture_has_no_room_for_one_more() -> None:
 def test_what_cannot_be_laid_out_is_refused() -> None:
     one = scene("test", 0)
     first, second = one.things[:2]
-    with pytest.raises(SceneError, match="covers another"):
+    with pytest.raises(SceneError, match="overlaps another"):
         dataclasses.replace(one, things=(first, dataclasses.replace(second, box=first.box)))
-    with pytest.raises(SceneError, match="leaves the 64 x 64 picture"):
+    with pytest.raises(SceneError, match="is not inside the 64 x 64 image"):
         dataclasses.replace(one, word_box=(50, 50, 76, 68))
     with pytest.raises(SceneError, match="each shape may appear once"):
         dataclasses.replace(one, things=(first, dataclasses.replace(second, shape=first.shape)))
 
 
 def test_beyond_a_split_is_an_error() -> None:
-    with pytest.raises(
-        SceneError, match="asked for 1001 pictures of the test split of scenes, which has 1000"
-    ):
+    with pytest.raises(SceneError, match="asked for 1001 images of the test split of scenes, which has 1000"):
         scene("test", 1000)
     with pytest.raises(SceneError, match="no split 'val' of scenes; there are train, discovery"):
         scene("val", 0)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def task_of(manager: TaskManager, name: str, task_type: str = "chat") -> Any:
 def score(task: Any, split: str, answers: list[str]) -> dict[str, float]:
     docs = task.dataset_no_image[split].select(range(len(answers)))
     scored = [task.process_results(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
-    return {metric: task.aggregation()[metric]([one[metric] for one in scored]) for metric in scored[0]}
+    return {metric: task.aggregation()[metric]([item[metric] for item in scored]) for metric in scored[0]}
 
 
 def test_every_yaml_file_is_the_one_that_write_makes() -> None:
@@ -117,7 +117,7 @@ def test_a_kind_is_asked_alone_and_yes_as_often_as_no(task: str, kind: str) -> N
         assert one.kind == kind
         assert one.prompt == other.prompt
         assert one.answer != other.answer
-    answers = Counter(one.answer for one in clean)
+    answers = Counter(item.answer for item in clean)
     assert (answers == {"Yes": 50, "No": 50}) == (kind in ("exists", "is_color", "is_texture", "is_side"))
     with pytest.raises(SceneError, match="of the test split have a question of vqa_what_side"):
         documents("vqa_what_side", "edited", "test", 1000)
@@ -132,7 +132,7 @@ def test_fewer_documents_are_the_first_of_more(task: Task) -> None:
 
 
 def test_requests_for_what_is_not_there_are_errors() -> None:
-    with pytest.raises(SceneError, match="asked for 1001 pictures of the test split"):
+    with pytest.raises(SceneError, match="asked for 1001 images of the test split"):
         documents("ocr", "plain", "test", 1001)
     with pytest.raises(SceneError, match="no variant 'fog' of scenes; there are plain, edited"):
         documents("ocr", "fog", "test", 1)  # type: ignore[arg-type]
@@ -163,7 +163,7 @@ def test_a_query_that_a_resample_draws_twice_counts_twice() -> None:
     ndcg_at_5 = load("utils").ndcg_at_5
     alone = [ndcg_at_5(query) for query in queries]
     drawn = [0, 3, 3, 5, 0, 0, 2]
-    together = [one for query in drawn for one in queries[query]]
+    together = [item for query in drawn for item in queries[query]]
     expected = pytest.approx(sum(alone[query] for query in drawn) / len(drawn))
     assert len(set(alone)) > 2
     assert ndcg_at_5(together) == expected

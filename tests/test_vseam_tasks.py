@@ -1,4 +1,4 @@
-"""The V-SEAM tasks: released files, edited twins, missing pictures, and scores that a constant Yes fails."""
+"""The V-SEAM tasks: released files, edited twins, missing images, and scores that a constant Yes fails."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def test_reads_lists_and_dicts_in_the_released_folders(
     released: str, llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = [question(number, "Yes" if number < 2 else "No") for number in range(4)]
-    content = records if released == "list" else {one.pop("question_id"): one for one in records}
+    content = records if released == "list" else {record.pop("question_id"): record for record in records}
     write_gqa(tmp_path, "GQA/Attribute_Level/Color/Color.json", content)
     monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path))
     clean, edited = examples(llava, "vseam_color"), examples(llava, "vseam_color_edited")
@@ -127,7 +127,7 @@ def test_a_constant_yes_gets_one_half_and_a_warning(
     )
     one_class = examples(llava, "vseam_animal", metric="balanced_accuracy", target="answer")
     always_yes = [one_class.score(index, "Yes.") for index in range(4)]
-    assert [one["accuracy"] for one in always_yes] == [1.0] * 4
+    assert [ye["accuracy"] for ye in always_yes] == [1.0] * 4
     assert one_class.aggregate(always_yes) == 0.5
     both = examples(llava, "vseam_animal_both", metric="balanced_accuracy")
     assert len(both) == 8
@@ -203,9 +203,9 @@ def test_missing_edited_pictures_are_counted_and_named(
     )
     rows = documents(llava, "vseam_color_edited")
     assert [row["question_id"] for row in rows] == ["1", "3"]
-    assert any("2 of 4 questions lack its edited picture, the first is question 0" in line for line in heard)
+    assert any("2 of 4 questions lack its edited image, the first is question 0" in line for line in heard)
     monkeypatch.setenv("HONES_EVAL_DATA", str(write_gqa(tmp_path / "none", "color.json", records, edited=())))
-    with pytest.raises(TaskError, match=r"4 of 4 questions lack its edited picture.*corrupt"):
+    with pytest.raises(TaskError, match=r"4 of 4 questions lack its edited image.*corrupt"):
         documents(llava, "vseam_color_edited")
     assert len(documents(llava, "vseam_color")) == 4
     picture(tmp_path / "mine" / "2.jpg", "yellow")
@@ -279,7 +279,7 @@ def test_pope_and_cocoqa_in_the_released_formats(
         picture(tmp_path / "images" / f"COCO_train2014_{i:012d}.jpg", "red")
     pope = examples(llava, "vseam_pope_popular", metric="f1_yes")
     results = [pope.score(index, answer) for index, answer in enumerate(["Yes", "Yes, it is.", "no", "No"])]
-    assert [one["accuracy"] for one in results] == [1, 0, 0, 1]
+    assert [result["accuracy"] for result in results] == [1, 0, 0, 1]
     assert pope.aggregate(results) == 0.5  # precision and recall are one half
     with (tmp_path / "cocoqa_count.csv").open("w", newline="", encoding=encoding) as file:
         table = csv.writer(file)
@@ -304,10 +304,10 @@ def test_reads_the_released_annotations_as_they_are(tmp_path: Path, monkeypatch:
     for category in data.LEVELS:
         source = data.gqa(category)
         assert len(source.questions) == 60
-        assert all(one.id and one.objects for one in source.questions)
-        relational = [one for one in source.questions if one.relations]
+        assert all(item.id and item.objects for item in source.questions)
+        relational = [item for item in source.questions if item.relations]
         assert bool(relational) == (data.LEVELS[category] == "relation")
-        with pytest.raises(TaskError, match="60 of 60 questions lack its picture"):
+        with pytest.raises(TaskError, match="60 of 60 questions lack its image"):
             list(data.with_pictures(source, ["picture"], 0, 1))
     assert {len(data.pope(split).questions) for split in ("random", "popular", "adversarial")} == {120}
     assert {len(data.cocoqa(kind).questions) for kind in ("color", "count", "location")} == {120}
@@ -328,7 +328,7 @@ def test_the_real_pairs(photos: Path, llava: Any, monkeypatch: pytest.MonkeyPatc
 def test_vseam_ranks_questions_on_one_picture_by_their_shared_prefix(
     llava: Any, llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """POPE asks six questions of a picture one after the other; scores are those of plain forwards."""
+    """POPE asks six questions of an image one after the other; scores are those of plain forwards."""
     monkeypatch.setenv("HONES_EVAL_DATA", str(tmp_path))
     shown = [1, 1, 1, 2, 3, 3]
     lines = [
@@ -351,7 +351,7 @@ def test_vseam_ranks_questions_on_one_picture_by_their_shared_prefix(
     assert (ranking.report["prefix_sharing"], ranking.report["examples_sharing_a_prefix"]) == ("exact", 5)
     pope = examples(llava, "vseam_pope_popular")
     recorded = [pope[index] for index in range(len(pope))]
-    items = [plain.Item(one.inputs, one.settings, one.target_ids) for one in recorded]
+    items = [plain.Item(item.inputs, item.settings, item.target_ids) for item in recorded]
     expected = plain.vseam_heads(inner_model(llava), items)["signed"]
     assert ranking.head_scores is not None
     assert (ranking.head_scores - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,6 +1,6 @@
-"""Visual semantic editing (V-SEAM 1): pairs of a clean and an edited picture for one yes/no question.
+"""Visual semantic editing (V-SEAM 1): pairs of a clean and an edited image for one yes/no question.
 
-A record names a thing, its box and a question (`records`); `counterfactual` chooses what to change and what
-is then true; `masks` says where; an editor of `editors` does it, or a diffusers checkpoint (`inpaint`);
-`checks` measures whether it worked; `run` does all that for many records, and `sheet` shows them.
+A record names a thing, its box and a question (`records`). `counterfactual` chooses the change and the new
+answer, `masks` the region. An editor (`editors`) or a diffusers checkpoint (`inpaint`) makes the edit.
+`checks` measures whether it worked, `run` processes many records, and `sheet` shows them.
 """

@@ -1,4 +1,4 @@
-"""Boxes in pixels, and what is left of them inside a picture."""
+"""Boxes in pixels, and their parts inside an image."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from hones_eval.editing.problems import RecordError
 
 
 class Box(NamedTuple):
-    """A rectangle: left and top edge, width and height, in pixels of the upright picture."""
+    """A rectangle: left and top edge, width and height, in pixels of the upright image."""
 
     x: float
     y: float
@@ -23,29 +23,29 @@ class Box(NamedTuple):
         """
         try:
             numbers = [value[key] for key in "xywh"] if isinstance(value, Mapping) else list(_sequence(value))
-            box = cls(*(float(one) for one in numbers))
+            box = cls(*(float(number) for number in numbers))
         except (KeyError, TypeError, ValueError):
-            raise RecordError(f"its box {value!r} is not x, y, w, h") from None
-        if not all(math.isfinite(one) for one in box):
+            raise RecordError(f"its box {value!r} is not of the form x, y, w, h") from None
+        if not all(math.isfinite(edge) for edge in box):
             raise RecordError(f"its box {value!r} is not finite")
         if box.w <= 0 or box.h <= 0:
             raise RecordError(f"its box {_shown(box)} has no area")
         return box
 
     def inside(self, width: int, height: int) -> "Window":
-        """Cut to a picture of `width` x `height` pixels, and round outwards.
+        """Clip to an image of `width` x `height` pixels, and round outwards.
 
-        Raises: RecordError when nothing is left.
+        Raises: RecordError when no pixel is left.
         """
         left, top = max(0, math.floor(self.x)), max(0, math.floor(self.y))
         right, bottom = min(width, math.ceil(self.x + self.w)), min(height, math.ceil(self.y + self.h))
         if left >= right or top >= bottom:
-            raise RecordError(f"its box {_shown(self)} lies outside the picture of {width} x {height}")
+            raise RecordError(f"its box {_shown(self)} lies outside the image of {width} x {height}")
         return Window(left, top, right, bottom)
 
 
 class Window(NamedTuple):
-    """A rectangle of whole pixels inside a picture: edges `left`, `top` and, exclusive, `right`, `bottom`."""
+    """A rectangle of whole pixels inside an image: edges `left`, `top` and, exclusive, `right`, `bottom`."""
 
     left: int
     top: int
@@ -68,7 +68,7 @@ class Window(NamedTuple):
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
     def grown(self, margin: int, width: int, height: int) -> "Window":
-        """With `margin` pixels more on every side, as far as the picture goes."""
+        """Grow by `margin` pixels on every side, up to the edge of the image."""
         return Window(
             max(0, self.left - margin),
             max(0, self.top - margin),
@@ -77,11 +77,11 @@ class Window(NamedTuple):
         )
 
     def moved(self, dx: int, dy: int) -> "Window":
-        """At another place."""
+        """Shift by `dx` pixels to the right and `dy` down."""
         return Window(self.left + dx, self.top + dy, self.right + dx, self.bottom + dy)
 
     def joined(self, other: "Window") -> "Window":
-        """The smallest window with both in it."""
+        """The smallest window that contains both."""
         return Window(
             min(self.left, other.left),
             min(self.top, other.top),
@@ -106,4 +106,4 @@ def _sequence(value: object) -> list[Any]:
 
 
 def _shown(box: Box) -> str:
-    return "[" + ", ".join(f"{one:g}" for one in box) + "]"
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"

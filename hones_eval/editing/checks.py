@@ -1,4 +1,4 @@
-"""Did an edit work: something changed where it should, nothing changed where it should not."""
+"""Checks of an edit: it changed something inside its mask, and nothing outside."""
 
 import io
 from typing import Any, NamedTuple
@@ -19,47 +19,47 @@ SIGMA = 1.5
 
 
 class Bounds(NamedTuple):
-    """What an edit has to keep to."""
+    """The limits that an accepted edit respects."""
 
     psnr: float = 30.0
-    """Least PSNR outside the mask, in decibel."""
+    """Smallest PSNR outside the mask, in decibels."""
     ssim: float = 0.95
-    """Least SSIM outside the mask."""
+    """Smallest SSIM outside the mask."""
     change: float = 3.0
-    """Least mean CIE76 difference inside the mask; about 2 can just be seen."""
+    """Smallest mean CIE76 difference inside the mask; about 2 is just visible."""
 
 
 class Verdict(NamedTuple):
-    """What was measured, and what was found wrong."""
+    """The measurements of an edit, and the reasons to reject it."""
 
     psnr_outside: float | None
-    """Decibel; None where every pixel outside is the same, or none is outside."""
+    """In decibels; None if no pixel outside changed, or there is none."""
     ssim_outside: float | None
-    """None where no pixel lies outside the mask by more than the width of a window."""
+    """None if no window of pixels lies wholly outside the mask."""
     change_inside: float
     mask_share: float
-    """Share of the picture's pixels that the mask touches."""
+    """Share of the image's pixels that the mask touches."""
     reasons: tuple[str, ...]
 
     @property
     def accepted(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no reason to reject the edit."""
         return not self.reasons
 
 
 def judge(clean: Pixels, edited: Pixels, mask: Footprint, bounds: Bounds) -> Verdict:
-    """Compare an edited picture with the clean one, inside and outside the mask.
+    """Compare an edited image with the clean one, inside and outside the mask.
 
     Args:
         clean: [H, W, 3].
-        edited: of any size.
+        edited: [H, W, 3]; another size is a reason to reject.
         mask: [H, W], where the edit was allowed to change something.
-        bounds: what counts as enough.
+        bounds: the limits.
     """
     share = float(mask.mean())
     if edited.shape != clean.shape:
-        seen, wanted = (f"{one.shape[1]} x {one.shape[0]}" for one in (edited, clean))
-        return Verdict(None, None, 0.0, share, (f"it is {seen}, the clean picture {wanted}",))
+        seen, wanted = (f"{pixels.shape[1]} x {pixels.shape[0]}" for pixels in (edited, clean))
+        return Verdict(None, None, 0.0, share, (f"the edited image is {seen}, the clean image {wanted}",))
     psnr, ssim = psnr_outside(clean, edited, mask), ssim_outside(clean, edited, mask)
     change = change_inside(clean, edited, mask)
     reasons = []
@@ -73,20 +73,20 @@ def judge(clean: Pixels, edited: Pixels, mask: Footprint, bounds: Bounds) -> Ver
 
 
 def sound(content: bytes, width: int, height: int) -> str | None:
-    """Read an encoded picture back; what is wrong with it, or None."""
+    """Decode an encoded image; returns the problem, or None."""
     try:
         with refuse_truncated_images(), Image.open(io.BytesIO(content)) as opened:
             opened.load()
             mode, size = opened.mode, opened.size
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        return f"it cannot be read back: {' '.join(str(error).split())}"
+        return f"the edited image cannot be decoded: {' '.join(str(error).split())}"
     if mode != "RGB" or size != (width, height):
-        return f"it is {mode} of {size[0]} x {size[1]} rather than RGB of {width} x {height}"
+        return f"the edited image is {mode}, {size[0]} x {size[1]}, but should be RGB, {width} x {height}"
     return None
 
 
 def psnr_outside(clean: Pixels, edited: Pixels, mask: Footprint) -> float | None:
-    """Peak signal-to-noise ratio in decibel over the pixels outside; None where they are all the same."""
+    """Peak signal-to-noise ratio in decibels over the pixels outside; None if they are all the same."""
     total, count = 0.0, 0
     for top in range(0, len(clean), BAND):
         band = slice(top, top + BAND)
@@ -117,9 +117,9 @@ def ssim_outside(clean: Pixels, edited: Pixels, mask: Footprint) -> float | None
     return total / count if count else None
 
 
-def _ssim_map(one: Pixels, other: Pixels) -> NDArray[Any]:
+def _ssim_map(clean: Pixels, edited: Pixels) -> NDArray[Any]:
     """SSIM of every pixel's window and channel, `[h, w, 3]`."""
-    x, y = one.astype(np.float64), other.astype(np.float64)
+    x, y = clean.astype(np.float64), edited.astype(np.float64)
 
     def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(
@@ -136,12 +136,12 @@ def _ssim_map(one: Pixels, other: Pixels) -> NDArray[Any]:
 
 
 def change_inside(clean: Pixels, edited: Pixels, mask: Footprint) -> float:
-    """Mean CIE76 colour difference over the pixels of the mask; 0 where it has none."""
+    """Mean CIE76 colour difference over the pixels of the mask; 0 if it is empty."""
     total, count = 0.0, 0
     for top in range(0, len(clean), BAND):
         inside = mask[top : top + BAND]
         if inside.any():
-            one, other = (rgb_to_lab(each[top : top + BAND]) for each in (clean, edited))
-            total += float(np.linalg.norm(one - other, axis=-1)[inside].sum(dtype=np.float64))
+            before, after = (rgb_to_lab(pixels[top : top + BAND]) for pixels in (clean, edited))
+            total += float(np.linalg.norm(before - after, axis=-1)[inside].sum(dtype=np.float64))
             count += int(inside.sum())
     return total / count if count else 0.0

@@ -1,4 +1,4 @@
-"""The editors by name: the levels that each serves, and what it does to a picture."""
+"""The editors by name, with the levels that each can edit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from hones_eval.editing.retexture import retexture
 
 
 class Edited(NamedTuple):
-    """An edited picture, and where it was allowed to change, `[H, W]`."""
+    """An edited image, and the mask `[H, W]` where it was allowed to change."""
 
-    picture: Pixels
+    image: Pixels
     mask: NDArray[np.bool_]
     thing: str | None = None
-    """What was edited, where that is not the change's target."""
+    """The name of the edited thing, if it is not the target of the change."""
 
 
 Apply = Callable[[Pixels, Change, Masker, int], Edited]
@@ -34,14 +34,14 @@ Apply = Callable[[Pixels, Change, Masker, int], Edited]
 
 @dataclass(frozen=True)
 class Editor:
-    """One way to edit."""
+    """An editor."""
 
     name: str
     kind: Kind
     categories: frozenset[str]
-    """The categories it serves; the levels follow."""
+    """The categories that it can edit; they determine the levels."""
     apply: Apply | None
-    """From picture, change, mask maker and seed; None where the picture comes from elsewhere."""
+    """A function of image, change, mask maker and seed; None if the edited image comes from elsewhere."""
 
     def serves(self, record: Record) -> bool:
         """Whether a record is of a level and category that this editor can change."""
@@ -57,8 +57,8 @@ def editor_for(record: Record, name: EditorName) -> Editor:
     editor = EDITORS[chosen]
     if not editor.serves(record):
         raise RecordError(
-            f"the editor {chosen} does not serve {record.category}; "
-            f"it serves {', '.join(sorted(editor.categories))}"
+            f"the editor {chosen} cannot edit {record.category}; "
+            f"it can edit {', '.join(sorted(editor.categories))}"
         )
     return editor
 
@@ -76,44 +76,44 @@ def levels_of(name: EditorName) -> tuple[Level, ...]:
     return tuple(level for level, members in groups if members & categories)
 
 
-def window_of(box: Box | None, picture: Pixels) -> Window:
-    """A box cut to the picture.
+def window_of(box: Box | None, image: Pixels) -> Window:
+    """A box cut to the image.
 
     Raises: RecordError when there is none, or nothing is left of it.
     """
     if box is None:
         raise RecordError("it has no box")
-    return box.inside(picture.shape[1], picture.shape[0])
+    return box.inside(image.shape[1], image.shape[0])
 
 
-def _remove(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
-    region = masks(picture, window_of(change.target.box, picture))
-    return Edited(*remove(picture, region, seed))
+def _remove(image: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
+    region = masks(image, window_of(change.target.box, image))
+    return Edited(*remove(image, region, seed))
 
 
-def _recolor(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
-    whole = masks(picture, window_of(change.target.box, picture))
-    region = spread(picture, toned(picture, whole, change.was) if change.was else whole)
-    return Edited(recolor(picture, region, change.value), region.footprint(*picture.shape[:2]))
+def _recolor(image: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
+    whole = masks(image, window_of(change.target.box, image))
+    region = spread(image, toned(image, whole, change.was) if change.was else whole)
+    return Edited(recolor(image, region, change.value), region.footprint(*image.shape[:2]))
 
 
-def _retexture(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
-    region = masks(picture, window_of(change.target.box, picture))
-    made = retexture(picture, region, change.value, seed, change.colour)
-    return Edited(made, region.footprint(*picture.shape[:2]))
+def _retexture(image: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
+    region = masks(image, window_of(change.target.box, image))
+    made = retexture(image, region, change.value, seed, change.colour)
+    return Edited(made, region.footprint(*image.shape[:2]))
 
 
-def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
+def _move(image: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
     assert change.anchor is not None
-    box, anchor = window_of(change.target.box, picture), window_of(change.anchor.box, picture)
+    box, anchor = window_of(change.target.box, image), window_of(change.anchor.box, image)
     goal = goal_of(change.value)
     must_not_hold(goal, box, anchor)
     if masks is box_mask and box.overlaps(anchor):
         raise RecordError(
-            f"its boxes overlap, so the box of {change.target.name!r} would take part of "
-            f"{change.anchor.name!r} along; use --mask cut or segmenter"
+            f"its boxes overlap, so moving the box of {change.target.name!r} would also move part of "
+            f"{change.anchor.name!r}; use --mask cut or segmenter"
         )
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     moved = change.target.name
     try:
         shift = place(box, anchor, width, height, goal)
@@ -123,22 +123,22 @@ def _move(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
         # Moving the other one the other way makes the same true.
         shift = place(anchor, box, width, height, OPPOSITE[goal])
         box, moved = anchor, change.anchor.name
-    region = masks(picture, box)
+    region = masks(image, box)
     if region.rough:
         raise RecordError(
-            f"{moved!r} cannot be cut out by its colours to be moved; "
+            f"{moved!r} cannot be cut out by its colours; "
             "use --mask segmenter, or, where its box holds nothing of the other thing, --mask box"
         )
-    return Edited(*move(picture, region, shift, seed), moved)
+    return Edited(*move(image, region, shift, seed), moved)
 
 
-def _mirror(picture: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
+def _mirror(image: Pixels, change: Change, masks: Masker, seed: int) -> Edited:
     assert change.anchor is not None
-    one, other = window_of(change.target.box, picture), window_of(change.anchor.box, picture)
-    must_not_hold(goal_of(change.value), one, other)
-    if not mirrored_differ(one, other):
-        raise RecordError("its two boxes lie about above each other, so a mirror swaps nothing")
-    return Edited(*mirror(picture, best_stretch(picture, one.joined(other))))
+    target, anchor = window_of(change.target.box, image), window_of(change.anchor.box, image)
+    must_not_hold(goal_of(change.value), target, anchor)
+    if not mirrored_differ(target, anchor):
+        raise RecordError("its two boxes lie one above the other, so mirroring does not swap them")
+    return Edited(*mirror(image, best_stretch(image, target.joined(anchor))))
 
 
 OBJECTS = frozenset({"object", "animal", "indoor", "vehicle"})

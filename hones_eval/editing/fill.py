@@ -1,4 +1,4 @@
-"""Fill a hole in a picture with what its surroundings are made of.
+"""Fill a hole in an image with patches from its surroundings.
 
 OpenCV's inpainting (Telea 2004) continues edges into a hole but leaves a smear where it is wide. So it serves
 only where there is no whole patch to take. Else a small copy is filled patch by patch from its rim inwards
@@ -27,11 +27,11 @@ Colours = NDArray[np.float32]
 
 
 class Search(NamedTuple):
-    """Where each patch round the hole finds its like."""
+    """The best-matching source for each patch around the hole."""
 
     y: Grid
     x: Grid
-    """Places of the patches to explain, [n]."""
+    """Positions of the patches to match, [n]."""
     place: Grid
     """[h, w]: which of those a pixel is, -1 for none."""
     allowed: Hole
@@ -39,33 +39,33 @@ class Search(NamedTuple):
     trust: Colours
     """[n]: less the deeper a patch lies in the hole, where nothing is known for certain."""
     fare: float
-    """What a patch costs for each squared pixel that it comes from away."""
+    """Cost per squared pixel of distance between a patch and its source."""
 
 
-def fill(picture: Pixels, hole: Hole, seed: int) -> Pixels:
-    """Fill the hole; what is outside it stays to the bit.
+def fill(image: Pixels, hole: Hole, seed: int) -> Pixels:
+    """Fill the hole; pixels outside stay bit for bit.
 
     Args:
-        picture: [H, W, 3].
+        image: [H, W, 3].
         hole: [H, W], True where colours are to be found.
         seed: of the random search.
     """
     if not hole.any() or hole.all():
-        return picture.copy()
+        return image.copy()
     window = _context(hole)
-    crop, inner = picture[window.slices], hole[window.slices]
+    crop, inner = image[window.slices], hole[window.slices]
     spread = max(np.ptp(np.nonzero(inner)[0]), np.ptp(np.nonzero(inner)[1])) + 1
     scale = min(1.0, WORK_SIDE / spread)
     small, gap = _shrunk(crop, inner, scale)
     solved, y, x = _solve(small, gap, np.random.default_rng(seed))
     filled = solved if scale == 1 else _enlarged(crop, inner, solved, y, x)
-    result = picture.copy()
+    result = image.copy()
     result[window.slices] = np.where(inner[..., None], filled, crop)
     return result
 
 
 def _context(hole: Hole) -> Window:
-    """The hole's bounds with as much again on each side to take from."""
+    """The bounds of the hole, grown by its own size on each side."""
     rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
     bounds = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     return bounds.grown(max(24, max(bounds.width, bounds.height)), hole.shape[1], hole.shape[0])
@@ -79,9 +79,9 @@ def _shrunk(crop: Pixels, hole: Hole, scale: float) -> tuple[Pixels, Hole]:
     return np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA)), np.asarray(gap)
 
 
-def _solve(picture: Pixels, hole: Hole, chance: np.random.Generator) -> tuple[Pixels, Grid, Grid]:
+def _solve(pixels: Pixels, hole: Hole, chance: np.random.Generator) -> tuple[Pixels, Grid, Grid]:
     """Solve from coarse to fine; also where each pixel's patch was found, [h, w] each."""
-    levels = [(picture, hole)]
+    levels = [(pixels, hole)]
     while min(levels[-1][0].shape[:2]) >= 48 and levels[-1][1].sum() > PEELED:
         levels.append(_shrunk(*levels[-1], 0.5))
     image, found = _peel(*levels[-1])
@@ -92,17 +92,17 @@ def _solve(picture: Pixels, hole: Hole, chance: np.random.Generator) -> tuple[Pi
     return image.round().clip(0, 255).astype(np.uint8), *found
 
 
-def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
-    """Copy whole patches inwards, first where the most is known; for small pictures.
+def _peel(pixels: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
+    """Copy whole patches inwards, first where the most is known; for small images.
 
-    Returns: the filled picture, and where each of its pixels was taken from.
+    Returns: the filled image, and where each of its pixels was taken from.
     """
     from_y, from_x = _own_places(hole.shape)
     search = _prepare(hole)
     sources = np.argwhere(search.allowed)
-    image = picture.astype(np.float32)
+    image = pixels.astype(np.float32)
     if not len(sources):
-        smeared = cv2.inpaint(picture, hole.astype(np.uint8), 3, cv2.INPAINT_TELEA)
+        smeared = cv2.inpaint(pixels, hole.astype(np.uint8), 3, cv2.INPAINT_TELEA)
         return np.asarray(smeared.astype(np.float32)), (from_y, from_x)
     image[hole] = 0
     sure = (~hole).astype(np.float32)
@@ -129,7 +129,7 @@ def _peel(picture: Pixels, hole: Hole) -> tuple[Colours, tuple[Grid, Grid]]:
 
 
 def _most_certain(open_: Hole, sure: Colours) -> tuple[int, int]:
-    """The pixel of the hole that has the most known for certain round it."""
+    """The pixel of the hole with the most known pixels around it."""
     size = 2 * RADIUS + 1
     confidence = cv2.blur(np.where(open_, 0, sure).astype(np.float32), (size, size))
     y, x = np.unravel_index(int(np.where(open_, confidence, -1).argmax()), open_.shape)
@@ -137,7 +137,7 @@ def _most_certain(open_: Hole, sure: Colours) -> tuple[int, int]:
 
 
 def _patch_at(y: int, x: int, shape: tuple[int, ...]) -> tuple[Grid, Grid]:
-    """Row and column of each pixel of a patch, as far as the picture goes."""
+    """Row and column of each pixel of a patch, as far as the image goes."""
     rows, columns = np.mgrid[y - RADIUS : y + RADIUS + 1, x - RADIUS : x + RADIUS + 1].reshape(2, -1)
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
     return rows[inside], columns[inside]
@@ -146,7 +146,7 @@ def _patch_at(y: int, x: int, shape: tuple[int, ...]) -> tuple[Grid, Grid]:
 def _refine(
     image: Colours, hole: Hole, found: tuple[Grid, Grid], rounds: int, chance: np.random.Generator
 ) -> tuple[Colours, tuple[Grid, Grid]]:
-    """Match and vote by turns at one resolution."""
+    """Alternate matching and voting at one resolution."""
     search = _prepare(hole)
     sources = np.argwhere(search.allowed)
     if not len(sources):  # the hole leaves no whole patch outside
@@ -179,7 +179,7 @@ def _start(
     shape: tuple[int, ...],
     chance: np.random.Generator,
 ) -> tuple[Grid, Grid]:
-    """The places of the level before, at this resolution; random ones where those are not allowed."""
+    """The sources of the coarser level at this resolution; random ones where those are not allowed."""
     drawn = sources[chance.integers(len(sources), size=len(search.y))]
     ratio_y, ratio_x = shape[0] / found[0].shape[0], shape[1] / found[0].shape[1]
     row = (search.y / ratio_y).astype(np.int64).clip(0, found[0].shape[0] - 1)
@@ -198,14 +198,14 @@ def _patches(image: Colours) -> Colours:
 
 
 def _padded(image: Colours) -> Colours:
-    """The picture going on mirrored beyond its edges by a patch's radius."""
+    """The image, mirrored beyond its edges by the radius of a patch."""
     return np.asarray(
         cv2.copyMakeBorder(image, RADIUS, RADIUS, RADIUS, RADIUS, cv2.BORDER_REFLECT_101), np.float32
     )
 
 
 def _cost(patches: Colours, search: Search, y: Grid, x: Grid) -> Colours:
-    """Squared distance of each patch to the patch at (y, x), and the fare for the way to it, `[n]`."""
+    """Squared difference of each patch to the patch at (y, x), plus the cost of its distance, `[n]`."""
     width = search.place.shape[1]
     difference = patches[search.y * width + search.x] - patches[y * width + x]
     way = (search.y - y) ** 2 + (search.x - x) ** 2
@@ -215,7 +215,7 @@ def _cost(patches: Colours, search: Search, y: Grid, x: Grid) -> Colours:
 def _match(
     patches: Colours, search: Search, y: Grid, x: Grid, cost: Colours, chance: np.random.Generator
 ) -> tuple[Grid, Grid, Colours]:
-    """One sweep: take over what a neighbour found, then try ever nearer random places."""
+    """One sweep of PatchMatch: propagate from neighbours, then search randomly at shrinking distances."""
     height, width = search.place.shape
     for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
         row, column = search.y - dy, search.x - dx
@@ -240,7 +240,7 @@ def _match(
 def _better(
     patches: Colours, search: Search, best: tuple[Grid, Grid, Colours], y: Grid, x: Grid
 ) -> tuple[Grid, Grid, Colours]:
-    """Keep the cheaper of what is known and what is tried, pixel by pixel."""
+    """Keep the cheaper of the current and the proposed source, per pixel."""
     tried = np.flatnonzero(_allowed(search, y, x) & ((y != best[0]) | (x != best[1])))
     part = search._replace(y=search.y[tried], x=search.x[tried])
     cost = _cost(patches, part, y[tried], x[tried])
@@ -258,7 +258,7 @@ def _allowed(search: Search, y: Grid, x: Grid) -> Hole:
 
 
 def _vote(image: Colours, hole: Hole, search: Search, y: Grid, x: Grid, cost: Colours) -> Colours:
-    """Each pixel of the hole: the mean of what the patches over it say, the better matched the louder."""
+    """Each pixel of the hole becomes the mean over the patches that cover it, weighted by their match."""
     height, width = hole.shape
     loudness = search.trust * np.exp(-cost / (2 * max(1.0, float(np.quantile(cost, 0.5)))))
     total, weight = np.zeros_like(image), np.zeros((height, width), np.float32)
@@ -287,7 +287,7 @@ def _own_places(shape: tuple[int, ...]) -> tuple[Grid, Grid]:
 
 
 def _enlarged(crop: Pixels, hole: Hole, solved: Pixels, y: Grid, x: Grid) -> Pixels:
-    """The solved colours at full size, with the fine grain of the places that they came from."""
+    """The solved colours at full size, with the fine grain of their sources."""
     height, width = hole.shape
     ratio_y, ratio_x = height / solved.shape[0], width / solved.shape[1]
     smooth = cv2.resize(solved, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)

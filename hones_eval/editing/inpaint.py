@@ -1,7 +1,7 @@
 """Edits by any diffusers inpainting checkpoint, with the settings of the V-SEAM paper as defaults.
 
 Sides are cut to multiples of 8, masked pixels blanked, negative prompt "low quality, blurry", 50 steps,
-guidance 7.5, and the result is brought back to the picture's size.
+guidance 7.5, and the result is brought back to the image's size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ from hones_eval.errors import HonesError
 
 @dataclass(frozen=True)
 class InpaintSettings:
-    """How a checkpoint paints."""
+    """Settings of an inpainting checkpoint."""
 
     checkpoint: str
     steps: int = 50
     guidance: float = 7.5
     negative_prompt: str = "low quality, blurry"
     longest_side: int = 1024
-    """Larger pictures are painted at this size; only masked pixels come back."""
+    """Larger images are painted at this size; only masked pixels are kept."""
     composite: bool = True
-    """Keep what is outside the mask from the clean picture; off, the checkpoint's whole picture is taken."""
+    """Keep the clean pixels outside the mask; if off, use the checkpoint's whole image."""
     batch: int = 1
     device: str = "auto"
     dtype: DType = "auto"
@@ -39,9 +39,9 @@ class InpaintSettings:
 
 
 class Painting(NamedTuple):
-    """One picture to paint in."""
+    """One image to inpaint."""
 
-    picture: Pixels
+    image: Pixels
     region: Region
     prompt: str
     seed: int
@@ -60,7 +60,7 @@ class Inpainter:
         self._pipeline = _load(settings, self._device)
 
     def paint(self, jobs: Sequence[Painting]) -> Iterator[Pixels | RecordError]:
-        """Paint each job, in order; one that fails gives its error in its place.
+        """Paint each job, in order; a job that fails yields its error instead.
 
         Jobs that follow each other and have one size run as one batch. A batch too large for the device's
         memory is run one by one.
@@ -82,20 +82,20 @@ class Inpainter:
             except (MemoryError, RuntimeError) as error:
                 if not no_memory(error):
                     raise
-                height, width = job.picture.shape[:2]
-                made.append(RecordError(f"no memory left to paint {width} x {height} pixels: {_SMALLER}"))
+                height, width = job.image.shape[:2]
+                made.append(RecordError(f"not enough memory to paint {width} x {height} pixels: {_SMALLER}"))
         return made
 
     def _run(self, group: Sequence[Painting]) -> list[Pixels | RecordError]:
         import torch
 
-        height, width = group[0].picture.shape[:2]
+        height, width = group[0].image.shape[:2]
         width, height = working_size(width, height, self.settings.longest_side)
         inputs = [_prepared(job, width, height) for job in group]
         output = self._pipeline(
             prompt=[job.prompt for job in group],
             negative_prompt=[self.settings.negative_prompt] * len(group),
-            image=[picture for picture, _ in inputs],
+            image=[image for image, _ in inputs],
             mask_image=[mask for _, mask in inputs],
             height=height,
             width=width,
@@ -105,21 +105,21 @@ class Inpainter:
         )
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(group)
         return [
-            RecordError("the checkpoint's safety checker blanked the picture")
+            RecordError("the checkpoint's safety checker blanked the image")
             if flag
             else self._back(job, made)
             for job, made, flag in zip(group, output.images, flags, strict=True)
         ]
 
     def _back(self, job: Painting, made: Image.Image) -> Pixels:
-        """Bring a painting back to the picture's size, and outside the mask to the picture itself."""
-        size = job.picture.shape[1], job.picture.shape[0]
+        """Resize a painting to the image's size, and restore the clean pixels outside the mask."""
+        size = job.image.shape[1], job.image.shape[0]
         painted = np.asarray(made.convert("RGB").resize(size, Image.Resampling.LANCZOS))
         if not self.settings.composite:
             return painted.copy()
-        result = job.picture.copy()
+        result = job.image.copy()
         here = job.region.window.slices
-        clean, alpha = job.picture[here].astype(np.float32), job.region.alpha[..., None]
+        clean, alpha = job.image[here].astype(np.float32), job.region.alpha[..., None]
         mixed = clean + (painted[here].astype(np.float32) - clean) * alpha
         result[here] = mixed.round().clip(0, 255).astype(np.uint8)
         return result
@@ -129,25 +129,25 @@ _SMALLER = "lower --longest_side, or use --offload"
 
 
 def working_size(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Width and height to paint at: at most `longest`, cut to multiples of 8."""
+    """Width and height to paint at: at most `longest`, rounded down to multiples of 8."""
     scale = min(1.0, longest / max(width, height))
     return max(8, int(width * scale) // 8 * 8), max(8, int(height * scale) // 8 * 8)
 
 
 def _prepared(job: Painting, width: int, height: int) -> tuple[Image.Image, Image.Image]:
-    """The picture with its masked pixels blanked, and the mask, at working size."""
-    full = np.zeros(job.picture.shape[:2], np.uint8)
+    """The image with its masked pixels blanked, and the mask, at working size."""
+    full = np.zeros(job.image.shape[:2], np.uint8)
     full[job.region.window.slices] = np.where(job.region.alpha > 0, 255, 0)
-    picture = cv2.resize(job.picture, (width, height), interpolation=cv2.INTER_AREA).copy()
+    image = cv2.resize(job.image, (width, height), interpolation=cv2.INTER_AREA).copy()
     mask = cv2.resize(full, (width, height), interpolation=cv2.INTER_NEAREST)
-    picture[mask > 0] = 0
-    return Image.fromarray(picture), Image.fromarray(mask)
+    image[mask > 0] = 0
+    return Image.fromarray(image), Image.fromarray(mask)
 
 
 def _same_size(jobs: Sequence[Painting], settings: InpaintSettings) -> Iterator[list[Painting]]:
     group: list[Painting] = []
     for job in jobs:
-        if group and (len(group) == settings.batch or job.picture.shape != group[0].picture.shape):
+        if group and (len(group) == settings.batch or job.image.shape != group[0].image.shape):
             yield group
             group = []
         group.append(job)
@@ -185,7 +185,7 @@ def _load(settings: InpaintSettings, device: str) -> Any:
         if not no_memory(error):
             raise
         raise HonesError(
-            f"no memory on {device} for {settings.checkpoint}: use --offload or a smaller --dtype"
+            f"not enough memory on {device} for {settings.checkpoint}: use --offload or a smaller --dtype"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]

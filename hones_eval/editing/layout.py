@@ -1,4 +1,4 @@
-"""Where to move a thing so that its relation to another becomes what a change says."""
+"""Find where to move a thing so that a given relation to another thing holds."""
 
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ class Shift(NamedTuple):
 
 
 def goal_of(value: str) -> Goal:
-    """What a relation's words want of the moved thing's place."""
+    """The goal for the moved thing's position, from the words of a relation."""
     words = value.split()
     for goal in ("left", "right"):
         if goal in words:
@@ -29,9 +29,9 @@ def goal_of(value: str) -> Goal:
 
 
 def place(moved: Window, anchor: Window, width: int, height: int, goal: Goal) -> Shift:
-    """Find the shortest shift of `moved` to where `goal` holds against `anchor`, whole inside the picture.
+    """Find the shortest shift of `moved` to where `goal` holds against `anchor`, wholly inside the image.
 
-    A thing that stood higher than what it leaves comes down to its foot, so that it does not float.
+    A thing that was higher than the thing it leaves is moved down to its foot, so that it does not float.
 
     Raises: RecordError when there is no room.
     """
@@ -51,11 +51,11 @@ def place(moved: Window, anchor: Window, width: int, height: int, goal: Goal) ->
         "away": [Shift(left.dx, foot), Shift(right.dx, foot), left, right],
         "far": [left, right],
     }
-    fitting = [one for one in wanted[goal] if _fits(moved.moved(*one), width, height)]
+    fitting = [shift for shift in wanted[goal] if _fits(moved.moved(*shift), width, height)]
     if not fitting:
-        raise RecordError(f"there is no room to move it {goal}: the picture ends before")
-    grounded = [one for one in fitting if one.dy] or fitting
-    return min(grounded, key=lambda one: abs(one.dx) + abs(one.dy))
+        raise RecordError(f"there is no room to move it {goal} within the image")
+    grounded = [shift for shift in fitting if shift.dy] or fitting
+    return min(grounded, key=lambda shift: abs(shift.dx) + abs(shift.dy))
 
 
 OPPOSITE: dict[Goal, Goal] = {
@@ -69,7 +69,7 @@ OPPOSITE: dict[Goal, Goal] = {
 
 
 def must_not_hold(goal: Goal, moved: Window, anchor: Window) -> None:
-    """Refuse a change that the boxes say is none.
+    """Reject a change that the boxes contradict.
 
     Raises: RecordError when the centres already lie as `goal` wants them, against what the answer says.
     """
@@ -77,13 +77,13 @@ def must_not_hold(goal: Goal, moved: Window, anchor: Window) -> None:
     dy = moved.top + moved.bottom - anchor.top - anchor.bottom
     already = {"left": dx < 0, "right": dx > 0, "above": dy < 0, "below": dy > 0}
     if already.get(goal, False):
-        raise RecordError(f"its answer and its boxes disagree: by the boxes it already lies {goal}")
+        raise RecordError(f"its answer and its boxes disagree: the boxes already show it {goal}")
 
 
-def mirrored_differ(one: Window, other: Window) -> bool:
-    """Whether two things are far enough apart sideways that a mirror swaps them."""
-    span = one.joined(other).width
-    return abs((one.left + one.right) - (other.left + other.right)) / 2 >= 0.2 * span
+def mirrored_differ(first: Window, second: Window) -> bool:
+    """Whether two things are so far apart horizontally that mirroring swaps them."""
+    span = first.joined(second).width
+    return abs((first.left + first.right) - (second.left + second.right)) / 2 >= 0.2 * span
 
 
 def _fits(window: Window, width: int, height: int) -> bool:

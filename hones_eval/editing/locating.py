@@ -1,4 +1,4 @@
-"""Which box belongs to which name.
+"""Match the boxes of a record to the names in its question.
 
 In the released files `involved_objects` is an unordered set, while `object_positions` follows the question's
 program: one box for each scene-graph id, in the order in which ids first appear in `semantic`. So names are
@@ -26,14 +26,14 @@ class Node(NamedTuple):
 
 
 def locate(row: Mapping[str, Any], question: str, graphs: SceneGraphs) -> list[tuple[str, Box | None]]:
-    """Give the names that the question is about with their boxes, in the order of the question.
+    """Return the names that the question is about with their boxes, in the order of the question.
 
-    Raises: RecordError when names and boxes cannot be told to belong together.
+    Raises: RecordError when it is unclear which box belongs to which name.
     """
     names = row.get("involved_objects") or row.get("relevant_objects") or []
     if not isinstance(names, list) or not names:
         raise RecordError("it names no object ('involved_objects' is missing or empty)")
-    names = [str(one) for one in names]
+    names = [str(item) for item in names]
     nodes = _nodes(row.get("semantic"))
     boxes = _boxes(row, nodes, graphs)
     owners = _by_program(names, nodes, question) if nodes else names
@@ -48,11 +48,11 @@ def locate(row: Mapping[str, Any], question: str, graphs: SceneGraphs) -> list[t
 
 
 def how_many(name: str, row: Mapping[str, Any], graphs: SceneGraphs) -> int | None:
-    """How many things of that name a record's scene graph has; None where there is no graph."""
+    """The number of things with that name in a record's scene graph; None without a graph."""
     graph = graphs.get(str(row.get("imageId")))
     if graph is None:
         return None
-    return sum(bool(one.get("name") == name) for one in graph.get("objects", {}).values())
+    return sum(bool(value.get("name") == name) for value in graph.get("objects", {}).values())
 
 
 def _nodes(program: object) -> list[Node]:
@@ -62,7 +62,7 @@ def _nodes(program: object) -> list[Node]:
         argument = str(step.get("argument", ""))
         match = re.search(r"\((\d+)\)", argument)
         if match:
-            parts = [one.strip() for one in argument[: match.start()].split(",")]
+            parts = [part.strip() for part in argument[: match.start()].split(",")]
             role = parts[2] if step.get("operation") != "select" and len(parts) > 2 else ""
             nodes.setdefault(match[1], Node(parts[0], match[1], role))
     return list(nodes.values())
@@ -73,13 +73,13 @@ def _boxes(row: Mapping[str, Any], nodes: list[Node], graphs: SceneGraphs) -> li
     if given is not None and not isinstance(given, list):
         raise RecordError("its 'object_positions' is not a list of boxes")
     if given:
-        return [None if one is None else Box.of(one) for one in given]
+        return [None if value is None else Box.of(value) for value in given]
     objects = graphs.get(str(row.get("imageId")), {}).get("objects", {})
     return [Box.of(objects[node.identity]) if node.identity in objects else None for node in nodes]
 
 
 def _by_program(names: list[str], nodes: list[Node], question: str) -> list[str | None]:
-    """The name of each node: by its own words, else, in a relation of two, by its part, else what is left."""
+    """The name of each node: by its words, else by its role in a relation of two, else the remaining name."""
     owners: list[str | None] = [node.words if node.words in names else None for node in nodes]
     left = [name for name in names if name not in owners]
     open_nodes = [place for place, owner in enumerate(owners) if owner is None]

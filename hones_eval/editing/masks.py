@@ -1,4 +1,4 @@
-"""Where to edit: a soft mask of a thing from its box, from a cut by colour, or from a segmenter."""
+"""Soft masks of a thing: from its box, cut out by colour, or from a segmenter."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ class Region(NamedTuple):
     window: Window
     alpha: Alpha
     rough: bool = False
-    """Whether the thing itself could not be told from what is behind it."""
+    """Whether the thing could not be separated from its background."""
 
     def footprint(self, height: int, width: int) -> NDArray[np.bool_]:
-        """All pixels of the picture that the mask touches, `[H, W]`."""
+        """All pixels of the image that the mask touches, `[H, W]`."""
         full = np.zeros((height, width), bool)
         full[self.window.slices] = self.alpha > 0
         return full
@@ -34,24 +34,24 @@ class Region(NamedTuple):
 Masker = Callable[[Pixels, Window], Region]
 
 
-def box_mask(picture: Pixels, box: Window) -> Region:
-    """All of the box, running out softly over a few pixels round it (none at the picture's edge)."""
+def box_mask(image: Pixels, box: Window) -> Region:
+    """The whole box with a soft edge of a few pixels (none at the edge of the image)."""
     feather = max(2, round(0.04 * min(box.width, box.height)))
-    window = box.grown(feather, picture.shape[1], picture.shape[0])
+    window = box.grown(feather, image.shape[1], image.shape[0])
     solid = np.zeros((window.height, window.width), np.uint8)
     solid[_within(box, window)] = 255
     distance = cv2.distanceTransform(255 - solid, cv2.DIST_L2, 5)
     return Region(window, np.clip(1 - distance / (feather + 1), 0, 1).astype(np.float32))
 
 
-def cut_mask(picture: Pixels, box: Window) -> Region:
+def cut_mask(image: Pixels, box: Window) -> Region:
     """The thing in the box, cut out by its colours (GrabCut, Rother et al. 2004).
 
     Where that finds next to nothing, as of a bicycle, whatever stands out from the ground behind it counts;
     where that fails too, or finds a part that does not span the box, the whole box.
     """
-    context = box.grown(max(12, round(0.35 * max(box.width, box.height))), picture.shape[1], picture.shape[0])
-    crop = picture[context.slices]
+    context = box.grown(max(12, round(0.35 * max(box.width, box.height))), image.shape[1], image.shape[0])
+    crop = image[context.slices]
     scale = min(1.0, CUT_SIDE / max(crop.shape[:2]))
     small = crop if scale == 1 else _resized(crop, scale)
     area = max(1.0, box.width * box.height * scale * scale)
@@ -60,7 +60,7 @@ def cut_mask(picture: Pixels, box: Window) -> Region:
     if rough:
         found = _stand_out(small, box, context, scale)
     if not 0.08 <= float(found.sum()) / area <= 0.97 or not _spans(found, box, scale):
-        return box_mask(picture, box)._replace(rough=True)
+        return box_mask(image, box)._replace(rough=True)
     alpha = cv2.resize(found.astype(np.float32), crop.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     alpha = cv2.GaussianBlur(alpha, (0, 0), max(0.8, 0.7 / scale))
     alpha[alpha < 0.03] = 0
@@ -68,13 +68,13 @@ def cut_mask(picture: Pixels, box: Window) -> Region:
 
 
 def _spans(found: NDArray[np.bool_], box: Window, scale: float) -> bool:
-    """Whether what was found reaches over most of the box's width and height, as the thing itself does."""
+    """Whether the found region spans most of the box's width and height, as the thing itself does."""
     rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
     return bool(np.ptp(rows) >= 0.75 * box.height * scale and np.ptp(columns) >= 0.6 * box.width * scale)
 
 
 def _grab(small: Pixels, box: Window, context: Window, scale: float) -> NDArray[np.bool_]:
-    """GrabCut started from the box, without the crumbs."""
+    """GrabCut initialized with the box, without small fragments."""
     left, top, width, height = _scaled(small, box, context, scale)
     marks = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
     inner = marks[top : top + height, left : left + width]
@@ -100,11 +100,11 @@ def _resized(crop: Pixels, scale: float) -> Pixels:
 
 
 def _stand_out(small: Pixels, box: Window, context: Window, scale: float) -> NDArray[np.bool_]:
-    """Thin things: what differs from the colours that are left after a wide median, by Otsu's threshold."""
+    """Find thin things: pixels that differ from a wide median of the image, by Otsu's threshold."""
     left, top, width, height = _scaled(small, box, context, scale)
     wide = max(5, min(width, height) // 2 | 1)
     ground = cv2.medianBlur(small, min(wide, 255))
-    lab = [cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(np.float32) for one in (small, ground)]
+    lab = [cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB).astype(np.float32) for pixels in (small, ground)]
     distance = np.linalg.norm(lab[0] - lab[1], axis=2).clip(0, 255).astype(np.uint8)
     inner = distance[top : top + height, left : left + width]
     level, _ = cv2.threshold(np.ascontiguousarray(inner), 0, 255, cv2.THRESH_OTSU)
@@ -115,7 +115,7 @@ def _stand_out(small: Pixels, box: Window, context: Window, scale: float) -> NDA
 
 
 def _scaled(small: Pixels, box: Window, context: Window, scale: float) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the box in the small picture."""
+    """Left, top, width and height of the box in the small image."""
     left, top = round((box.left - context.left) * scale), round((box.top - context.top) * scale)
     width, height = max(2, round(box.width * scale)), max(2, round(box.height * scale))
     return left, top, min(width, small.shape[1] - left), min(height, small.shape[0] - top)
@@ -165,13 +165,13 @@ class Segmenter:
             ) from error
         self._device = device
 
-    def __call__(self, picture: Pixels, box: Window) -> Region:
-        """Segment what is in the box; its most likely mask, cut to a little more than the box."""
+    def __call__(self, image: Pixels, box: Window) -> Region:
+        """Segment the thing in the box; the most likely mask, clipped to slightly more than the box."""
         import torch
 
-        context = box.grown(max(8, max(box.width, box.height) // 2), picture.shape[1], picture.shape[0])
-        crop = np.ascontiguousarray(picture[context.slices])
-        corners = [float(one) for one in box.moved(-context.left, -context.top)]
+        context = box.grown(max(8, max(box.width, box.height) // 2), image.shape[1], image.shape[0])
+        crop = np.ascontiguousarray(image[context.slices])
+        corners = [float(edge) for edge in box.moved(-context.left, -context.top)]
         inputs = self._processor(images=crop, input_boxes=[[corners]], return_tensors="pt").to(self._device)
         with torch.inference_mode():
             outputs = self._model(**inputs, multimask_output=False)
@@ -180,18 +180,18 @@ class Segmenter:
         masks = self._processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)
         found = masks[0].reshape(-1, *crop.shape[:2])[0].numpy().astype(np.float32)
         limit = np.zeros_like(found)
-        limit[
-            _within(box.grown(max(2, max(box.width, box.height) // 20), *picture.shape[1::-1]), context)
-        ] = 1
+        limit[_within(box.grown(max(2, max(box.width, box.height) // 20), *image.shape[1::-1]), context)] = 1
         alpha = cv2.GaussianBlur(found * limit, (0, 0), 0.8)
         alpha[alpha < 0.03] = 0
         return Region(context, alpha.astype(np.float32))
 
 
 def masker(name: MaskName, segmenter: str | None = None, device: str = "auto") -> Masker:
-    """Give the function that makes masks in one of the ways."""
+    """Return the function that makes masks by this method."""
     if name == "segmenter":
         if segmenter is None:
-            raise HonesError("--mask segmenter needs a checkpoint: --segmenter facebook/sam-vit-base, say")
+            raise HonesError(
+                "--mask segmenter needs a checkpoint, for example --segmenter facebook/sam-vit-base"
+            )
         return Segmenter(segmenter, device)
     return {"cut": cut_mask, "box": box_mask}[name]

@@ -1,4 +1,4 @@
-"""A thing at another place, and a stretch of a picture seen in a mirror."""
+"""Move a thing within an image, or mirror a part of the image."""
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ Footprint = NDArray[np.bool_]
 
 
 def grown(footprint: Footprint) -> Footprint:
-    """More than the thing by its soft edge, the thicker it is the more; and by a frame, where it is framed.
+    """Grow a mask to include the soft edge of the thing, more for thicker things, and its frame.
 
     What has four straight sides, such as a mirror, is cut out without its frame.
     """
@@ -32,18 +32,18 @@ def grown(footprint: Footprint) -> Footprint:
     return larger
 
 
-def remove(picture: Pixels, region: Region, seed: int) -> tuple[Pixels, Footprint]:
-    """Take a thing out and fill its place; the picture and what was filled."""
-    hole = grown(region.footprint(*picture.shape[:2]))
-    return fill(picture, hole, seed), hole
+def remove(image: Pixels, region: Region, seed: int) -> tuple[Pixels, Footprint]:
+    """Remove a thing and fill its region. Returns the image and the filled mask."""
+    hole = grown(region.footprint(*image.shape[:2]))
+    return fill(image, hole, seed), hole
 
 
-def move(picture: Pixels, region: Region, shift: Shift, seed: int) -> tuple[Pixels, Footprint]:
-    """Take a thing out, fill its place, and set it down at another; the picture and what was touched."""
-    filled, hole = remove(picture, region, seed)
+def move(image: Pixels, region: Region, shift: Shift, seed: int) -> tuple[Pixels, Footprint]:
+    """Move a thing and fill its old region. Returns the image and the mask of changed pixels."""
+    filled, hole = remove(image, region, seed)
     height, width = hole.shape
     window, alpha = _inside(region, shift, width, height)
-    thing = picture[window.moved(-shift.dx, -shift.dy).slices].astype(np.float32)
+    thing = image[window.moved(-shift.dx, -shift.dy).slices].astype(np.float32)
     ground = filled[window.slices].astype(np.float32)
     result = filled.copy()
     mixed = ground + (thing - ground) * alpha[..., None]
@@ -53,14 +53,14 @@ def move(picture: Pixels, region: Region, shift: Shift, seed: int) -> tuple[Pixe
     return result, touched
 
 
-def mirror(picture: Pixels, stretch: Window) -> tuple[Pixels, Footprint]:
-    """Turn a stretch of a picture left to right, blended in so that no seam shows at its edges."""
-    height, width = picture.shape[:2]
+def mirror(image: Pixels, stretch: Window) -> tuple[Pixels, Footprint]:
+    """Mirror a part of an image left to right, blended at its edges so that no seam is visible."""
+    height, width = image.shape[:2]
     feather = max(3, round(0.06 * min(stretch.width, stretch.height)))
-    crop = picture[stretch.slices].astype(np.float32)
+    crop = image[stretch.slices].astype(np.float32)
     alpha = _feathered(stretch, feather, width, height)
     flipped = _levelled(crop[:, ::-1], crop)
-    result = picture.copy()
+    result = image.copy()
     result[stretch.slices] = (
         (crop + (flipped - crop) * alpha[..., None]).round().clip(0, 255).astype(np.uint8)
     )
@@ -69,13 +69,13 @@ def mirror(picture: Pixels, stretch: Window) -> tuple[Pixels, Footprint]:
     return result, touched
 
 
-def best_stretch(picture: Pixels, union: Window) -> Window:
-    """Choose how far beyond two things to mirror: where the two sides of each seam are most alike.
+def best_stretch(image: Pixels, union: Window) -> Window:
+    """Choose the part to mirror around two things: the one whose seams match best.
 
-    Up and down it may reach to the picture's edge, where there is no seam; sideways by a fifth of the width.
+    Up and down it may reach to the image's edge, where there is no seam; sideways by a fifth of the width.
     """
-    height, width = picture.shape[:2]
-    small, scale = _seam_copy(picture)
+    height, width = image.shape[:2]
+    small, scale = _seam_copy(image)
     steps = [round(share * union.width) for share in (0.03, 0.06, 0.09, 0.12, 0.16, 0.2)]
     lefts = sorted({max(0, union.left - step) for step in steps})
     rights = sorted({min(width, union.right + step) for step in steps})
@@ -84,17 +84,17 @@ def best_stretch(picture: Pixels, union: Window) -> Window:
         {min(height, union.bottom + round(s * union.height)) for s in (0.04, 0.1, 0.2)} | {height}
     )
     stretches = [Window(a, b, c, d) for a in lefts for b in tops for c in rights for d in bottoms]
-    return min(stretches, key=lambda one: _seam(small, one, scale, width, height))
+    return min(stretches, key=lambda stretch: _seam(small, stretch, scale, width, height))
 
 
-def _seam_copy(picture: Pixels) -> tuple[NDArray[np.float32], float]:
-    scale = min(1.0, 400 / max(picture.shape[:2]))
-    size = max(2, round(picture.shape[1] * scale)), max(2, round(picture.shape[0] * scale))
-    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.float32), scale
+def _seam_copy(image: Pixels) -> tuple[NDArray[np.float32], float]:
+    scale = min(1.0, 400 / max(image.shape[:2]))
+    size = max(2, round(image.shape[1] * scale)), max(2, round(image.shape[0] * scale))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32), scale
 
 
 def _seam(small: NDArray[np.float32], stretch: Window, scale: float, width: int, height: int) -> float:
-    """Sum of colour differences along the seams, with a little for each pixel that the mirror touches."""
+    """Sum of colour differences along the seams, plus a small cost per mirrored pixel."""
     left, top = int(stretch.left * scale), int(stretch.top * scale)
     right = min(small.shape[1], max(left + 2, int(stretch.right * scale))) - 1
     bottom = min(small.shape[0], max(top + 2, int(stretch.bottom * scale))) - 1
@@ -117,7 +117,7 @@ def _is_four_sided(thing: Footprint) -> bool:
 
 
 def _inside(region: Region, shift: Shift, width: int, height: int) -> tuple[Window, NDArray[np.float32]]:
-    """A mask at its new place, cut to the picture."""
+    """A shifted mask, clipped to the image."""
     full = region.window.moved(*shift)
     cut = Window(max(0, full.left), max(0, full.top), min(width, full.right), min(height, full.bottom))
     rows = slice(cut.top - full.top, cut.bottom - full.top)
@@ -126,7 +126,7 @@ def _inside(region: Region, shift: Shift, width: int, height: int) -> tuple[Wind
 
 
 def _feathered(stretch: Window, feather: int, width: int, height: int) -> NDArray[np.float32]:
-    """1 inside, running out to 0 at those edges that are not the picture's."""
+    """1 inside, falling to 0 at the edges that are not edges of the image."""
     across = np.minimum(
         _ramp(stretch.width, feather, stretch.left > 0),
         _ramp(stretch.width, feather, stretch.right < width)[::-1],
@@ -145,7 +145,7 @@ def _ramp(length: int, feather: int, soft: bool) -> NDArray[np.float64]:
 
 
 def _levelled(flipped: NDArray[np.float32], crop: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Even out what light falls differently from side to side: columns take on the light that was there."""
+    """Match the lightness of each mirrored column to the original one, so that the light is consistent."""
     wide = max(3.0, crop.shape[1] / 3)
     difference = cv2.GaussianBlur(crop, (0, 0), wide) - cv2.GaussianBlur(
         np.ascontiguousarray(flipped), (0, 0), wide

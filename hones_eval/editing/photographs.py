@@ -1,4 +1,4 @@
-"""Pictures as folders really hold them, read as upright RGB; and written without loss."""
+"""Read image files of any common kind as upright RGB, and write images losslessly."""
 
 import io
 from pathlib import Path
@@ -17,16 +17,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Photograph(NamedTuple):
-    """A picture as it is seen."""
+    """A decoded image."""
 
     pixels: Pixels
     """[H, W, 3], upright."""
     plain: bool
-    """Whether the file itself already shows exactly that to any reader: 8-bit RGB, not rotated."""
+    """Whether the file itself shows exactly these pixels in any reader: 8-bit RGB, not rotated."""
 
 
 def find(folder: Path, image: str | None, image_id: str) -> Path:
-    """Find a record's picture: by the path that it gives, else by its id with any usual suffix.
+    """Find a record's image: by its path if it has one, else by its id with any common suffix.
 
     Raises: RecordError saying where it was looked for.
     """
@@ -35,14 +35,14 @@ def find(folder: Path, image: str | None, image_id: str) -> Path:
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         shown = image or f"{image_id}.jpg (or another suffix)"
-        raise RecordError(f"its picture {shown} is not in {folder}")
+        raise RecordError(f"its image {shown} is not in {folder}")
     return found
 
 
 def read(path: Path) -> Photograph:
-    """Read a picture: turned as its EXIF says, alpha laid on white, CMYK and greyscale made RGB.
+    """Read an image: turned as its EXIF says, alpha laid on white, CMYK and greyscale made RGB.
 
-    Raises: RecordError when it is missing, truncated, no picture, or larger than 120 megapixels.
+    Raises: RecordError when it is missing, truncated, no image, or larger than 120 megapixels.
     """
     try:
         with refuse_truncated_images(), Image.open(path) as opened:
@@ -51,10 +51,10 @@ def read(path: Path) -> Photograph:
             plain = opened.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1
             return Photograph(np.asarray(as_displayed(opened)), plain)
     except FileNotFoundError:
-        raise RecordError(f"its picture {path} does not exist") from None
+        raise RecordError(f"its image {path} does not exist") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise RecordError(f"{path.name} cannot be read as a picture: {reason}") from None
+        raise RecordError(f"{path.name} cannot be read as an image: {reason}") from None
 
 
 _LIMIT = f"at most {MOST_PIXELS // 1_000_000} megapixels can be edited"

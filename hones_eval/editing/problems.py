@@ -1,4 +1,4 @@
-"""What stops one record, and not the run."""
+"""Errors that stop one record but not the run."""
 
 from typing import Literal, NamedTuple
 
@@ -9,7 +9,7 @@ class RecordError(HonesError):
     """One record cannot be edited; the run names it with this reason and goes on."""
 
     def __init__(self, reason: str, level: Literal["object", "attribute", "relation"] | None = None) -> None:
-        """Keep the semantic level too, where it is known, so that problems are counted by level."""
+        """Keep the semantic level, if known, so that problems are counted by level."""
         super().__init__(reason)
         self.level = level
 
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
 
 
 def no_memory(error: BaseException) -> bool:
-    """Whether an error of Python or of torch says that there is no free memory, on whatever device."""
+    """Whether an error of Python or torch means that memory ran out, on any device."""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate", "Insufficient memory")
     )

@@ -1,4 +1,4 @@
-"""The yes/no questions of V-SEAM: what they ask, and the same question about something else."""
+"""Parse the yes/no questions of V-SEAM, and ask the same about something else."""
 
 import re
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _LAST = re.compile(r"^(?P<head>(?:is|are|does|do) .+ )(?P<word>[\w-]+)(?P<tail>\
 
 
 class Between(NamedTuple):
-    """A relation as a question words it: `before` + subject + `words` + object + `after`."""
+    """The relation in a question: `before` + subject + `words` + object + `after`."""
 
     subject: str
     words: str
@@ -22,7 +22,7 @@ class Between(NamedTuple):
 
 
 def category_of(question: str) -> str | None:
-    """The category that a question's wording gives away, else None."""
+    """The category, guessed from the wording of a question, or None."""
     if _MADE.match(question):
         return "material"
     exists = _EXISTS.match(question)
@@ -46,19 +46,19 @@ def group_of(name: str) -> str | None:
 
 
 def place_of(name: str, question: str) -> int:
-    """Where a question names something; a large number where it does not."""
+    """The position of a name in a question; a large number if it is not there."""
     match = re.search(rf"\b{re.escape(name)}\b", question, re.I)
     return match.start() if match else _FAR
 
 
 def asked_object(question: str) -> str:
-    """X of "Is there a X in this picture?".
+    """X of "Is there a X in this image?".
 
     Raises: RecordError when it asks something else.
     """
     match = _EXISTS.match(question)
     if not match:
-        raise RecordError(f"{question!r} does not ask whether something is in the picture")
+        raise RecordError(f"{question!r} does not ask whether something is in the image")
     return match["name"]
 
 
@@ -70,7 +70,7 @@ def asked_colour(question: str) -> str:
     match = _LAST.match(question)
     word = match["word"].lower() if match else ""
     if word not in COLOURS:
-        raise RecordError(f"{question!r} does not end in a colour that is known ({', '.join(COLOURS)})")
+        raise RecordError(f"{question!r} does not end in a known colour ({', '.join(COLOURS)})")
     return word
 
 
@@ -83,7 +83,7 @@ def asked_material(question: str) -> str:
     word = match["material"].lower() if match else ""
     family = next((name for name, words in MATERIALS.items() if word in words), None)
     if family is None:
-        raise RecordError(f"{question!r} does not ask for a material that is known ({', '.join(MATERIALS)})")
+        raise RecordError(f"{question!r} does not ask about a known material ({', '.join(MATERIALS)})")
     return family
 
 
@@ -95,7 +95,9 @@ def asked_relation(question: str, names: list[str]) -> Between:
     spans = sorted((place_of(name, question), name) for name in names)
     known = [(place, name) for place, name in spans if place < _FAR]
     if len(known) < 2:
-        raise RecordError(f"{question!r} is a relation of two things, and the record names only {names}")
+        raise RecordError(
+            f"{question!r} is about a relation of two things, but the record names only {names}"
+        )
     (start, subject), (end, thing) = known[:2]
     words = re.sub(r"\s+(?:the|an?|his|her|its|their)$", "", question[start + len(subject) : end].strip())
     return Between(subject, words.lower(), thing)
@@ -126,5 +128,5 @@ def with_material(question: str, material: str) -> str:
 
 
 def article_of(name: str) -> str:
-    """A or an."""
+    """The indefinite article, a or an."""
     return "an" if name[:1].lower() in "aeiou" else "a"

@@ -1,4 +1,4 @@
-"""Files of records, as the V-SEAM release has them: a list of GQA questions, or a mapping by question id."""
+"""Read record files of the V-SEAM release: a list of GQA questions, or a mapping by question id."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ RELEASED = "vseam_gqa_"
 
 
 class Reading(NamedTuple):
-    """What a file holds: records to edit, and those that are not fit, by name."""
+    """The content of a file: records to edit, and the problems of the others."""
 
     records: list[Record]
     problems: list[Problem]
@@ -32,7 +32,7 @@ def read_records(path: Path, *, scene_graphs: Path | None = None, category: str 
         category: of records that do not say theirs; else it is read from a released file's name
             (`vseam_gqa_<category>.json`) or from the question.
 
-    Raises: HonesError when the file is no such JSON at all.
+    Raises: HonesError when the file is not JSON of this form.
     """
     content = read_json(path)
     rows = list(_rows(content, path))
@@ -54,7 +54,7 @@ def records_from(
         try:
             record = _record(row, category, scene_graphs or {})
             if record.question_id in seen:
-                raise RecordError("a record before it has the same question_id")
+                raise RecordError("an earlier record has the same question_id")
         except RecordError as error:
             reading.problems.append(Problem(name, error.level, str(error)))
         else:
@@ -80,7 +80,7 @@ def _record(row: object, category: str | None, graphs: SceneGraphs) -> Record:
         raise RecordError("it has no 'answer'")
     found = row.get("category") or category or category_of(question)
     if found not in LEVELS:
-        raise RecordError(f"its category {found!r} is none of {', '.join(LEVELS)}")
+        raise RecordError(f"its category {found!r} is not one of {', '.join(LEVELS)}")
     level = cast(Level, row.get("semantic_level", LEVELS[found]))
     if level != LEVELS[found]:
         raise RecordError(f"its category {found} is of level {LEVELS[found]}, not {level}")
@@ -97,7 +97,7 @@ def _record(row: object, category: str | None, graphs: SceneGraphs) -> Record:
         level=level,
         category=found,
         things=things,
-        repeated=next((one.name for one in things if (how_many(one.name, row, graphs) or 0) > 1), None),
+        repeated=next((thing.name for thing in things if (how_many(thing.name, row, graphs) or 0) > 1), None),
         prompt=_optional(row, "perturb_prompt"),
         edited=_optional(row, "edited"),
         edited_answer=_answer(row, "edited_answer"),
@@ -124,7 +124,5 @@ def _answer(row: Mapping[str, Any], key: str) -> Answer | None:
         return None
     word = str(value).strip().capitalize()
     if word not in ("Yes", "No"):
-        raise RecordError(
-            f"its {key} is {str(value)!r}; only yes/no questions have a derivable edited answer"
-        )
+        raise RecordError(f"its {key} is {str(value)!r}; only yes/no questions are supported")
     return cast(Answer, word)

@@ -1,4 +1,4 @@
-"""Records to edit: one yes/no question about one picture, the things it names, and where they are."""
+"""Records to edit: one yes/no question about one image, the things it names, and where they are."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ LEVELS: dict[str, Level] = {
 
 
 class Thing(NamedTuple):
-    """One thing that a question names, and its box in pixels of the upright picture."""
+    """One thing that a question names, and its box in pixels of the upright image."""
 
     name: str
     box: Box | None
@@ -28,12 +28,12 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One question with its picture; what a V-SEAM record says, checked."""
+    """A checked V-SEAM record: one question with its image."""
 
     question_id: str
     image_id: str
     image: str | None
-    """The picture's path as the record gives it; by default it is looked for by `image_id`."""
+    """The path of the image in the record; without it the image is found by `image_id`."""
     question: str
     answer: Answer
     level: Level
@@ -44,7 +44,7 @@ class Record:
     prompt: str | None = None
     """The record's own prompt of the edit."""
     edited: str | None = None
-    """A picture of the edit that was made elsewhere."""
+    """The path of an edited image that was made elsewhere."""
     edited_answer: Answer | None = None
     counterfactual_question: str | None = None
     counterfactual_answer: Answer | None = None

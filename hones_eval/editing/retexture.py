@@ -1,4 +1,4 @@
-"""Another material for a thing: a drawn texture under the light that falls on it."""
+"""Change the material of a thing: a drawn texture, shaded like the original."""
 
 import cv2
 import numpy as np
@@ -12,17 +12,17 @@ from hones_eval.editing.textures import Field, texture
 GLOSS = {"metal": 1.5, "plastic": 1.3, "wood": 0.9, "brick": 0.75, "stone": 0.75, "fabric": 0.85}
 
 
-def retexture(picture: Pixels, region: Region, material: str, seed: int, colour: str | None = None) -> Pixels:
+def retexture(image: Pixels, region: Region, material: str, seed: int, colour: str | None = None) -> Pixels:
     """Lay a drawn material over the masked thing, shaded as it was.
 
     Args:
-        picture: [H, W, 3].
+        image: [H, W, 3].
         region: the thing's soft mask.
         material: one of those that `texture` draws.
         seed: of the texture's noise.
-        colour: of a plastic or fabric, where one is asked for.
+        colour: of a plastic or fabric, if the prompt names one.
     """
-    lab = rgb_to_lab(picture[region.window.slices])
+    lab = rgb_to_lab(image[region.window.slices])
     rows, columns = np.nonzero(region.alpha > 0.5)
     unit = float(max(np.ptp(rows), np.ptp(columns)) + 1) if len(rows) else float(max(region.alpha.shape))
     height, width = region.alpha.shape
@@ -31,11 +31,11 @@ def retexture(picture: Pixels, region: Region, material: str, seed: int, colour:
     if material in ("metal", "plastic"):
         surface = _shine(surface, lab[..., 0], region)
     surface[..., 0] = surface[..., 0].clip(2, 99)
-    return blended(picture, region, lab_to_rgb(surface))
+    return blended(image, region, lab_to_rgb(surface))
 
 
 def _light(lightness: Field, region: Region) -> Field:
-    """Light and shade on the thing without its own pattern: the wide course of its lightness, centred."""
+    """Light and shade without the thing's own pattern: its blurred lightness, centred."""
     weight = np.maximum(region.alpha, 1e-3)
     course = _wide(lightness * weight, 0.03) / np.maximum(_wide(weight, 0.03), 1e-6)
     centred = course - np.median(course[region.alpha > 0.5]) if (region.alpha > 0.5).any() else course * 0
@@ -56,7 +56,7 @@ def _wide(values: Field, share: float) -> Field:
 
 
 def _shine(surface: Field, lightness: Field, region: Region) -> Field:
-    """A highlight where the thing is lit the most, and along its upper edge, as gloss has it."""
+    """Add highlights where the thing is brightest and along its upper edge, as on glossy surfaces."""
     inside = region.alpha > 0.5
     depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
     reach = max(3.0, 0.06 * max(region.alpha.shape))

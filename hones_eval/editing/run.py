@@ -1,4 +1,4 @@
-"""Many records: resumed, in parallel, written whole; what cannot be edited is counted and named."""
+"""Edit many records, in parallel and resumable. Records that cannot be edited are counted and named."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ from hones_eval.version import __version__
 
 
 class Report(NamedTuple):
-    """What became of the records."""
+    """The outcome of a run."""
 
     accepted: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
     problems: list[Problem]
     left_out: int
-    """Records of other levels or categories than were asked for."""
+    """Number of records of other levels or categories than requested."""
     resumed: int
-    """Edits of an earlier run that were kept."""
+    """Number of edits of an earlier run that were kept."""
 
     def by_level(self) -> dict[str, dict[str, int]]:
         """Accepted, rejected and not editable, by semantic level."""
@@ -70,22 +70,26 @@ def edit_records(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Edit every record that the settings ask for; the same settings give the same files to the bit.
+    """Edit every record that the settings select. The same settings give the same files, bit for bit.
 
     Args:
         reading: records, and those that were found unfit when read.
-        images: the folder of the clean pictures.
+        images: the folder of the clean images.
         out: gets `images/`, `masks/`, `rows/`, `vseam_pairs.json` (accepted) and `report.json`. A run that
-            stopped goes on where it was.
+            stopped continues where it was.
         settings: how to edit.
-        workers: processes beside this one for editors that need no weights; 0 edits in this process.
+        workers: additional processes, for editors without weights; 0 edits in this process.
         progress: whether to show a bar.
 
-    Raises: HonesError when the editor cannot serve the level, or `out` holds edits of other settings.
+    Raises: HonesError when the editor cannot edit the level, or `out` holds edits of other settings.
     """
     _check(settings)
     wanted = [record for record in reading.records if _wanted(record, settings)]
-    problems = [one for one in reading.problems if settings.level in (None, one.level) or one.level is None]
+    problems = [
+        problem
+        for problem in reading.problems
+        if settings.level in (None, problem.level) or problem.level is None
+    ]
     _claim(out, settings)
     done: dict[str, dict[str, Any]] = {}
     jobs: list[Job] = []
@@ -105,7 +109,7 @@ def edit_records(
             done[job.record.question_id] = _write(made, job.record, images, out, settings)
     rows = [done[record.question_id] for record in wanted if record.question_id in done]
     places = {record.question_id: place for place, record in enumerate(wanted)}
-    problems.sort(key=lambda one: places.get(one.question_id, -1))
+    problems.sort(key=lambda problem: places.get(problem.question_id, -1))
     report = Report(
         [row for row in rows if row["accepted"]],
         [row for row in rows if not row["accepted"]],
@@ -122,12 +126,13 @@ def _check(settings: EditSettings) -> None:
     if settings.level is not None and settings.level not in served:
         able = [name for name, editor in EDITORS.items() if settings.level in levels_of(editor.name)]  # type: ignore[arg-type]
         raise HonesError(
-            f"the editor {settings.editor} serves {' and '.join(served)}, not {settings.level}; "
-            f"for {settings.level} there are {', '.join(able)}"
+            f"the editor {settings.editor} can edit {' and '.join(served)}, not {settings.level}; "
+            f"for {settings.level} use {' or '.join(able)}"
         )
     if settings.editor == "inpaint" and settings.inpaint is None:
         raise HonesError(
-            "the editor inpaint needs a checkpoint: --checkpoint runwayml/stable-diffusion-inpainting, say"
+            "the editor inpaint needs a checkpoint, for example "
+            "--checkpoint runwayml/stable-diffusion-inpainting"
         )
 
 
@@ -137,7 +142,7 @@ def _wanted(record: Record, settings: EditSettings) -> bool:
 
 
 def _claim(out: Path, settings: EditSettings) -> None:
-    """Put the settings into the folder, which from then on holds edits made with them alone."""
+    """Write the settings into the folder; from then on it only takes edits made with these settings."""
     mine = json.loads(json.dumps({"package_version": __version__} | asdict(settings)))
     path = out / "settings.json"
     if path.is_file():
@@ -145,24 +150,24 @@ def _claim(out: Path, settings: EditSettings) -> None:
         differing = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
         if differing:
             raise HonesError(
-                f"{out} holds edits made with another {', '.join(differing)}; "
+                f"{out} contains edits made with another {', '.join(differing)}; "
                 "choose another --out, or remove it"
             )
-    elif out.exists() and any(not _UNFINISHED.match(one.name) for one in out.iterdir()):
-        raise HonesError(f"{out} holds other files and no settings.json of edits; choose another --out")
+    elif out.exists() and any(not _UNFINISHED.match(file.name) for file in out.iterdir()):
+        raise HonesError(f"{out} contains other files and no settings.json of edits; choose another --out")
     for folder in (out, *(out / name for name in ("images", "masks", "rows"))):
-        for one in folder.iterdir() if folder.is_dir() else ():
-            if _UNFINISHED.match(one.name):
-                one.unlink()
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if _UNFINISHED.match(file.name):
+                file.unlink()
     write_json(path, mine)
 
 
-# What a kill in the middle of a write leaves under its temporary name.
-_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.([a-z0-9_]{8}|.+\.tmp)$")
+# Temporary files that a write leaves behind if it is killed.
+_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.[a-z0-9_]{8}$")
 
 
 def _kept(record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any] | None:
-    """The row of an earlier run, if the record and its pictures are still those that it was made from."""
+    """The row of an earlier run, if the record and its images have not changed since."""
     path = out / "rows" / f"{file_name(record.question_id)}.json"
     if not path.is_file():
         return None
@@ -197,7 +202,7 @@ def _results(
 def _in_parallel(
     jobs: Sequence[Job], settings: EditSettings, workers: int
 ) -> Iterator[tuple[Job, Made | Problem]]:  # fmt: skip
-    """Results in the order of the jobs, with few of them waiting in memory."""
+    """Results in the order of the jobs, with few of them in memory at a time."""
     waiting: deque[tuple[Job, Future[Made | Problem]]] = deque()
     coming = iter(jobs)
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker) as pool:
@@ -211,8 +216,8 @@ def _in_parallel(
                     waiting.append((following, pool.submit(in_worker, following, settings)))
         except BrokenProcessPool:
             raise HonesError(
-                "a worker process died, most likely for want of memory: use fewer --workers; "
-                "the same command goes on where this one stopped"
+                "a worker process died, most likely because memory ran out: use fewer --workers; "
+                "the same command continues where this one stopped"
             ) from None
 
 
@@ -231,18 +236,19 @@ def _painted(jobs: Sequence[Job], settings: EditSettings) -> Iterator[tuple[Job,
 def _chunk(jobs: Sequence[Job], painter: Inpainter, masks: Masker) -> Iterator[tuple[Job, Made | Problem]]:
     ready = []
     for job in jobs:
-        one = guarded(job, partial(_ready, job, masks))
-        if isinstance(one, Problem):
-            yield job, one
+        prepared = guarded(job, partial(_ready, job, masks))
+        if isinstance(prepared, Problem):
+            yield job, prepared
         else:
-            ready.append(one)
-    ready.sort(key=lambda one: one[0].photograph.pixels.shape)
+            ready.append(prepared)
+    ready.sort(key=lambda pair: pair[0].photograph.pixels.shape)
     paintings = [
-        Painting(one.photograph.pixels, region, one.change.prompt, one.seed) for one, region in ready
+        Painting(prepared.photograph.pixels, region, prepared.change.prompt, prepared.seed)
+        for prepared, region in ready
     ]
-    for one, painted in zip(ready, painter.paint(paintings), strict=True):
-        job = one[0].job
-        yield job, guarded(job, partial(_finished, one, painted))
+    for pair, painted in zip(ready, painter.paint(paintings), strict=True):
+        job = pair[0].job
+        yield job, guarded(job, partial(_finished, pair, painted))
 
 
 def _ready(job: Job, masks: Masker) -> tuple[Prepared, Region]:
@@ -258,7 +264,7 @@ def _finished(ready: tuple[Prepared, Region], painted: Pixels | RecordError) -> 
 
 
 def _write(made: Made, record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any]:
-    """Pictures first, then the row that says they are there."""
+    """Write the images first, then the row that refers to them."""
     for name, content in made.files.items():
         write_bytes(out / name, content)
     row = made.row | {"made_from": _made_from(record, images, settings)}
@@ -267,13 +273,13 @@ def _write(made: Made, record: Record, images: Path, out: Path, settings: EditSe
 
 
 def write_tables(report: Report, out: Path, settings: EditSettings) -> None:
-    """Write `vseam_pairs.json`, the accepted edits, and `report.json`, what became of the rest."""
+    """Write `vseam_pairs.json` (the accepted edits) and `report.json` (the outcome of the rest)."""
     write_json(out / "vseam_pairs.json", report.accepted)
     content = {
         "settings": asdict(settings),
         "by_level": report.by_level(),
         "left_out": report.left_out,
         "rejected": [{key: row[key] for key in ("question_id", "reasons")} for row in report.rejected],
-        "not_editable": [one._asdict() for one in report.problems],
+        "not_editable": [problem._asdict() for problem in report.problems],
     }
     write_json(out / "report.json", content)

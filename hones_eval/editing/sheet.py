@@ -1,4 +1,4 @@
-"""A contact sheet of edits, clean beside mask beside edited, as a picture and as a page."""
+"""A contact sheet of edits as an image and as a page: clean image, mask, edited image."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ NAMED = 100
 
 
 class Strip(NamedTuple):
-    """The three small pictures of one edit."""
+    """The three small images of one edit."""
 
     clean: Image.Image
     mask: Image.Image
@@ -61,15 +61,15 @@ def _strip(out: Path, row: Mapping[str, Any]) -> Strip:
     return Strip(clean, Image.fromarray(seen), edited)
 
 
-def _small(picture: Image.Image, side: int) -> Image.Image:
-    """A copy of at most `side` pixels a side; of an opened JPEG no more is decoded than that needs."""
-    small = picture if isinstance(picture, ImageFile.ImageFile) else picture.copy()
+def _small(image: Image.Image, side: int) -> Image.Image:
+    """A copy of at most `side` pixels a side; a JPEG is decoded no larger than needed."""
+    small = image if isinstance(image, ImageFile.ImageFile) else image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small.convert("RGB")
 
 
 def lines_of(row: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of one edit, line by line: the question first, the verdict last."""
+    """The description of one edit, line by line: the question first, the verdict last."""
     made = f"{row['editor']} {row['edited_object']}"
     if row["semantic_level"] == "relation":
         made += f": {row['perturb_prompt']}"
@@ -87,16 +87,16 @@ def lines_of(row: Mapping[str, Any]) -> list[str]:
         same += f", SSIM {ssim:.3f}"
     lines.append(f"{same}; inside: {row['change_inside']:.1f} ΔE")
     if "model_clean" in row:
-        lines.append(f"the model says: {row['model_clean']!r} → {row.get('model_edited')!r}")
+        lines.append(f"model answer: {row['model_clean']!r} → {row.get('model_edited')!r}")
     lines.append(f"{row['question_id']} · {row['semantic_level']}, {row['category']}")
     lines.append("accepted" if row["accepted"] else "rejected: " + "; ".join(row["reasons"]))
     return lines
 
 
 def _png(strips: Sequence[Strip], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> bytes:
-    """All rows under each other."""
+    """Draw all rows below each other."""
     font, line = ImageFont.load_default(13), 18
-    small = [Strip(*(_small(one, THUMB) for one in strip)) for strip in strips]
+    small = [Strip(*(_small(image, THUMB) for image in strip)) for strip in strips]
     texts = [
         [piece for text in lines_of(row) for piece in textwrap.wrap(_drawable(text), 50)] for row in rows
     ]
@@ -111,8 +111,8 @@ def _png(strips: Sequence[Strip], rows: Sequence[Mapping[str, Any]], notes: Sequ
     draw.multiline_text((GAP, GAP), "\n".join(title), fill="black", font=font, spacing=4)
     top = head
     for strip, text, height in zip(small, texts, heights, strict=True):
-        for place, picture in enumerate(strip):
-            sheet.paste(picture, (GAP + place * (THUMB + GAP), top))
+        for place, image in enumerate(strip):
+            sheet.paste(image, (GAP + place * (THUMB + GAP), top))
         place = GAP + 3 * (THUMB + GAP)
         draw.multiline_text((place, top), "\n".join(text), fill="black", font=font, spacing=4)
         top += height
@@ -122,14 +122,14 @@ def _png(strips: Sequence[Strip], rows: Sequence[Mapping[str, Any]], notes: Sequ
 
 
 def _drawable(line: str) -> str:
-    """Without the signs that Pillow's own font lacks."""
+    """Replace characters that Pillow's built-in font lacks."""
     return line.replace("\N{NO-BREAK SPACE}", " ").replace("→", "->").replace("ΔE", "dE").replace("·", "-")
 
 
 def _page(strips: Sequence[Strip], rows: Sequence[Mapping[str, Any]], report: Report, note: str) -> str:
     entries = [
         {
-            "pictures": {name: _data(picture) for name, picture in strip._asdict().items()},
+            "images": {name: _data(image) for name, image in strip._asdict().items()},
             "lines": lines_of(row),
             "accepted": row["accepted"],
         }
@@ -140,7 +140,7 @@ def _page(strips: Sequence[Strip], rows: Sequence[Mapping[str, Any]], report: Re
     return template.render(entries=entries, counts=report.by_level(), note=note, problems=named, more=more)
 
 
-def _data(picture: Image.Image) -> str:
+def _data(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=85)
+    image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

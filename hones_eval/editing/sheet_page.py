@@ -50,8 +50,8 @@ li { overflow-wrap: anywhere; }
 {% endif %}
 {% for entry in entries %}
 <article{% if not entry.accepted %} class="rejected"{% endif %}>
-{% for name, picture in entry.pictures.items() %}
-<figure class="{{ name }}"><img src="{{ picture }}" alt="{{ name }}: {{ entry.lines[0] }}">
+{% for name, image in entry.images.items() %}
+<figure class="{{ name }}"><img src="{{ image }}" alt="{{ name }}: {{ entry.lines[0] }}">
 <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}
 <div class="text">

@@ -1,4 +1,4 @@
-"""One record from its picture to an edited one, judged; files are handed back as bytes, not written."""
+"""Edit and check one record. Files are returned as bytes, not written."""
 
 import hashlib
 import re
@@ -34,7 +34,7 @@ class Job:
 
 
 class Prepared(NamedTuple):
-    """A record that is fit: its picture read, its change chosen."""
+    """A record that can be edited, with its image read and its change chosen."""
 
     job: Job
     path: Path
@@ -44,13 +44,13 @@ class Prepared(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """A seed of the record's own."""
+        """The seed of this record."""
         text = f"{self.job.seed}:{self.job.record.question_id}"
         return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 class Made(NamedTuple):
-    """A row of the table, and the files that it names."""
+    """A row of the table, and the files that it refers to."""
 
     row: dict[str, Any]
     files: dict[str, bytes]
@@ -68,7 +68,7 @@ def make(job: Job, masks: Masker) -> Made:
 
 
 def prepare(job: Job) -> Prepared:
-    """Choose the change, find the picture and read it.
+    """Choose the change, find the image and read it.
 
     Raises: RecordError with the reason why it cannot be done.
     """
@@ -89,10 +89,10 @@ def region_of(prepared: Prepared, masks: Masker) -> Region:
 
 
 def finish(prepared: Prepared, edited: Edited) -> Made:
-    """Judge an edit, and encode what belongs to it."""
+    """Check an edit, and encode its files."""
     clean = prepared.photograph.pixels
-    verdict = judge(clean, edited.picture, edited.mask, prepared.job.bounds)
-    encoded = photographs.png(edited.picture)
+    verdict = judge(clean, edited.image, edited.mask, prepared.job.bounds)
+    encoded = photographs.png(edited.image)
     broken = sound(encoded, clean.shape[1], clean.shape[0])
     if broken and verdict.accepted:
         verdict = verdict._replace(reasons=(broken,))
@@ -108,7 +108,7 @@ def finish(prepared: Prepared, edited: Edited) -> Made:
 
 
 def file_name(question_id: str) -> str:
-    """A question's id as a file name; one that had to change carries a hash, so that no two fall together."""
+    """A question's id as a file name. If characters had to change, a hash keeps names distinct."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", question_id).strip(".")[:80]
     if safe == question_id:
         return safe
@@ -116,7 +116,7 @@ def file_name(question_id: str) -> str:
 
 
 def _clean_file(prepared: Prepared) -> tuple[str, bytes]:
-    """The clean picture as every reader sees it: the file itself, or what it looks like as PNG."""
+    """The clean image for any reader: the file itself, or its decoded pixels as PNG."""
     content = prepared.path.read_bytes()
     name = f"{file_name(prepared.path.stem)}-{hashlib.sha256(content).hexdigest()[:8]}"
     if prepared.photograph.plain and prepared.path.suffix.lower() in (".jpg", ".jpeg", ".png"):

@@ -1,4 +1,4 @@
-"""Words with their meaning: groups of objects, colours, materials, relations and their contraries."""
+"""Vocabulary: groups of objects, colours, materials, relations and their opposites."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("dresser", "sofa", "shelf", "microwave", "dishwasher", "ottoman", "bathtub", "curtain"),
     ),
 }
-# Things that a person may take for each other: neither stands in for the other.
+# Things that people confuse: neither replaces the other.
 ALIKE: tuple[frozenset[str], ...] = (
     frozenset({"bicycle", "bike", "motorcycle", "scooter"}),
     frozenset({"car", "taxi", "van", "jeep", "truck"}),
@@ -37,7 +37,7 @@ ALIKE: tuple[frozenset[str], ...] = (
 
 
 class Colour(NamedTuple):
-    """Where a colour's name is at home in CIE Lab (D65): lightness as a range, then its hue."""
+    """A named colour in CIE Lab (D65): a range of lightness, then a and b."""
 
     dark: float
     light: float
@@ -65,7 +65,7 @@ COLOURS: dict[str, Colour] = {
     "purple": Colour(30, 50, 46, -44),
     "maroon": Colour(20, 32, 36, 18),
 }
-# A new colour is one of those whose names nobody disputes.
+# New colours are chosen among those that everyone names the same.
 PLAIN_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "black")
 
 MATERIALS: dict[str, tuple[str, ...]] = {
@@ -89,7 +89,7 @@ ALIKE_MATERIALS: tuple[frozenset[str], ...] = (
 
 
 class Relation(NamedTuple):
-    """How a relation lies in a picture, and the relation that contradicts it, where there is one."""
+    """The spatial kind of a relation, and the relation that contradicts it, if any."""
 
     kind: Literal["side", "height", "contact", "held", "near", "depth"]
     contrary: str | None = None
@@ -133,7 +133,7 @@ RELATIONS: dict[str, Relation] = {
     "eating": Relation("held", "ignoring"),
     "using": Relation("held", "ignoring"),
 }
-# What is wherever one looks has no place beside it.
+# Surfaces that are everywhere in an image: nothing can be moved off them.
 SURFACES = frozenset(
     {
         *("street", "road", "ground", "grass", "field", "floor", "snow", "sidewalk", "sand", "beach", "wall"),

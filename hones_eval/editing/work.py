@@ -1,4 +1,4 @@
-"""What one process does with one record, and the settings that decide it; no torch is loaded for it."""
+"""The work on one record in one process, and its settings. Does not import torch."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What decides how an edit comes out."""
+    """The settings that determine the result of an edit."""
 
     editor: EditorName
     level: Level | None = None
@@ -37,11 +37,11 @@ class EditSettings:
     bounds: Bounds = field(default_factory=Bounds)
     inpaint: InpaintSettings | None = None
     folder: str | None = None
-    """Where the editor `folder` finds pictures made elsewhere, by the record's path or its question id."""
+    """Where the editor `folder` finds images made elsewhere, by the record's path or its question id."""
 
 
 def guarded(job: Job, work: Callable[[], Result]) -> Result | Problem:
-    """One record's failure is that record's alone."""
+    """Turn the failure of one record into a problem, so that the run continues."""
     try:
         return work()
     except RecordError as error:
@@ -49,15 +49,15 @@ def guarded(job: Job, work: Callable[[], Result]) -> Result | Problem:
     except (MemoryError, RuntimeError, cv2.error) as error:
         if no_memory(error):
             return problem_of(
-                job, "there is no free memory for its picture; use fewer --workers, or a smaller --batch"
+                job, "not enough memory for its image; use fewer --workers, or a smaller --batch"
             )
         if isinstance(error, cv2.error):
-            return problem_of(job, f"OpenCV cannot edit its picture: {' '.join(str(error).split())}")
+            return problem_of(job, f"OpenCV cannot edit its image: {' '.join(str(error).split())}")
         raise
 
 
 def make_one(job: Job, masks: Masker, settings: EditSettings) -> Made:
-    """Edit one record, or take its picture from where it was made.
+    """Edit one record, or use an edited image that was made elsewhere.
 
     Raises: RecordError with the reason why it cannot be done.
     """
@@ -70,7 +70,7 @@ def make_one(job: Job, masks: Masker, settings: EditSettings) -> Made:
 
 
 def elsewhere(record: Record, images: Path, settings: EditSettings) -> Path:
-    """Find the picture of an edit that was made elsewhere.
+    """Find the image of an edit that was made elsewhere.
 
     Raises: RecordError when there is none.
     """
@@ -79,18 +79,18 @@ def elsewhere(record: Record, images: Path, settings: EditSettings) -> Path:
 
 
 def problem_of(job: Job, reason: str) -> Problem:
-    """Name a record with what stopped it."""
+    """Name a record and its problem."""
     return Problem(job.record.question_id, job.record.level, reason)
 
 
 def start_worker() -> None:
-    """What a process does first that is one of several."""
+    """Initialize a worker process."""
     cv2.setNumThreads(1)
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A pool's processes wait for work for ever once the process that gives it has been killed."""
+    """End this worker when its parent is gone; otherwise it would wait for work forever."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -98,6 +98,6 @@ def _end_with_parent() -> None:
 
 
 def in_worker(job: Job, settings: EditSettings) -> Made | Problem:
-    """One record's work in a process of its own."""
+    """Edit one record in a worker process."""
     masks = masker(settings.mask, settings.segmenter, settings.device)
     return guarded(job, partial(make_one, job, masks, settings))

@@ -1,4 +1,4 @@
-"""Scenes on which every claim can be checked, and a small VLM that really sees them."""
+"""Drawn scenes with known ground truth, and a small vision-language model trained on them."""
 
 import hashlib
 from functools import cache
@@ -10,11 +10,11 @@ _FOLDER = Path(__file__).resolve().parent / "checkpoint"
 
 
 class CheckpointError(HonesError):
-    """The shipped checkpoint is missing or is not the one that was committed."""
+    """The bundled checkpoint is missing or was modified."""
 
 
 def checkpoint_path(folder: Path = _FOLDER) -> Path:
-    """The folder of the small VLM, a stock LLaVA checkpoint, after comparing its weights with their hash.
+    """Return the folder of the toy model, a stock LLaVA checkpoint, after checking the hash of its weights.
 
     Raises:
         CheckpointError: the weights are missing or their SHA-256 is not the committed one.
@@ -22,15 +22,15 @@ def checkpoint_path(folder: Path = _FOLDER) -> Path:
     weights, expected = folder / "model.safetensors", folder / "model.safetensors.sha256"
     for file in (weights, expected):
         if not file.is_file():
-            raise CheckpointError(f"the small VLM lacks {file}; install hones-eval again")
+            raise CheckpointError(f"the bundled toy model has no {file}; reinstall hones-eval")
     wanted, found = (
         expected.read_text(encoding="utf-8").split()[0],
         _sha256(weights, weights.stat().st_mtime_ns),
     )
     if found != wanted:
         raise CheckpointError(
-            f"{weights} has SHA-256 {found[:12]}..., not {wanted[:12]}...: it was changed or cut; "
-            "install hones-eval again, or load your own checkpoint by its path"
+            f"{weights} has SHA-256 {found[:12]}..., not {wanted[:12]}...: it was modified or is incomplete; "
+            "reinstall hones-eval, or load your own checkpoint by its path"
         )
     return folder
 

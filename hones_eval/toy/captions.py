@@ -8,13 +8,13 @@ from hones_eval.toy.scenes import CELL, Scene, Thing, related
 
 
 def phrase(thing: Thing) -> str:
-    """A thing in words, such as 'striped red circle'; a solid one needs no texture."""
+    """Describe a thing, such as 'striped red circle'. The texture "solid" is left out."""
     texture = "" if thing.texture == "solid" else f"{thing.texture} "
     return f"{texture}{thing.color} {thing.shape}"
 
 
 def captions(scene: Scene) -> list[str]:
-    """Five references, all true; the first one is the plainest and names the first two things' relation."""
+    """Return five true reference captions. The first is the simplest and relates the first two things."""
     names = [f"a {phrase(thing)}" for thing in scene.things]
     first, second = names[:2]
     rest = "".join(f" and {name}" for name in names[2:])
@@ -32,12 +32,12 @@ def captions(scene: Scene) -> list[str]:
 
 
 def description(scene: Scene) -> str:
-    """Every cell in reading order, such as 'large striped red circle. nothing. word BAK. small ...'."""
+    """Describe every cell in reading order, such as 'large striped red circle. nothing. word BAK. ...'."""
     return ". ".join(_cell(scene, place) for place in range(4))
 
 
 def near_miss(scene: Scene, rng: random.Random) -> str:
-    """A false caption for training: that of the scene with one to three changes."""
+    """A false caption for training: the caption of the scene after one to three changes."""
     changed = scene
     for _ in range(rng.choice((1, 1, 2, 3))):
         changed = _changed(changed, rng)
@@ -46,10 +46,10 @@ def near_miss(scene: Scene, rng: random.Random) -> str:
 
 
 def hard_negatives(scene: Scene, pool: list[Scene], count: int) -> list[str]:
-    """False captions from other pictures, most words shared with the true one first.
+    """False captions from other images, ordered by the number of words shared with the true caption.
 
-    Captions that are true of the scene (all their things are in it) are left out, ties keep the pool's order.
-    May be shorter than `count` where the pool is small.
+    Captions that are true of the scene (it contains all their things) are left out. Ties keep the order
+    of the pool. May return fewer than `count` if the pool is small.
     """
     true = Counter(captions(scene)[0].split())
     phrases = {phrase(thing) for thing in scene.things}

@@ -24,14 +24,14 @@ _MEASURED = ("", "_edited", "_shifted")
 
 
 class Sample(NamedTuple):
-    """What the model said to one example."""
+    """One example and the model's answer."""
 
     document: Document
-    said: str
+    answer: str
 
 
 class Row(NamedTuple):
-    """A figure with its 95 % interval; `n` examples (queries for NDCG)."""
+    """A value with its 95 % interval over `n` examples (queries for NDCG)."""
 
     name: str
     value: float
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def main(logs: Path, run: Path = Path("runs/toy"), package: Path = _PACKAGE) -> None:
-    """Ship a trained checkpoint with its card.
+    """Copy a trained checkpoint into the package and write its card.
 
     Args:
         logs: lmms-eval's output folder, made with --log_samples for the scenes tasks.
@@ -60,8 +60,8 @@ def main(logs: Path, run: Path = Path("runs/toy"), package: Path = _PACKAGE) -> 
 
 
 def card(logs: Path) -> str:
-    """The card in Markdown, with a table a variant."""
-    titles = {"": "Test split", "_edited": "Test split, edited pictures", "_shifted": "Test split, shifted"}
+    """The card in Markdown, with one table per variant."""
+    titles = {"": "Test split", "_edited": "Test split, edited images", "_shifted": "Test split, shifted"}
     tables = [f"## {titles[variant]}\n\n{_table(figures(logs, variant))}" for variant in _MEASURED]
     return (_PACKAGE / "card_template.md").read_text(encoding="utf-8").replace("{tables}", "\n".join(tables))
 
@@ -81,9 +81,9 @@ def figures(logs: Path, variant: str) -> list[Row]:
             rows.append(_proportion(f"{task}, {kind}", of_kind))
     ocr = read_samples(logs, "ocr", variant)
     rows.append(_proportion("ocr, exact match", [_exact(sample) for sample in ocr]))
-    rows.append(_resampled("ocr, ANLS", [scoring.anls(s.said, s.document.answer) for s in ocr], _mean))
+    rows.append(_resampled("ocr, ANLS", [scoring.anls(s.answer, s.document.answer) for s in ocr], _mean))
     captions = read_samples(logs, "caption", variant)
-    counts = [scoring.bleu_counts(one.said, tuple(one.document.references)) for one in captions]
+    counts = [scoring.bleu_counts(caption.answer, tuple(caption.document.references)) for caption in captions]
     rows.append(_resampled("caption, BLEU-4", counts, scoring.bleu_of_counts))
     queries = _queries(read_samples(logs, "retrieval", variant))
     rows.append(_resampled("retrieval, NDCG@5", [_ndcg(query) for query in queries], _mean))
@@ -94,7 +94,7 @@ def figures(logs: Path, variant: str) -> list[Row]:
 
 
 def read_samples(logs: Path, task: str, variant: str) -> list[Sample]:
-    """The newest samples file of a test-split task, each line beside the example that it answers."""
+    """Read the newest samples file of a test-split task and pair each answer with its example."""
     found = sorted(logs.rglob(f"*_samples_scenes_{task}{variant}.jsonl"))
     if not found:
         raise HonesError(
@@ -106,7 +106,7 @@ def read_samples(logs: Path, task: str, variant: str) -> list[Sample]:
     for index, document in enumerate(made):
         if by_id[index]["target"] != document.answer:
             raise HonesError(
-                f"{found[-1]} line {index} is of another version of the scenes; run lmms-eval again"
+                f"{found[-1]} line {index} was made by another version of the scenes; run lmms-eval again"
             )
     return [Sample(document, by_id[index]["filtered_resps"]) for index, document in enumerate(made)]
 
@@ -118,7 +118,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
 
 
-def draw_curve(log: Path, picture: Path) -> None:
+def draw_curve(log: Path, image: Path) -> None:
     """The loss and the development accuracy of every topic against the step."""
     import matplotlib
 
@@ -137,7 +137,7 @@ def draw_curve(log: Path, picture: Path) -> None:
         right.plot(steps, [float(row[topic]) for row in measured], style, label=topic.replace("_", " "))
     right.set(xlabel="step", ylabel="exact answers, development", ylim=(0, 1.02))
     right.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(picture)
+    figure.savefig(image)
     pyplot.close(figure)
 
 
@@ -151,7 +151,7 @@ def _proportion(name: str, right: Sequence[bool]) -> Row:
 
 
 def _resampled(name: str, items: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Row:
-    """Percentile interval of 200 bootstrap samples, for figures that are no proportion."""
+    """Percentile interval of 200 bootstrap samples, for values that are not proportions."""
     rng = random.Random(0)
     draws = sorted(statistic(rng.choices(items, k=len(items))) for _ in range(200))
     return Row(name, statistic(items), draws[5], draws[194], len(items))
@@ -162,13 +162,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _exact(sample: Sample) -> bool:
-    return scoring.exact(sample.said, sample.document.answer) == 1
+    return scoring.exact(sample.answer, sample.document.answer) == 1
 
 
 def _iou(sample: Sample) -> float:
     answer = scoring.parse_box(sample.document.answer)
     assert answer is not None
-    return scoring.iou(scoring.parse_box(sample.said), answer)
+    return scoring.iou(scoring.parse_box(sample.answer), answer)
 
 
 def _queries(samples: list[Sample]) -> list[list[Sample]]:
@@ -178,7 +178,7 @@ def _queries(samples: list[Sample]) -> list[list[Sample]]:
 
 def _ndcg(query: list[Sample]) -> float:
     positive = [sample.document.answer for sample in query].index("Yes")
-    return scoring.ndcg([scoring.exact(sample.said, "Yes") for sample in query], positive)
+    return scoring.ndcg([scoring.exact(sample.answer, "Yes") for sample in query], positive)
 
 
 def _sha256(file: Path) -> str:

@@ -1,6 +1,6 @@
-"""The examples of the scenes tasks, made on the fly from a split's seeds: no data files, no network.
+"""The examples of the scenes tasks, generated from seeds: no data files, no network.
 
-Example `i` of a task and example `i` of its edited twin have the same prompt; their pictures differ by one
+Example `i` of a task and example `i` of its edited version have the same prompt; their images differ by one
 edit of the scene graph, and so do their answers (the word, box or caption where the task is not a question).
 """
 
@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 from hones_eval.toy import captions, edits, prompts, questions
 from hones_eval.toy.drawing import draw
 from hones_eval.toy.scenes import COLORS, SPLIT_SIZE, Scene, SceneError, Split, check_count, scene
-from hones_eval.toy.shifts import Shift, shift_picture, shift_scene
+from hones_eval.toy.shifts import Shift, shift_image, shift_scene
 
 Task = Literal["vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding"]
 KIND_TASKS = {f"vqa_{kind}": kind for kinds in questions.KINDS.values() for kind in kinds}
 """Questions of one kind each: categories within a semantic level."""
 Variant = Literal["plain", "edited", "shifted"] | Shift
 
-CANDIDATES = (
-    10  # of a retrieval query: the true caption, that of the edited picture, eight from other pictures
-)
-_POOL = 300  # pictures that a query's hard negatives come from
+CANDIDATES = 10  # of a retrieval query: the true caption, that of the edited image, eight from other images
+_POOL = 300  # images that a query's hard negatives come from
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Document:
 
     `prompt` is what a model is asked, `question` the bare question in it.
     `kind` is the question's kind or the task's name; `query` numbers the retrieval query; `shapes` are the
-    things in the picture in reading order, `about` the shape that the example asks for (empty where there is
+    things in the image in reading order, `about` the shape that the example asks for (empty where there is
     none).
     """
 
@@ -55,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a task asks about a scene, and the edit of it that changes the answer (none if shifted)."""
+    """A task's question about a scene, and the edited scene with another answer (unchanged if shifted)."""
 
     prompt: str
     clean: tuple[str, ...]  # gold answers on the clean scene, the first one is the answer
@@ -69,10 +67,10 @@ class _Asked:
 
 
 def documents(task: Task | str, variant: Variant, split: Split, count: int) -> list[Document]:
-    """The first `count` examples of a task; for retrieval, `CANDIDATES` in a row share a picture.
+    """The first `count` examples of a task; for retrieval, `CANDIDATES` consecutive examples share an image.
 
-    A task is one of `Task` or of `KIND_TASKS`; the latter pass over pictures without such a question.
-    `shifted` goes round all shifts, one picture after the other; a shift's own name applies that one alone.
+    A task is one of `Task` or of `KIND_TASKS`; the latter skip images without such a question.
+    `shifted` applies all shifts in turn, one per image; the name of a shift applies only that shift.
 
     Raises:
         SceneError: unknown task, variant or split, or more examples than the split has.
@@ -81,11 +79,11 @@ def documents(task: Task | str, variant: Variant, split: Split, count: int) -> l
     if task not in known:
         raise SceneError(f"no scenes task '{task}'; there are {', '.join(known)}")
     shifts = _shifts(variant)
-    pictures = -(-count // CANDIDATES) if task == "retrieval" else count
-    check_count(split, pictures)
+    images = -(-count // CANDIDATES) if task == "retrieval" else count
+    check_count(split, images)
     pool = [scene(split, i) for i in range(_POOL)] if task == "retrieval" else []
     made: list[Document] = []
-    for index in range(SPLIT_SIZE[split] if task in KIND_TASKS else pictures):
+    for index in range(SPLIT_SIZE[split] if task in KIND_TASKS else images):
         shift = shifts[index % len(shifts)]
         base = scene(split, index)
         asked_of = shift_scene(base, shift) if shift else base
@@ -94,7 +92,7 @@ def documents(task: Task | str, variant: Variant, split: Split, count: int) -> l
         if len(made) >= count:
             break
     if len(made) < count:
-        raise SceneError(f"only {len(made)} pictures of the {split} split have a question of {task}")
+        raise SceneError(f"only {len(made)} images of the {split} split have a question of {task}")
     return made[:count]
 
 
@@ -115,7 +113,7 @@ def _document(clean: Scene, asked: _Asked, edited: bool, shift: Shift | None) ->
     shown = asked.edited_scene if edited else clean
     references = asked.edited if edited else asked.clean
     return Document(
-        pixels=shift_picture(shown, shift) if shift else draw(shown),
+        pixels=shift_image(shown, shift) if shift else draw(shown),
         image_id=_image_id(clean, shown, shift),
         prompt=asked.prompt,
         question=asked.question or asked.prompt,
@@ -131,7 +129,7 @@ def _document(clean: Scene, asked: _Asked, edited: bool, shift: Shift | None) ->
 
 
 def _image_id(clean: Scene, shown: Scene, shift: Shift | None) -> str:
-    """The seed's name, the shift, and a digest of the graph where it was edited: one name a picture."""
+    """A unique name per image: its seed, the shift, and a digest of the graph if it was edited."""
     edit = "" if shown == clean else "-edit-" + hashlib.sha256(repr(shown).encode()).hexdigest()[:8]
     return clean.seed + (f"-{shift}" if shift else "") + edit
 
@@ -154,7 +152,7 @@ def _asked(task: str, shown: Scene, index: int, pool: list[Scene], editable: boo
 
 
 def _question(shown: Scene, task: str, index: int, rng: random.Random, editable: bool) -> Iterator[_Asked]:
-    """The question kinds of a level take turns, as do yes and no; one that does not fit is passed over."""
+    """Alternate the question kinds of a level, and yes and no. Kinds that do not fit are skipped."""
     if task in KIND_TASKS:
         kinds: tuple[questions.Kind, ...] = (KIND_TASKS[task],)
     else:
@@ -182,7 +180,7 @@ def _question(shown: Scene, task: str, index: int, rng: random.Random, editable:
 
 
 def _grounding(shown: Scene, rng: random.Random, editable: bool) -> _Asked:
-    """Where a thing is; in the edited picture it has changed places with another one."""
+    """Ask where a thing is. In the edited image it has swapped places with another thing."""
     thing, other = rng.sample(shown.things, 2)
     edited = edits.swap_places(shown, thing.shape, other.shape) if editable else shown
     moved = edited.thing(thing.shape) or thing
@@ -193,7 +191,7 @@ def _grounding(shown: Scene, rng: random.Random, editable: bool) -> _Asked:
 
 
 def _retrieval(shown: Scene, index: int, pool: list[Scene], rng: random.Random) -> Iterator[_Asked]:
-    """A candidate each: the clean caption, the edited one, then hard negatives from other pictures."""
+    """One question per candidate: the clean caption, the edited caption, then hard negatives."""
     edited = _recaptioned(shown, rng)
     clean, other = captions.captions(shown)[0], captions.captions(edited)[0]
     negatives = [n for n in captions.hard_negatives(shown, pool, CANDIDATES) if n not in (clean, other)]

@@ -1,4 +1,4 @@
-"""Draw a scene graph as a picture, with numpy alone: the same pixels on every machine.
+"""Draw a scene graph as an image, with numpy alone: the same pixels on every machine.
 
 The word is set in Pillow's built-in bitmap font, so no font of the system is used.
 """
@@ -28,14 +28,14 @@ _GROOVE = 0.3  # brightness of the dark part of a texture
 
 @dataclass(frozen=True)
 class Paper:
-    """What a picture is drawn on and with: background `[64, 64, 3]` (or plain), and the font of the word."""
+    """Background and font of an image: background `[64, 64, 3]` (default: one colour)."""
 
     background: NDArray[np.float32] | None = None
     scalable_font: bool = False
 
 
 def draw(scene: Scene, paper: Paper | None = None) -> NDArray[np.uint8]:
-    """The picture of a scene, `[64, 64, 3]` in 0..255."""
+    """Draw a scene as `[64, 64, 3]` in 0..255."""
     paper = paper or Paper()
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.float32)
     canvas[:] = BACKGROUND if paper.background is None else paper.background
@@ -46,7 +46,7 @@ def draw(scene: Scene, paper: Paper | None = None) -> NDArray[np.uint8]:
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """A picture `[64, 64, 3]` as an RGB image of Pillow."""
+    """Convert pixels `[64, 64, 3]` to an RGB Pillow image."""
     return Image.fromarray(pixels)
 
 

@@ -1,4 +1,4 @@
-"""Edits of a scene graph: exactly one object, attribute, relation or word changed, everything else as it was.
+"""Edits of a scene graph that change exactly one object, attribute, relation or word.
 
 A clean and an edited scene drawn with the same paper differ only inside the boxes of what was changed:
 perfect pairs for causal tracing (V-SEAM, EMNLP 2025, builds such pairs by inpainting).
@@ -16,12 +16,12 @@ def absent_shapes(scene: Scene) -> list[str]:
 
 
 def replace_object(scene: Scene, shape: str, new_shape: str) -> Scene:
-    """Another shape in place of the thing of this shape, with its colour, texture, size and box."""
+    """Replace a thing's shape; its colour, texture, size and box stay."""
     return _with(scene, {shape: dataclasses.replace(_find(scene, shape), shape=new_shape)})
 
 
 def set_attribute(scene: Scene, shape: str, attribute: str, value: str) -> Scene:
-    """The thing of this shape with another colour or texture."""
+    """Set the colour or texture of the thing of this shape."""
     known = {"color": COLORS, "texture": TEXTURES}
     if value not in known.get(attribute, ()):
         raise SceneError(f"cannot set {attribute} to '{value}'; an edit sets one of {known}")
@@ -32,7 +32,7 @@ def set_attribute(scene: Scene, shape: str, attribute: str, value: str) -> Scene
 
 
 def change_size(scene: Scene, shape: str) -> Scene:
-    """A large thing made small or the reverse, about the same centre (to one pixel)."""
+    """Make a large thing small, or a small one large, around the same centre (to one pixel)."""
     thing = _find(scene, shape)
     left, top = thing.box[:2]
     size, step, side = ("small", 4, 14) if thing.size == "large" else ("large", -4, 24)
@@ -41,14 +41,14 @@ def change_size(scene: Scene, shape: str) -> Scene:
 
 
 def change_attribute(scene: Scene, shape: str, attribute: str, rng: random.Random) -> Scene:
-    """The thing of this shape with a colour or texture that it does not have now."""
+    """Give the thing of this shape a different random colour or texture."""
     held = getattr(_find(scene, shape), attribute)
     values = COLORS if attribute == "color" else TEXTURES
     return set_attribute(scene, shape, attribute, rng.choice([value for value in values if value != held]))
 
 
 def swap_places(scene: Scene, shape: str, other: str) -> Scene:
-    """Two things change cells, each keeping its look and its offset within the cell."""
+    """Swap the cells of two things. Each keeps its look and its offset within the cell."""
     first, second = _find(scene, shape), _find(scene, other)
     moved = dataclasses.replace(first, box=_moved(first.box, second.box))
     back = dataclasses.replace(second, box=_moved(second.box, first.box))
@@ -56,7 +56,7 @@ def swap_places(scene: Scene, shape: str, other: str) -> Scene:
 
 
 def change_word(scene: Scene, rng: random.Random) -> Scene:
-    """Another word of the same split in the blue box: one letter differs where such a word exists."""
+    """Put another word of the same split into the blue box, one that differs by one letter if possible."""
     split = scene.seed.split("-")[0]
     others = [word for word in WORDS[split] if word != scene.word]
     near = [w for w in others if sum(a != b for a, b in zip(w, scene.word, strict=True)) == 1]

@@ -77,7 +77,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def build_processor() -> LlavaProcessor:
-    """Image processor, tokenizer and chat template as one; the template is on the tokenizer as well."""
+    """Image processor, tokenizer and chat template in one processor. The tokenizer has the template too."""
     images = CLIPImageProcessor(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -96,7 +96,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every word of the tasks; words in the blue box are spelled, 'BAK' as B ##A ##K."""
+    """One token per word of the tasks; words in the blue box are spelled, such as 'BAK' as B ##A ##K."""
     text = " ".join(prompts.vocabulary_text()) + " USER: ASSISTANT:"
     words = dict.fromkeys(re.findall(r"\w+|[^\w\s]", text))
     pieces = [*SPECIAL, *words, *prompts.letters(), *(f"##{letter}" for letter in prompts.letters())]

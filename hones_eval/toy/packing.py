@@ -1,8 +1,8 @@
-"""Training batches: several questions about one picture share its image tokens in one row.
+"""Training batches: several questions about one image share its image tokens in one row.
 
-A row is the picture's prefix and then question-and-answer texts that see the prefix and themselves alone, at
-the positions they would have on their own. So a row teaches what as many separate conversations would, and
-the image tower and the image tokens are paid for once.
+A row is the image's prefix followed by several question-and-answer texts. Each text attends only to the
+prefix and to itself, at the positions that it would have on its own. So one row trains the model like that
+many separate conversations, while the image tower and the image tokens are computed once.
 """
 
 import random
@@ -24,7 +24,7 @@ IGNORED = -1
 class Batch:
     """`B` rows of `T` tokens.
 
-    `owner` tells which text a token belongs to (0 prefix, -1 padding), `weights` how much a label counts;
+    `owner` is the text that a token belongs to (0 prefix, -1 padding), `weights` the weight of a label;
     `labels` are shifted already: the token that follows, or -1.
     """
 
@@ -38,7 +38,7 @@ class Batch:
 
     @property
     def mask(self) -> torch.Tensor:
-        """Who sees whom, `[B, 1, T, T]`: earlier tokens of the same text or of the prefix."""
+        """The attention mask, `[B, 1, T, T]`: earlier tokens of the same text or of the prefix."""
         same = self.owner[:, :, None] == self.owner[:, None, :]
         seen = same | (self.owner[:, None, :] == 0)
         causal = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool).tril()
@@ -46,7 +46,7 @@ class Batch:
 
 
 class Packer:
-    """Fills rows of tokens with exchanges about pictures."""
+    """Packs prompts and answers about images into rows of tokens."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         """Take template and tokenizer from the processor, so that training sees what evaluation sends."""
@@ -66,7 +66,7 @@ class Packer:
     def pack(
         self, scenes: list[Scene], wishes: list[list[str]], rng: random.Random, width: int = 192
     ) -> Batch:
-        """One row of `width` tokens a scene; its wished topics go in one after the other while they fit."""
+        """One row of `width` tokens per scene, filled with the requested topics in order while they fit."""
         shape = (len(scenes), width)
         ids, positions, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED)
         owner, weights = np.full(shape, -1), np.zeros(shape, np.float32)
@@ -109,7 +109,7 @@ class Packer:
         return texts
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids of a text, word by word from memory: a word's ids do not depend on its neighbours."""
+        """Token ids of a text, cached per word: the ids of a word do not depend on its neighbours."""
         found: list[int] = []
         for word in text.split():
             if word not in self._known:
@@ -119,18 +119,18 @@ class Packer:
 
 
 def processor_image_tokens(processor: LlavaProcessor) -> int:
-    """How many image tokens the processor writes for one picture."""
+    """The number of image tokens per image."""
     return (SIDE // int(processor.patch_size)) ** 2
 
 
-def to_pixels(pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
-    """Pictures as the image processor would hand them over, `[B, 3, 64, 64]` in -1..1."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+def to_pixels(images: list[NDArray[np.uint8]]) -> torch.Tensor:
+    """Images as the image processor returns them, `[B, 3, 64, 64]` in -1..1."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stacked.float() / 127.5 - 1
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[M, V]` at the `M` labelled places of a batch, and where those are, a mask `[B, T]`."""
+    """Logits `[M, V]` at the `M` labelled positions of a batch, and the mask `[B, T]` of these positions."""
     inner = model.model
     features = torch.cat(list(inner.get_image_features(batch.pixels).pooler_output))
     embedded = inner.language_model.embed_tokens(batch.ids)

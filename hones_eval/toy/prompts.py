@@ -1,4 +1,4 @@
-"""The tasks' prompts and their answers: what the small model is trained on, and what the tasks ask.
+"""The prompts and answers of the tasks, for training the toy model and for the tasks themselves.
 
 VQA, OCR, captioning and retrieval are worded as in HONES (ACL 2026 Findings). Grounding and the description
 of every cell are this package's own; the description serves training alone.
@@ -32,7 +32,7 @@ class Exchange(NamedTuple):
 
 
 def exchange(scene: Scene, topic: Topic | questions.Kind, rng: random.Random) -> Exchange | None:
-    """A prompt of this topic about a scene, and its answer; None where the scene has no such question."""
+    """A prompt of this topic about a scene, and its answer; or None if the scene has no such question."""
     if topic == "describe":
         return Exchange(DESCRIBE, captions.description(scene))
     if topic == "inventory":
@@ -62,7 +62,7 @@ def judge(caption: str, true: bool) -> Exchange:
 
 
 def _inventory(scene: Scene, rng: random.Random) -> Exchange:
-    """All about each named shape: a lookup by content for every token of a long answer. One may be absent."""
+    """Describe each named shape. Every token of the answer needs a lookup by content. One may be absent."""
     absent = [shape for shape in scenes.SHAPES if scene.thing(shape) is None]
     shapes = [thing.shape for thing in scene.things] + rng.sample(absent, rng.randrange(2))
     rng.shuffle(shapes)

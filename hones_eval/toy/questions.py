@@ -1,7 +1,7 @@
 """Questions about a scene graph at three semantic levels, open and yes/no, and edits that change the answer.
 
 The levels are those of V-SEAM (EMNLP 2025): object, attribute, relation. A question knows how to be answered
-on any scene, so a clean and an edited picture share one question and the graph itself tells both answers.
+on any scene, so a clean and an edited image share one question, and both answers come from the graph.
 """
 
 import random
@@ -45,7 +45,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question as a person asks it."""
+        """The question in words."""
         return TEXT[self.kind].format(shape=self.shape, value=self.value, other=self.other)
 
     @property
@@ -54,7 +54,7 @@ class Question:
         return next(level for level in get_args(Level) if self.kind in KINDS[level])
 
     def answer(self, scene: Scene) -> str | None:
-        """The answer on this scene, or None where the question has no single answer."""
+        """The answer on this scene, or None if the question has no single answer."""
         thing, other = scene.thing(self.shape), scene.thing(self.other)
         if self.kind == "exists":
             return _yes(thing is not None)
@@ -71,7 +71,7 @@ class Question:
 
 
 def ask(scene: Scene, kind: Kind, rng: random.Random, yes: bool | None = None) -> Question | None:
-    """A question of this kind with an answer on this scene, None where there is none.
+    """A question of this kind that has an answer on this scene, or None.
 
     Yes/no questions have the answer `yes`, or either one equally often.
     """
@@ -100,7 +100,7 @@ def ask(scene: Scene, kind: Kind, rng: random.Random, yes: bool | None = None) -
 def edit(scene: Scene, question: Question, rng: random.Random) -> Scene | None:
     """The scene with one object, attribute or relation changed so that the answer differs.
 
-    The change is of the question's own level. None where no single change does it.
+    The change is of the question's own level. None if no single change is enough.
     """
     edited = _edited(scene, question, rng)
     if edited is None or question.answer(edited) in (None, question.answer(scene)):

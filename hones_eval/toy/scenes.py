@@ -1,8 +1,8 @@
-"""Scene graphs: what a picture holds, drawn from a seed.
+"""Scene graphs, generated from a seed: the content of an image.
 
-A picture of 64 x 64 pixels has four cells. One holds a word in a blue box, the others hold two or three
-things of different shapes. The word decides the split: every word belongs to exactly one split, so no
-picture, edited or not, can ever appear in two of them.
+An image of 64 x 64 pixels has four cells. One contains a word in a blue box, the others contain two or
+three things of different shapes. The word decides the split: every word belongs to exactly one split, so no
+image, edited or not, can ever appear in two of them.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _VERSION = "scenes-1"
 
 
 class SceneError(HonesError):
-    """A scene that cannot be made: unknown split, index beyond the split, or things that do not fit."""
+    """An impossible scene: unknown split, index beyond the split, or things that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene graph: things in reading order, and the word in its blue box. `seed` names the picture."""
+    """A scene graph: things in reading order, and the word in its blue box. `seed` names the image."""
 
     seed: str
     things: tuple[Thing, ...]
@@ -70,18 +70,18 @@ class Scene:
     word_box: Box
 
     def __post_init__(self) -> None:
-        """Refuse graphs that have no picture: repeated shapes, things outside the picture or overlapping."""
+        """Reject graphs that cannot be drawn: repeated shapes, things outside the image or overlapping."""
         shapes = [thing.shape for thing in self.things]
         if len(set(shapes)) != len(shapes):
             raise SceneError(f"scene {self.seed}: each shape may appear once, got {shapes}")
         boxes = [thing.box for thing in self.things] + [self.word_box]
         for box in boxes:
             if min(box) < 0 or max(box) > SIDE:
-                raise SceneError(f"scene {self.seed}: box {box} leaves the {SIDE} x {SIDE} picture")
+                raise SceneError(f"scene {self.seed}: box {box} is not inside the {SIDE} x {SIDE} image")
         for i, box in enumerate(boxes):
             if any(overlap(box, other) for other in boxes[:i]):
                 raise SceneError(
-                    f"scene {self.seed}: box {box} covers another one; move it or make it smaller"
+                    f"scene {self.seed}: box {box} overlaps another box; move it or make it smaller"
                 )
 
     def thing(self, shape: str) -> Thing | None:
@@ -90,10 +90,10 @@ class Scene:
 
 
 def scene(split: Split, index: int) -> Scene:
-    """Picture number `index` of a split; the same on every machine.
+    """Image number `index` of a split; the same on every machine.
 
     Raises:
-        SceneError: the split is unknown or has fewer pictures than that.
+        SceneError: the split is unknown or has too few images.
     """
     check_count(split, index + 1)
     rng = random.Random(f"{_VERSION}/{split}/{index}")
@@ -107,12 +107,12 @@ def scene(split: Split, index: int) -> Scene:
 
 
 def check_count(split: str, count: int) -> None:
-    """Raise SceneError unless the split exists and has `count` pictures."""
+    """Raise SceneError unless the split exists and has `count` images."""
     if split not in get_args(Split):
-        raise SceneError(f"no split '{split}' of scenes; there are {', '.join(get_args(Split))}")
+        raise SceneError(f"scenes have no split '{split}'; the splits are {', '.join(get_args(Split))}")
     if not 0 <= count <= SPLIT_SIZE[split]:
         raise SceneError(
-            f"asked for {count} pictures of the {split} split of scenes, which has {SPLIT_SIZE[split]}; "
+            f"asked for {count} images of the {split} split of scenes, which has {SPLIT_SIZE[split]}; "
             "ask for fewer"
         )
 
@@ -146,7 +146,7 @@ def _box(left: int, top: int, width: int, height: int) -> Box:
 
 
 def _split_of(word: str) -> Split:
-    """Three tenths of the words go to evaluation, a tenth each."""
+    """Assign a word to a split by its hash: a tenth each to the three evaluation splits."""
     tenth = hashlib.sha256(f"{_VERSION}/{word}".encode()).digest()[0] % 10
     return ("discovery", "development", "test")[tenth] if tenth < 3 else "train"
 
@@ -158,7 +158,7 @@ _EVALUATED = {
     )
     for split in get_args(Split)[1:]
 }
-# Training spells all other triples of letters, so that it cannot learn a lexicon instead of reading.
+# Training uses all other triples of letters, so that the model learns to read and not a list of words.
 WORDS: dict[str, tuple[str, ...]] = {
     "train": tuple(
         word

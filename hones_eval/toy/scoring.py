@@ -1,4 +1,4 @@
-"""The metrics of the scenes tasks, as pure functions. All are highest, 1, for the gold answer."""
+"""The metrics of the scenes tasks, as pure functions. All are 1 for the gold answer and at most 1."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hones_eval.toy.scenes import Box
 
 
 def exact(prediction: str, answer: str) -> float:
-    """1 where the prediction is the answer, apart from case, outer blanks and a final full stop."""
+    """1 if the prediction equals the answer, ignoring case, surrounding spaces and a final full stop."""
     return float(prediction.strip().rstrip(".").lower() == answer.strip().rstrip(".").lower())
 
 
@@ -22,7 +22,7 @@ def anls(prediction: str, answer: str) -> float:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The least number of letters to insert, delete or replace that turns `a` into `b`."""
+    """Edit distance: the fewest insertions, deletions and replacements that turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, start=1):
         before, row[0] = row[0], i
@@ -32,7 +32,7 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def parse_box(text: str) -> Box | None:
-    """Four numbers, left, top, right, bottom; None where the text is anything else."""
+    """Parse four numbers: left, top, right, bottom. None for any other text."""
     words = text.split()
     if len(words) != 4 or not all(word.isdigit() for word in words):
         return None
@@ -41,7 +41,7 @@ def parse_box(text: str) -> Box | None:
 
 
 def iou(prediction: Box | None, answer: Box) -> float:
-    """Intersection over union of two boxes in pixels; 0 without a prediction or for an inside-out one."""
+    """Intersection over union of two boxes in pixels; 0 without a prediction or if it is inside out."""
     if prediction is None:
         return 0.0
     both = _area(
@@ -59,8 +59,8 @@ def iou(prediction: Box | None, answer: Box) -> float:
 def ndcg(scores: Sequence[float], positive: int, k: int = 5) -> float:
     """NDCG@k of one query with one relevant candidate: 1 / log2(1 + rank), or 0 beyond rank k.
 
-    Candidates that score as high as the positive one rank before it, so a model that calls everything true
-    gains nothing.
+    Candidates that score as high as the positive one rank before it, so a model that answers Yes to all
+    candidates gains nothing.
     """
     rank = sum(score >= scores[positive] for score in scores)
     return 1 / math.log2(1 + rank) if rank <= k else 0.0
@@ -69,7 +69,7 @@ def ndcg(scores: Sequence[float], positive: int, k: int = 5) -> float:
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4 (Papineni et al. 2002): one score for all captions, each with its references.
 
-    From remembered counts, so that an interval's resamples cost sums alone.
+    Computed from cached counts, so that bootstrap resamples only need sums.
     """
     pairs = zip(predictions, references, strict=True)
     return bleu_of_counts([bleu_counts(said, tuple(golds)) for said, golds in pairs])
@@ -77,7 +77,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 @lru_cache(maxsize=200_000)
 def bleu_counts(prediction: str, references: tuple[str, ...]) -> tuple[float, ...]:
-    """What BLEU-4 adds up over captions: four of matches, four of n-grams (n of 1 to 4), both lengths."""
+    """The counts that BLEU-4 sums over captions: matches and n-grams for n of 1 to 4, and both lengths."""
     from torchmetrics.text import BLEUScore
 
     metric = BLEUScore(n_gram=4)
@@ -87,7 +87,7 @@ def bleu_counts(prediction: str, references: tuple[str, ...]) -> tuple[float, ..
 
 
 def bleu_of_counts(counts: Sequence[Sequence[float]]) -> float:
-    """Corpus BLEU-4 of captions given by their counts; 0 where no n-gram of some length matches."""
+    """Corpus BLEU-4 of captions given by their counts; 0 if no n-gram of some length matches."""
     total = np.sum(np.asarray(counts, dtype=np.float64), axis=0)
     matches, ngrams, said, gold = total[:4], total[4:8], total[8], total[9]
     if matches.min() == 0:

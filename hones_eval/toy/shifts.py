@@ -1,7 +1,7 @@
-"""Shifted scenes: the same questions on pictures of a kind that the small model never saw in training.
+"""Shifted scenes: the same questions on kinds of images that the toy model never saw in training.
 
-In distribution a trained model may leave nothing for steering to improve; a shift makes room. `size` and
-`extra_object` change the graph, the other variants only how it is drawn.
+On its own distribution a trained model may leave nothing to improve; a shift leaves room for steering.
+`size` and `extra_object` change the graph, the other variants only how it is drawn.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ def shift_scene(scene: Scene, shift: Shift) -> Scene:
     return scene
 
 
-def shift_picture(scene: Scene, shift: Shift) -> NDArray[np.uint8]:
-    """Draw an (already shifted) graph in the manner of the shift, `[64, 64, 3]`.
+def shift_image(scene: Scene, shift: Shift) -> NDArray[np.uint8]:
+    """Draw an (already shifted) graph in the style of the shift, `[64, 64, 3]`.
 
     Backgrounds and noise depend on the scene's seed alone, so a scene and its edits get the same.
     """
     if shift not in get_args(Shift):
-        raise SceneError(f"no shift '{shift}' of scenes; there are {', '.join(get_args(Shift))}")
+        raise SceneError(f"scenes have no shift '{shift}'; the shifts are {', '.join(get_args(Shift))}")
     rng = random.Random(f"{shift}/{scene.seed}")
     if shift == "background":
         return draw(scene, Paper(background=_gradient(rng)))
@@ -75,7 +75,7 @@ def _with_extra(scene: Scene) -> Scene:
             extra = Thing(shape, color, texture, "small", rng.choice(free))
             return dataclasses.replace(scene, things=(*scene.things, extra))
     raise SceneError(
-        f"scene {scene.seed} has no room for one more object of {_EXTRA_SIDES[-1]} pixels; take another"
+        f"scene {scene.seed} has no room for one more object of {_EXTRA_SIDES[-1]} pixels; use another scene"
     )
 
 
@@ -86,7 +86,7 @@ def _free_boxes(side: int, taken: list[Box]) -> list[Box]:
 
 
 def _gradient(rng: random.Random) -> NDArray[np.float32]:
-    """From one muted colour to another across the picture, `[64, 64, 3]`."""
+    """From one muted colour to another across the image, `[64, 64, 3]`."""
     first, last = (np.array([rng.randrange(20, 130) for _ in range(3)], dtype=np.float32) for _ in range(2))
     ramp = np.linspace(0, 1, SIDE, dtype=np.float32)
     slope = np.float32(rng.choice((0, 0.5)))

@@ -1,10 +1,10 @@
-"""Teach the image tower to see before the decoder learns to ask.
+"""Pretrain the image tower before the decoder is trained.
 
-Every projected image token has to tell, through linear heads that are thrown away afterwards, all about the
-cell that it lies in: shape or letters, colour, texture, size and box. The decoder then finds tokens worth
-looking at, which spares it the long plateau at the start of end-to-end training. For the same reason the
-words start as the directions that tell them: 'circle', as token and as answer, points where the tokens of a
-circle do.
+Linear heads, discarded afterwards, read everything about a cell from each image token that lies in it:
+shape or letters, colour, texture, size and box. The decoder then starts with informative tokens, which
+avoids the long plateau at the start of end-to-end training. For the same reason the embeddings of words are
+initialized with the directions of these heads: 'circle', as input token and as answer, points where the
+image tokens of a circle point.
 """
 
 import torch
@@ -39,7 +39,7 @@ _TOKENS_ACROSS = SIDE // PATCH
 
 
 def teach_sight(
-    model: LlavaForConditionalGeneration, seed: int, steps: int, pictures: int, rate: float
+    model: LlavaForConditionalGeneration, seed: int, steps: int, images: int, rate: float
 ) -> float:
     """Train image tower and projector in place; returns the mean loss of the last steps."""
     heads = {name: nn.Linear(model.lm_head.in_features, n) for name, n in _CLASSES.items()}
@@ -49,8 +49,8 @@ def teach_sight(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     recent = 0.0
     for step in range(steps):
-        first = 5_000_000 + (seed * steps + step) * pictures % 5_000_000
-        loss = _loss(model, heads, [scene("train", first + i) for i in range(pictures)])
+        first = 5_000_000 + (seed * steps + step) * images % 5_000_000
+        loss = _loss(model, heads, [scene("train", first + i) for i in range(images)])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -63,7 +63,7 @@ def teach_sight(
 
 @torch.no_grad()
 def _name_directions(model: LlavaForConditionalGeneration, heads: _Heads) -> None:
-    """Give the words of each head its directions, centred and as long as other words, as token and answer."""
+    """Set the input and output embeddings of each head's words to the head's centred, rescaled directions."""
     tables: list[torch.Tensor] = [model.model.language_model.embed_tokens.weight, model.lm_head.weight]
     ids = build_tokenizer().get_vocab()
     for name, words in _WORDS.items():
@@ -95,7 +95,7 @@ def _cell_of_token() -> torch.Tensor:
 
 
 def _facts(scene: Scene, cell: int) -> list[int]:
-    """A class for each head, or `_NONE` where the head has nothing to tell about this cell."""
+    """The class for each head, or `_NONE` if the head does not apply to this cell."""
     if _cell_of(scene.word_box) == cell:
         spelled = [letters().index(letter) for letter in scene.word]
         return [1, _NONE, _NONE, _NONE, *spelled, *(edge // 2 for edge in scene.word_box)]

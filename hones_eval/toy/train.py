@@ -1,8 +1,9 @@
-"""Train the small VLM from a seed: `python -m hones_eval.toy.train --out DIR --seed 0`.
+"""Train the toy model from a seed: `python -m hones_eval.toy.train --out DIR --seed 0`.
 
-The image tower learns to see (`sight.py`). Then the decoder learns to look at the image tokens by place and
-by content, each picture with long answers about its cells and its shapes; then all tasks follow, and at last
-a round of mostly yes/no questions. Sparse questions alone stay at chance for thousands of steps.
+First the image tower is pretrained (`sight.py`). Then the decoder learns to look up image tokens by
+position and by content, from long answers about the cells and shapes of each image. Then it trains on all
+tasks, and finally on mostly yes/no questions. With short questions alone, accuracy stays at chance for
+thousands of steps.
 """
 
 import csv
@@ -36,11 +37,11 @@ JUDGING = {
     "grounding": 0.6,
 }  # fmt: skip
 TOPICS = ("describe", "inventory", *ANSWERING)
-_PICTURES = 5_000_000  # of the training split; the image tower alone learns from the rest
+_IMAGES = 5_000_000  # of the training split; the image tower alone learns from the rest
 
 
 class Part(NamedTuple):
-    """A stretch of training: shares of pictures with the two long answers, mixture, tokens a picture."""
+    """A phase of training: shares of images with the two long answers, mixture, tokens per image."""
 
     steps: int
     described: float
@@ -55,10 +56,10 @@ class Settings:
 
     out: Path = Path("runs/toy")
     seed: int = 0
-    sight_steps: int = 1500  # of the image tower alone, 64 pictures each
+    sight_steps: int = 1500  # of the image tower alone, 64 images each
     sight_rate: float = 2e-3
-    cells_steps: int = 500  # of the whole model, with a description of every picture's cells
-    shapes_steps: int = 600  # with an inventory of every picture's shapes
+    cells_steps: int = 500  # of the whole model, with a description of every image's cells
+    shapes_steps: int = 600  # with an inventory of every image's shapes
     mixed_steps: int = 2000  # with short questions of all kinds
     rate: float = 1.5e-3
     judging_steps: int = 2500  # mostly yes/no questions, after a restart of the optimizer
@@ -67,7 +68,7 @@ class Settings:
     warmup: int = 200
     log_every: int = 100
     measure_every: int = 500
-    measured_pictures: int = 256  # of the development split
+    measured_images: int = 256  # of the development split
     start: Path | None = None  # a checkpoint of the first round, to run the second one alone
 
 
@@ -77,8 +78,8 @@ def train(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     run = _Run(settings)
     if settings.start is None:
-        blindness = teach_sight(run.model, settings.seed, settings.sight_steps, 64, settings.sight_rate)
-        print(f"the image tower sees, loss {blindness:.3f}", flush=True)
+        sight_loss = teach_sight(run.model, settings.seed, settings.sight_steps, 64, settings.sight_rate)
+        print(f"pretrained the image tower, loss {sight_loss:.3f}", flush=True)
         run.round("training", run.first_round, settings.rate)
     judging = Part(settings.judging_steps, 0.15, 0.1, JUDGING, 192)
     run.step = sum(part.steps for part in run.first_round)
@@ -87,7 +88,7 @@ def train(settings: Settings) -> Path:
 
 
 class _Run:
-    """A training under way: the model, where it stands and its log."""
+    """A running training: the model, its progress and its log."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -104,11 +105,11 @@ class _Run:
         self.last = sum(part.steps for part in self.first_round) + settings.judging_steps
 
     def round(self, name: str, parts: list[Part], rate: float) -> None:
-        """Train through some parts with one optimizer, warm-up and cosine; save at the end."""
+        """Train some phases with one optimizer, warm-up and cosine schedule; save at the end."""
         rng, losses = random.Random(f"{name}/{self.settings.seed}"), list[float]()
         optimizer = _optimizer(self.model, rate)
         schedule = _schedule(optimizer, rate, self.settings.warmup, sum(part.steps for part in parts))
-        for part in chain.from_iterable([one] * one.steps for one in parts):
+        for part in chain.from_iterable([item] * item.steps for item in parts):
             self.step += 1
             loss = _loss(self.model, self._batch(part, rng))
             optimizer.zero_grad()
@@ -124,33 +125,33 @@ class _Run:
         measure = self.step % self.settings.measure_every == 0 or self.step == self.last
         if not measure and self.step % self.settings.log_every:
             return
-        measured = accuracy(self.model, self.packer, self.settings.measured_pictures) if measure else {}
+        measured = accuracy(self.model, self.packer, self.settings.measured_images) if measure else {}
         self.log.write(self.step, time.monotonic() - self.started, sum(losses) / len(losses), measured)
         losses.clear()
         if measure:
             save(self.model, self.processor, self.settings.out / "checkpoint")
 
     def _batch(self, part: Part, rng: random.Random) -> Batch:
-        pictures = self.settings.tokens // part.width
-        first = (self.settings.seed * 10_000 + self.step) * pictures % _PICTURES
+        images = self.settings.tokens // part.width
+        first = (self.settings.seed * 10_000 + self.step) * images % _IMAGES
         wishes = []
-        for _ in range(pictures):
+        for _ in range(images):
             long = ["describe"] * (rng.random() < part.described) + ["inventory"] * (
                 rng.random() < part.listed
             )
             wishes.append(long + rng.choices(list(part.mixture), list(part.mixture.values()), k=8))
-        return self.packer.pack([scene("train", first + i) for i in range(pictures)], wishes, rng, part.width)
+        return self.packer.pack([scene("train", first + i) for i in range(images)], wishes, rng, part.width)
 
 
-def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int) -> dict[str, float]:
-    """Share of development exchanges of each topic that greedy decoding would answer word for word.
+def accuracy(model: LlavaForConditionalGeneration, packer: Packer, images: int) -> dict[str, float]:
+    """Share of development questions of each topic that greedy decoding would answer word for word.
 
-    Told by one pass along the right answer: decoding reproduces it if and only if every arg-max agrees.
+    Found by one pass over the right answer: decoding reproduces it if and only if every arg-max agrees.
     """
     right: dict[str, list[bool]] = {topic: [] for topic in TOPICS}
     rng = random.Random("development")
     model.eval()
-    for start in range(0, pictures, 32):
+    for start in range(0, images, 32):
         wishes = [rng.sample(TOPICS, len(TOPICS)) for _ in range(32)]
         batch = packer.pack([scene("development", i) for i in range(start, start + 32)], wishes, rng)
         for topic, verdict in _verdicts(model, batch):
@@ -160,13 +161,13 @@ def accuracy(model: LlavaForConditionalGeneration, packer: Packer, pictures: int
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write the model and all that stock loaders want with it."""
+    """Write the model with everything that stock loaders need."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of answer tokens; a long answer counts with the root of its length."""
+    """Mean cross-entropy of answer tokens; a long answer is weighted by the square root of its length."""
     logits, places = answer_logits(model, batch)
     each = torch.nn.functional.cross_entropy(logits, batch.labels[places], reduction="none")
     weights = batch.weights[places]
@@ -201,7 +202,7 @@ def _schedule(
 
 
 class _Log:
-    """A CSV with a line a measurement: step, seconds, loss and the accuracy of every topic."""
+    """A CSV with one line per measurement: step, seconds, loss and the accuracy of every topic."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Reads a folder of pictures with annotations in the unified COCO format, as the HONES release has them.
+"""Reads a folder of images with annotations in the unified COCO format, as the HONES release has them.
 
 `HONES_EVAL_DATA` names the folder, or the one JSON file in it. The file holds `{"data": [entry, ...]}`; an
-entry has `image_info.file_name` and, for each task, one of `vqa`, `captions`, `ocr`, `grounding`. Pictures
+entry has `image_info.file_name` and, for each task, one of `vqa`, `captions`, `ocr`, `grounding`. Images
 lie beside the file or in `images/` beside it. Boxes are `[x, y, width, height]` in pixels.
 """
 
@@ -17,7 +17,7 @@ VARIABLE = "HONES_EVAL_DATA"
 
 
 class Entry(NamedTuple):
-    """One picture with its annotations, and how messages call it."""
+    """One image with its annotations, and how messages call it."""
 
     name: str
     content: dict[str, Any]
@@ -35,39 +35,39 @@ class Entry(NamedTuple):
     def need_box(self, *keys: str) -> list[float]:
         """Give a box [x, y, width, height] of four numbers with a positive area."""
         found = self.need(*keys)
-        numbers = isinstance(found, list) and all(isinstance(one, int | float) for one in found)
+        numbers = isinstance(found, list) and all(isinstance(match, int | float) for match in found)
         if not numbers or len(found) != 4 or min(found[2:]) <= 0:
             raise TaskError(f"{self.name}: its {'.'.join(keys)} is not a box [x, y, width, height]: {found}")
-        return [float(one) for one in found]
+        return [float(match) for match in found]
 
 
 def entries(low: float = 0.0, high: float = 1.0) -> list[Entry]:
-    """Give the entries whose picture falls into a share of all pictures, [low, high) of [0, 1).
+    """Give the entries whose image falls into a share of all images, [low, high) of [0, 1).
 
-    A picture's place is a hash of its file's name: shares that do not overlap never share a picture, and a
-    picture stays in its share when others come and go.
+    An image's place is a hash of its file's name: shares that do not overlap never share an image, and a
+    image stays in its share when others come and go.
 
-    Raises: TaskError when the data is missing or malformed, a picture is missing, or no entry is left.
+    Raises: TaskError when the data is missing or malformed, an image is missing, or no entry is left.
     """
     path = annotation_file()
     everything = [_entry(path, number, content) for number, content in enumerate(_content(path))]
-    kept = [one for one in everything if low <= place(one.picture.name) < high]
+    kept = [entry for entry in everything if low <= place(entry.picture.name) < high]
     if not kept:
         raise TaskError(
             f"{path} has {len(everything)} entries and none of them falls into this split "
-            f"({low:.0%} to {high:.0%} of the pictures); add pictures or use the task without a suffix"
+            f"({low:.0%} to {high:.0%} of the images); add images or use the task without a suffix"
         )
     return kept
 
 
 def annotation_file() -> Path:
     """Find the annotation file that `HONES_EVAL_DATA` names."""
-    path = named_by(VARIABLE, "a folder of pictures with one JSON file of annotations, or the file")
+    path = named_by(VARIABLE, "a folder of images with one JSON file of annotations, or the file")
     if path.is_file():
         return path
-    found = [one for one in sorted(path.glob("*.json")) if _is_unified(one)]
+    found = [item for item in sorted(path.glob("*.json")) if _is_unified(item)]
     if len(found) != 1:
-        names = ", ".join(one.name for one in found) or "none"
+        names = ", ".join(match.name for match in found) or "none"
         raise TaskError(
             f'{VARIABLE}={path}: it should hold one JSON file {{"data": [...]}} of annotations, and has '
             f"{names}; name the file itself"
@@ -87,7 +87,7 @@ def named_by(variable: str, what: str) -> Path:
 
 
 def place(file_name: str) -> float:
-    """Where a picture falls in [0, 1), from the hash of its file's name."""
+    """Where an image falls in [0, 1), from the hash of its file's name."""
     return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:6]) / 2**48
 
 
@@ -122,5 +122,5 @@ def _entry(path: Path, number: int, content: Any) -> Entry:
         if (folder / file_name).is_file():
             return Entry(f"{name} ({file_name})", content, folder / file_name)
     raise TaskError(
-        f"{name}: its picture {file_name} is neither in {path.parent} nor in {path.parent / 'images'}"
+        f"{name}: its image {file_name} is neither in {path.parent} nor in {path.parent / 'images'}"
     )

@@ -2,7 +2,7 @@
 
 Each has a variable of its own, so that neurons and scales chosen on one folder are tested on another:
 `HONES_EVAL_GQA`, `HONES_EVAL_TEXTVQA`, `HONES_EVAL_FLICKR30K` name a folder, or the annotation file itself.
-Pictures lie beside the file, in one of the folders that the data set unpacks to, or there beside its folder.
+Images lie beside the file, in one of the folders that the data set unpacks to, or there beside its folder.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +14,18 @@ from hones_eval.tasks.hones.data import Entry, named_by, read_json
 
 
 class DataSet(NamedTuple):
-    """What a data set's files are called, where its pictures lie, and how a file is read."""
+    """What a data set's files are called, where its images lie, and how a file is read."""
 
     variable: str
     files: Sequence[str]
     folders: Sequence[str]
-    read: Callable[[Path], Iterator[tuple[str, str, dict[str, Any]]]]  # name, picture's file, annotations
+    read: Callable[[Path], Iterator[tuple[str, str, dict[str, Any]]]]  # name, image's file, annotations
 
 
 def entries_elsewhere(name: str) -> tuple[Path, list[Entry]]:
     """The annotation file of a data set, and all its entries, in the file's order.
 
-    Raises: TaskError when the data is missing or malformed, or a picture is missing.
+    Raises: TaskError when the data is missing or malformed, or an image is missing.
     """
     source = DATA_SETS[name]
     path = _annotation_file(source)
@@ -40,7 +40,7 @@ def entries_elsewhere(name: str) -> tuple[Path, list[Entry]]:
 
 def _annotation_file(source: DataSet) -> Path:
     """The file that the variable names, or the first of the data set's own names in its folder."""
-    path = named_by(source.variable, f"a folder with {source.files[0]} and its pictures, or that file")
+    path = named_by(source.variable, f"a folder with {source.files[0]} and its images, or that file")
     if path.is_file():
         return path
     for name in source.files:
@@ -57,7 +57,7 @@ def _picture(source: DataSet, path: Path, called: str, name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise TaskError(
-        f"{called}: its picture {name} is neither beside the file nor in "
+        f"{called}: its image {name} is neither beside the file nor in "
         f"{', '.join(source.folders)} in {path.parent} or {path.parent.parent}"
     )
 
@@ -92,7 +92,7 @@ def _flickr30k(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _sentences(called: str, sentences: Any) -> list[dict[str, Any]]:
     try:
-        return [{"caption": one["raw"]} for one in sentences]
+        return [{"caption": sentence["raw"]} for sentence in sentences]
     except (TypeError, KeyError):
         raise TaskError(f'{called}: its sentences are not of the form [{{"raw": ...}}, ...]') from None
 
@@ -106,7 +106,7 @@ def _tokens(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
             raise TaskError(f"{path}, line {number}: it is not of the form name.jpg#0<tab>caption")
         captions.setdefault(name, []).append({"caption": caption})
     for name, own in captions.items():
-        yield f"{path}, picture {name}", name, {"captions": own}
+        yield f"{path}, image {name}", name, {"captions": own}
 
 
 def _mapping(path: Path) -> dict[str, Any]:

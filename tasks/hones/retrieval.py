@@ -16,14 +16,14 @@ BLOCK = 256
 def hard_negatives(
     positives: Sequence[str], captions: Sequence[str], owners: Sequence[int]
 ) -> list[list[int]]:
-    """For the positive caption of each picture, which captions of others share the most words with it.
+    """For the positive caption of each image, which captions of others share the most words with it.
 
     Args:
-        positives: the positive caption of each picture.
+        positives: the positive caption of each image.
         captions: the pool.
-        owners: for each caption of the pool, the picture it belongs to.
+        owners: for each caption of the pool, the image it belongs to.
 
-    Returns: for each picture up to 49 places in the pool; ties keep the pool's order.
+    Returns: for each image up to 49 places in the pool; ties keep the pool's order.
     """
     vocabulary: dict[str, int] = {}
     pool = _bags(captions, vocabulary)
@@ -38,7 +38,7 @@ def hard_negatives(
         for row, picture in zip(shared, range(start, start + BLOCK), strict=False):
             wrong = (owner != picture) & (same_text != _plain(positives[picture]))
             order = np.argsort(-row, kind="stable")
-            chosen.append([int(one) for one in order[wrong[order]][:NEGATIVES]])
+            chosen.append([int(index) for index in order[wrong[order]][:NEGATIVES]])
     return chosen
 
 
@@ -64,17 +64,17 @@ def ndcg_at_5(results: Sequence[Mapping[str, Any]]) -> float:
 
     Each result has a `query`, whether it is the `positive`, and its `score`. With the one relevant candidate
     at rank r, NDCG@5 is 1/log2(1 + r) for r <= 5, else 0. Queries whose positive
-    was cut off by a limit do not count. A query that is there several times, as in a resample of pictures,
+    was cut off by a limit do not count. A query that is there several times, as in a resample of images,
     counts as often.
     """
-    positives = {one["query"]: one["score"] for one in results if one["positive"]}
-    times = Counter(one["query"] for one in results if one["positive"])
+    positives = {item["query"]: item["score"] for item in results if item["positive"]}
+    times = Counter(item["query"] for item in results if item["positive"])
     if not positives:
         raise ValueError("no query has its positive candidate among the results; candidates come 50 a query")
     above = dict.fromkeys(positives, 0)
-    for one in results:
-        if not one["positive"] and one["query"] in positives:
-            above[one["query"]] += one["score"] >= positives[one["query"]]
+    for result in results:
+        if not result["positive"] and result["query"] in positives:
+            above[result["query"]] += result["score"] >= positives[result["query"]]
     gains = {query: _gain(1 + count / times[query]) for query, count in above.items()}
     return sum(times[query] * gain for query, gain in gains.items()) / times.total()
 

@@ -1,4 +1,4 @@
-"""What the YAML files of the HONES tasks call: documents, prompts, pictures and scores."""
+"""What the YAML files of the HONES tasks call: documents, prompts, images and scores."""
 
 import re
 import statistics
@@ -22,7 +22,7 @@ from hones_eval.tasks.hones.elsewhere import DATA_SETS, entries_elsewhere
 BOX_WIDTH = 3
 
 
-# Documents. Each takes the one-row data set of a file in splits/, which names a share of the pictures, or
+# Documents. Each takes the one-row data set of a file in splits/, which names a share of the images, or
 # another data set.
 
 
@@ -47,12 +47,12 @@ def ocr_docs(split: Dataset) -> Dataset:
 
 
 def caption_docs(split: Dataset) -> Dataset:
-    """One document an entry: all captions of the picture."""
+    """One document an entry: all captions of the image."""
     return _rows(split, lambda entry: {"references": _captions(entry)})
 
 
 def grounding_docs(split: Dataset) -> Dataset:
-    """One document an entry with a phrase and its box, as corners in shares of the picture's sides."""
+    """One document an entry with a phrase and its box, as corners in shares of the image's sides."""
 
     def row(entry: Entry) -> dict[str, Any] | None:
         if not entry.content.get("grounding"):
@@ -67,7 +67,7 @@ def grounding_docs(split: Dataset) -> Dataset:
 
 
 def retrieval_docs(split: Dataset) -> Dataset:
-    """One document a candidate: each picture's first caption, then the captions of others most like it."""
+    """One document a candidate: each image's first caption, then the captions of others most like it."""
     path, chosen = _chosen(split)
     captions = [_captions(entry) for entry in chosen]
     pool = [(text, owner) for owner, texts in enumerate(captions) for text in texts]
@@ -75,15 +75,15 @@ def retrieval_docs(split: Dataset) -> Dataset:
     negatives = retrieval.hard_negatives([texts[0] for texts in captions], texts, owners)
     fewest = min(map(len, negatives))
     if fewest == 0:
-        raise TaskError(f"{path}: retrieval needs captions of at least two pictures in a split")
+        raise TaskError(f"{path}: retrieval needs captions of at least two images in a split")
     if fewest < retrieval.NEGATIVES:
         logger.warning(
-            f"{path}: {len(chosen)} pictures give as few as {fewest} negatives a query, "
+            f"{path}: {len(chosen)} images give as few as {fewest} negatives a query, "
             f"not {retrieval.NEGATIVES}: NDCG@5 comes out higher than with all"
         )
     rows = []
     for query, (entry, own, wrong) in enumerate(zip(chosen, captions, negatives, strict=True)):
-        candidates = [(own[0], True), *((texts[one], False) for one in wrong)]
+        candidates = [(own[0], True), *((texts[index], False) for index in wrong)]
         rows += [
             _base(entry) | {"query": query, "candidate": text, "positive": right}
             for text, right in candidates
@@ -130,13 +130,13 @@ def _answers(entry: Entry) -> list[str]:
     vqa = entry.need("vqa")
     for key in ("answers", "all_answers"):
         if vqa.get(key):
-            return [str(one) for one in vqa[key]]
+            return [str(answer) for answer in vqa[key]]
     raise TaskError(f"{entry.name}: its vqa has neither answers nor all_answers")
 
 
 def _captions(entry: Entry) -> list[str]:
     try:
-        texts = [str(one["caption"]).strip() for one in entry.need("captions")]
+        texts = [str(caption["caption"]).strip() for caption in entry.need("captions")]
     except (TypeError, KeyError):
         raise TaskError(f'{entry.name}: its captions are not of the form [{{"caption": ...}}, ...]') from None
     if not all(texts):
@@ -144,27 +144,25 @@ def _captions(entry: Entry) -> list[str]:
     return texts
 
 
-# Pictures
+# Images
 
 
 def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """Give the picture as it is seen; a cut one, which lmms-eval would fill with grey, is an error."""
+    """Give the image as it is seen; a cut one, which lmms-eval would fill with grey, is an error."""
     try:
         with refuse_truncated_images(), Image.open(doc["image_path"]) as opened:
             return [as_displayed(opened)]
     except (OSError, SyntaxError) as error:
-        raise TaskError(f"{doc['entry']}: the picture {doc['image_path']} cannot be read: {error}") from error
+        raise TaskError(f"{doc['entry']}: the image {doc['image_path']} cannot be read: {error}") from error
 
 
 def picture_with_box(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """Give the picture with a blue box round the text region."""
+    """Give the image with a blue box round the text region."""
     (shown,) = picture(doc)
     x0, y0, x1, y1 = _corners(doc["bbox"], 1, 1)
     outline = [max(x0, 0), max(y0, 0), min(x1, shown.width - 1), min(y1, shown.height - 1)]
     if outline[2] <= outline[0] or outline[3] <= outline[1]:
-        raise TaskError(
-            f"{doc['entry']}: its text box {doc['bbox']} lies outside of the picture {shown.size}"
-        )
+        raise TaskError(f"{doc['entry']}: its text box {doc['bbox']} lies outside of the image {shown.size}")
     ImageDraw.Draw(shown).rectangle(outline, outline="blue", width=BOX_WIDTH)
     return [shown]
 
@@ -205,13 +203,13 @@ def vqa_target(doc: Mapping[str, Any]) -> str:
 
 
 def retrieval_target(doc: Mapping[str, Any]) -> str:
-    """Give Yes for the picture's own caption."""
+    """Give Yes for the image's own caption."""
     return "Yes" if doc["positive"] else "No"
 
 
 def grounding_target(doc: Mapping[str, Any]) -> str:
     """Give the box as the prompt asks for it."""
-    return "[" + ", ".join(f"{one:.2f}" for one in doc["bbox"]) + "]"
+    return "[" + ", ".join(f"{item:.2f}" for item in doc["bbox"]) + "]"
 
 
 # Scores
@@ -224,8 +222,8 @@ def vqa_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, flo
     """
     normalize = EvalAIAnswerProcessor()
     said = normalize(answers[0])
-    agrees = [normalize(one) == said for one in doc["answers"]]
-    return {"vqa_accuracy": statistics.mean(min(1.0, (sum(agrees) - one) / 3) for one in agrees)}
+    agrees = [normalize(answer) == said for answer in doc["answers"]]
+    return {"vqa_accuracy": statistics.mean(min(1.0, (sum(agrees) - match) / 3) for match in agrees)}
 
 
 def exact_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
@@ -251,9 +249,9 @@ def caption_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str,
 
 def bleu_4(results: Sequence[Mapping[str, Any]]) -> float:
     """Corpus BLEU-4 in [0, 1] over all references, lower-cased, unsmoothed, by SacreBLEU's tokenizer 13a."""
-    said = [one["said"] for one in results]
+    said = [result["said"] for result in results]
     return float(
-        sacre_bleu_score(said, [one["references"] for one in results], tokenize="13a", lowercase=True)
+        sacre_bleu_score(said, [result["references"] for result in results], tokenize="13a", lowercase=True)
     )
 
 
@@ -275,7 +273,7 @@ ndcg_at_5 = retrieval.ndcg_at_5
 
 def grounding_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     """Intersection over union of the answer's first four numbers with the box; 0 where there are not four."""
-    numbers = [float(one) for one in re.findall(r"-?\d+(?:\.\d+)?", answers[0])[:4]]
+    numbers = [float(match) for match in re.findall(r"-?\d+(?:\.\d+)?", answers[0])[:4]]
     return {"iou": _iou(numbers, doc["bbox"]) if len(numbers) == 4 else 0.0}
 
 
@@ -283,5 +281,5 @@ def _iou(a: Sequence[float], b: Sequence[float]) -> float:
     wide = min(a[2], b[2]) - max(a[0], b[0])
     high = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(wide, 0.0) * max(high, 0.0)
-    area = sum(max(one[2] - one[0], 0.0) * max(one[3] - one[1], 0.0) for one in (a, b))
+    area = sum(max(item[2] - item[0], 0.0) * max(item[3] - item[1], 0.0) for item in (a, b))
     return shared / (area - shared) if area > shared else 0.0

@@ -65,7 +65,7 @@ def bleu4(items: list[dict[str, Any]]) -> float:
 def ndcg_at_5(items: list[dict[str, Any]]) -> float:
     """Mean NDCG@5 over the queries whose candidates are all there.
 
-    A query that is there several times, as in a resample of pictures, counts as often.
+    A query that is there several times, as in a resample of images, counts as often.
     """
     queries: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for item in items:

@@ -10,7 +10,7 @@ from hones_eval.toy.shifts import Shift
 HERE = Path(__file__).resolve().parent
 SPLITS = ("test", "discovery", "development")
 VARIANTS = ("plain", "edited", "shifted", *get_args(Shift))
-# Ten candidates a picture; and not every picture has a question of every kind.
+# Ten candidates an image; and not every image has a question of every kind.
 COUNT = {"retrieval": 1000} | dict.fromkeys(KIND_TASKS, 400)
 TEMPLATES = dict.fromkeys([*(f"vqa_{level}" for level in KINDS), *KIND_TASKS], "vqa")
 

@@ -1,7 +1,7 @@
-"""Reads the question files of the V-SEAM release, and finds their pictures, clean and edited.
+"""Reads the question files of the V-SEAM release, and finds their images, clean and edited.
 
 `HONES_EVAL_DATA` names the folder that holds them; `FILES` and `FOLDERS` say where in it each is looked for.
-Edited pictures may lie in a folder of their own, which `HONES_EVAL_EDITED` names.
+Edited images may lie in a folder of their own, which `HONES_EVAL_EDITED` names.
 """
 
 import csv
@@ -34,7 +34,7 @@ COCO = ("images", "val2014", "train2014", "coco/val2014", "coco/train2014")
 
 
 def task_name(share: str, split: str) -> str:
-    """What the task is called that shows `share`, as `gqa-animal-edited`, of the pictures of a split."""
+    """What the task is called that shows `share`, as `gqa-animal-edited`, of the images of a split."""
     kind, part, shown = share.split("-")
     words = ["vseam", *([] if kind == "gqa" else [kind]), part, *([] if shown == "clean" else [shown])]
     return "_".join([*words, *([] if split == "whole" else [split])])
@@ -47,7 +47,7 @@ def warn_once(line: str) -> None:
 
 
 class Question(NamedTuple):
-    """One question with its pictures; `edited_picture` is None where there is none."""
+    """One question with its images; `edited_picture` is None where there is none."""
 
     name: str
     id: str
@@ -62,7 +62,7 @@ class Question(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A file of questions, and all that it asks, whether or not the pictures are there."""
+    """A file of questions, and all that it asks, whether or not the images are there."""
 
     path: Path
     questions: list[Question]
@@ -80,7 +80,7 @@ def gqa(category: str) -> Source:
     released = f"{level.capitalize()}_Level/{title}/{title}.json"
     names = [*own, f"annotations/vseam_gqa_{category}.json", released, f"GQA/{released}", PAIRS]
     path = _file(names)
-    records = [one for one in _gqa_records(path) if one[1].get("category", category) == category]
+    records = [record for record in _gqa_records(path) if record[1].get("category", category) == category]
     if not records:
         raise TaskError(f"{path} has no question of the category {category}")
     clean = [path.parent / "clean", path.parent / "images", _root() / "clean", _root() / "images"]
@@ -95,7 +95,7 @@ def pope(split: str) -> Source:
     """Questions of POPE `random`, `popular` or `adversarial`: a JSON object a line, as released."""
     names = [f"{stem}pope_{split}.{end}" for stem in ("", "coco_", "coco/coco_") for end in ("jsonl", "json")]
     path = _file([*names, *(f"{folder}/{name}" for folder in ("annotations", "pope") for name in names[:4])])
-    folders = [_root() / one for one in COCO]
+    folders = [_root() / item for item in COCO]
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         name = f"{path}, line {number}"
@@ -103,14 +103,14 @@ def pope(split: str) -> Source:
         image, answer = str(_need(record, "image", name)), str(_need(record, "label", name)).capitalize()
         key = str(record.get("question_id", number))
         text = str(_need(record, "text", name))
-        questions.append(Question(name, key, text, answer, _first([one / image for one in folders])))
+        questions.append(Question(name, key, text, answer, _first([folder / image for folder in folders])))
     return Source(path, questions, _places(folders))
 
 
 def cocoqa(kind: str) -> Source:
     """Questions of COCO-QA about `color`, `count` or `location`: a CSV file, as released."""
     path = _file([f"{place}cocoqa_{kind}.csv" for place in ("", "annotations/", "cocoqa/")])
-    folders = [_root() / one for one in COCO]
+    folders = [_root() / item for item in COCO]
     questions = []
     with path.open(newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), start=1):
@@ -129,16 +129,16 @@ def cocoqa(kind: str) -> Source:
 
 
 def with_pictures(source: Source, wanted: Sequence[str], low: float, high: float) -> Iterator[Question]:
-    """Yield the questions that have the `wanted` pictures, of a share [low, high) of all clean pictures.
+    """Yield the questions that have the `wanted` images, of a share [low, high) of all clean images.
 
     Questions without are counted and named in a warning; none left is a TaskError.
     """
     found = 0
     for field in wanted:
-        missing = [one for one in source.questions if getattr(one, field) is None]
+        missing = [item for item in source.questions if getattr(item, field) is None]
         if not missing:
             continue
-        what = "its edited picture" if field == "edited_picture" else "its picture"
+        what = "its edited image" if field == "edited_picture" else "its image"
         line = (
             f"{source.path}: {len(missing)} of {len(source.questions)} questions lack {what}, the first is "
             f"question {missing[0].id}; looked in {_looked_in(source, field)}"
@@ -146,15 +146,15 @@ def with_pictures(source: Source, wanted: Sequence[str], low: float, high: float
         if len(missing) == len(source.questions):
             raise TaskError(line)
         logger.warning(f"{line}; they are left out")
-    for one in source.questions:
-        if all(getattr(one, field) is not None for field in wanted):
-            within = one.picture is None or low <= place(one.picture.name) < high
+    for question in source.questions:
+        if all(getattr(question, field) is not None for field in wanted):
+            within = question.picture is None or low <= place(question.picture.name) < high
             found += within
             if within:
-                yield one
+                yield question
     if not found:
         raise TaskError(
-            f"{source.path}: no question falls into this split ({low:.0%} to {high:.0%} of the pictures); "
+            f"{source.path}: no question falls into this split ({low:.0%} to {high:.0%} of the images); "
             "use the task without a suffix"
         )
 
@@ -199,7 +199,9 @@ def _gqa_question(
         question=text,
         answer=answer,
         picture=picture,
-        objects=[str(one) for key in ("involved_objects", "relevant_objects") for one in record.get(key, [])],
+        objects=[
+            str(item) for key in ("involved_objects", "relevant_objects") for item in record.get(key, [])
+        ],
         attributes=[text.rstrip("?. ").split()[-1]] if level == "attribute" else [],
         relations=_relations(record.get("semantic")) if level == "relation" else [],
         edited_picture=_edited(path, key, record),
@@ -210,12 +212,12 @@ def _gqa_question(
 def _relations(semantic: Any) -> list[str]:
     """The words between subject and object in GQA's programs: 'holding' in `_,holding,o (1184714)`."""
     steps = semantic if isinstance(semantic, list) else []
-    arguments = [str(one.get("argument", "")) for one in steps if one.get("operation") == "relate"]
-    return [words[1] for one in arguments if len(words := one.split(",")) == 3]
+    arguments = [str(step.get("argument", "")) for step in steps if step.get("operation") == "relate"]
+    return [words[1] for argument in arguments if len(words := argument.split(",")) == 3]
 
 
 def _edited(path: Path, key: str, record: Mapping[str, Any]) -> Path | None:
-    """Where the release, a list of pairs, or a folder of the user's has the edited picture of a question."""
+    """Where the release, a list of pairs, or a folder of the user's has the edited image of a question."""
     given = os.environ.get(EDITED_VARIABLE)
     if given is None and "edited" in record:
         return _first([path.parent / str(record["edited"])])
@@ -241,14 +243,14 @@ def _looked_in(source: Source, field: str) -> str:
 
 def _coco_picture(image: str, name: str, folders: Sequence[Path]) -> Path | None:
     if not image.isdigit():
-        raise TaskError(f"{name}: {image!r} is not the number of a COCO picture")
+        raise TaskError(f"{name}: {image!r} is not the number of a COCO image")
     number = f"{int(image):012d}"
     files = [f"COCO_train2014_{number}.jpg", f"COCO_val2014_{number}.jpg", f"{number}.jpg"]
     return _first([folder / file for folder in folders for file in files])
 
 
 def _root() -> Path:
-    path = named_by(VARIABLE, "the folder that holds V-SEAM's question files and their pictures")
+    path = named_by(VARIABLE, "the folder that holds V-SEAM's question files and their images")
     return path if path.is_dir() else path.parent
 
 
@@ -261,7 +263,7 @@ def _file(names: Sequence[str]) -> Path:
 
 
 def _first(paths: Sequence[Path]) -> Path | None:
-    return next((one for one in paths if one.is_file()), None)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _places(folders: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""What the YAML files of the V-SEAM tasks call: documents, prompts, pictures and scores."""
+"""What the YAML files of the V-SEAM tasks call: documents, prompts, images and scores."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ FEATURES = datasets.Features(
 
 
 def make_documents(split: datasets.Dataset) -> datasets.Dataset:
-    """The documents of a task and share of the pictures, in place of the one row that names the share.
+    """The documents of a task and share of the images, in place of the one row that names the share.
 
-    `dataset_name` in the YAML file says which: the set, its part, and whose pictures, as `gqa-animal-edited`.
+    `dataset_name` in the YAML file says which: the set, its part, and whose images, as `gqa-animal-edited`.
     """
     name = str(split.info.config_name)
     kind, part, shown = name.split("-")
     source = {"gqa": data.gqa, "pope": data.pope, "cocoqa": data.cocoqa}[kind](part)
     wanted = ["picture"] if shown == "clean" else ["picture", "edited_picture"]
     rows: list[dict[str, Any]] = []
-    for one in data.with_pictures(source, wanted, split[0]["low"], split[0]["high"]):
-        rows += [_row(one, True)] if shown == "edited" else [_row(one, False)]
+    for question in data.with_pictures(source, wanted, split[0]["low"], split[0]["high"]):
+        rows += [_row(question, True)] if shown == "edited" else [_row(question, False)]
         if shown == "both":
-            rows.append(_row(one, True) | {"question_id": f"{one.id} edited"})
+            rows.append(_row(question, True) | {"question_id": f"{question.id} edited"})
     classes = _classes(kind, rows)
     _warn_of_one_class(data.task_name(name, str(split.split)), source, classes, rows)
     return datasets.Dataset.from_list([row | {"classes": classes} for row in rows], features=FEATURES)
@@ -72,7 +72,7 @@ def _warn_of_one_class(
     counts = Counter(_said(row["answer"]) for row in rows)
     if len(counts) == 1:
         (only,) = counts
-        absent = ", ".join(one for one in classes if one != only)
+        absent = ", ".join(label for label in classes if label != only)
         data.warn_once(
             f"{task}: all {len(rows)} answers of {source.path} are {only!r}, so a model that always says so "
             f"has an accuracy of 1; balanced_accuracy counts {absent} as 0, and the tasks that end in _both "
@@ -109,9 +109,9 @@ def balanced_accuracy(items: Sequence[Mapping[str, Any]]) -> float:
     Yes to everything is then worth one half, whatever the answers are.
     """
     total = 0.0
-    for one in items[0]["classes"]:
-        said = [item["said"] for item in items if item["gold"] == one]
-        total += said.count(one) / len(said) if said else 0.0
+    for element in items[0]["classes"]:
+        said = [item["said"] for item in items if item["gold"] == element]
+        total += said.count(element) / len(said) if said else 0.0
     return total / len(items[0]["classes"])
 
 

@@ -1,6 +1,6 @@
 """Tiny data sets in the place of the real ones that lmms-eval's own tasks name, with their columns and types.
 
-The pictures are scenes, which the embedded model can see, and the questions are worded as it knows them: its
+The images are scenes, which the embedded model can see, and the questions are worded as it knows them: its
 answers are right and wrong, and change under a steering. `repositories` is what the hub of `hub.py` serves.
 """
 
@@ -25,7 +25,7 @@ NAMES = ["stop", "one way", "exit", "sale"]
 
 
 def shown(index: int) -> dict[str, Any]:
-    """The picture of a scene, as `datasets` stores it."""
+    """The image of a scene, as `datasets` stores it."""
     file = io.BytesIO()
     to_image(draw(SCENES[index])).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
@@ -52,7 +52,7 @@ def colour_question(index: int) -> tuple[str, str]:
 
 def yes_no_question(index: int, *, yes: bool) -> tuple[str, str]:
     present = [thing.shape for thing in SCENES[index].things]
-    shape = next(one for one in scenes.SHAPES if (one in present) == yes)
+    shape = next(item for item in scenes.SHAPES if (item in present) == yes)
     return WORDING["exists"].format(shape=shape), "yes" if yes else "no"
 
 
@@ -114,7 +114,7 @@ def vqav2() -> bytes:
 
 
 def gqa() -> dict[str, bytes]:
-    """Questions and pictures are two configurations, which the task joins."""
+    """Questions and images are two configurations, which the task joins."""
     asked, seen = "testdev_balanced_instructions", "testdev_balanced_images"
     rows = []
     for i in range(COUNT):
@@ -255,10 +255,10 @@ def pope() -> bytes:
 
 
 def mme() -> bytes:
-    """Two questions on each picture, one whose answer is yes and one whose answer is no."""
+    """Two questions on each image, one whose answer is yes and one whose answer is no."""
     rows = []
     for i in range(COUNT):
-        # The last picture is a question of cognition, which has a metric of its own.
+        # The last image is a question of cognition, which has a metric of its own.
         category = ("existence", "existence", "color", "commonsense_reasoning")[i]
         for yes in (True, False):
             question, answer = yes_no_question(i, yes=yes)
@@ -285,7 +285,7 @@ def scienceqa() -> bytes:
                 "question": question,
                 "choices": choices,
                 "answer": choices.index(answer),
-                "hint": "" if i % 2 else "Look at the picture.",
+                "hint": "" if i % 2 else "Look at the image.",
                 "task": "closed choice",
                 "grade": "grade2",
                 "subject": "natural science",
@@ -350,7 +350,7 @@ def flickr30k() -> bytes:
 
 
 def nocaps() -> bytes:
-    """Ten captions a picture, as there."""
+    """Ten captions an image, as there."""
     rows = [
         {
             "image": shown(i),
@@ -431,7 +431,7 @@ def ocrbench() -> bytes:
 
 
 def mmmu() -> bytes:
-    """One, two or three pictures a question, and a question without choices."""
+    """One, two or three images a question, and a question without choices."""
     rows = []
     for i in range(COUNT):
         count = 1 + i % 3
@@ -467,7 +467,7 @@ def seedbench() -> bytes:
     rows = []
     for i in range(COUNT):
         question, answer = colour_question(i)
-        offered = [answer, *(one for one in ("red", "green", "blue", "yellow") if one != answer)][:4]
+        offered = [answer, *(item for item in ("red", "green", "blue", "yellow") if item != answer)][:4]
         offered = offered[i % 4 :] + offered[: i % 4]
         named = {f"choice_{letter}": one for letter, one in zip("abcd", offered, strict=True)}
         rows.append(

@@ -1,4 +1,4 @@
-"""A folder of drawn pictures with annotations in the unified format of the HONES tasks."""
+"""A folder of drawn images with annotations in the unified format of the HONES tasks."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SHAPES = ("square", "circle")
 
 
 def write_folder(folder: Path, count: int, first_question: str | None = None) -> Path:
-    """Write ``count`` pictures of one shape each into ``folder/images``, and ``folder/drawn.json``."""
+    """Write ``count`` images of one shape each into ``folder/images``, and ``folder/drawn.json``."""
     (folder / "images").mkdir(parents=True)
     data = []
     for i in range(count):
@@ -39,12 +39,12 @@ def _entry(i: int, colour: str, shape: str, box: list[int]) -> dict:
         f"There is one {colour} {shape}.",
         f"The {shape} is {colour}.",
         f"One {colour} {shape} near number {i}.",
-        f"A picture of a {shape} in {colour}.",
+        f"An image of a {shape} in {colour}.",
     ]
     return {
         "image_info": {"file_name": f"drawn_{i}.png", "width": 64, "height": 56},
         "vqa": {"question": f"What colour is the {shape}?", "answer": colour, "answers": answers},
-        "captions": [{"caption": one} for one in captions],
+        "captions": [{"caption": caption} for caption in captions],
         "ocr": {"text": f"number {i}", "bbox": [46, 38, 14, 14]},
         "grounding": {"phrase": f"{colour} {shape}", "bbox": box},
     }

@@ -1,4 +1,4 @@
-"""Drawn pictures and records for the tests of visual semantic edits."""
+"""Drawn images and records for the tests of visual semantic edits."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def side_record(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Questions and their one picture in a folder."""
+    """Questions and their one image in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene()).save(folder / "scene.png")
     path = folder / "questions.json"

@@ -76,7 +76,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             return self._missing("RepoNotFound")
         is_json = self.headers.get("Content-Type", "").startswith("application/json")
         asked = json.loads(body)["paths"] if is_json else parse_qs(body)["paths"]
-        return self._json([self._entry(name, one) for one in asked if one in self.repos[name]])
+        return self._json([self._entry(name, item) for item in asked if item in self.repos[name]])
 
     def _api(self, rest: str) -> None:
         name, _, rest = self._split(rest)
@@ -99,7 +99,7 @@ class _HubHandler(BaseHTTPRequestHandler):
                 "downloads": 0,
                 "likes": 0,
                 "lastModified": "2025-01-01T00:00:00.000Z",
-                "siblings": [{"rfilename": one} for one in sorted(files)],
+                "siblings": [{"rfilename": file} for file in sorted(files)],
             }
         )
 
@@ -109,7 +109,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         flat = [path for path in inside if recursive or "/" not in path.removeprefix(folder)]
         deeper = {folder + path.removeprefix(folder).split("/")[0] for path in inside if path not in flat}
         folders = [
-            {"type": "directory", "path": one, "size": 0, "oid": etag_of(b"")} for one in sorted(deeper)
+            {"type": "directory", "path": item, "size": 0, "oid": etag_of(b"")} for item in sorted(deeper)
         ]
         return [*folders, *(self._entry(name, path) for path in flat)]
 

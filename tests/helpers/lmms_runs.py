@@ -77,7 +77,7 @@ def parquet(rows: Sequence[Mapping[str, Any]], **features: Any) -> bytes:
 
 
 def write_task(folder: Path, count: int = 4) -> Path:
-    """Write the task ``tiny_colours`` with its pictures; it has prompts of its own for two base models."""
+    """Write the task ``tiny_colours`` with its images; it has prompts of its own for two base models."""
     rows = [
         {"image": picture(i), "question": f"What colour is shape {i}?", "answer": COLOURS[i % 4]}
         for i in range(count)
