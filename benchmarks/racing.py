@@ -105,11 +105,11 @@ def table(task: str, drops: Tensor, tops: Sequence[int]) -> None:
             best = drops[:size].mean(0).sort(descending=True).values
             for bound in ("betting", "bernstein"):
                 found = [raced(drops[:size], keep, seed, bound) for seed in range(SEEDS)]  # type: ignore[arg-type]
-                saved = sorted(1 / match.share for match in found)
+                saved = sorted(1 / race.share for race in found)
                 print(
                     f"| {task} | {size} | {keep} | {best[keep - 1]:.3f} / {best[keep]:.3f} | {bound} | "
                     f"{sum(match.right for match in found)} of {SEEDS} | "
-                    f"{SEEDS / sum(match.share for match in found):.1f} ({saved[0]:.1f} to {saved[-1]:.1f}) | "
+                    f"{SEEDS / sum(race.share for race in found):.1f} ({saved[0]:.1f} to {saved[-1]:.1f}) | "
                     f"{sum(match.undecided for match in found) / SEEDS:.1f} |",
                     flush=True,
                 )

@@ -184,7 +184,7 @@ def test_discovery_measures_what_lmms_eval_reports(task: str, work: Work) -> Non
     assert report["examples"] == len(answers(work.folder / "baseline", task))
 
 
-def test_a_question_may_show_several_pictures(work: Work) -> None:
+def test_a_question_may_show_several_images(work: Work) -> None:
     shown = manifest(work.folder / "baseline")["requests"]["mmmu_val"]
     assert [len(shown[str(i)]["image_sha256"]) for i in range(4)] == [1, 2, 3, 1]
 

@@ -106,7 +106,7 @@ def test_boxes_from_a_scene_graph() -> None:
         ({"answer": "red"}, "only yes/no questions"),
         ({"answer": None}, "no 'answer'"),
         ({"question": " "}, "no 'question'"),
-        ({"category": "weather"}, "'weather' is none of"),
+        ({"category": "weather"}, "'weather' is not one of"),
         ({"semantic_level": "object"}, "is of level attribute, not object"),
     ],
 )
@@ -193,12 +193,12 @@ def test_the_records_own_prompt_and_answer_are_taken_for_what_is_painted() -> No
         ("remove", edited.object_record(involved_objects=["vase"]), "'clock' is not among its objects"),
         ("generate", edited.object_record(question="Is there a gizmo in this picture?",
                                           involved_objects=["gizmo"]), "not a known object"),
-        ("recolor", edited.record(question="Is the ball shiny?"), "colour that is known"),
+        ("recolor", edited.record(question="Is the ball shiny?"), "end in a known colour"),
         ("recolor", edited.record(perturb_prompt="red ball"), "too similar"),
         ("retexture", edited.record(category="material", question="Is the ball made of glass?", answer="No"),
          "no texture for glass"),
         ("retexture", edited.record(category="material", question="Is the ball made of cheese?"),
-         "that is known"),
+         "about a known material"),
         ("move", edited.side_record(question="Is the ball behind the box?"), "about depth"),
         ("move", edited.side_record(question="Is the ball admiring the box?"), "no known opposite"),
         ("move", edited.side_record(question="Is the ball on the box?", answer="No"), "moving cannot make"),
@@ -277,7 +277,7 @@ def test_category_from_the_wording(question: str, category: str | None) -> None:
 def test_editors_serve_their_categories_alone() -> None:
     record = one(**edited.record())
     assert editor_for(record, "auto").name == "recolor"
-    with pytest.raises(RecordError, match="the editor move does not serve color; it serves action, spatial"):
+    with pytest.raises(RecordError, match="the editor move cannot edit color; it can edit action, spatial"):
         editor_for(record, "move")
     assert all(editor.categories for editor in EDITORS.values())
 
@@ -321,7 +321,7 @@ def test_a_moved_thing_is_where_the_relation_wants_it() -> None:
     assert fitted > 500
 
 
-def test_a_box_is_cut_to_the_picture() -> None:
+def test_a_box_is_cut_to_the_image() -> None:
     assert Box(-10, 5.5, 30, 400).inside(100, 50) == Window(0, 5, 20, 50)
     with pytest.raises(RecordError, match="outside the image of 100 x 50"):
         Box(100, 0, 10, 10).inside(100, 50)

@@ -111,7 +111,7 @@ def test_every_kind_of_file_is_edited_as_it_is_seen(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_picture_of_50_megapixels(tmp_path: Path) -> None:
+def test_an_image_of_50_megapixels(tmp_path: Path) -> None:
     width, height = 8660, 5774
     columns = np.linspace(90, 150, width).astype(np.uint8)
     picture = np.repeat(np.broadcast_to(columns, (height, width))[..., None], 3, axis=2).copy()

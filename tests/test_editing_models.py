@@ -85,11 +85,11 @@ def test_the_seed_and_the_prompt_decide_and_the_outside_stays(checkpoint: Path) 
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert not np.array_equal(one, cat)
-    assert one.shape == jobs[0].picture.shape
+    assert one.shape == jobs[0].image.shape
     assert small.shape == (96, 128, 3)
-    outside = ~jobs[0].region.footprint(*jobs[0].picture.shape[:2])
-    assert np.array_equal(one[outside], jobs[0].picture[outside])
-    assert not np.array_equal(one, jobs[0].picture)
+    outside = ~jobs[0].region.footprint(*jobs[0].image.shape[:2])
+    assert np.array_equal(one[outside], jobs[0].image[outside])
+    assert not np.array_equal(one, jobs[0].image)
 
 
 def test_a_batch_paints_what_single_runs_paint(checkpoint: Path) -> None:
@@ -131,7 +131,7 @@ def test_parts_that_wait_off_the_device_paint_the_same(checkpoint: Path) -> None
     assert np.array_equal(*(next(iter(item.paint([painting(1)]))) for item in (whole, parts)))
 
 
-def test_a_picture_that_the_safety_checker_blanks_is_named(
+def test_an_image_that_the_safety_checker_blanks_is_named(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     painter = Inpainter(InpaintSettings(str(checkpoint), steps=1, batch=2))
@@ -152,11 +152,11 @@ def test_no_memory_for_the_checkpoint_is_one_line(checkpoint: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
-    with pytest.raises(HonesError, match=r"no memory on cpu for .*: use --offload or a smaller --dtype"):
+    with pytest.raises(HonesError, match=r"not enough memory on cpu for .*: use --offload or a smaller --dtype"):
         Inpainter(InpaintSettings(str(checkpoint)))
 
 
-def test_no_memory_stops_one_picture_and_not_the_rest(
+def test_no_memory_stops_one_image_and_not_the_rest(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     painter = Inpainter(InpaintSettings(str(checkpoint), steps=1, batch=2))
@@ -169,7 +169,7 @@ def test_no_memory_stops_one_picture_and_not_the_rest(
 
     monkeypatch.setattr(type(painter._pipeline), "__call__", crowded)
     one, whale, three = painter.paint([painting(1), painting(2, "a whale"), painting(3)])
-    assert "no memory left to paint 162 x 120 pixels" in str(whale)
+    assert "not enough memory to paint 162 x 120 pixels" in str(whale)
     assert one.shape == three.shape == (120, 162, 3)
 
 

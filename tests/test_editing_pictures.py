@@ -40,7 +40,7 @@ def saved(path: Path, picture: Image.Image, **options: object) -> Path:
     return path
 
 
-def test_pictures_are_read_upright_and_as_rgb(tmp_path: Path) -> None:
+def test_images_are_read_upright_and_as_rgb(tmp_path: Path) -> None:
     picture = Image.fromarray(edited.scene())
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -66,7 +66,7 @@ def test_alpha_is_laid_on_white_and_deep_grey_is_scaled(tmp_path: Path) -> None:
     assert (cmyk.reshape(-1, 3).mean(0) - (254, 0, 0) < 3).all()
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = saved(tmp_path / "whole.jpg", Image.fromarray(edited.scene())).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
@@ -264,16 +264,16 @@ def test_a_change_counts_only_on_its_own_side_of_the_mask() -> None:
     assert "PSNR" in reasons[0]
     assert "SSIM" in reasons[1]
     assert "mean change is 0.00" in reasons[2]
-    assert "it is 150 x 120" in judge(clean, clean[:, :150], mask, Bounds()).reasons[0]
+    assert "the edited image is 150 x 120" in judge(clean, clean[:, :150], mask, Bounds()).reasons[0]
 
 
-def test_a_broken_file_is_no_sound_picture() -> None:
+def test_a_broken_file_is_no_sound_image() -> None:
     content = photographs.png(edited.scene())
     assert sound(content, 160, 120) is None
     assert "cannot be decoded" in str(sound(content[:500], 160, 120))
     buffer = io.BytesIO()
     Image.new("L", (160, 120)).save(buffer, format="PNG")
-    assert "it is L of 160 x 120" in str(sound(buffer.getvalue(), 160, 120))
+    assert "the edited image is L, 160 x 120" in str(sound(buffer.getvalue(), 160, 120))
 
 
 def test_sides_are_cut_to_multiples_of_eight() -> None:

@@ -112,7 +112,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
 def test_edits_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     path, out = edited.write(tmp_path, good()), tmp_path / "out"
     run(path, out, level="object")
-    with pytest.raises(HonesError, match="holds edits made with another level, seed; choose another --out"):
+    with pytest.raises(
+        HonesError, match="contains edits made with another level, seed; choose another --out"
+    ):
         run(path, out, seed=3)
     with pytest.raises(HonesError, match=r"contains other files and no settings\.json"):
         run(path, path.parent)
@@ -160,7 +162,7 @@ def test_a_mask_over_everything_is_rejected_with_the_reason(tmp_path: Path) -> N
     assert json.loads((tmp_path / "out" / "vseam_pairs.json").read_text()) == []
 
 
-def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     path = edited.write(tmp_path, [edited.record()])
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -172,7 +174,7 @@ def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
     assert clean.getexif().get(0x0112, 1) == 1
 
 
-def test_pictures_made_elsewhere_are_judged(tmp_path: Path) -> None:
+def test_images_made_elsewhere_are_judged(tmp_path: Path) -> None:
     rows = [
         edited.record(question_id=name, edited_answer="No") for name in ("kept", "spilt", "small", "none")
     ]
@@ -188,7 +190,7 @@ def test_pictures_made_elsewhere_are_judged(tmp_path: Path) -> None:
     assert report.accepted[0]["answer_from"] == "record"
     reasons = {row["question_id"]: row["reasons"] for row in report.rejected}
     assert "PSNR" in reasons["spilt"][0]
-    assert "it is 160 x 100" in reasons["small"][0]
+    assert "the edited image is 160 x 100" in reasons["small"][0]
     assert "none.jpg (or another suffix) is not in" in report.problems[0].reason
 
 
@@ -197,7 +199,7 @@ def test_a_box_that_holds_part_of_the_other_thing_is_not_moved(tmp_path: Path) -
         question="Is the ball next to the box?", object_positions=[[18, 33, 90, 54], [98, 38, 44, 44]]
     )
     report = run(edited.write(tmp_path, [overlapping]), tmp_path / "out", editor="move", mask="box")
-    assert "the box of 'ball' would take part of 'box' along" in report.problems[0].reason
+    assert "moving the box of 'ball' would also move part of 'box'" in report.problems[0].reason
     apart = edited.side_record(object_positions=[[18, 33, 54, 54], [76, 38, 10, 44]])
     assert run(edited.write(tmp_path, [apart]), tmp_path / "two", editor="move", mask="box").accepted
 
@@ -218,7 +220,7 @@ def test_the_table_says_which_of_two_things_was_moved(tmp_path: Path) -> None:
 
 
 def test_an_editor_is_refused_a_level_that_it_does_not_serve(tmp_path: Path) -> None:
-    with pytest.raises(HonesError, match="serves attribute, not object; for object there are remove, "):
+    with pytest.raises(HonesError, match="can edit attribute, not object; for object use remove or "):
         run(edited.write(tmp_path, good()), tmp_path / "out", editor="recolor", level="object")
     report = run(edited.write(tmp_path, good()), tmp_path / "out", editor="recolor")
     assert (len(report.accepted), report.left_out) == (1, 3)

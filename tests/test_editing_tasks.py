@@ -155,7 +155,7 @@ def test_edits_that_flip_a_models_answer_are_told_from_others(tmp_path: Path) ->
         clean, made, right = expected[name]
         assert any(clean in one and "for the clean image" in one for one in given) is not right[0]
         assert any(made in one and "for the edited image" in one for one in given) is not right[1]
-    assert "the model says" in (out / "contact_sheet.html").read_text()
+    assert "model answer" in (out / "contact_sheet.html").read_text()
     # Another run asks again and says the same.
     before = (out / "vseam_pairs.json").read_bytes()
     assert main(flags) == 0

@@ -82,7 +82,7 @@ def test_prompts_are_those_of_the_release(build: Callable[..., Any]) -> None:
     )
 
 
-def test_splits_share_no_picture_and_leave_none_out(build: Callable[..., Any]) -> None:
+def test_splits_share_no_image_and_leave_none_out(build: Callable[..., Any]) -> None:
     whole, *parts = ([doc["image_path"] for doc in build(f"hones_vqa{split}").eval_docs] for split in SPLITS)
     assert sorted(item for part in parts for item in part) == sorted(whole)
     assert len(whole) == 30
@@ -91,7 +91,7 @@ def test_splits_share_no_picture_and_leave_none_out(build: Callable[..., Any]) -
         assert same == set(parts[2])
 
 
-def test_a_pictures_split_does_not_depend_on_the_others() -> None:
+def test_the_split_of_an_image_does_not_depend_on_the_others() -> None:
     places = np.asarray([data.place(f"COCO_train2014_{i:012}.jpg") for i in range(20_000)])
     assert abs((places < 0.5).mean() - 0.5) < 0.01
     assert abs((places >= 0.7).mean() - 0.3) < 0.01
@@ -112,7 +112,7 @@ def test_the_box_is_drawn_round_the_text(build: Callable[..., Any]) -> None:
         task.doc_to_visual(outside)
 
 
-def test_pictures_and_their_boxes_are_those_that_a_viewer_shows(
+def test_images_and_their_boxes_are_those_that_a_viewer_shows(
     build: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turned by EXIF, with transparency, and of 16 bits."""

@@ -24,7 +24,7 @@ def changed_box(before: np.ndarray, after: np.ndarray) -> tuple[int, int, int, i
     return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 
-def test_a_seed_names_one_picture() -> None:
+def test_a_seed_names_one_image() -> None:
     assert scene("test", 7) == scene("test", 7)
     pictures = {drawing.draw(scene("test", index)).tobytes() for index in range(200)}
     assert len(pictures) == 200
@@ -57,7 +57,7 @@ def test_a_box_holds_all_the_pixels_of_its_thing(one: Scene) -> None:
 
 
 @pytest.mark.parametrize("one", SOME[::9], ids=lambda s: s.seed)
-def test_the_picture_shows_the_colour_that_the_graph_names(one: Scene) -> None:
+def test_the_image_shows_the_colour_that_the_graph_names(one: Scene) -> None:
     picture = drawing.draw(one).astype(int)
     for thing in one.things:
         left, top, right, bottom = thing.box
@@ -162,7 +162,7 @@ def test_hard_negatives_share_most_words_and_are_not_true() -> None:
 
 
 @pytest.mark.parametrize("shift", get_args(shifts.Shift))
-def test_a_shift_changes_the_picture_alike_for_a_scene_and_its_edit(shift: shifts.Shift) -> None:
+def test_a_shift_changes_the_image_alike_for_a_scene_and_its_edit(shift: shifts.Shift) -> None:
     one = scene("test", 3)
     edited = edits.change_word(one, random.Random(0))
     plain, shifted = drawing.draw(one), shifts.shift_image(shifts.shift_scene(one, shift), shift)
@@ -174,7 +174,7 @@ def test_a_shift_changes_the_picture_alike_for_a_scene_and_its_edit(shift: shift
     assert not differs.any()
 
 
-def test_one_more_object_fits_every_picture_of_every_split() -> None:
+def test_one_more_object_fits_every_image_of_every_split() -> None:
     for split in SPLITS:
         for index in range(0, scenes.SPLIT_SIZE[split], 5):
             one = scene(split, index)
@@ -182,7 +182,7 @@ def test_one_more_object_fits_every_picture_of_every_split() -> None:
             assert len(more.things) == len(one.things) + 1
 
 
-def test_a_full_picture_has_no_room_for_one_more() -> None:
+def test_a_full_image_has_no_room_for_one_more() -> None:
     boxes = [(x, y, x + 24, y + 24) for x, y in ((4, 4), (34, 4), (4, 34))]
     looks = zip(scenes.SHAPES, boxes, strict=False)
     things = tuple(scenes.Thing(shape, "red", "solid", "large", box) for shape, box in looks)
@@ -205,7 +205,7 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
 def test_beyond_a_split_is_an_error() -> None:
     with pytest.raises(SceneError, match="asked for 1001 images of the test split of scenes, which has 1000"):
         scene("test", 1000)
-    with pytest.raises(SceneError, match="no split 'val' of scenes; there are train, discovery"):
+    with pytest.raises(SceneError, match="scenes have no split 'val'; the splits are train, discovery"):
         scene("val", 0)  # type: ignore[arg-type]
 
 

@@ -73,7 +73,7 @@ def test_the_gold_answer_scores_full_marks_and_another_less(
 
 
 @pytest.mark.parametrize("name", ["scenes_ocr", "scenes_retrieval_shifted_development"])
-def test_a_chat_model_gets_the_picture_and_the_prompt(manager: TaskManager, name: str) -> None:
+def test_a_chat_model_gets_the_image_and_the_prompt(manager: TaskManager, name: str) -> None:
     task = task_of(manager, name)
     doc = task.test_docs()[0]
     (turn,) = task.doc_to_messages(doc)
@@ -85,7 +85,7 @@ def test_a_chat_model_gets_the_picture_and_the_prompt(manager: TaskManager, name
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_edited_twins_ask_the_same_of_another_picture(task: Task) -> None:
+def test_edited_twins_ask_the_same_of_another_image(task: Task) -> None:
     clean, edited = documents(task, "plain", "test", 60), documents(task, "edited", "test", 60)
     for one, other in zip(clean, edited, strict=True):
         assert one.prompt == other.prompt
@@ -99,7 +99,7 @@ def test_edited_twins_ask_the_same_of_another_picture(task: Task) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "edited", "shifted"])
-def test_no_picture_is_in_two_splits_and_an_id_names_one_picture(variant: str) -> None:
+def test_no_image_is_in_two_splits_and_an_id_names_one_image(variant: str) -> None:
     by_split = [
         {d.image_id: d.pixels.tobytes() for task in TASKS for d in documents(task, variant, split, 100)}  # type: ignore[arg-type]
         for split in ("discovery", "development", "test")

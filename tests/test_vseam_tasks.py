@@ -194,7 +194,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     assert {f"warning: {line}" for lines in warnings for line in lines} <= set(said)
 
 
-def test_missing_edited_pictures_are_counted_and_named(
+def test_missing_edited_images_are_counted_and_named(
     llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
     records = [question(number, "Yes" if number < 2 else "No") for number in range(4)]
@@ -240,7 +240,7 @@ def test_bad_files_are_one_line_with_the_place(
         documents(llava, "vseam_color")
 
 
-def test_splits_share_no_picture(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_share_no_image(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [question(number, "Yes" if number % 2 else "No") for number in range(40)]
     write_gqa(tmp_path, "color.json", records)
     for number in range(4, 40):
@@ -325,7 +325,7 @@ def test_the_real_pairs(photos: Path, llava: Any, monkeypatch: pytest.MonkeyPatc
         assert clean.text_hash == edited.text_hash
 
 
-def test_vseam_ranks_questions_on_one_picture_by_their_shared_prefix(
+def test_vseam_ranks_questions_on_one_image_by_their_shared_prefix(
     llava: Any, llava_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """POPE asks six questions of an image one after the other; scores are those of plain forwards."""

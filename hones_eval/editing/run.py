@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from hones_eval.core.artifact import read_json, write_bytes, write_json
+from hones_eval.core.files import clear_dead_files
 from hones_eval.editing import photographs
 from hones_eval.editing.editors import EDITORS, Edited, levels_of
 from hones_eval.editing.inpaint import Inpainter, Painting
@@ -153,17 +153,11 @@ def _claim(out: Path, settings: EditSettings) -> None:
                 f"{out} contains edits made with another {', '.join(differing)}; "
                 "choose another --out, or remove it"
             )
-    elif out.exists() and any(not _UNFINISHED.match(file.name) for file in out.iterdir()):
-        raise HonesError(f"{out} contains other files and no settings.json of edits; choose another --out")
     for folder in (out, *(out / name for name in ("images", "masks", "rows"))):
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if _UNFINISHED.match(file.name):
-                file.unlink()
+        clear_dead_files(folder)
+    if not path.is_file() and out.exists() and any(out.iterdir()):
+        raise HonesError(f"{out} contains other files and no settings.json of edits; choose another --out")
     write_json(path, mine)
-
-
-# Temporary files that a write leaves behind if it is killed.
-_UNFINISHED = re.compile(r"\..+\.(json|png|jpe?g|html)\.[a-z0-9_]{8}$")
 
 
 def _kept(record: Record, images: Path, out: Path, settings: EditSettings) -> dict[str, Any] | None:
