@@ -152,7 +152,9 @@ def test_no_memory_for_the_checkpoint_is_one_line(checkpoint: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
-    with pytest.raises(HonesError, match=r"not enough memory on cpu for .*: use --offload or a smaller --dtype"):
+    with pytest.raises(
+        HonesError, match=r"not enough memory on cpu for .*: use --offload or a smaller --dtype"
+    ):
         Inpainter(InpaintSettings(str(checkpoint)))
 
 
