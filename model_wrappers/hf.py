@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -90,6 +90,21 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self._model: Any = model.eval()
         self._prepare_tokenizer()
         self._prompted_plainly = self._prompts_plainly(pretrained, chat_template)
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, processor: Any) -> Self:
+        """A wrapper around a model that is already loaded, and its processor. Nothing is moved or copied.
+
+        Raises: HonesError when the model cannot be prompted.
+        """
+        made = cls.__new__(cls)
+        lmms.__init__(made)
+        made.batch_size_per_gpu = 1
+        made.processor = processor
+        made._model = model.eval()
+        made._prepare_tokenizer()
+        made._prompted_plainly = made._prompts_plainly(str(model.config.name_or_path), None)
+        return made
 
     @property
     def model(self) -> PreTrainedModel:

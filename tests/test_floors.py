@@ -33,8 +33,8 @@ level("editing", "core")
 level("leaderboard", "lmms", "stats")
 level("jobs", "methods", "stats")
 level("reports", "jobs")
-level("api", "reports")
 level("model_wrappers", "runs")
+level("api", "reports", "leaderboard", "model_wrappers")
 FOLDERS["tasks"] = {"errors", "core", "toy"}
 EVERYTHING = {"commands", "__main__", "__init__"}  # may import all of the above
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.choices import DType, Rows
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.unwrapping import unwrapped
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
@@ -114,27 +116,53 @@ class Model:
 
 
 def load(
-    model: str,
-    model_args: str = "",
+    model: str | torch.nn.Module,
+    model_args: Any = "",
     *,
     dtype: DType = "auto",
     batch_size: Rows = "auto",
     devices: int = 1,
     num_nodes: int = 1,
 ) -> Model:
-    """Load a model by its lmms-eval name.
+    """Prepare a model for measuring: by its lmms-eval name, or one that is already loaded.
 
     Args:
-        model: what `lmms-eval --model` takes.
-        model_args: what `lmms-eval --model_args` takes, `name=value,name=value`.
+        model: what `lmms-eval --model` takes; or a vision-language model of transformers, which is prompted
+            through its processor's chat template. It is used as it is: on its device, in its type.
+        model_args: what `lmms-eval --model_args` takes, `name=value,name=value`; or the processor of a loaded
+            model.
         dtype: the model's floating-point type; `auto` leaves it as the wrapper loads it.
         batch_size: edited passes run at once; `auto` fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: nodes; torchrun or srun starts the program on each.
 
     Raises: HonesError for a model that cannot be built; UnsupportedModelError for an unknown anatomy.
+
+    Example:
+        >>> from hones_eval.toy import checkpoint_path
+        >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")
+        >>> model
+        <hones_eval.Model LlavaForConditionalGeneration: 6 layers of 8 heads and 344 neurons, ...
     """
+    if isinstance(model, torch.nn.Module):
+        return _live(unwrapped(model), model_args, dtype, batch_size, devices, num_nodes)
     lmm = load_lmm(model, model_args)
     if dtype != "auto":
         inner_model(lmm).to(getattr(torch, dtype))
     return Model.wrap(lmm, model, model_args, batch_size=batch_size, devices=devices, num_nodes=num_nodes)
+
+
+def _live(
+    model: PreTrainedModel, processor: Any, dtype: DType, batch_size: Rows, devices: int, num_nodes: int
+) -> Model:
+    """A loaded model, prompted by the wrapper of `hones_hf`."""
+    if isinstance(processor, str):
+        raise HonesError("give the processor of the loaded model too: load(model, processor)")
+    if dtype != "auto":
+        raise HonesError(f"dtype={dtype!r}: a loaded model is used as it is; cast it before")
+    # By its name: model_wrappers is a top-level folder of a checkout, where type checkers do not find it.
+    lmm = import_module("hones_eval.model_wrappers.hf").HfModel.around(model, processor)
+    name = str(model.config.name_or_path) or type(model).__name__
+    return Model.wrap(
+        lmm, "hones_hf", f"pretrained={name}", batch_size=batch_size, devices=devices, num_nodes=num_nodes
+    )

@@ -64,8 +64,23 @@ def rank(
         out: the folder to save the ranking to; while it is measured, progress is kept there in `partial`.
         resume: continue from the progress that a killed run of the same job left in `out`.
 
+    A head's HONES score is the drop of the metric when its slice is replaced by the mean of the other heads:
+    `score[l, h] = mean over examples of (metric - metric with head (l, h) replaced)`. V-SEAM's is the same
+    drop of the answer's probability.
+
     Returns: the ranking, the same on every process.
     Raises: HonesError when the job cannot be done as asked.
+
+    Example:
+        >>> from hones_eval import load
+        >>> from hones_eval.toy import checkpoint_path
+        >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")
+        >>> ranking = rank(model, "scenes_vqa_relation_discovery", limit=2, heads=4)
+        >>> ranking.head_scores.shape, ranking.neuron_scores.shape
+        (torch.Size([6, 8]), torch.Size([6, 344]))
+        >>> (best, score), *others = ranking.top_heads(3)
+        >>> len(ranking.neurons())  # 1 % of 6 * 344
+        21
     """
     (task, *others), savings = check_request(
         tasks,

@@ -89,6 +89,15 @@ def scale(
         resume: continue from the progress that a killed run of the same job left in `out`.
 
     Raises: HonesError when a value does not belong to `how`, or when every scale would be 1.
+
+    Example:
+        >>> from hones_eval import load, rank
+        >>> from hones_eval.toy import checkpoint_path
+        >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")
+        >>> ranking = rank(model, "scenes_vqa_relation_discovery", method="random", limit=2)
+        >>> steering = scale(ranking, how="fixed", factor=1.5)
+        >>> int((steering.neuron_scales == 1.5).sum())
+        21
     """
     _refuse_values_of_other_ways(
         how,

@@ -130,7 +130,17 @@ def verify(
         seed: for the random banks and the bootstrap.
         out: the folder to write verify.json and verify.png to.
 
+    Returns: the drops of the metric by masking, in its units, with paired 95 % intervals over images.
     Raises: HonesError when the ranking does not fit the model or shares images with the examples.
+
+    Example:
+        >>> from hones_eval import load, rank
+        >>> from hones_eval.toy import checkpoint_path
+        >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")
+        >>> ranking = rank(model, "scenes_vqa_relation_discovery", method="random", limit=2)
+        >>> found = verify(ranking, model, "scenes_vqa_relation_development", limit=2, trials=2)
+        >>> [row["bank"] for row in found.rows()]
+        ['selected', 'random 1', 'random 2']
     """
     examples = model.examples(
         tasks,

@@ -28,6 +28,23 @@ def html_table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> Any:
+    """A matplotlib.figure.Figure of a matrix, blue above zero and orange below, with zero in white."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    colors = LinearSegmentedColormap.from_list("gain", ["#d55e00", "#ffffff", "#0072b2"])
+    reach = float(abs(values).max()) or 1.0
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap=colors, vmin=-reach, vmax=reach, origin="lower", aspect="auto")
+    axes.set_xlabel(columns)
+    axes.set_ylabel(rows)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return ""

@@ -113,6 +113,17 @@ class Ranking:
         ]
         return notebook.data_frame(rows)
 
+    def plot(self) -> Any:
+        """A heat map of the head scores [L, H], as a matplotlib.figure.Figure.
+
+        Raises: HonesError when the ranking has no head scores.
+        """
+        if self.head_scores is None:
+            raise HonesError("this ranking has no head scores")
+        count = sum(examples.count for examples in self.provenance.examples)
+        title = f"{self.provenance.method} on {self.provenance.examples[0].task} (n = {count})"
+        return notebook.heat_map(self.head_scores.numpy(), "layer", "head", "score", title)
+
     def __repr__(self) -> str:
         """The method, the examples and the best head, in one line."""
         source = self.provenance
