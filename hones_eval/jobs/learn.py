@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from hones_eval.core.sites import Neuron
+from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.decoding import Decoder
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
@@ -34,19 +34,53 @@ class FitSettings:
     clip_norm: float = 1.0
     limit: float = 1.5
     seed: int = 0
+    floor: float | None = None
+    """The smallest `a`, where it is not `-limit`: a floor of -1 keeps every scale at 0 or more."""
+    sparsity: float = 0.0
+    """After every step `a` shrinks towards 0 by this share of the learning rate (a proximal L1 penalty).
+
+    AdamW moves a parameter by about the learning rate times its mean gradient over its typical gradient. So
+    a site stays at exactly 1 unless its mean gradient is more than this share of the typical one: the
+    penalty has no unit, and means the same for every model and task.
+    """
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as an artifact records them: `floor` and `sparsity` only where they are used."""
+        unused = [name for name in ("floor", "sparsity") if not getattr(self, name)]
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 class Fitted(NamedTuple):
-    """Learned scales [L, I], with the settings and losses to record."""
+    """Learned scales of neurons [L, I] and heads [L, H], with the settings and losses to record.
+
+    `epochs` holds the scales (heads, neurons) at the end of every epoch.
+    """
 
     scales: Tensor
+    head_scales: Tensor
     report: dict[str, Any]
+    epochs: list[tuple[Tensor, Tensor]]
 
 
 def fit(
-    replayer: Replayer, examples: TaskExamples, bank: Sequence[Neuron], settings: FitSettings, loop: Loop
+    replayer: Replayer,
+    examples: TaskExamples,
+    bank: Sequence[Head | Neuron],
+    settings: FitSettings,
+    loop: Loop,
+    indices: Sequence[int] | None = None,
+    name: str = "learn",
 ) -> Fitted:
-    """Learn one scale per neuron of a bank; every process gets the same scales.
+    """Learn one scale per site of a bank; every process gets the same scales.
+
+    Args:
+        replayer: the model.
+        examples: the development examples.
+        bank: the heads and neurons that get a scale.
+        settings: of the optimizer and the loss.
+        loop: the processes to learn on.
+        indices: the examples to learn from; by default all.
+        name: of this run in the checkpoint folder.
 
     Raises: HonesError when the processes cannot share the steps evenly, or a loss is not finite.
     """
@@ -64,17 +98,18 @@ def fit(
         )
     scales = LearnedScales(replayer.anatomy, bank)
     loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
-    module = _Fit(loss, examples, settings, loop)
+    chosen = range(len(examples)) if indices is None else indices
+    module = _Fit(loss, examples, settings, loop, chosen, name)
     trainer = _trainer(settings, loop, replayer.anatomy.unembedding.is_cuda)
     with frozen(replayer.anatomy.model), one_fails_all_fail(trainer):
         trainer.fit(module)
     steps = module.steps_before + trainer.global_step
     if steps != module.steps:
         raise HonesError(f"learning made {steps} steps instead of {module.steps}; please report this")
-    found = scales.scales()
-    report = asdict(settings) | {"steps": steps, "last_learning_rate": module.last_rate()}
-    report |= {"epoch_losses": module.history, "largest_change": float((found - 1).abs().max())}
-    return Fitted(found, report)
+    report = settings.recorded() | {"steps": steps, "last_learning_rate": module.last_rate()}
+    largest = float(scales.a.detach().abs().max())
+    report |= {"epoch_losses": module.history, "largest_change": largest}
+    return Fitted(scales.scales(), scales.head_scales(), report, module.scales_by_epoch())
 
 
 def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:
@@ -144,15 +179,25 @@ class _Fit(LightningModule):  # type: ignore[misc]
     To resume a killed run, each step saves `a`, the optimizer's moments and the sums of the losses.
     """
 
-    def __init__(self, loss: AnswerLoss, examples: TaskExamples, settings: FitSettings, loop: Loop) -> None:
+    def __init__(
+        self,
+        loss: AnswerLoss,
+        examples: TaskExamples,
+        settings: FitSettings,
+        loop: Loop,
+        indices: Sequence[int],
+        name: str,
+    ) -> None:
         super().__init__()
+        self.indices, self.name = list(indices), name
         self.scales = loss.scales
         self.loss, self.examples, self.settings, self.partial = loss, examples, settings, loop.partial
         self.slots_per_step = settings.accumulate // loop.world_size  # of this process
-        self.steps_per_epoch = math.ceil(len(examples) / settings.accumulate)
+        self.steps_per_epoch = math.ceil(len(indices) / settings.accumulate)
         self.steps = settings.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
         self.losses = torch.zeros(settings.epochs, 3, dtype=torch.float64)
+        self.snapshots = torch.zeros(settings.epochs, len(loss.scales.bank))
         self.done = 0
         self._resumed: Progress | None = None
 
@@ -166,6 +211,7 @@ class _Fit(LightningModule):  # type: ignore[misc]
         if self._resumed is not None:
             self.done = self._resumed.done
             self.losses = self._resumed.sums["losses"]
+            self.snapshots = self._resumed.sums["snapshots"]
             self.scales.a.data.copy_(self._resumed.sums["a"])
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -184,7 +230,8 @@ class _Fit(LightningModule):  # type: ignore[misc]
         epochs = []
         for epoch in range(self.settings.epochs):
             generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            drawn = torch.randperm(len(self.indices), generator=generator).tolist()
+            order = [self.indices[place] for place in drawn]
             rank, world = self.global_rank, self.trainer.world_size
             epochs.append(Slots(self.examples, order, self.settings.accumulate, rank, world))
         slots = ConcatDataset[Slot](epochs)
@@ -204,13 +251,21 @@ class _Fit(LightningModule):  # type: ignore[misc]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        rate = self.optimizers().optimizer.param_groups[0]["lr"]
+        floor = -self.settings.limit if self.settings.floor is None else self.settings.floor
         with torch.no_grad():
-            self.scales.a.clamp_(-self.settings.limit, self.settings.limit)
+            a = self.scales.a
+            if self.settings.sparsity:
+                a.copy_(a.sign() * (a.abs() - rate * self.settings.sparsity).clamp(min=0))
+            a.clamp_(floor, self.settings.limit)
+        epoch, left = divmod(self.done, self.steps_per_epoch * self.slots_per_step)
+        if not left:
+            self.snapshots[epoch - 1] = self.scales.a.detach().cpu()
         # The last step is not saved: a resumed run must have at least one step to make.
         if self.partial is not None and self.done < self.steps * self.slots_per_step:
             state = self.optimizers().optimizer.state[self.scales.a]
             sums = {name: state[name] for name in MOMENTS}
-            sums |= {"a": self.scales.a.detach(), "losses": self.losses}
+            sums |= {"a": self.scales.a.detach(), "losses": self.losses, "snapshots": self.snapshots}
             self.partial.save(*self._checkpoint, Progress(self.done, sums, {}), last=False)
 
     def on_train_epoch_end(self) -> None:
@@ -220,6 +275,15 @@ class _Fit(LightningModule):  # type: ignore[misc]
             for entropy, divergence, count in gathered.tolist()
         ]
 
+    def scales_by_epoch(self) -> list[tuple[Tensor, Tensor]]:
+        """The scales of heads [L, H] and neurons [L, I] at the end of every epoch."""
+        last, found = self.scales.a.detach().clone(), []
+        for snapshot in self.snapshots:
+            self.scales.a.data.copy_(snapshot)
+            found.append((self.scales.head_scales(), self.scales.scales()))
+        self.scales.a.data.copy_(last)
+        return found
+
     def last_rate(self) -> float:
         """The learning rate at the end of the schedule."""
         (rate,) = self.lr_schedulers().get_last_lr()
@@ -227,4 +291,4 @@ class _Fit(LightningModule):  # type: ignore[misc]
 
     @property
     def _checkpoint(self) -> tuple[str, int, int]:
-        return f"learn-{self.examples.task}", self.global_rank, self.trainer.world_size
+        return f"{self.name}-{self.examples.task}", self.global_rank, self.trainer.world_size

@@ -1,8 +1,8 @@
-"""Learned scales: one parameter per neuron of a bank. The model is frozen and serves as its own teacher."""
+"""Learned scales: one parameter per site of a bank. The model is frozen and serves as its own teacher."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,22 +11,25 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import Edit, editing
-from hones_eval.core.sites import Neuron
-from hones_eval.engine.decoding import Decoder
+from hones_eval.core.hooks import Edit, Site, editing
+from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.steering import Steering
+from hones_eval.engine.decoding import Decoder, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
+from hones_eval.runs.measure import Measurement
 
 
 class LearnedScales(nn.Module):
-    """The only parameters: `a` [bank], by which a neuron becomes `z * (1 + a)` (HONES 4)."""
+    """The only parameters: `a` [bank], by which a site's activation becomes `z * (1 + a)` (HONES 4)."""
 
-    def __init__(self, anatomy: Anatomy, bank: Sequence[Neuron]) -> None:
+    def __init__(self, anatomy: Anatomy, bank: Sequence[Head | Neuron]) -> None:
         """Start at `a = 0`, which leaves the model unchanged."""
         super().__init__()
         if not bank:
-            raise HonesError("the selection of neurons is empty: there is nothing to learn scales for")
+            raise HonesError("the selection of sites is empty: there is nothing to learn scales for")
         self.anatomy = anatomy
         self.bank = list(bank)
         self.a = nn.Parameter(torch.zeros(len(bank), device=anatomy.unembedding.device))
@@ -34,27 +37,48 @@ class LearnedScales(nn.Module):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Scale the bank within a `with` block; gradients flow to `a`."""
-        layers = sorted({neuron.layer for neuron in self.bank})
-        with editing([(self.anatomy.neurons_in[layer], self._edit(layer)) for layer in layers]):
+        with editing(self._edits()):
             yield
 
     def scales(self) -> Tensor:
         """`1 + a` for the bank's neurons and 1 elsewhere, [L, I] float32 on the CPU."""
         shape = self.anatomy.shape
-        scales = torch.ones(shape.layers, shape.neurons)
-        for neuron, a in zip(self.bank, self.a.tolist(), strict=True):
-            scales[neuron] = 1 + a
+        return self._filled(torch.ones(shape.layers, shape.neurons), Neuron)
+
+    def head_scales(self) -> Tensor:
+        """`1 + a` for the bank's heads and 1 elsewhere, [L, H] float32 on the CPU."""
+        shape = self.anatomy.shape
+        return self._filled(torch.ones(shape.layers, shape.heads), Head)
+
+    def _filled(self, scales: Tensor, kind: type[Head | Neuron]) -> Tensor:
+        for site, a in zip(self.bank, self.a.tolist(), strict=True):
+            if isinstance(site, kind):
+                scales[site] = 1 + a
         return scales
 
-    def _edit(self, layer: int) -> Edit:
-        members = [i for i, neuron in enumerate(self.bank) if neuron.layer == layer]
-        channels = torch.tensor([self.bank[i].neuron for i in members])
+    def _edits(self) -> list[tuple[Site, Edit]]:
+        """One edit per linear layer whose input holds a site of the bank."""
+        members: dict[tuple[bool, int], list[int]] = {}
+        for place, site in enumerate(self.bank):
+            members.setdefault((isinstance(site, Head), site.layer), []).append(place)
+        edits: list[tuple[Site, Edit]] = []
+        for (heads, layer), places in sorted(members.items()):
+            numbers = torch.tensor([self.bank[place][1] for place in places])
+            if heads:
+                width = self.anatomy.shape.head_width
+                edits.append((self.anatomy.heads_in[layer], self._edit(places, numbers, width)))
+            else:
+                edits.append((self.anatomy.neurons_in[layer], self._edit(places, numbers, 1)))
+        return edits
+
+    def _edit(self, places: Sequence[int], numbers: Tensor, width: int) -> Edit:
+        """Scale the sites `numbers` of one layer, each `width` features wide, by `1 + a[places]`."""
 
         def scale(x: Tensor) -> Tensor:
-            ones = torch.ones(x.shape[-1], device=x.device)
-            scales = ones.index_put((channels.to(x.device),), 1 + self.a[members].to(x.device))
+            ones = torch.ones(x.shape[-1] // width, device=x.device)
+            scales = ones.index_put((numbers.to(x.device),), 1 + self.a[places].to(x.device))
             # Computed in float32: a bfloat16 scale near 1 would lose small steps.
-            return (x.float() * scales).to(x.dtype)
+            return (x.float() * scales.repeat_interleave(width)).to(x.dtype)
 
         return scale
 
@@ -142,3 +166,63 @@ def cosine(steps: int, last: float = 0.1) -> Callable[[int], float]:
     """A learning-rate factor that falls from 1 to `last` along half a cosine in `steps` steps."""
     curve = torch.cos(torch.linspace(0, torch.pi, steps + 1, dtype=torch.float64)).tolist()
     return lambda step: last + (1 - last) * (1 + curve[min(step, steps)]) / 2
+
+
+class TargetLosses:
+    """One pass: the mean cross-entropy of the target's tokens without steering and under several steerings.
+
+    Steerings are the rows of a batch. Only the examples in `indices` are measured; the others count as
+    nothing, so that a part of the development examples can be held out from learning.
+    """
+
+    def __init__(self, replayer: Replayer, steerings: Mapping[str, Steering], indices: Sequence[int]) -> None:
+        """Measure every one of `steerings`, and the model without steering, on the examples `indices`."""
+        self.anatomy, self.limit, self.decoder = replayer.anatomy, replayer.limit, Decoder(replayer)
+        self.steerings, self.indices = dict(steerings), frozenset(indices)
+
+    def zeros(self) -> dict[str, Tensor]:
+        """The sum of losses [1 + steerings], without steering first, and the count of examples."""
+        return {
+            "losses": torch.zeros(1 + len(self.steerings), dtype=torch.float64),
+            "examples": torch.zeros((), dtype=torch.float64),
+        }
+
+    def measure(self, example: Example) -> Measurement:
+        """The losses of one example."""
+        if example.index not in self.indices:
+            return Measurement(self.zeros(), None)
+        self.decoder.learn_type(example.inputs, example.settings)
+        inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
+        losses = [self._losses(inputs, [], example.target_ids)]
+        names, length = list(self.steerings), int(inputs["input_ids"].shape[1])
+        losses += self.limit.chunks(names, length, lambda cut: self._losses(inputs, cut, example.target_ids))
+        sums = {"losses": torch.cat(losses), "examples": torch.ones((), dtype=torch.float64)}
+        return Measurement(sums, None)
+
+    @torch.no_grad()
+    def _losses(self, inputs: Mapping[str, Any], names: Sequence[str], ids: Sequence[int]) -> Tensor:
+        """Losses [rows] of the target under some steerings, or without steering for no names."""
+        rows = max(1, len(names))
+        with editing(_row_edits(self.anatomy, [self.steerings[name] for name in names])):
+            logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
+        logits = logits[:, -len(ids) :].float()
+        target = torch.tensor(ids, device=logits.device).expand(rows, -1)
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        return losses.mean(1).double().cpu()
+
+
+def _row_edits(anatomy: Anatomy, steerings: Sequence[Steering]) -> list[tuple[Site, Edit]]:
+    """Edits that scale row `i` of a batch by steering `i`."""
+    edits: list[tuple[Site, Edit]] = []
+    for layer in range(anatomy.shape.layers) if steerings else ():
+        heads = torch.stack([steering.head_scales[layer] for steering in steerings])
+        heads = heads.repeat_interleave(anatomy.shape.head_width, dim=1)
+        neurons = torch.stack([steering.neuron_scales[layer] for steering in steerings])
+        sites = (anatomy.heads_in[layer], heads), (anatomy.neurons_in[layer], neurons)
+        edits += [(site, _scale_rows(rows)) for site, rows in sites if not bool((rows == 1).all())]
+    return edits
+
+
+def _scale_rows(rows: Tensor) -> Edit:
+    """Scale row `i` of an input [rows, tokens, features] by `rows[i]`, in float32."""
+    return lambda x: (x.float() * rows[:, None].to(x.device)).to(x.dtype)

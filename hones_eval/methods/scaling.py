@@ -25,6 +25,13 @@ def of_neurons(ranking: Ranking, scales: Tensor, settings: dict[str, Any]) -> St
     return _steering(ranking, settings, neuron_scales=scales)
 
 
+def of_sites(
+    ranking: Ranking, head_scales: Tensor, neuron_scales: Tensor, settings: dict[str, Any]
+) -> Steering:
+    """A steering with these scales of heads [L, H] and neurons [L, I]."""
+    return _steering(ranking, settings, head_scales=head_scales, neuron_scales=neuron_scales)
+
+
 def chosen(steering: Steering, settings: dict[str, Any], development: ExampleSet) -> Steering:
     """Add development examples, and `settings`, to the provenance of a steering."""
     source = steering.provenance
