@@ -29,8 +29,8 @@ class TuneSettings:
         epochs: the most epochs to learn with each rate; the best epoch is kept (early stopping).
         ceiling: the largest scale; the smallest is 0.
         sparsity: how strongly weak sites are held at 1 (`FitSettings.sparsity`).
-        beta: the weight of KL(original || scaled), which keeps answers near the model's. 0 by default: held-out
-            loss already guards against learning too much.
+        beta: the weight of KL(original || scaled), which keeps answers near the model's; 0 by default,
+            because the held-out loss already guards against learning too much.
         held_out: the share of the images that choose the rate and the epoch, and are not learned from.
         seed: of the split, of the order of the examples, and of the random bank.
     """
