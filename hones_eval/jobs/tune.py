@@ -112,10 +112,11 @@ def tune(
     }
     if by_name[best] >= losses[0]:
         return Tuned(None, report)
-    rate, epoch = best.split(", ")
+    best_rate, best_epoch = best.split(", ")
     chosen = candidates[best]
     changes = torch.cat([(chosen.head_scales - 1).flatten(), (chosen.neuron_scales - 1).flatten()]).abs()
-    report |= {"learning_rate": float(rate), "best_epoch": int(epoch), "held_out_loss": by_name[best]}
+    report |= {"learning_rate": float(best_rate), "best_epoch": int(best_epoch)}
+    report |= {"held_out_loss": by_name[best]}
     report |= {"largest_change": float(changes.max()), "scaled_sites": int((changes > 0).sum())}
     return Tuned(chosen, report)
 

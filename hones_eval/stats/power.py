@@ -102,7 +102,7 @@ def examples_for_mean(difference: float, deviation: float, alpha: float = 0.05, 
     `lmms-eval power`.
     """
     quantiles = stats.norm.ppf([1 - alpha / 2, power])
-    return math.ceil((quantiles.sum() * deviation / difference) ** 2)
+    return math.ceil((float(quantiles.sum()) * deviation / difference) ** 2)
 
 
 def _split(difference: float, changed: float) -> tuple[float, float]:
