@@ -17,12 +17,18 @@ Bound = Literal["betting", "bernstein"]
 Screen = Literal["first_order"]
 """The estimate by which heads are screened before they are measured."""
 
-HowNeurons = Literal["grid", "search", "learned", "learned_no_kl", "random"]
+HowNeurons = Literal["grid", "search", "learned", "learned_no_kl", "random", "tuned"]
 """Ways to choose the scales of neurons on development examples."""
 HowHeads = Literal["signed", "topk"]
 """Ways to scale heads by their scores."""
-How = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "signed", "topk"]
+How = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "tuned", "signed", "topk"]
 """Every way to scale."""
+TunedSites = Literal["all", "heads", "neurons"]
+"""The sites that `tuned` may scale."""
+Neurons = float | Literal["all"]
+"""A share of all neurons, or all of them."""
+Plant = Literal["neurons", "heads", "random"]
+"""The sites that a spike-in damps: a ranking's best neurons or heads, or random neurons."""
 
 What = Literal["image", "text", "last", "attention", "ffn"]
 """Which activations are patched in causal tracing."""

@@ -68,14 +68,22 @@ def test_signed_clips_large_scores_and_ignores_small_ones(vseam: Ranking) -> Non
         assert scale == pytest.approx(expected)
 
 
-def test_topk_leaves_a_head_unchanged_that_is_positive_and_negative(vseam: Ranking) -> None:
+def test_topk_treats_a_head_in_both_lists_by_its_larger_score(vseam: Ranking) -> None:
     up, down = torch.zeros_like(vseam.head_positive), torch.zeros_like(vseam.head_negative)
     up[0, 0], up[1, 1], down[1, 1], down[2, 3] = 0.5, 0.4, 0.6, 0.2
     ranking = dataclasses.replace(vseam, head_positive=up, head_negative=down)
-    scales = scaling.topk(ranking, 2, enhance=0.5, suppress=0.25).head_scales
-    expected = torch.ones_like(scales)
-    expected[0, 0], expected[2, 3] = 1.5, 0.75
-    torch.testing.assert_close(scales, expected)
+    steering = scaling.topk(ranking, 2, enhance=0.5, suppress=0.25)
+    expected = torch.ones_like(steering.head_scales)
+    expected[0, 0], expected[1, 1], expected[2, 3] = 1.5, 0.75, 0.75
+    torch.testing.assert_close(steering.head_scales, expected)
+    assert steering.provenance.settings["in_both_lists"] == [[1, 1]]
+    up[1, 1] = 0.6
+    equal = scaling.topk(dataclasses.replace(ranking, head_positive=up), 2, enhance=0.5, suppress=0.25)
+    expected[1, 1] = 1
+    torch.testing.assert_close(equal.head_scales, expected)
+    up[1, 1] = 0.1
+    alone = scaling.topk(ranking, 1, enhance=0.5, suppress=0.25)
+    assert "in_both_lists" not in alone.provenance.settings
 
 
 def plain_metric(job: Development, scales: torch.Tensor, module: str = "mlp.down_proj") -> float:
@@ -146,9 +154,10 @@ def test_head_strengths_are_the_best_of_a_plain_loop(
             torch.zeros_like(scores).flatten().index_fill(0, scores.flatten().topk(3).indices, 1)
             for scores in (vseam.head_positive, vseam.head_negative)
         )
-        alone = (up != down).float()
+        helps, hurts = up * vseam.head_positive.flatten(), down * vseam.head_negative.flatten()
+        up, down = (helps > hurts).float(), (helps < hurts).float()
         scales = {
-            f"{one:g}, {other:g}": (1 + alone * (one * up - other * down)).reshape(vseam.head_scores.shape)
+            f"{one:g}, {other:g}": (1 + one * up - other * down).reshape(vseam.head_scores.shape)
             for one in tried
             for other in tried
         }
@@ -211,7 +220,8 @@ def test_the_commands_write_steerings(
         out = tmp_path / how
         assert main(["scale", "--ranking", str(ranking), "--how", how, "--out", str(out)]) == 0
         assert not Steering.load(out).is_noop
-    flags = ["--offset", 4, "--limit", 4, "--factors", "[0, 1]", "--groups", 2, "--neurons", 0.2]
+    flags = ["--offset", 4, "--limit", 4, "--factors", "[0.9, 1, 1.1]", "--groups", 2, "--neurons", 0.2]
+    flags += ["--metric", "log_probability"]  # which every factor changes
     for how in ("grid", "search"):
         out = tmp_path / how
         given = own.command("scale", "--how", how, "--ranking", hones, *flags, "--out", out)
@@ -219,21 +229,33 @@ def test_the_commands_write_steerings(
         content = json.loads((out / "steering.json").read_text())
         assert content["settings"]["how"] == how
         assert [one["count"] for one in content["examples"]] == [4, 4]
+        assert not Steering.load(out).is_noop
     printed = capsys.readouterr().out
-    assert "on development examples: exact_match" in printed
-    if Steering.load(tmp_path / "grid").is_noop:
-        assert "nothing beats leaving the model as it is" in printed
+    assert "on development examples: log_probability" in printed
+
+
+def test_nothing_is_written_when_no_strength_helps(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--offset", 4, "--limit", 3, "--factors", "[1]", "--out", tmp_path]
+    assert main(own.command("scale", "--how", "grid", "--ranking", own.rankings / "hones", *flags)) == 1
+    said = own_answers.complaint(capsys.readouterr().err)
+    assert "no strength helped on development examples: nothing was written" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_strengths_of_heads_are_chosen_by_the_command(
     own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = ["--ranking", own.rankings / "vseam", "--how", "topk", "--heads", 3, "--out", tmp_path / "topk"]
-    given = own.command("scale", *chosen, "--offset", 4, "--limit", 4, "--strengths", "[1, 2]")
+    given = own.command("scale", *chosen, "--offset", 4, "--limit", 4, "--strengths", "[-0.05, 0.05]")
+    given += ["--metric", "log_probability"]
     assert main(given) == 0
     steering = Steering.load(tmp_path / "topk")
     settings = steering.provenance.settings
-    assert list(settings["metric_by_strength"]) == [f"{up}, {down}" for up in (0, 1, 2) for down in (0, 1, 2)]
+    assert list(settings["metric_by_strength"]) == [
+        f"{up}, {down}" for up in (-0.05, 0, 0.05) for down in (-0.05, 0, 0.05)
+    ]
     said = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
     assert said in capsys.readouterr().out
     assert bool((steering.neuron_scales == 1).all())
@@ -286,6 +308,7 @@ def test_resumed_scaling_gives_the_same_steering(
     """Interrupt learning (two epochs of six examples) and search (four passes) and resume them."""
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
+    flags += ["--metric", "log_probability"]  # which every factor changes
     flags += ["--how", how, "--groups", 2, "--neurons", 0.2, "--factors", "[0, 1, 3]"]
     assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
     step, made, allowed = getattr(module, method), [0], [0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hones_eval.choices import How
+from hones_eval.choices import How, Neurons, TunedSites
 from hones_eval.core.artifact import hash_of
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
@@ -20,8 +21,8 @@ if TYPE_CHECKING:  # scales that need no model are made without importing lmms-e
 
 FACTOR = 2.0
 HEADS = 10
-DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random")
-"""Ways that choose neuron scales on development examples."""
+DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned")
+"""Ways that choose on development examples without a score of heads."""
 
 
 def scale(
@@ -29,7 +30,7 @@ def scale(
     how: How = "fixed",
     *,
     factor: float | None = None,
-    neurons: float | None = None,
+    neurons: Neurons | None = None,
     strength: float | None = None,
     epsilon: float | None = None,
     heads: int | None = None,
@@ -41,6 +42,10 @@ def scale(
     beta: float = 0.05,
     learning_rate: float = 5e-4,
     epochs: int = 2,
+    tuned_sites: TunedSites = "all",
+    rates: Sequence[float] | None = None,
+    ceiling: float = 4.0,
+    sparsity: float = 0.2,
     model: Model | None = None,
     tasks: str | None = None,
     include_path: Path | None = None,
@@ -64,7 +69,7 @@ def scale(
         ranking: what `rank` returned.
         how: the way to choose the scales.
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
-        neurons: the share of all neurons to scale; by default the ranking's.
+        neurons: the share of all neurons to scale, or "all"; by default the ranking's, and for tuned all.
         strength: signed: lambda in 1 + lambda * score; 1 by default.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
         heads: topk: how many heads to enhance, and how many to suppress; 10 by default.
@@ -76,6 +81,10 @@ def scale(
         beta: learned and random: the weight of KL(original || scaled).
         learning_rate: learned and random: AdamW's.
         epochs: learned and random: passes over the development examples.
+        tuned_sites: tuned: heads, neurons, or all of both.
+        rates: tuned: the learning rates to try; held-out loss chooses among them.
+        ceiling: tuned: the largest scale; the smallest is 0.
+        sparsity: tuned: how strongly weak sites are held at 1, from 0 to below 1.
         model: what `load` returned, for the ways that choose on development examples.
         tasks: the development task, with other images than the ranking's.
         include_path: a folder with more task YAML files.
@@ -88,7 +97,8 @@ def scale(
         out: the folder to save the steering to.
         resume: continue from the progress that a killed run of the same job left in `out`.
 
-    Raises: HonesError when a value does not belong to `how`, or when every scale would be 1.
+    Raises: HonesError when a value does not belong to `how`, when every scale would be 1, or when no scales
+        helped on the development examples.
 
     Example:
         >>> from hones_eval import load, rank
@@ -99,6 +109,7 @@ def scale(
         >>> int((steering.neuron_scales == 1.5).sum())
         21
     """
+    share = 1.0 if neurons == "all" else neurons
     _refuse_values_of_other_ways(
         how,
         factor=factor,
@@ -109,7 +120,7 @@ def scale(
         suppress=suppress,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
-        steering = _given(ranking, how, factor, neurons, strength, epsilon, heads, enhance, suppress)
+        steering = _given(ranking, how, factor, share, strength, epsilon, heads, enhance, suppress)
         if out is not None:
             steering.save(out)
         return steering
@@ -125,7 +136,8 @@ def scale(
                 "--strengths gives the values to try"
             )
     from hones_eval.jobs.learn import FitSettings
-    from hones_eval.jobs.scale import GRID, Development, choose
+    from hones_eval.jobs.scale import GRID, Development, choose, summary
+    from hones_eval.jobs.tune import TuneSettings
     from hones_eval.runs.checkpoint import Partial
 
     examples = model.examples(
@@ -138,7 +150,10 @@ def scale(
         target=target,
     )
     fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
-    settings = (neurons, tuple(factors or GRID), groups, fit, heads or HEADS, epsilon or 0.0, strengths)
+    tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed)
+    tune = replace(tune, rates=tuple(rates)) if rates else tune
+    tried = tuple(factors or GRID)
+    settings = (share, tried, groups, fit, heads or HEADS, epsilon or 0.0, strengths, tune, tuned_sites)
     development = Development(ranking, model.replayer, examples, model.loop, *settings)
     partial = None
     if out is not None:
@@ -150,9 +165,15 @@ def scale(
         steering = choose(development, how)
     finally:
         model.loop.partial = None
-    if out is not None and partial is not None and model.loop.is_first:
-        steering.save(out)
+    if partial is not None and model.loop.is_first:
         partial.clear()
+    if steering.is_noop:
+        raise HonesError(
+            "no strength helped on development examples: nothing was written; the best is the model without "
+            f"steering ({summary(steering.provenance.settings)})"
+        )
+    if out is not None and model.loop.is_first:
+        steering.save(out)
     return steering
 
 

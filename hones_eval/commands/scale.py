@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.choices import DType, How, Rows
+from hones_eval.choices import DType, How, Neurons, Rows, TunedSites
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
 
@@ -18,7 +18,7 @@ def scale(
     how: How,
     out: Path,
     factor: float | None = None,
-    neurons: float | None = None,
+    neurons: Neurons | None = None,
     strength: float | None = None,
     epsilon: float | None = None,
     heads: int | None = None,
@@ -30,6 +30,10 @@ def scale(
     beta: float = 0.05,
     learning_rate: float = 5e-4,
     epochs: int = 2,
+    tuned_sites: TunedSites = "all",
+    rates: list[float] | None = None,
+    ceiling: float = 4.0,
+    sparsity: float = 0.2,
     model: str | None = None,
     model_args: str = "",
     tasks: str | None = None,
@@ -52,13 +56,15 @@ def scale(
         ranking: a folder that rank or compare wrote.
         how: the way to choose the scales. Neurons: fixed (one given factor), or on development examples grid
             (the best factor), search (a factor for each of a few groups of layers), learned (one scale per
-            neuron, kept close to the model), learned_no_kl (not kept close), random (learned, for a random
-            bank). Heads: signed (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance,
-            the worst times 1 - suppress), with given strengths or, with --model and --tasks, the best of a
-            grid.
+            neuron, with the paper's settings), learned_no_kl (without the KL term), random (learned, for a
+            random bank). Heads and neurons: tuned (one scale each; held-out loss chooses the learning rate
+            and the epoch, so that scales move as far as they help). Heads: signed
+            (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
+            1 - suppress), with given strengths or, with --model and --tasks, the best of a grid.
         out: the folder to write steering.json and steering.safetensors to.
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
-        neurons: the share of all neurons to scale; by default the share of the ranking.
+        neurons: the share of all neurons to scale, or all; by default the share of the ranking, and for
+            tuned all.
         strength: signed: lambda in 1 + lambda * score; 1 by default.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
         heads: topk: how many heads to enhance, and how many to suppress; 10 by default.
@@ -71,6 +77,10 @@ def scale(
         beta: learned and random: the weight of KL(original || scaled).
         learning_rate: learned and random: of AdamW; it falls to a tenth.
         epochs: learned and random: passes over the development examples.
+        tuned_sites: tuned: heads, neurons, or all of both.
+        rates: tuned: the learning rates to try; by default 0.1 and 0.3.
+        ceiling: tuned: the largest scale; the smallest is 0.
+        sparsity: tuned: how strongly weak sites are held at 1, from 0 (not at all) to below 1.
         model: for the ways that choose on development examples, as in lmms-eval --model.
         model_args: as in lmms-eval --model_args.
         tasks: the development task, with other images than the ranking's.
@@ -122,6 +132,10 @@ def scale(
         beta=beta,
         learning_rate=learning_rate,
         epochs=epochs,
+        tuned_sites=tuned_sites,
+        rates=rates,
+        ceiling=ceiling,
+        sparsity=sparsity,
         model=loaded,
         tasks=tasks,
         include_path=include_path,
@@ -149,10 +163,6 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
 
         lines.append(summary(settings))
         lines += [f"warning: {warning}" for warning in settings.get("warnings", [])]
-        if steering.is_noop:
-            lines.append(
-                "warning: nothing beats leaving the model as it is, so this steering changes nothing"
-            )
         if lost := steering.rounded_away(model.anatomy.model.dtype):
             lines.append(
                 f"warning: {lost} scales are so near to 1 that rounding to {model.dtype} undoes them"

@@ -16,12 +16,13 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError
-from hones_eval.jobs.verify import Measured, masked, refuse_shared_images
+from hones_eval.jobs.verify import Measured, as_drop, masked, refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
-from hones_eval.methods.answers import AnswersUnder, answered
+from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.methods.banks import check_fits
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats.paired import Floats
+from hones_eval.stats.verdicts import Contrast, judge
 
 Site = Head | Neuron
 
@@ -238,25 +239,27 @@ def cross(
             raise HonesError(f"{name} selects no sites: there is nothing to mask")
         steerings[name] = masked(rankings[0], bank)
         steerings[f"random {name}"] = masked(rankings[0], _random_like(bank, anatomy, seed))
-    found = []
+    found: list[Crossing] = []
+    contrasts: list[Contrast] = []
     for examples in tasks:
         totals = loop.run(examples, AnswersUnder(replayer, examples, steerings), examples.task)
         measured = Measured(examples, answered(totals), seed)
-        base = float(measured.values["metric"].observed[0])
+        contrasts += measured.contrasts(list(banks))
         for name in banks:
             drops, random = measured.drops(name), measured.drops(f"random {name}")
             found.append(
                 Crossing(
                     name,
                     examples.task,
-                    base,
+                    measured.value(BASELINE),
                     drops["metric"],
                     drops["metric_drop"],
                     drops["relative_drop"],
                     random["metric_drop"]["value"],
                 )
             )
-    return found
+    # The verdicts are corrected over the whole matrix.
+    return [cell._replace(drop=as_drop(judged)) for cell, judged in zip(found, judge(contrasts), strict=True)]
 
 
 def _random_like(bank: Sequence[Site], anatomy: Anatomy, seed: int) -> list[Head] | list[Neuron]:

@@ -5,14 +5,17 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
-from hones_eval.choices import HowHeads, HowNeurons
+import torch
+
+from hones_eval.choices import HowHeads, HowNeurons, TunedSites
 from hones_eval.core.artifact import ExampleSet
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.sites import Neuron, matched_random
+from hones_eval.core.sites import Head, Neuron, matched_random
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings, fit
+from hones_eval.jobs.tune import TuneSettings, tune, whole_bank
 from hones_eval.jobs.verify import refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
@@ -22,6 +25,10 @@ from hones_eval.runs.lightning import Loop
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "topk": (0.25, 0.5, 0.75, 1)}
+
+
+HARDLY = 0.02
+"""Learned scales that are all nearer to 1 than this get a warning."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Development:
     epsilon: float = 0.0
     strengths: Sequence[float] | None = None
     """The strengths to try on heads, by default those of `STRENGTHS`. 0 (no change) is always tried too."""
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    tuned_sites: TunedSites = "all"
+    """The sites that `tuned` may scale. `neurons` restricts the neurons to the top share."""
+    sites: Sequence[Head | Neuron] | None = None
+    """A bank to scale instead of the ranking's selection, for controls."""
 
     def __post_init__(self) -> None:
         """Reject a ranking of another model, or one that was made from a development image."""
@@ -49,8 +61,24 @@ class Development:
 
     @property
     def bank(self) -> list[Neuron]:
-        """The selected neurons."""
-        return self.ranking.neurons(self.neurons)
+        """The selected neurons, or those of `sites`."""
+        if self.sites is None:
+            return self.ranking.neurons(self.neurons)
+        return [site for site in self.sites if isinstance(site, Neuron)]
+
+    @property
+    def tuned_bank(self) -> list[Head | Neuron]:
+        """The sites that `tuned` learns scales for: every head and neuron, unless fewer are asked for."""
+        if self.sites is not None:
+            return list(self.sites)
+        everything = whole_bank(self.ranking)
+        heads = [site for site in everything if isinstance(site, Head)]
+        neurons = [site for site in everything if isinstance(site, Neuron)]
+        if self.neurons is not None and self.tuned_sites != "heads":
+            neurons = self.ranking.neurons(self.neurons)
+        if self.tuned_sites == "heads":
+            return [*heads]
+        return [*neurons] if self.tuned_sites == "neurons" else [*heads, *neurons]
 
     @property
     def example_set(self) -> ExampleSet:
@@ -64,10 +92,11 @@ def choose(job: Development, how: HowNeurons | HowHeads) -> Steering:
     Returns: the same steering on every process. Its provenance names the development examples.
     """
     steering = _chosen(job, how)
-    one_answer = job.examples.constant_answer_warning()
-    if one_answer is None:
+    found = [job.examples.constant_answer_warning(), _hardly_moved(job, steering)]
+    warnings = [warning for warning in found if warning is not None]
+    if not warnings:
         return steering
-    settings = steering.provenance.settings | {"warnings": [one_answer]}
+    settings = steering.provenance.settings | {"warnings": warnings}
     return replace(steering, provenance=replace(steering.provenance, settings=settings))
 
 
@@ -78,7 +107,51 @@ def _chosen(job: Development, how: HowNeurons | HowHeads) -> Steering:
         return grid(job)
     if how == "search":
         return search(job)
+    if how == "tuned":
+        return tuned(job)
     return learned(job, how)
+
+
+def _hardly_moved(job: Development, steering: Steering) -> str | None:
+    """A warning when scales were learned but none is far enough from 1 to matter; None otherwise."""
+    changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
+    dtype, largest = job.replayer.anatomy.model.dtype, float(changes.max())
+    if largest == 0:
+        return None
+    if steering.rounded_away(dtype) == int((changes > 0).sum()):
+        kind = str(dtype).removeprefix("torch.")
+        return (
+            f"no scale moved beyond rounding in {kind} (the largest change is {largest:.2g}), so this "
+            "steering changes nothing: use --how tuned, or a larger --learning_rate"
+        )
+    if largest < HARDLY:
+        return (
+            f"no scale moved by more than {largest:.2g}, which is unlikely to change an answer: use "
+            "--how tuned, or a larger --learning_rate"
+        )
+    return None
+
+
+def tuned(job: Development) -> Steering:
+    """Learn the scales of heads and neurons with a learning rate and an epoch that held-out loss chooses.
+
+    The chosen scales must not lower the metric on the development examples. If they do, or if no scales lower
+    the held-out loss, the result is the steering that changes nothing.
+    """
+    bank = job.tuned_bank
+    found = tune(job.ranking, job.replayer, job.examples, bank, job.tune, job.loop)
+    settings: dict[str, Any] = {"how": "tuned", "metric": job.examples.metric} | found.report
+    shape = job.ranking.provenance.shape
+    unchanged = scaling.of_sites(
+        job.ranking, torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons), {}
+    )
+    if found.steering is None:
+        return scaling.chosen(unchanged, settings, job.example_set)
+    values = _measure(job, {"tuned": found.steering}, "tuned")
+    settings |= {"baseline": values[BASELINE], "best": values["tuned"]}
+    sign = 1.0 if job.examples.higher_is_better else -1.0
+    steering = found.steering if sign * (values["tuned"] - values[BASELINE]) >= 0 else unchanged
+    return scaling.chosen(steering, settings, job.example_set)
 
 
 def grid(job: Development) -> Steering:
@@ -168,12 +241,14 @@ def head_grid(job: Development, how: HowHeads) -> Steering:
 
 def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]) -> Steering:
     """Learn the scales by gradient descent; `random` learns those of a layer-matched random bank."""
-    bank, settings = job.bank, learned_settings(job.settings, how)
+    settings = learned_settings(job.settings, how)
+    bank: Sequence[Head | Neuron] = job.bank if job.sites is None else job.sites
     if how == "random":
-        bank = matched_random(bank, job.ranking.provenance.shape.neurons, settings.seed)
+        bank = matched_random(job.bank, job.ranking.provenance.shape.neurons, settings.seed)
     fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
     recorded = {"how": how, "count": len(bank), **fitted.report}
-    return scaling.chosen(scaling.of_neurons(job.ranking, fitted.scales, {}), recorded, job.example_set)
+    steering = scaling.of_sites(job.ranking, fitted.head_scales, fitted.scales, {})
+    return scaling.chosen(steering, recorded, job.example_set)
 
 
 def learned_settings(settings: FitSettings, how: HowNeurons) -> FitSettings:
@@ -235,6 +310,10 @@ def summary(settings: Mapping[str, Any]) -> str:
     elif settings["how"] == "topk":
         best = settings["best"]
         choice = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
+        if both := settings.get("in_both_lists"):
+            choice += f" ({len(both)} heads in both lists go by their larger score)"
+    elif settings["how"] == "tuned":
+        return _summary_of_tuned(settings)
     else:
         losses = [epoch["cross_entropy"] for epoch in settings["epoch_losses"]]
         return (
@@ -243,3 +322,17 @@ def summary(settings: Mapping[str, Any]) -> str:
         )
     values = f"{settings['baseline']:.4g} without steering, {best:.4g} with it"
     return f"{choice} on development examples: {settings['metric']} {values}"
+
+
+def _summary_of_tuned(settings: Mapping[str, Any]) -> str:
+    """One line about tuned scales."""
+    before = settings["held_out_loss_without"]
+    if "held_out_loss" not in settings:
+        return f"no learned scales lower the held-out loss of {before:.4g}"
+    return (
+        f"held-out loss {before:.4g} without steering, {settings['held_out_loss']:.4g} with it (learning "
+        f"rate {settings['learning_rate']:g}, epoch {settings['best_epoch']}); on development examples "
+        f"{settings['metric']} {settings['baseline']:.4g} without steering, {settings['best']:.4g} with it; "
+        f"{settings['scaled_sites']} of {settings['sites']} sites are scaled, by at most "
+        f"{settings['largest_change']:.2g}"
+    )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,14 +16,15 @@ from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.jobs.scale import Development, choose, learned_settings
-from hones_eval.jobs.verify import Measured, masked, refuse_shared_images
+from hones_eval.jobs.verify import Measured, as_drop, masked, refuse_shared_images
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.methods.banks import few_trials, neuron_banks
 from hones_eval.runs.lightning import Loop
+from hones_eval.stats.verdicts import Contrast, Judged, judge
 
-WAYS = ("fixed", *get_args(HowNeurons))
+WAYS = ("fixed", "grid", "search", "learned", "learned_no_kl", "random")
 
 
 class TaskSplits(NamedTuple):
@@ -83,8 +84,8 @@ def run(study: Study) -> dict[str, Any]:
         task.name: {how: _scaled(study, task, rankings[task.name]["hones"], how) for how in WAYS}
         for task in study.tasks
     }
-    attribution: list[dict[str, Any]] = []
-    steering: list[dict[str, Any]] = []
+    attribution: list[_Pending] = []
+    steering: list[_Pending] = []
     for task in study.tasks:
         masks = _masks(study, rankings[task.name])
         everything = {
@@ -103,7 +104,34 @@ def run(study: Study) -> dict[str, Any]:
         *filter(None, [few_trials(study.trials)]),
         *fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks}),
     ]
-    return {"attribution": attribution, "steering": steering, "examples": sizes, "notes": notes}
+    return {
+        "attribution": _judged(attribution, "drop", as_drop),
+        "steering": _judged(steering, "gain", Judged.to_json),
+        "examples": sizes,
+        "notes": notes,
+    }
+
+
+class _Pending(NamedTuple):
+    """A row of a table before its verdict, and what the verdict depends on; None where there is none."""
+
+    row: dict[str, Any]
+    contrast: Contrast | None
+
+
+def _judged(
+    pending: Sequence[_Pending], name: str, as_json: Callable[[Judged], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a table with their intervals and verdicts, corrected over the whole table."""
+    verdicts = iter(judge([one.contrast for one in pending if one.contrast is not None]))
+    rows = []
+    for row, contrast in pending:
+        if contrast is not None:
+            found = as_json(next(verdicts))
+            row |= {f"{name}_low": found["low"], f"{name}_high": found["high"]}
+            row |= {key: found.get(key) for key in ("p", "p_adjusted", "verdict", "detectable", "units")}
+        rows.append(row)
+    return rows
 
 
 def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
@@ -170,7 +198,7 @@ def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
         return wanted | {"factor": study.factor}
     if how in ("grid", "search"):
         return wanted
-    return wanted | dataclasses.asdict(learned_settings(study.fit, cast(HowNeurons, how)))
+    return wanted | learned_settings(study.fit, cast(HowNeurons, how)).recorded()
 
 
 def _same(folder: Path, found: object, wanted: object) -> None:
@@ -198,8 +226,8 @@ def _measured(study: Study, examples: TaskExamples, steerings: dict[str, Steerin
 
 def _attribution_rows(
     study: Study, task: TaskSplits, rankings: dict[str, Ranking], measured: Measured
-) -> list[dict[str, Any]]:
-    base = float(measured.values["metric"].observed[0])
+) -> list[_Pending]:
+    base = measured.value(BASELINE)
     banks = {name: set(ranking.neurons(study.neurons)) for name, ranking in rankings.items()}
     random = [name for name in measured.names if name.startswith("random")]
     last = study.replayer.anatomy.shape.layers - 1
@@ -219,12 +247,14 @@ def _attribution_rows(
     values = [measured.drops(name)["metric_drop"]["value"] for name in random]
     matched = {"drop": float(np.mean(values)), "drop_low": min(values), "drop_high": max(values)}
     like = f"random, layers as hones ({len(values)} banks: mean, least, most)"
-    return [*rows, {**rows[0], **matched, "method": like, "shared_with_hones": 0}]
+    contrasts = measured.contrasts([f"mask {name}" for name in banks])
+    pooled = {**rows[0], **matched, "method": like, "shared_with_hones": 0}
+    return [*map(_Pending, rows, contrasts), _Pending(pooled, None)]
 
 
 def _steering_rows(
     task: TaskSplits, where: str, measured: Measured, steerings: dict[str, Steering]
-) -> list[dict[str, Any]]:
+) -> list[_Pending]:
     metric = measured.values["metric"]
     examples = task.test if where == "test" else task.shifted
     rows = []
@@ -246,7 +276,7 @@ def _steering_rows(
                 "largest_change_of_a_scale": float((steering.neuron_scales - 1).abs().max()),
             }
         )
-    return rows
+    return list(map(_Pending, rows, measured.contrasts(list(steerings))))
 
 
 def _gain(sign: float, place: int) -> Callable[[Any], Any]:
@@ -255,10 +285,3 @@ def _gain(sign: float, place: int) -> Callable[[Any], Any]:
 
 def _flat(name: str, estimate: dict[str, Any]) -> dict[str, Any]:
     return {name: estimate["value"], f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
-
-
-def verdict(low: float | None, high: float | None) -> str:
-    """The verdict on a gain: whether its interval excludes zero."""
-    if low is None or high is None:
-        return "same"
-    return "better" if low > 0 else "worse" if high < 0 else "same"

@@ -35,8 +35,8 @@ class TuneSettings:
         seed: of the split, of the order of the examples, and of the random bank.
     """
 
-    rates: tuple[float, ...] = (0.1, 0.03)
-    epochs: int = 6
+    rates: tuple[float, ...] = (0.1, 0.3)
+    epochs: int = 8
     ceiling: float = 4.0
     sparsity: float = 0.2
     beta: float = 0.0

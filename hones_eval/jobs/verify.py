@@ -19,7 +19,8 @@ from hones_eval.methods.answers import BASELINE, Answered, AnswersUnder, answere
 from hones_eval.methods.banks import check_fits, few_trials, head_banks, neuron_banks
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats.paired import Floats
-from hones_eval.stats.resampling import numbered, resample_means, resample_results
+from hones_eval.stats.resampling import example_values, numbered, resample_means, resample_results
+from hones_eval.stats.verdicts import Contrast, Judged, contrast_of_corpus, contrasts_of_values, judge
 from hones_eval.version import __version__
 
 
@@ -108,6 +109,14 @@ def refuse_shared_images(source: Provenance, held_out: ExampleSet, purpose: str)
             )
 
 
+def as_drop(judged: Judged) -> dict[str, Any]:
+    """A judged gain as a drop, for JSON: the value and interval change their sign, the verdict does not."""
+    found = judged.to_json()
+    gain, low, high = (found.pop(name) for name in ("gain", "low", "high"))
+    ends = {"low": None, "high": None} if low is None else {"low": -high, "high": -low}
+    return {"value": -gain if gain else 0.0, **ends, **found}
+
+
 class Measured:
     """Values and drops of masked banks from one pass of answers, with paired intervals over images."""
 
@@ -115,28 +124,60 @@ class Measured:
         """Resample the metric, the answer's probability and the accuracy, all conditions together."""
         self.names = list(records[0].answers)
         self.sign = 1.0 if examples.higher_is_better else -1.0
-        clusters = numbered([record.pictures for record in records])
-        results = [[record.answers[name].result for record in records] for name in self.names]
-        metric = resample_results(examples.metric, examples.aggregate, results, clusters, seed=seed)
+        self.seed, self.aggregate = seed, examples.aggregate
+        self.clusters = numbered([record.pictures for record in records])
+        self.results = [[record.answers[name].result for record in records] for name in self.names]
+        self.by_example = example_values(examples.metric, examples.aggregate, self.results)
+        metric = resample_results(examples.metric, examples.aggregate, self.results, self.clusters, seed=seed)
         first = {
-            what: resample_means(
-                np.array([[float(getattr(r.answers[n], what)) for n in self.names] for r in records]),
-                clusters,
-                seed=seed,
-            )
+            what: np.array([[float(getattr(r.answers[n], what)) for n in self.names] for r in records])
             for what in ("probability", "correct")
         }
-        self.values = {"metric": metric, "probability": first["probability"], "accuracy": first["correct"]}
+        self.first = {"probability": first["probability"], "accuracy": first["correct"]}
+        resampled = {
+            what: resample_means(values, self.clusters, seed=seed) for what, values in self.first.items()
+        }
+        self.values = {"metric": metric, **resampled}
 
     def report(self) -> dict[str, Any]:
         """The unmasked values, every bank's drops, the random banks' mean, and the drops beyond that mean."""
         chosen = [name for name in self.names[1:] if not name.startswith("random")]
+        banks = {name: self.drops(name) for name in self.names[1:]}
+        rows = [(name, what) for what in self.values for name in chosen]
+        contrasts = [contrast for what in self.values for contrast in self.contrasts(chosen, what)]
+        for (name, what), judged in zip(rows, judge(contrasts), strict=True):
+            banks[name][f"{what}_drop"] = as_drop(judged)
         return {
             BASELINE: {what: float(values.observed[0]) for what, values in self.values.items()},
-            "banks": {name: self.drops(name) for name in self.names[1:]},
+            "banks": banks,
             "random": {what: self._spread(what) for what in self.values},
             "beyond_random": {name: self._beyond(name) for name in chosen},
         }
+
+    def value(self, name: str) -> float:
+        """The metric under one condition."""
+        return float(self.values["metric"].observed[self.names.index(name)])
+
+    def contrasts(self, names: Sequence[str], what: str = "metric") -> list[Contrast]:
+        """Compare conditions with the baseline, positive where they are better.
+
+        Args:
+            names: the conditions. A name that was not measured changes nothing: it is the baseline.
+            what: `metric`, or of the answer's first token its `probability` or `accuracy`.
+        """
+        places = [self.names.index(name) if name in self.names else 0 for name in names]
+        sign = self.sign if what == "metric" else 1.0
+        values, scale = (self.first[what], 1.0) if what != "metric" else (self.by_example or (None, 1.0))
+        if values is not None:
+            conditions = values[:, places]
+            settings = {"sign": sign, "scale": scale}
+            return contrasts_of_values(values[:, 0], conditions, self.clusters, seed=self.seed, **settings)  # type: ignore[arg-type]
+        return [
+            contrast_of_corpus(
+                self.aggregate, self.results[0], self.results[place], self.clusters, sign=sign, seed=self.seed
+            )
+            for place in places
+        ]
 
     def nothing_to_lose(self) -> str | None:
         """A warning when the unmasked model scores 0; None otherwise."""

@@ -62,18 +62,23 @@ def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Ste
 def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steering:
     """Scale the top positive heads by `1 + enhance` and the top negative ones by `1 - suppress` (V-SEAM 4).
 
-    A head that is among both is left as it is.
+    A head that is in both lists is treated by the larger of its two scores, and left unchanged if they are
+    equal. The settings name the heads that are in both lists.
     """
     if ranking.head_positive is None or ranking.head_negative is None:
         raise HonesError("topk needs positive and negative head scores: rank with --method vseam")
     scales = torch.ones_like(ranking.head_positive)
     up = set(_positive(ranking.head_positive, count))
     down = set(_positive(ranking.head_negative, count))
-    for head in up - down:
-        scales[head] = 1 + enhance
-    for head in down - up:
-        scales[head] = 1 - suppress
-    settings = {"how": "topk", "heads": count, "enhance": enhance, "suppress": suppress}
+    positive, negative = ranking.head_positive, ranking.head_negative
+    for head in up | down:
+        helps = float(positive[head]) if head in up else 0.0
+        hurts = float(negative[head]) if head in down else 0.0
+        if helps != hurts:
+            scales[head] = 1 + enhance if helps > hurts else 1 - suppress
+    settings: dict[str, Any] = {"how": "topk", "heads": count, "enhance": enhance, "suppress": suppress}
+    if up & down:
+        settings["in_both_lists"] = [list(head) for head in sorted(up & down)]
     return _steering(ranking, settings, head_scales=scales)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from hones_eval.core.artifact import write_json, write_text
-from hones_eval.jobs.study import WAYS, verdict
+from hones_eval.jobs.study import WAYS
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import csv_table, markdown_table, short_names
 
 Row = Mapping[str, Any]
+VERDICTS = ("better", "worse", "no clear difference", "too few")
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
@@ -31,7 +32,7 @@ def _page(report: Mapping[str, Any]) -> str:
     parts = [
         "# Does scaling the neurons of a task help it?\n",
         f"Neurons chosen on discovery, scales on development, measured on test ({sizes} examples); intervals "
-        "are 95 %, paired, over pictures. A gain is positive where steering helped.\n",
+        "are 95 %, paired, over images. A gain is positive where steering helped.\n",
     ]
     parts += [f"- {note}\n" for note in report.get("notes", [])]
     has_shifted = any(row["split"] == "shifted" for row in own)
@@ -70,10 +71,18 @@ def _gain(row: Row) -> str:
 def _conclusion(rows: Sequence[Row]) -> str:
     lines = []
     for how in WAYS:
-        verdicts = [verdict(row["gain_low"], row["gain_high"]) for row in rows if row["how"] == how]
-        counts = ", ".join(f"{kind} on {verdicts.count(kind)}" for kind in ("better", "worse", "same"))
+        verdicts = [row["verdict"] for row in rows if row["how"] == how]
+        counts = ", ".join(f"{kind} on {verdicts.count(kind)}" for kind in VERDICTS if kind in verdicts)
         lines.append(f"- {how}: {counts} of {len(verdicts)} tasks")
-    return "By intervals that exclude zero:\n\n" + "\n".join(lines) + "\n"
+    least = [row["detectable"] for row in rows if row["detectable"] is not None]
+    if least:
+        lines.append(
+            f"- Power: the smallest gain found with probability 0.8 is {min(least):.3f} to {max(least):.3f}, "
+            "depending on the row."
+        )
+    else:
+        lines.append("- Power: with so few examples no gain would be found with probability 0.8.")
+    return "Verdicts, corrected over the whole table (Holm):\n\n" + "\n".join(lines) + "\n"
 
 
 def _moves(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:
@@ -87,7 +96,7 @@ def _side_effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for how in WAYS:
         mine = [row for row in rows if row["how"] == how]
         worst = min(mine, key=lambda row: row["gain"])
-        verdicts = [verdict(row["gain_low"], row["gain_high"]) for row in mine]
+        verdicts = [row["verdict"] for row in mine]
         found.append(
             {
                 "scales": how,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,12 +103,29 @@ def resample_results(
     By means if the metric is the mean of the examples' values (or 100 times that), else by recomputing it on
     at most 199 resamples.
     """
+    found = example_values(metric, aggregate, results)
+    if found is not None:
+        return resample_means(found.values * found.scale, clusters, seed=seed, resamples=resamples)
+    return resample_metric(aggregate, results, clusters, seed=seed, resamples=min(resamples, 199))
+
+
+class ExampleValues(NamedTuple):
+    """A metric that is a mean: values [n, c] of `n` examples under `c` conditions, and the mean's factor."""
+
+    values: Floats
+    scale: float
+
+
+def example_values(
+    metric: str, aggregate: Callable[[list[Any]], float], results: Sequence[Sequence[dict[str, Any]]]
+) -> ExampleValues | None:
+    """The values whose mean, times 1 or 100, is the metric of every condition; None for a corpus metric."""
     observed = [aggregate(list(condition)) for condition in results]
     values = np.array([[_number(result.get(metric)) for result in condition] for condition in results]).T
     for scale in (1.0, 100.0):
         if np.allclose(values.mean(axis=0) * scale, observed, rtol=1e-6, atol=1e-9):
-            return resample_means(values * scale, clusters, seed=seed, resamples=resamples)
-    return resample_metric(aggregate, results, clusters, seed=seed, resamples=min(resamples, 199))
+            return ExampleValues(values, scale)
+    return None
 
 
 def _number(value: Any) -> float:
