@@ -23,6 +23,8 @@ HowHeads = Literal["signed", "topk"]
 """Ways to scale heads by their scores."""
 How = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "tuned", "signed", "topk"]
 """Every way to scale."""
+Way = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "tuned", "signed", "topk"]
+"""Ways to scale that a spike-in can repair with."""
 TunedSites = Literal["all", "heads", "neurons"]
 """The sites that `tuned` may scale."""
 Neurons = float | Literal["all"]

@@ -21,6 +21,8 @@ COMMANDS = (
     "edit",
     "leaderboard",
     "export",
+    "spike-in",
+    "power",
 )
 
 # The file that a finished run of a command leaves in --out. An --out that holds it is refused unless
@@ -33,6 +35,8 @@ ARTIFACTS = {
     "compare": "compare.json",
     "trace": "trace.json",
     "lens": "lens.json",
+    "spike-in": "spike_in.json",
+    "power": "power.json",
     "export": "config.json",
 }
 

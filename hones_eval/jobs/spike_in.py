@@ -12,12 +12,12 @@ with a paired interval, compared with the exact repair of the planted sites and 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hones_eval.choices import HowHeads, HowNeurons, Method, Plant
+from hones_eval.choices import HowHeads, HowNeurons, Method, Plant, Way
 from hones_eval.core.attach import AttachMode, steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads, top_neurons
@@ -37,7 +37,6 @@ from hones_eval.stats.paired import Floats
 from hones_eval.stats.verdicts import Judged, judge
 from hones_eval.version import __version__
 
-Way = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "tuned", "signed", "topk"]
 UNDAMAGED, REPAIR = "undamaged", "exact repair"
 
 

@@ -67,6 +67,23 @@ def build_task(
     return task
 
 
+def task_size(name: str, include_path: str | Path | None = None) -> int:
+    """The number of documents in the split that a task is evaluated on; no model is needed.
+
+    Raises: TaskError for an unknown task, or one whose YAML or data set fails.
+    """
+    manager = _manager("", include_path)
+    name = _leaf(manager, name)
+    if own_file := users_file(manager, name):
+        check_task_file(own_file)
+    with failing_at_once(), quiet():
+        try:
+            task = get_task_dict([name], manager, "simple")[name]
+            return len(task.eval_docs_no_media)
+        except Exception as error:
+            raise failure(f"task {name} cannot be built", error) from error
+
+
 def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Instance]]:
     """The requests of at most `limit` documents from `offset` on: one per document, or one per choice.
 

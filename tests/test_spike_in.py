@@ -1,0 +1,239 @@
+"""Spike-ins, tuned scales and power through the commands, compared with plain hooks and loops."""
+
+import json
+from pathlib import Path
+
+import own_answers
+import plain
+import pytest
+import torch
+
+from hones_eval import api
+from hones_eval.__main__ import main
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron, top_neurons
+from hones_eval.core.steering import Steering
+from hones_eval.errors import HonesError
+from hones_eval.jobs.spike_in import SpikeIn, shuffled, spike_in, standing
+from hones_eval.jobs.tune import TuneSettings, split_by_image, tune
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.methods import scaling
+from hones_eval.methods.learning import TargetLosses
+
+
+@pytest.fixture(scope="module")
+def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def ranking(own: own_answers.Prepared) -> Ranking:
+    return Ranking.load(own.rankings / "hones")
+
+
+@pytest.fixture(scope="module")
+def model(own: own_answers.Prepared) -> api.Model:
+    return api.load(own_answers.MODEL, own.model_args)
+
+
+def part(model: api.Model, own: own_answers.Prepared, offset: int, limit: int) -> TaskExamples:
+    return model.examples("own_a", include_path=own.tasks, offset=offset, limit=limit)
+
+
+def plain_match(model: api.Model, examples: TaskExamples, scales: torch.Tensor) -> float:
+    """Exact match with every neuron multiplied by its scale, by independent hooks on `down_proj`."""
+    blocks = zip(plain.layers(model.model), scales, strict=True)
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args, row=row: (args[0] * row,))
+        for block, row in blocks
+    ]
+    try:
+        right = 0
+        for i in range(len(examples)):
+            example = examples[i]
+            tokens = model.model.generate(**example.inputs, **example.settings)[0]
+            text = examples.decode(i, tokens[example.inputs["input_ids"].shape[1] :].tolist())
+            right += text.strip() == example.target
+    finally:
+        for handle in handles:
+            handle.remove()
+    return right / len(examples)
+
+
+def test_the_damage_and_its_repair_are_those_of_plain_hooks(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    test = part(model, own, 8, 4)
+    inputs = test[0].inputs
+    before = model.model(**inputs).logits
+    job = SpikeIn(
+        ranking,
+        model.replayer,
+        model.loop,
+        discovery=part(model, own, 4, 2),
+        development=part(model, own, 6, 2),
+        test=test,
+        neurons=0.3,
+        damp=0.01,
+        method="dvp",
+        ways=("fixed",),
+        factor=3.0,
+        trials=2,
+    )
+    report = spike_in(job)
+    assert torch.equal(model.model(**inputs).logits, before), "the model was not given back as it was"
+    damage = torch.ones_like(ranking.neuron_scores)
+    planted = [Neuron(*site) for site in report["planted"]]
+    assert planted == top_neurons(ranking.neuron_scores, round(0.3 * damage.numel()))
+    for neuron in planted:
+        damage[neuron] = 0.01
+    assert report["undamaged"] == plain_match(model, test, torch.ones_like(damage))
+    assert report["damaged"] == plain_match(model, test, damage)
+    assert report["damaged"] < report["undamaged"], "the damage costs nothing, so this test is uninformative"
+    repair, fixed = report["rows"][0], report["rows"][1]
+    assert (repair["scales"], repair["value"], repair["recovered"]["value"]) == (
+        "exact repair",
+        report["undamaged"],
+        1.0,
+    )
+    assert fixed["scales"] == "fixed"
+    assert fixed["value"] - report["damaged"] == pytest.approx(fixed["gain"])
+    loss = report["undamaged"] - report["damaged"]
+    assert fixed["recovered"]["value"] == pytest.approx(fixed["gain"] / loss)
+    assert [row["scales"] for row in report["rows"]][2:] == ["fixed, on a random bank"]
+    assert {row["scales"] for row in report["controls"]} == {
+        f"random {trial}: {name}" for trial in (1, 2) for name in ("exact repair", "fixed")
+    }
+    assert {row["verdict"] for row in report["rows"]} == {"too few"}
+    assert report["planted_in_rankings"]["undamaged"]["found"] == len(planted)
+
+
+def test_the_command_writes_a_report_a_table_and_a_figure(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = own.command("spike-in", "--ranking", own.rankings / "hones", "--plant", "heads", "--heads", 3)
+    given += ["--damp", "0.1", "--parts", "[2,1,4]", "--how", '["fixed"]', "--trials", "1", "--method", "dvp"]
+    assert main([*given, "--out", str(tmp_path / "not")]) == 1
+    line = own_answers.complaint(capsys.readouterr().err)
+    assert "1 of the 4 images of own_a" in line
+    assert "testing needs other images" in line
+    ranked = ["--method", "hones", "--limit", 2, "--heads", 3, "--out", tmp_path / "ranking"]
+    assert main(own.command("rank", *ranked)) == 0
+    given[given.index(str(own.rankings / "hones"))] = str(tmp_path / "ranking")
+    given[given.index("[2,1,4]")] = "[2,3,4]"
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "spike_in.json").read_text())
+    assert len(report["planted"]) == 3
+    assert [one["offset"] for one in report["examples"].values()] == [0, 2, 5]
+    page = (tmp_path / "out" / "spike_in.md").read_text()
+    assert "| exact repair |" in page
+    assert "The same scales on random sites" in page
+    assert (tmp_path / "out" / "spike_in.png").read_bytes().startswith(b"\x89PNG")
+    assert "exact repair: recovered" in capsys.readouterr().out
+    for flags, message in (
+        (["--damp", "0"], "--damp 0: give a scale above 0"),
+        (["--parts", "[1]"], "--parts"),
+    ):
+        assert main([*given, *flags, "--out", str(tmp_path / "not")]) == 1
+        assert message in own_answers.complaint(capsys.readouterr().err)
+
+
+def test_tuned_scales_have_the_smallest_held_out_loss_of_a_plain_loop(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    examples = part(model, own, 4, 8)
+    settings = TuneSettings(rates=(0.05, 0.2), epochs=2, sparsity=0.1)
+    bank = [Neuron(layer, neuron) for layer in range(4) for neuron in range(20)]
+    found = tune(ranking, model.replayer, examples, bank, settings, model.loop)
+    train, held_out = split_by_image(examples, settings.held_out, settings.seed)
+    assert sorted([*train, *held_out]) == list(range(8))
+    shown = [{image for i in some for image in examples[i].image_hashes} for some in (train, held_out)]
+    assert not shown[0] & shown[1]
+    losses = found.report["held_out_loss_by_rate_and_epoch"]
+    assert list(losses) == ["0.05, 1", "0.05, 2", "0.2, 1", "0.2, 2"]
+    assert found.report["held_out_loss_without"] == pytest.approx(
+        plain_loss(model, examples, held_out, None), rel=1e-4
+    )
+    if found.steering is None:
+        assert min(losses.values()) >= found.report["held_out_loss_without"]
+        return
+    assert found.report["held_out_loss"] == min(losses.values()) < found.report["held_out_loss_without"]
+    measured = plain_loss(model, examples, held_out, found.steering.neuron_scales)
+    assert found.report["held_out_loss"] == pytest.approx(measured, rel=1e-3)
+    changed = {Neuron(*site) for site in (found.steering.neuron_scales != 1).nonzero().tolist()}
+    assert changed <= set(bank)
+    assert found.report["scaled_sites"] == len(changed)
+
+
+def plain_loss(
+    model: api.Model, examples: TaskExamples, indices: list[int], scales: torch.Tensor | None
+) -> float:
+    """The mean cross-entropy of the targets' tokens, by independent hooks."""
+    total = 0.0
+    for index in indices:
+        example = examples[index]
+        handles = []
+        if scales is not None:
+            for block, row in zip(plain.layers(model.model), scales, strict=True):
+                hook = block.mlp.down_proj.register_forward_pre_hook(
+                    lambda _, args, row=row: (args[0] * row,)
+                )
+                handles.append(hook)
+        longer = plain.with_answer(model.model, example.inputs, example.target_ids)
+        start = example.inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            logits = model.model(**longer).logits[0, start - 1 : -1]
+        for handle in handles:
+            handle.remove()
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.target_ids)))
+    return total / len(indices)
+
+
+def test_held_out_losses_of_many_steerings_are_those_of_one_at_a_time(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    examples = part(model, own, 4, 4)
+    steerings = {str(factor): scaling.fixed(ranking, factor, 0.2) for factor in (0.0, 3.0, -2.0)}
+    totals = model.loop.run(examples, TargetLosses(model.replayer, steerings, [1, 3]), "losses")
+    assert int(totals.sums["examples"]) == 2
+    found = (totals.sums["losses"] / 2).tolist()
+    scales = [None, *(steering.neuron_scales for steering in steerings.values())]
+    assert found == pytest.approx([plain_loss(model, examples, [1, 3], one) for one in scales], rel=1e-4)
+    assert len({round(value, 4) for value in found}) == 4
+
+
+def test_a_strong_sparsity_keeps_every_scale_at_one_and_settings_are_checked(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    few = part(model, own, 4, 3)
+    with pytest.raises(HonesError, match="3 development images are too few"):
+        split_by_image(few, 0.25, 0)
+    for wrong in ({"ceiling": 1.0}, {"sparsity": 1.0}, {"rates": ()}, {"epochs": 0}):
+        with pytest.raises(HonesError):
+            TuneSettings(**wrong)
+
+
+def test_controls_are_the_same_scales_on_other_sites_of_the_same_layers(ranking: Ranking) -> None:
+    steering = scaling.fixed(ranking, 4.0, 0.1)
+    control = shuffled(steering, 1)
+    assert torch.equal((control.neuron_scales != 1).sum(1), (steering.neuron_scales != 1).sum(1))
+    assert not torch.equal(control.neuron_scales, steering.neuron_scales)
+    assert isinstance(control, Steering)
+    worst = top_neurons(-ranking.neuron_scores, 3)
+    assert standing(ranking, worst)["found"] == 0
+
+
+def test_power_says_how_many_examples_a_difference_needs(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["power", "--tasks", "own_a", "--include_path", str(own.tasks), "--out", str(tmp_path)]
+    assert main([*given, "--difference", "0.03", "--deviation", "0.5"]) == 0
+    report = json.loads((tmp_path / "power.json").read_text())
+    assert report["examples_by_share"]["0"] == 263
+    assert report["examples_graded"] == 2181
+    assert report["tasks"]["own_a"]["examples"] == 12
+    out = capsys.readouterr().out
+    assert "263 examples if 3% (gains alone) of the answers change" in out
+    assert "own_a: 12 examples; the smallest difference found:" in out
+    assert main([*given, "--difference", "3", "--overwrite"]) == 1
+    assert "--difference 3: give a number between 0 and 1" in own_answers.complaint(capsys.readouterr().err)
