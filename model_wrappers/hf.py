@@ -30,9 +30,9 @@ from .hf_requests import (
     images,
     parts,
     texts,
-    until,
     visual_part,
 )
+from .settings import until
 from .steered import Steered
 
 WITHOUT_TEMPLATE = ("paligemma",)

@@ -75,12 +75,6 @@ def texts(messages: Messages) -> list[str]:
     return [part["text"] for turn in messages for part in turn["content"] if part["type"] == "text"]
 
 
-def until(settings: dict[str, Any]) -> list[str]:
-    """The strings that end an answer."""
-    until = settings.get("until") or []
-    return [until] if isinstance(until, str) else list(until)
-
-
 def cut(text: str, until: Sequence[str]) -> str:
     """An answer up to the first string that ends it, without white space around it."""
     text = text.strip()

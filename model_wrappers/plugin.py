@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from hones_eval.errors import HonesError
 
@@ -30,6 +31,7 @@ def install() -> None:
     after_import("lmms_eval.tasks", _patch_tasks)
     after_import("lmms_eval.caching.response_cache", _patch_cache)
     after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
+    after_import("lmms_eval.evaluator", _patch_settings)
     after_import("pycocoevalcap.eval", share_caption_tools)
 
 
@@ -179,6 +181,34 @@ def _patch_tracker(module: ModuleType) -> None:
             raise _ending(error) from error
 
     tracker.save_results_aggregated = save_with_manifest
+
+
+def _patch_settings(module: ModuleType) -> None:
+    """Parse `--gen_kwargs` with lists, and remember them: steered models check that they reach the model."""
+    evaluate, parse = module.simple_evaluate, module.simple_parse_args_string
+    if hasattr(evaluate, "_settings_checked"):
+        return
+
+    @wraps(evaluate)
+    def with_settings(*args: Any, **kwargs: Any) -> Any:
+        if not is_ours(kwargs.get("model", args[0] if args else None)):
+            return evaluate(*args, **kwargs)
+        from .settings import wanted_settings
+
+        given = kwargs.get("gen_kwargs")
+        registry.wanted_settings = wanted_settings(given)
+
+        def parsed(text: str) -> Any:
+            return registry.wanted_settings if text == given else parse(text)
+
+        try:
+            with mock.patch.object(module, "simple_parse_args_string", parsed):
+                return evaluate(*args, **kwargs)
+        finally:
+            registry.wanted_settings = {}
+
+    with_settings._settings_checked = True  # type: ignore[attr-defined]
+    module.simple_evaluate = with_settings  # type: ignore[attr-defined]
 
 
 def _patch_evaluate(module: ModuleType) -> None:

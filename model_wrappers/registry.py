@@ -42,6 +42,8 @@ BASES = {f"{method}_{name}": family.base for method in GENERIC for name, family 
 
 generic_base: str | None = None
 """The last value of `base=`: models are built before their tasks are loaded."""
+wanted_settings: dict[str, Any] = {}
+"""The generation settings that the user of the current run gave."""
 latest_record: "RunRecord | None" = None
 """The record of the last steered model that was built."""
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hones_eval.core.artifact import hash_of, write_json
 from hones_eval.core.images import image_hash
 from hones_eval.core.steering import Steering
+from hones_eval.lmms.chat_text import with_context
 from hones_eval.version import __version__
 
 Document = tuple[str, Any]
@@ -53,6 +54,10 @@ class RunRecord:
         self._requests: dict[int, Instance] = {}
         self._task_dict: Mapping[str, Any] = {}
         self.errors: list[dict[str, Any]] = []
+        self.until: dict[str, dict[str, Any]] = {}
+        """By task with `until`: the strings, and whether the wrapper ends answers there."""
+        self.generation: dict[str, dict[str, Any]] = {}
+        """By task, the settings that reached `generate`."""
 
     def add(self, requests: list[Instance], task_dict: Mapping[str, Any]) -> None:
         """Keep requests, whether answered or found in a cache; padding of a rank is left out."""
@@ -91,6 +96,8 @@ class RunRecord:
             "base_wrapper": self.base_wrapper,
             "steering": self._steering(),
             "requests": {} if self.errors else self._fingerprints(),
+            "until": self.until,
+            "generation": self.generation,
             "errors": self.errors,
             "results": results,
             "rank": self.rank,
@@ -135,7 +142,7 @@ class RunRecord:
 
 def _shown(request: Instance, task_dict: Mapping[str, Any]) -> tuple[list[str], list[Image]]:
     """The texts and images of one request, from the same functions that the wrapper calls."""
-    arguments, texts = request.args, _texts(request)
+    arguments, texts = with_context(request).args, _texts(request)
     sources = [part for part in arguments if callable(part)]
     if not sources:
         return texts, []

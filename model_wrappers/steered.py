@@ -9,7 +9,8 @@ from typing import Any, cast, get_args
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
-from lmms_eval.api.model import lmms
+from lmms_eval.api.model import CacheHook, lmms
+from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -18,14 +19,17 @@ from hones_eval.core.attach import AttachMode, attach_steering
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
-from hones_eval.lmms.answers.kind import NextTokenReader
+from hones_eval.lmms.answers.kind import NextTokenReader, settings_of
 from hones_eval.lmms.answers.registry import plain_settings, reader_of
 from hones_eval.lmms.answers.tokens import tokenizer_of
+from hones_eval.lmms.arguments import parsed
+from hones_eval.lmms.chat_text import with_context
 
 from . import registry
 from .likelihoods import as_results, likelihood, recorded_prompt
 from .run_manifest import RunRecord
-from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
+from .settings import ends_at, refuse_contradiction, until
+from .watch import WITHOUT_IMAGE, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
@@ -79,6 +83,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             finish=self.generated,
             must_act=must_act,
         )
+        self._watched.wanted = registry.wanted_settings
         self._inner.__dict__["generate"] = self._watched
         self.record = RunRecord(
             wrapper=self,
@@ -88,7 +93,14 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             settings={"path": steering, "strength": float(strength), "attach": attach},
             weights=weights,
         )
+        self.record.generation = self._watched.reached
         registry.latest_record = self.record
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """Build the model from a `--model_args`. Raises: HonesError where it cannot be parsed."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**(given | parsed(arg_string)))
 
     @property
     def fingerprint(self) -> str:
@@ -105,6 +117,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
         Raises: HonesError naming task and document; a failure never becomes an answer.
         """
+        for request in requests:
+            refuse_contradiction(self._watched.wanted, settings_of(request))
         readers = {i: reader_of(request, self) for i, request in enumerate(requests)}
         in_words = [i for i, reader in readers.items() if reader is None]
         answers = dict(zip(in_words, self._in_words([requests[i] for i in in_words]), strict=True))
@@ -116,9 +130,41 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     def _in_words(self, requests: list[Instance]) -> list[Any]:
         if not requests:
             return []
+        self._check_until(requests)
         answers = self._answer("generate_until", requests)
         self._watched.check_rows(len(requests), type(self).__name__)
         return answers
+
+    def _check_until(self, requests: list[Instance]) -> None:
+        """Find out for each task with `until` whether the wrapper ends answers there, and record it.
+
+        Raises: HonesError when the user gave `until` and the wrapper ignores it.
+        """
+        for request in requests:
+            task, stops = str(request.task_name), until(settings_of(request))
+            if not stops or task in self.record.until or not self._watched.is_installed():
+                continue
+            obeyed = ends_at(self._inner, tokenizer_of(self), self._asked, request, stops[0])
+            self.record.until[task] = {"strings": stops, "obeyed": obeyed}
+            if obeyed is False and "until" in self._watched.wanted:
+                raise HonesError(
+                    f"--gen_kwargs until={stops}: {self.base_wrapper} does not end answers there; leave it "
+                    "out, or use --model hones_hf, which does"
+                )
+            if obeyed is False:
+                logger.warning(
+                    f"{self.base_wrapper} ignores until={stops} of task {task}, so its answers are not "
+                    "comparable with those of a wrapper that obeys it; the run manifest says so"
+                )
+
+    def _asked(self, requests: list[Instance]) -> list[Any]:
+        """Answers of the base wrapper to requests that are not part of the run; they are not cached."""
+        cache = getattr(self, "cache_hook")  # noqa: B009  lmms-eval does not declare it
+        self.cache_hook = CacheHook(None)
+        try:
+            return self._through("generate_until", requests)
+        finally:
+            self.cache_hook = cache
 
     def _read_answer(self, reader: NextTokenReader, request: Instance) -> str:
         """The answer that a reader reads from the logits of the request's `generate`.
@@ -153,10 +199,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return [self._likelihood(request) for request in bar]
 
     def _likelihood(self, request: Instance) -> tuple[float, bool]:
-        def generate_until(asked: list[Instance]) -> list[Any]:
-            return self._through("generate_until", asked)
-
-        prompt = recorded_prompt(self._inner, generate_until, request, simple=self.is_simple)
+        prompt = recorded_prompt(self._inner, self._asked, request, simple=self.is_simple)
         return likelihood(self._inner, tokenizer_of(self), prompt, str(request.args[1]).strip())
 
     def clean(self) -> None:
@@ -192,6 +235,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
         Its settings are copied too: some wrappers modify them, which would change lmms-eval's cache keys.
         """
+        request = with_context(request)
         guarded = copy.copy(request)
         guarded.arguments = tuple(
             plain_settings(copy.deepcopy(part))
@@ -204,11 +248,14 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return guarded
 
     def _failed(self, error: Exception) -> HonesError:
-        where = self._watched.current
+        where = self._watched.failed_at or self._watched.current
         self.record.add_error(where, error)
         name = f"{self.base_wrapper}, task {where[0]}, doc {where[1]}" if where else self.base_wrapper
         kind = "" if isinstance(error, HonesError) else f"{type(error).__name__}: "
-        return HonesError(f"{name}: {kind}{' '.join(str(error).split())}")
+        message = " ".join(str(error).split())
+        if self._watched.failed_without_media and "hones_hf" not in (self.base_wrapper, *message.split()):
+            message += WITHOUT_IMAGE
+        return HonesError(f"{name}: {kind}{message}")
 
 
 def inner_model(wrapper: lmms) -> PreTrainedModel:

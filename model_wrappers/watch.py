@@ -21,6 +21,8 @@ from hones_eval.core.attach import AttachedSteering
 from hones_eval.errors import EditError, HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader
 
+from .settings import check_reached, settings_reached
+
 Finish = Callable[[Mapping[str, Any], Tensor], Tensor]
 
 ONE_TOKEN = {
@@ -35,6 +37,10 @@ ONE_TOKEN = {
     "output_logits": True,
 }
 """Settings for one greedy token, in place of the task's own."""
+
+
+WITHOUT_IMAGE = "; it shows no image, and hones_hf answers such questions: --model hones_hf"
+Document = tuple[str, Any]
 
 
 class Failure(BaseException):
@@ -72,8 +78,12 @@ class WatchedGenerate:
             must_act: whether a steering that changes no logit of the first input is an error.
         """
         self.failure: Exception | None = None
+        self.failed_at: Document | None = None
+        self.failed_without_media = False
         self.rows = 0
-        self.current: tuple[str, Any] | None = None
+        self.current: Document | None = None
+        self.shown = True
+        """Whether the current document has images or other media."""
         self._model = model
         self._generate = cast(Callable[..., Any], model.generate)
         self._attached = attached
@@ -82,14 +92,24 @@ class WatchedGenerate:
         self._unproven = must_act
         self.reader: NextTokenReader | None = None
         """Reads the next answer from logits; None where answers are generated in words."""
+        self.wanted: Mapping[str, Any] = {}
+        """Generation settings that the user gave, which have to reach the model."""
+        self.reached: dict[str, dict[str, Any]] = {}
+        """By task, the generation settings that reached the model with its first request."""
+        self._last: tuple[Any, Document | None] = (None, None)
+        self._nan_hook = None if attached is None else model.register_forward_hook(self._refuse_nan)
+        self._refusing_nan = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; prove on the first call that the steering acts, and check on each that every edit ran."""
         try:
+            self._refuse_previous_input(args, kwargs)
+            self._check_settings(kwargs)
             if self._unproven:
                 self._prove(args, kwargs)
                 self._unproven = False
-            output = self._generated(args, kwargs)
+            with self.refusing_nan():
+                output = self._generated(args, kwargs)
             self.check_ran()
             if isinstance(output, Tensor):
                 output = self._finish(kwargs, output)
@@ -102,8 +122,8 @@ class WatchedGenerate:
         if self.reader is None:
             return self._generate(*args, **kwargs)
         output = self._generate(*args, **(dict(kwargs) | ONE_TOKEN))
-        prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        if not isinstance(prompt, Tensor):
+        prompt = _prompt_of(args, kwargs)
+        if prompt is None:
             raise HonesError(
                 "the wrapper passes no input_ids to generate, so no answer can be read from logits"
             )
@@ -113,13 +133,16 @@ class WatchedGenerate:
     def failed(self, error: Exception) -> Failure:
         """Keep an error, and return the Failure to raise for it."""
         if self.failure is None:
-            self.failure = error
+            self.failure, self.failed_at = error, self.current
+            self.failed_without_media = not self.shown and not isinstance(error, EditError)
         return Failure(error)
 
     def restart(self) -> None:
         """Clear failures and counts before another batch of requests."""
-        self.failure = None
+        self.failure = self.failed_at = None
+        self.failed_without_media = False
         self.rows = 0
+        self._last = (None, None)
 
     def check_ran(self) -> None:
         """Raise EditError when an edit of the steering did not run since the last check."""
@@ -131,7 +154,7 @@ class WatchedGenerate:
 
         Does nothing while `generate` is replaced by another function, as when inputs are recorded.
         """
-        if self._model.__dict__.get("generate") is self and self.rows < requests:
+        if self.is_installed() and self.rows < requests:
             raise HonesError(
                 f"{name} answered {requests - self.rows} of {requests} requests without calling the model; "
                 "see its log for what could not be loaded"
@@ -141,7 +164,9 @@ class WatchedGenerate:
         """Detach the steering and restore the model's own `generate`. Safe to call twice."""
         if self._attached is not None:
             self._attached.detach()
-        if self._model.__dict__.get("generate") is self:
+        if self._nan_hook is not None:
+            self._nan_hook.remove()
+        if self.is_installed():
             del self._model.generate
 
     @contextmanager
@@ -149,9 +174,52 @@ class WatchedGenerate:
         """Prove on the first forward pass within the block that the steering acts."""
         handle = self._model.register_forward_hook(self._prove_forward, with_kwargs=True)
         try:
-            yield
+            with self.refusing_nan():
+                yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def refusing_nan(self) -> Iterator[None]:
+        """Raise Failure within the block when a forward pass of the steered model gives a NaN logit."""
+        self._refusing_nan = True
+        try:
+            yield
+        finally:
+            self._refusing_nan = False
+
+    def _refuse_nan(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook. Called for every step of decoding, so NaN that begins later is seen as well."""
+        logits = getattr(output, "logits", None)
+        watching = self._refusing_nan and not self._unproven
+        if watching and isinstance(logits, Tensor) and bool(logits.isnan().any()):
+            raise self.failed(EditError("the logits are NaN under the steering: lower its strength"))
+
+    def _refuse_previous_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse tensors that were already passed for another document.
+
+        Some wrappers keep the inputs of the previous question when they cannot make those of a question
+        without an image, and answer from them.
+        """
+        prompt = _prompt_of(args, kwargs)
+        previous, document = self._last
+        self._last = (prompt, self.current)
+        if prompt is not None and prompt is previous and document != self.current:
+            raise HonesError(
+                f"the wrapper passed the inputs of {document and document[1]} again{WITHOUT_IMAGE}"
+            )
+
+    def _check_settings(self, kwargs: Mapping[str, Any]) -> None:
+        """Check that the user's settings reached the model, and keep those of each task's first request."""
+        task = self.current[0] if self.current else ""
+        if task not in self.reached:
+            self.reached[task] = settings_reached(self._model, kwargs)
+        if self.is_installed():
+            check_reached(self._model, self.wanted, kwargs)
+
+    def is_installed(self) -> bool:
+        """Whether this object is the model's `generate`, and not replaced while inputs are recorded."""
+        return self._model.__dict__.get("generate") is self
 
     def _prove_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._unproven:
@@ -186,6 +254,12 @@ class WatchedGenerate:
         return logits
 
 
+def _prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The prompt's tokens among the arguments of `generate`."""
+    prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+    return prompt if isinstance(prompt, Tensor) else None
+
+
 @contextmanager
 def noticing_logged_errors(watched: WatchedGenerate) -> Iterator[None]:
     """Treat errors that are logged within the block as failures: wrappers log what they swallow."""
@@ -212,8 +286,22 @@ class WatchedSource:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the source. Raises: Failure, which wrappers do not catch."""
-        self._watched.current = self._document
+        self._watched.current, self._watched.shown = self._document, True
         try:
-            return self._source(*args, **kwargs)
+            content = self._source(*args, **kwargs)
         except Exception as error:
             raise self._watched.failed(error) from error
+        self._watched.shown = _has_media(content)
+        return content
+
+
+def _has_media(content: Any) -> bool:
+    """Whether a list of visuals, or of messages, contains anything but text."""
+    if not isinstance(content, list) or not content:
+        return bool(content)
+    if not isinstance(content[0], dict) or "role" not in content[0]:
+        return True
+    parts = [
+        part for message in content if not isinstance(message["content"], str) for part in message["content"]
+    ]
+    return any(part["type"] != "text" for part in parts)

@@ -53,12 +53,13 @@ def models_loaded_once() -> Iterator[None]:
     from hones_eval.api import model as loading
     from hones_eval.lmms.examples import load_lmm
 
-    loaded: dict[tuple[str, str], Any] = {}
+    loaded: dict[tuple[Any, ...], Any] = {}
 
-    def load(model: str, arguments: str) -> Any:
-        if (model, arguments) not in loaded:
-            loaded[model, arguments] = load_lmm(model, arguments)
-        return loaded[model, arguments]
+    def load(model: str, arguments: str, **more: Any) -> Any:
+        key = (model, arguments, *more.items())
+        if key not in loaded:
+            loaded[key] = load_lmm(model, arguments, **more)
+        return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_lmm", load)

@@ -146,9 +146,7 @@ def load(
     """
     if isinstance(model, torch.nn.Module):
         return _live(unwrapped(model), model_args, dtype, batch_size, devices, num_nodes)
-    lmm = load_lmm(model, model_args)
-    if dtype != "auto":
-        inner_model(lmm).to(getattr(torch, dtype))
+    lmm = load_lmm(model, model_args, dtype=None if dtype == "auto" else getattr(torch, dtype))
     return Model.wrap(lmm, model, model_args, batch_size=batch_size, devices=devices, num_nodes=num_nodes)
 
 

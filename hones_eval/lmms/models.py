@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
+from unittest import mock
 
 import torch
 from lmms_eval.api.model import lmms
-from lmms_eval.utils import simple_parse_args_string
 from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError, UnsupportedModelError, one_line
+from hones_eval.lmms.arguments import parsed
 
 # Set by launchers. A wrapper that sees them joins a process group and demands GPUs. Here each process
 # measures its own examples, and the loop adds up the sums of all processes.
@@ -23,7 +24,9 @@ LAUNCHER_VARIABLES = (
 )
 
 
-def load_lmm(model: str, model_args: str, *, device: str | None = None) -> lmms:
+def load_lmm(
+    model: str, model_args: str, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> lmms:
     """Build an lmms-eval model by name with batch size 1, as one process whatever launched this one.
 
     Args:
@@ -31,6 +34,8 @@ def load_lmm(model: str, model_args: str, *, device: str | None = None) -> lmms:
         model_args: a value of `lmms-eval --model_args`; it takes precedence over the defaults here.
         device: a torch device; by default this process's GPU, or the CPU where there is none. It is also
             passed as `device_map` to wrappers that have one.
+        dtype: the type in which the weights are loaded, also by wrappers that always load another one;
+            by default the wrapper's choice.
 
     Raises: HonesError for an unknown name (with the nearest ones) or a model that cannot be built.
     """
@@ -40,7 +45,7 @@ def load_lmm(model: str, model_args: str, *, device: str | None = None) -> lmms:
     defaults: dict[str, Any] = {"batch_size": 1, "device": device}
     if _takes(cls, "device_map"):
         defaults["device_map"] = device
-    with _launcher_hidden():
+    with _launcher_hidden(), _loading_in(dtype):
         try:
             lmm: lmms = cls(**(defaults | given | {"batch_size": 1}))
         except HonesError:
@@ -50,8 +55,29 @@ def load_lmm(model: str, model_args: str, *, device: str | None = None) -> lmms:
                 f"lmms-eval's {model} cannot be built from model_args {model_args!r}: "
                 f"{type(error).__name__}: {one_line(error)}"
             ) from error
-    inner_model(lmm).eval()
+    model_inside = inner_model(lmm).eval()
+    if dtype is not None:
+        model_inside.to(dtype)  # for wrappers with a loader of their own
     return lmm
+
+
+@contextmanager
+def _loading_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Load weights in a type within the block, whatever a wrapper asks for.
+
+    Converting a model after it was loaded in bfloat16 would keep weights that are already rounded.
+    """
+    if dtype is None:
+        yield
+        return
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("torch_dtype", None)
+        return load(cls, *args, **(kwargs | {"dtype": dtype}))
+
+    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)):
+        yield
 
 
 def _wrapper_class(model: str) -> type[lmms]:
@@ -70,12 +96,7 @@ def _wrapper_class(model: str) -> type[lmms]:
 
 
 def _parsed(model_args: str) -> dict[str, Any]:
-    try:
-        return dict(simple_parse_args_string(model_args))
-    except ValueError:
-        raise HonesError(
-            f"model_args {model_args!r} are not of the form name=value,name=value, as lmms-eval wants them"
-        ) from None
+    return parsed(model_args)
 
 
 def _own_device() -> str:

@@ -18,7 +18,9 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
 from hones_eval.errors import TaskError, one_line
+from hones_eval.lmms.arguments import parsed_settings
 from hones_eval.lmms.calls import quiet
+from hones_eval.lmms.chat_text import with_context
 from hones_eval.lmms.examples.judges import remote_judge
 from hones_eval.lmms.failures import failing_at_once, failure
 from hones_eval.lmms.task_files import broken_file, check_task_file, read_task_file, users_file
@@ -108,7 +110,7 @@ def build_requests(task: Task, limit: int | None, offset: int) -> list[list[Inst
     by_document: dict[int, list[Instance]] = {}
     for request in task.instances:
         by_document.setdefault(request.doc_id, []).append(request)
-    found = list(by_document.values())
+    found = [[with_context(request) for request in requests] for requests in by_document.values()]
     if task.OUTPUT_TYPE == CHOICE:
         for requests in found:
             if len(requests) < 2:
@@ -227,11 +229,7 @@ def _judged(name: str, judge: str) -> str:
 def _adjust(task: Task, gen_kwargs: str | None) -> None:
     """Set what `lmms_eval.evaluator.simple_evaluate` sets on every task before it builds requests."""
     if gen_kwargs:
-        try:
-            settings = utils.simple_parse_args_string(gen_kwargs)
-        except ValueError:
-            raise TaskError(f"gen_kwargs {gen_kwargs!r} should have the form name=value,name=value") from None
-        task.set_config("generation_kwargs", settings, update=True)
+        task.set_config("generation_kwargs", parsed_settings(gen_kwargs), update=True)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)
