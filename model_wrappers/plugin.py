@@ -31,7 +31,9 @@ def install() -> None:
     after_import("lmms_eval.tasks", _patch_tasks)
     after_import("lmms_eval.caching.response_cache", _patch_cache)
     after_import("lmms_eval.loggers.evaluation_tracker", _patch_tracker)
-    after_import("lmms_eval.evaluator", _patch_settings)
+    # lmms_eval.evaluator itself may be importing this; then the first task manager patches it.
+    if "lmms_eval.evaluator" not in sys.modules:
+        after_import("lmms_eval.evaluator", _patch_settings)
     after_import("pycocoevalcap.eval", share_caption_tools)
 
 
@@ -51,6 +53,8 @@ def _patch_tasks(module: ModuleType) -> None:
 
     @wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "lmms_eval.evaluator" in sys.modules:
+            _patch_settings(sys.modules["lmms_eval.evaluator"])
         if COMMAND in sys.modules:
             _patch_evaluate(sys.modules["lmms_eval.evaluator"])
         build(self, *args, **kwargs)
@@ -186,7 +190,7 @@ def _patch_tracker(module: ModuleType) -> None:
 def _patch_settings(module: ModuleType) -> None:
     """Parse `--gen_kwargs` with lists, and remember them: steered models check that they reach the model."""
     evaluate, parse = module.simple_evaluate, module.simple_parse_args_string
-    if hasattr(evaluate, "_settings_checked"):
+    if "_parses_settings" in vars(module):
         return
 
     @wraps(evaluate)
@@ -207,7 +211,7 @@ def _patch_settings(module: ModuleType) -> None:
         finally:
             registry.wanted_settings = {}
 
-    with_settings._settings_checked = True  # type: ignore[attr-defined]
+    module._parses_settings = True  # type: ignore[attr-defined]
     module.simple_evaluate = with_settings  # type: ignore[attr-defined]
 
 

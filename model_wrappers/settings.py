@@ -77,12 +77,13 @@ def ends_at(
     Returns: None when the tokenizer cannot write the string.
     """
     ids = tokenizer.encode(f"one{stop}two", add_special_tokens=False)
-    if stop not in tokenizer.decode(ids, skip_special_tokens=True):
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    if stop not in text:
         return None
-    stand_in = StandInForGenerate(model, ids, with_prompt=False)
+    stand_in = StandInForGenerate(model, ids, with_prompt=True)
     with replaced(model, "generate", stand_in), quiet():
         whole = str(unwrap_generation_output(generate_until([request])[0])[0])
-    return stop not in whole
+    return text not in whole
 
 
 def settings_reached(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -225,6 +225,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         except Exception as error:
             if method == "loglikelihood" and isinstance(error, NotImplementedError):
                 raise
+            self._watched.failed(error)
             raise self._failed(error) from error
         if self._watched.failure is not None:  # swallowed by the wrapper
             raise self._failed(self._watched.failure) from self._watched.failure
