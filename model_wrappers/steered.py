@@ -186,8 +186,11 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Log-likelihoods of choices by the base wrapper, or where it has none by `likelihood`."""
         self.record.add(requests, self.task_dict)
-        with self._watched.proving_forward():
-            answers = self._likelihoods(requests)
+        try:
+            with self._watched.proving_forward():
+                answers = self._likelihoods(requests)
+        except Failure as failure:  # raised in a forward pass outside the base wrapper
+            raise self._failed(failure.error) from failure.error
         self._watched.check_ran()
         return as_results(answers)
 
