@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -22,14 +23,15 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader, settings_of
 from hones_eval.lmms.answers.registry import plain_settings, reader_of
 from hones_eval.lmms.answers.tokens import tokenizer_of
-from hones_eval.lmms.arguments import parsed
+from hones_eval.lmms.arguments import check_arguments, check_folder, parsed
 from hones_eval.lmms.chat_text import with_context
+from hones_eval.lmms.examples.shown import WITHOUT_IMAGE
 
 from . import registry
 from .likelihoods import as_results, likelihood, recorded_prompt
 from .run_manifest import RunRecord
 from .settings import ends_at, refuse_contradiction, until
-from .watch import WITHOUT_IMAGE, Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
+from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
 class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
@@ -67,7 +69,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
                 "steering= is empty: give a folder or a hub id, or leave it out for the baseline"
             )
         _check_settings(strength, attach, allow_noop)
-        loaded = None if steering is None else Steering.load(str(steering))
+        check_arguments(type(self), kwargs, self.base_wrapper)
+        loaded = None if steering is None else _load(str(steering))
         base = _class_after(Steered, type(self))
         super().__init__(**(kwargs | _missing_devices(base, kwargs)))
         self._inner = inner_model(self)
@@ -260,6 +263,18 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         if self._watched.failed_without_media and "hones_hf" not in (self.base_wrapper, *message.split()):
             message += WITHOUT_IMAGE
         return HonesError(f"{name}: {kind}{message}")
+
+
+def _load(path: str) -> Steering:
+    """The steering of a folder or hub id. Raises: HonesError for a missing folder, or one with a ranking."""
+    check_folder("steering", path)
+    folder = Path(path)
+    if (folder / "ranking.json").is_file() and not (folder / "steering.json").is_file():
+        raise HonesError(
+            f"steering={path} is a ranking: make a steering of it with hones-eval scale --ranking {path} "
+            "--out DIR"
+        )
+    return Steering.load(path)
 
 
 def inner_model(wrapper: lmms) -> PreTrainedModel:

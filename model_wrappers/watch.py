@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hones_eval.core.attach import AttachedSteering
 from hones_eval.errors import EditError, HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader
+from hones_eval.lmms.examples.shown import WITHOUT_IMAGE
 
 from .settings import check_reached, settings_reached
 
@@ -39,7 +40,6 @@ ONE_TOKEN = {
 """Settings for one greedy token, in place of the task's own."""
 
 
-WITHOUT_IMAGE = "; it shows no image, and hones_hf answers such questions: --model hones_hf"
 Document = tuple[str, Any]
 
 

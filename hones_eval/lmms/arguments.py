@@ -4,8 +4,12 @@ lmms-eval splits the text at commas outside quotes and brackets. It then ends wi
 has no `=`, keeps quotes as a part of the value, and takes a list for one literal string.
 """
 
+import inspect
 import json
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.utils import _smart_comma_split, handle_arg_string
@@ -39,6 +43,39 @@ def parsed(text: str, flag: str = "--model_args") -> dict[str, Any]:
             raise HonesError(f"{flag}: {name} is given twice")
         found[name] = _value(name, value, flag)
     return found
+
+
+def check_arguments(cls: type, given: Mapping[str, Any], name: str) -> None:
+    """Check the arguments of a wrapper before it loads anything.
+
+    Args:
+        cls: the wrapper's class.
+        given: its arguments by name.
+        name: what messages call it.
+
+    Raises: HonesError for a misspelt name, a batch size that is not a number, or a folder that is missing.
+    """
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    parameters = [
+        parameter for one in constructors for parameter in inspect.signature(one).parameters.values()
+    ]
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+    for argument in given:
+        near = get_close_matches(argument, sorted(known), n=1)
+        if argument not in known and near:
+            raise HonesError(f"{name} has no argument {argument!r}: did you mean {near[0]}?")
+    batch_size = given.get("batch_size", 1)
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise HonesError(f"batch_size={batch_size}: {name} takes a whole number of at least 1")
+    check_folder("pretrained", given.get("pretrained"))
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Refuse a path of a folder that does not exist; anything else may be a hub id."""
+    text = str(value or "")
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/")
+    if is_path and not Path(text).expanduser().exists():
+        raise HonesError(f"{name}={text}: no such folder")
 
 
 def parsed_settings(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from transformers import PreTrainedModel
 
 from hones_eval.errors import HonesError, UnsupportedModelError, one_line
-from hones_eval.lmms.arguments import parsed
+from hones_eval.lmms.arguments import check_arguments, parsed
 
 # Set by launchers. A wrapper that sees them joins a process group and demands GPUs. Here each process
 # measures its own examples, and the loop adds up the sums of all processes.
@@ -41,6 +41,7 @@ def load_lmm(
     """
     cls = _wrapper_class(model)
     given = _parsed(model_args)
+    check_arguments(cls, given, f"lmms-eval's {model}")
     device = device or str(given.get("device") or _own_device())
     defaults: dict[str, Any] = {"batch_size": 1, "device": device}
     if _takes(cls, "device_map"):
@@ -53,12 +54,22 @@ def load_lmm(
         except Exception as error:
             raise HonesError(
                 f"lmms-eval's {model} cannot be built from model_args {model_args!r}: "
-                f"{type(error).__name__}: {one_line(error)}"
+                f"{type(error).__name__}: {one_line(error)}{_other_name(model)}"
             ) from error
     model_inside = inner_model(lmm).eval()
     if dtype is not None:
         model_inside.to(dtype)  # for wrappers with a loader of their own
     return lmm
+
+
+def _other_name(model: str) -> str:
+    """The way out where lmms-eval has a wrapper of Hugging Face checkpoints by a similar name."""
+    from lmms_eval.models import MODEL_REGISTRY_V2 as registry
+
+    other = f"{model}_hf"
+    return (
+        f"; for a Hugging Face checkpoint use --model {other}" if other in registry.list_model_names() else ""
+    )
 
 
 @contextmanager
@@ -91,7 +102,8 @@ def _wrapper_class(model: str) -> type[lmms]:
     try:
         found: type[lmms] = registry.get_model_class(model)
     except Exception as error:
-        raise HonesError(f"lmms-eval's {model} cannot be imported: {one_line(error)}") from error
+        reason = f"{one_line(error)}{_other_name(model)}"
+        raise HonesError(f"lmms-eval's {model} cannot be imported: {reason}") from error
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import lmms_eval.tasks
 import yaml
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List, Value
 from jinja2 import Environment, TemplateSyntaxError, meta
 from lmms_eval import utils
 from lmms_eval.api import metrics as _  # noqa: F401  registers them
@@ -52,7 +52,9 @@ FORMS = {
     "doc_to_text": Form(
         (str, ScalarNode), 'a column, a template such as "{{question}} Answer:", or !function'
     ),
-    "doc_to_target": Form((str, ScalarNode), "a column, a template, or !function"),
+    "doc_to_target": Form(
+        (str, int, ScalarNode), "a column, a template, the position of the right choice, or !function"
+    ),
     "metric_list": Form((list,), "a list of mappings, such as - metric: exact_match"),
     "generation_kwargs": Form((dict,), "a mapping, such as {max_new_tokens: 16}"),
     "doc_to_choice": Form(
@@ -239,7 +241,53 @@ def _check_columns(path: Path, config: Mapping[str, Any], rows: Dataset) -> None
                 f"{path}: column {column}: {len(empty)} of {len(rows)} rows have no value, the first is row "
                 f"{empty[0]} from 0 (in a CSV file NA, None and null are read as none: write JSON lines)"
             )
+    _check_answers(path, config, rows)
+    _check_choices(path, config, rows)
     _check_images(path, config.get("doc_to_visual"), rows, has)
+
+
+OF_ONE_REFERENCE = ("bleu", "chrf", "ter")
+"""lmms-eval's metrics that fail on an example with several gold answers."""
+
+
+def _check_answers(path: Path, config: Mapping[str, Any], rows: Dataset) -> None:
+    """Refuse gold answers that lmms-eval's metrics of texts count as wrong, or fail on."""
+    target = config["doc_to_target"]
+    chooses = config.get("output_type", "generate_until") != "generate_until"
+    if chooses or config.get("process_results") is not None or target not in rows.column_names:
+        return
+    feature = rows.features[target]
+    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float")):
+        raise TaskError(
+            f"{path}: doc_to_target: column {target!r} contains numbers, which never equal an answer in "
+            f'words; use a template: doc_to_target: "{{{{{target}}}}}"'
+        )
+    metrics = [entry.get("metric") for entry in config.get("metric_list") or []]
+    several = next((metric for metric in metrics if metric in OF_ONE_REFERENCE), None)
+    if several and isinstance(feature, List):
+        raise TaskError(
+            f"{path}: doc_to_target: column {target!r} contains lists, and {several} takes one gold answer "
+            "per example; name a column of texts, or score with process_results: !function"
+        )
+
+
+def _check_choices(path: Path, config: Mapping[str, Any], rows: Dataset) -> None:
+    """Refuse choices that are not at least two texts per example."""
+    named = config.get("doc_to_choice")
+    if isinstance(named, list):
+        examples = [named]
+    elif named in rows.column_names:
+        examples = list(rows[named])
+    else:
+        return
+    for number, choices in enumerate(examples):
+        texts = isinstance(choices, list) and all(isinstance(text, str) and text.strip() for text in choices)
+        if not texts or len(choices) < 2:
+            where = "" if isinstance(named, list) else f" in row {number} from 0"
+            raise TaskError(
+                f"{path}: doc_to_choice: {choices!r}{where} should be a list of at least two texts, none of "
+                "them empty; write numbers in quotes"
+            )
 
 
 def _named(path: Path, key: str, value: str, rows: Dataset) -> set[str]:

@@ -10,15 +10,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hones_eval.core.artifact import ExampleSet
-from hones_eval.errors import TaskError
-from hones_eval.lmms.answers.kind import RecordedTask
+from hones_eval.errors import HonesError, TaskError
+from hones_eval.lmms.answers.kind import RecordedTask, Recording
 from hones_eval.lmms.answers.registry import kind_with_metric, recorder_of
 from hones_eval.lmms.answers.tokens import tokenizer_of
 from hones_eval.lmms.example import Example
 from hones_eval.lmms.examples.fingerprints import Fingerprints
 from hones_eval.lmms.examples.gold import GoldAnswers, Proof
 from hones_eval.lmms.examples.scoring import Scorer
-from hones_eval.lmms.examples.shown import Shown, shown
+from hones_eval.lmms.examples.shown import WITHOUT_IMAGE, Shown, shown
 from hones_eval.lmms.examples.tasks import build_requests, build_task, document
 from hones_eval.lmms.playback import Playback
 
@@ -116,7 +116,7 @@ class TaskExamples(Dataset[Example]):
         request = self._request(index)
         text_hash, image_hashes = self._fingerprints.of(index)
         gold = self._gold.of(request.doc_id)
-        recording = self.recorder.record(index, gold.target)
+        recording = self._record(index, gold.target)
         return Example(
             index=index,
             task=self.task,
@@ -132,6 +132,15 @@ class TaskExamples(Dataset[Example]):
             details=recording.details,
             is_distractor=recording.is_distractor,
         )
+
+    def _record(self, index: int, gold: str) -> Recording:
+        try:
+            return self.recorder.record(index, gold)
+        except HonesError as error:
+            without_images = not self._fingerprints.of(index)[1]
+            if without_images and "hones_hf" not in str(error):
+                raise TaskError(f"{error}{WITHOUT_IMAGE}") from error
+            raise
 
     def with_same_images(self, index: int) -> list[Example]:
         """The neighbors of an example that show the same images, itself included, in blocks of 64.

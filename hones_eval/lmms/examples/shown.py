@@ -9,6 +9,9 @@ from PIL import Image
 
 from hones_eval.errors import HonesError, TaskError, one_line
 
+WITHOUT_IMAGE = "; it shows no image, and hones_hf answers such questions: --model hones_hf"
+"""The way out for wrappers that fail on a question without an image."""
+
 
 class Shown(NamedTuple):
     """The texts and images of one document."""
