@@ -12,7 +12,7 @@ from typing import Any
 
 from hones_eval.commands import ARTIFACTS, COMMANDS, command
 from hones_eval.commands.answer import print_as_json, show
-from hones_eval.errors import HonesError, UsageError
+from hones_eval.errors import HonesError, UsageError, printable
 from hones_eval.version import __version__
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HonesError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"hones-eval: {_one_line(error)}{_way_out(error, given)}", file=sys.stderr)
+        print(printable(f"hones-eval: {_one_line(error)}{_way_out(error, given)}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns an interrupt of a pass into an exit without a message.
@@ -76,7 +76,7 @@ def _run(given: Sequence[str], as_json: bool) -> None:
     if answer is not None:
         show(answer)
         if as_json:
-            print(json.dumps(answer.data, indent=1, ensure_ascii=False, default=str))
+            print(json.dumps(answer.data, indent=1, default=str))
 
 
 def _check_numbers(arguments: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ RESULTS_BYTES = 256 << 20  # one *_results.json
 MANIFEST_BYTES = 1 << 30  # one hones_manifest_*.json: two hashes per example
 SAMPLE_LINE_BYTES = 256 << 20  # one line of *_samples_*.jsonl, which may hold whole images
 SAMPLES_BYTES = 64 << 30  # one *_samples_*.jsonl, which is read line by line
-TASKS, METRICS = 10_000, 1000  # in one results file; per task
+TASKS, METRICS = 2000, 1000  # in one results file; entries per task, of which each metric takes three
 ERRORS = 10_000  # listed in one manifest
 
 # Images that a page shows
 IMAGE_BYTES = 64 << 20  # one image file, or one data URI
-IMAGE_PIXELS = 100_000_000  # width times height
+IMAGE_PIXELS = 64_000_000  # width times height
 
 # Charts
 CHART_HEADS = 40_000  # cells of a chart of head scales; a larger one is not drawn

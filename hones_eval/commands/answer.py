@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from hones_eval.errors import printable
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,7 +32,7 @@ def print_as_json(wanted: bool) -> None:
 
 def say(line: str) -> None:
     """Print a line at once, also where the output is a pipe."""
-    print(line, file=sys.stderr if _Output.as_json else sys.stdout, flush=True)
+    print(printable(line), file=sys.stderr if _Output.as_json else sys.stdout, flush=True)
 
 
 def show(answer: Answer) -> None:

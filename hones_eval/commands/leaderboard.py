@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.commands.answer import Answer
+from hones_eval.commands.answer import Answer, show
+from hones_eval.errors import HonesError
 
 if TYPE_CHECKING:
     from hones_eval.leaderboard import Board, Row
@@ -37,7 +38,12 @@ def leaderboard(
     board = make_board(
         logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title, pages=pages
     )
-    return answer_of(board, out)
+    answer = answer_of(board, out)
+    if not board.rows:
+        show(answer)
+        reason = next(iter(board.warnings), "no steered run was found")
+        raise HonesError(f"no steered run could be compared with a baseline: {reason}")
+    return answer
 
 
 def answer_of(board: "Board", out: Path) -> Answer:

@@ -158,6 +158,14 @@ def read_json(path: Path) -> Any:
         raise HonesError(f"{path} is not valid JSON: {error}") from None
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a path leads to a regular file. Paths that the system cannot hold lead to none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """Read a regular file of at most `most` bytes. Raises: HonesError that names the file."""
     try:

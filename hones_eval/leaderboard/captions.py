@@ -27,9 +27,13 @@ ALPHA, BETA, GAMMA, DELTA, WORTH = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8
 def is_caption_metric(metric: str, items: Sequence[Any]) -> bool:
     """Whether a metric is computed by pycocoevalcap, judged by its name and its entries."""
     return bool(items and _kind(metric)) and all(
-        isinstance(item, dict) and isinstance(item.get("pred"), str) and isinstance(item.get("answer"), list)
+        isinstance(item, dict) and isinstance(item.get("pred"), str) and _are_texts(item.get("answer"))
         for item in items
     )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def caption_scores(metric: str, items: Sequence[dict[str, Any]]) -> Floats | list[Counts] | str:

@@ -3,9 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from hones_eval import limits
+from hones_eval.core.files import is_regular, read_bounded
 from hones_eval.errors import HonesError
+from hones_eval.leaderboard.schemas import ResultsFile, parsed
+from hones_eval.leaderboard.text import path_name
 
 RESULTS, SAMPLES, MANIFEST = "_results.json", "_samples_", "hones_manifest_*.json"
 SUBMISSIONS = "submissions"  # where some lmms-eval tasks write files for an evaluation server
@@ -34,6 +38,7 @@ def find_files(paths: Sequence[Path]) -> Found:
         else:
             files.update(path.parent.glob(f"{stem(path)}*"))
             files.update((*path.parent.glob(MANIFEST), *path.parent.parent.glob(MANIFEST)))
+    files = {file for file in files if is_regular(file)}
     return Found(
         sorted(file for file in files if file.name.endswith(RESULTS) and file.parent.name != SUBMISSIONS),
         sorted(file for file in files if SAMPLES in file.name and file.suffix == ".jsonl"),
@@ -51,14 +56,16 @@ def samples_path(results: Path, task: str) -> Path:
     return results.parent / f"{stem(results)}{SAMPLES}{task}.jsonl"
 
 
-def load_results(path: Path) -> tuple[Path, dict[str, Any] | None, str]:
-    """The path and content of a results file; if the content is None, also the reason."""
+def load_results(path: Path) -> ResultsFile:
+    """Read a results file. Raises: HonesError that names the file and says what is wrong with it."""
+    name = path_name(path)
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        return path, None, f"truncated or not JSON ({error}); run lmms-eval again"
-    wanted = {"results": dict, "configs": dict, "config": dict}
-    for key, kind in wanted.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            return path, None, f"not lmms-eval results: '{key}' is missing"
-    return path, content, ""
+        content = json.loads(read_bounded(path, limits.RESULTS_BYTES).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise HonesError(f"{name}: truncated or not JSON ({error}); run lmms-eval again") from None
+    for key in ("results", "configs", "config"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise HonesError(f"{name}: not lmms-eval results: '{key}' is missing")
+    return parsed(
+        ResultsFile, content, lambda problem: f"{name}: not as lmms-eval writes results ({problem})"
+    )

@@ -1,8 +1,9 @@
 """Examples whose score changed between two runs, with their texts from the samples files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ class Flip:
     """One example that the steering changed.
 
     `image` is the hash of its first image in the run's manifest, `media` the first entry of `input_media` in
-    lmms-eval's sample; both may be empty.
+    lmms-eval's sample; both may be empty. `folder` is that of the samples.
     """
 
     doc_id: int
@@ -29,10 +30,11 @@ class Flip:
     scores: str
     image: str = ""
     media: str = ""
+    folder: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields that the page needs, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name not in ("image", "media")}
+        return {name: value for name, value in vars(self).items() if name not in ("image", "media", "folder")}
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,14 @@ def _flips(
             steered=shown_answer(new.get("filtered_resps")),
             scores=scores,
             image=_shown_image(after, int(place)) or _shown_image(before, int(place)),
-            media=str(next(iter(new.get("input_media") or old.get("input_media") or ()), "")),
+            media=_first_media(new) or _first_media(old),
+            folder=after.path.parent,
         )
+
+
+def _first_media(sample: Mapping[str, Any]) -> str:
+    media = sample.get("input_media")
+    return media[0] if isinstance(media, list) and media and isinstance(media[0], str) else ""
 
 
 def _shown_image(samples: Samples, place: int) -> str:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hones_eval import limits
+from hones_eval.core.files import read_bounded
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.identity import SteeringRef
+from hones_eval.leaderboard.schemas import ManifestFile, SteeringRecord, parsed
 from hones_eval.leaderboard.text import path_name
 
 Integers = NDArray[np.int64]
@@ -129,8 +132,8 @@ def read_manifest(path: Path, shared: SharedRequests) -> Manifest:
     Raises: HonesError when the file is not JSON, not a manifest, of another version, or misses a field.
     """
     try:
-        content = shared.decode(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        content = shared.decode(read_bounded(path, limits.MANIFEST_BYTES).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise HonesError(f"{path_name(path)} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise HonesError(f"{path_name(path)} is not a run manifest: its 'format' is not {FORMAT!r}")
@@ -138,42 +141,45 @@ def read_manifest(path: Path, shared: SharedRequests) -> Manifest:
         raise HonesError(
             f"{path_name(path)} has manifest format {content.get('format_version')}, not {FORMAT_VERSION}"
         )
+    checked = parsed(
+        ManifestFile, content, lambda problem: f"{path_name(path)} is not as we write manifests ({problem})"
+    )
     try:
-        return _manifest(path, content, shared)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise HonesError(
-            f"{path_name(path)} misses or misnames a field of a run manifest: {error!r}"
-        ) from None
+        created = datetime.fromisoformat(checked.created)
+        requests = {str(task): shared.of(task, listed) for task, listed in content["requests"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise HonesError(f"{path_name(path)} is not as we write manifests ({error!r})") from None
+    return _manifest(path, checked, requests, created if created.tzinfo else created.replace(tzinfo=UTC))
 
 
-def _manifest(path: Path, content: Mapping[str, Any], shared: SharedRequests) -> Manifest:
-    steering = content["steering"]
+def _manifest(
+    path: Path, content: ManifestFile, requests: Mapping[str, Requests], created: datetime
+) -> Manifest:
     versions = ("package_version", "lmms_eval_version", "torch_version", "transformers_version")
-    created = datetime.fromisoformat(content["created"])
     return Manifest(
         path=path,
-        base_name=str(content["base_model"]["id"]),
-        base_revision=content["base_model"].get("revision"),
-        base_weights=content["base_model"].get("weights"),
-        wrapper=str(content["wrapper"]),
-        base_wrapper=str(content["base_wrapper"]),
-        steering=None if steering is None else _steering(steering),
-        requests={task: shared.of(task, listed) for task, listed in content["requests"].items()},
-        errors=tuple((str(error.get("task") or ""), _error_text(error)) for error in content["errors"]),
-        versions={name: str(content[name]) for name in versions if name in content},
-        created=created if created.tzinfo else created.replace(tzinfo=UTC),
-        rank=int(content.get("rank", 0)),
-        results=content.get("results"),
+        base_name=content.base_model.id,
+        base_revision=content.base_model.revision,
+        base_weights=content.base_model.weights,
+        wrapper=content.wrapper,
+        base_wrapper=content.base_wrapper,
+        steering=None if content.steering is None else _steering(content.steering),
+        requests=requests,
+        errors=tuple((error.task or "", f"doc_id {error.doc_id}: {error.error}") for error in content.errors),
+        versions={name: value for name in versions if (value := getattr(content, name)) is not None},
+        created=created,
+        rank=content.rank,
+        results=content.results,
     )
 
 
-def _steering(content: Mapping[str, Any]) -> SteeringRef:
+def _steering(content: SteeringRecord) -> SteeringRef:
     return SteeringRef(
-        path=str(content["path"]),
-        digest=str(content["digest"]),
-        strength=float(content["strength"]),
-        attach=str(content["attach"]),
-        provenance=dict(content.get("provenance") or {}),
+        path=content.path,
+        digest=content.digest,
+        strength=content.strength,
+        attach=content.attach,
+        provenance=content.provenance.model_dump(exclude_none=True),
     )
 
 
@@ -183,7 +189,3 @@ def _requests(listed: Mapping[str, Mapping[str, Any]]) -> dict[int, Shown]:
         prompt, images = str(entry["prompt_sha256"]), tuple(map(str, entry["image_sha256"]))
         found[int(doc_id)] = Shown(hash((prompt, images)), images)
     return found
-
-
-def _error_text(error: Mapping[str, Any]) -> str:
-    return f"doc_id {error.get('doc_id')}: {error.get('error')}"

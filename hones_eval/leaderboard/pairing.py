@@ -58,7 +58,10 @@ def _set_aside(runs: Iterable[Run]) -> tuple[list[Run], list[Unpaired]]:
             left.append(Unpaired(run, run.problems))
             continue
         if older := newest.get(run.key):
-            left.append(Unpaired(older, (f"a newer run of the same thing is used: {run.name}",)))
+            why = f"a newer run of the same thing is used: {run.name}"
+            if older.name == run.name:
+                why = "a copy of this run in another folder is used"
+            left.append(Unpaired(older, (why,)))
         newest[run.key] = run
     return list(newest.values()), left
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from hones_eval.core.files import is_regular
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.files import RESULTS, find_files, load_results, samples_path, stem
 from hones_eval.leaderboard.identity import (
@@ -20,6 +21,7 @@ from hones_eval.leaderboard.identity import (
 )
 from hones_eval.leaderboard.manifest import Manifest, Requests, SharedRequests, read_manifest
 from hones_eval.leaderboard.samples import Samples, read_samples
+from hones_eval.leaderboard.schemas import ResultsFile
 from hones_eval.leaderboard.text import path_name
 
 COMPARED_SETTINGS = (
@@ -97,17 +99,16 @@ def read_logs(paths: Sequence[Path]) -> Logs:
     known, unreadable = _read_manifests(manifests)
     runs: list[Run] = []
     used: set[Path] = set()
-    for path, content, problem in map(load_results, results):
-        if content is None:
-            unreadable.append(f"{path_name(path)}: {problem}")
+    for path in results:
+        near = [manifest for manifest in known if manifest.path.parent in (path.parent, path.parent.parent)]
+        try:
+            content = load_results(path)
+            runs += _runs(path, content, near)
+        except HonesError as error:
+            unreadable.append(str(error))
             used.update(file for file in samples if stem(file) == stem(path) and file.parent == path.parent)
             continue
-        near = [manifest for manifest in known if manifest.path.parent in (path.parent, path.parent.parent)]
-        used.update(samples_path(path, str(task)) for task in content["configs"])
-        try:
-            runs += _runs(path, content, near)
-        except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            unreadable.append(f"{path_name(path)}: not as lmms-eval writes results ({error})")
+        used.update(samples_path(path, task) for task in content.configs)
     unreadable += _failed(known, results)
     lost = [path_name(file) for file in samples if file not in used]
     unreadable += [f"{name}: samples without a results file: the run did not finish" for name in lost]
@@ -135,10 +136,9 @@ def _failed(manifests: Sequence[Manifest], results: Sequence[Path]) -> list[str]
     ]
 
 
-def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest]) -> list[Run]:
-    config = content["config"]
-    wrapper = str(config.get("model"))
-    arguments = parse_arguments(config.get("model_args"))
+def _runs(path: Path, content: ResultsFile, manifests: Sequence[Manifest]) -> list[Run]:
+    wrapper = content.config.model
+    arguments = parse_arguments(content.config.model_args)
     base = base_from_arguments(wrapper, arguments)
     steering = steering_from_arguments(arguments)
     mine = _matching(manifests, path, content, base, steering)
@@ -150,13 +150,13 @@ def _runs(path: Path, content: Mapping[str, Any], manifests: Sequence[Manifest])
             weights=mine[0].base_weights,
         )
         steering = mine[0].steering
-    return [_run(path, content, task, base, steering, mine) for task in content["configs"]]
+    return [_run(path, content, task, base, steering, mine) for task in content.configs]
 
 
 def _matching(
     manifests: Sequence[Manifest],
     path: Path,
-    content: Mapping[str, Any],
+    content: ResultsFile,
     base: BaseModel,
     steering: SteeringRef | None,
 ) -> list[Manifest]:
@@ -176,12 +176,12 @@ def _matching(
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _started(content: Mapping[str, Any]) -> datetime:
-    options = content["config"].get("resolved_cli_args") or {}
+def _started(content: ResultsFile) -> datetime:
+    options = content.config.resolved_cli_args or {}
     try:
-        zone = ZoneInfo(options.get("timezone") or "Asia/Singapore")
-        return datetime.strptime(str(content.get("date")), "%Y%m%d_%H%M%S").replace(tzinfo=zone)
-    except (ValueError, ZoneInfoNotFoundError):
+        zone = ZoneInfo(str(options.get("timezone") or "Asia/Singapore"))
+        return datetime.strptime(str(content.date), "%Y%m%d_%H%M%S").replace(tzinfo=zone)
+    except (ValueError, OSError, ZoneInfoNotFoundError):
         return datetime.min.replace(tzinfo=ZoneInfo("UTC"))
 
 
@@ -193,32 +193,34 @@ def _same_steering(recorded: SteeringRef | None, named: SteeringRef | None) -> b
 
 def _run(
     path: Path,
-    content: Mapping[str, Any],
+    content: ResultsFile,
     task: str,
     base: BaseModel,
     steering: SteeringRef | None,
     manifests: Sequence[Manifest],
 ) -> Run:
-    config, options = content["config"], content["configs"][task]
+    config, options = content.config, content.configs[task]
     metrics, problems = _metrics(content, task)
     filters = list(dict.fromkeys(metric.filter for metric in metrics))
     expected = _expected(content, task)
     samples, more = _samples(samples_path(path, task), metrics, filters, expected)
     shown = [m.requests[task] for m in manifests if task in m.requests]
     problems += more + [f"generation raised: {text}" for m in manifests for text in m.errors_of(task)[:3]]
-    if (content.get("usage") or {}).get("budget_exceeded"):
+    if content.usage is not None and content.usage.budget_exceeded:
         problems.append("the run stopped early at its token budget (--max_tokens)")
     settings = {name: json.dumps(options.get(name), sort_keys=True) for name in COMPARED_SETTINGS}
-    settings["gen_kwargs"] = json.dumps(config.get("gen_kwargs") or "", sort_keys=True)
+    settings["gen_kwargs"] = json.dumps(config.gen_kwargs or "", sort_keys=True)
     return Run(
         results_path=path,
         date=stem(path),
-        wrapper=str(config.get("model")),
+        wrapper=config.model,
         base=base,
         task=task,
         steering=steering,
         settings=settings,
-        seeds=tuple(config.get(name) for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
+        seeds=tuple(
+            map(_plain, (config.random_seed, config.numpy_seed, config.torch_seed, config.fewshot_seed))
+        ),
         metrics=metrics,
         samples={
             name: _with_shown(block, Requests.joined(shown)) if shown else block
@@ -233,32 +235,34 @@ def _run(
     )
 
 
-def _metrics(content: Mapping[str, Any], task: str) -> tuple[tuple[Metric, ...], list[str]]:
-    reported = content["results"].get(task)
-    better = (content.get("higher_is_better") or {}).get(task) or {}
+def _plain(value: object) -> object:
+    """A seed as it is, or the text of anything that is not a number."""
+    return value if value is None or isinstance(value, int) else repr(value)
+
+
+def _metrics(content: ResultsFile, task: str) -> tuple[tuple[Metric, ...], list[str]]:
+    reported = content.results.get(task)
+    better = (content.higher_is_better or {}).get(task) or {}
     problems: list[str] = []
     metrics = []
     for key, value in (reported or {}).items():
         name, comma, filter_name = key.rpartition(",")
         if not comma or "_stderr" in name:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            value = None
         metrics.append(Metric(name, filter_name, value, better.get(name)))
     if not metrics:
         problems.append("the results file holds no metric for this task")
     return tuple(metrics), problems
 
 
-def _expected(content: Mapping[str, Any], task: str) -> int | None:
+def _expected(content: ResultsFile, task: str) -> int | None:
     """How many examples the run should have answered, given the task's size, --offset and --limit."""
-    sizes = (content.get("n-samples") or {}).get(task) or {}
-    config = content["config"]
-    size, limit = sizes.get("original"), config.get("limit")
+    counts = (content.n_samples or {}).get(task)
+    size, limit = None if counts is None else counts.original, content.config.limit
     if not isinstance(size, int):
         return None
-    left = max(0, size - int(config.get("offset") or 0))
-    if not isinstance(limit, int | float) or limit < 0:
+    left = max(0, size - (content.config.offset or 0))
+    if limit is None or limit < 0:
         return left
     return min(left, math.ceil(size * limit) if 0 < limit < 1 else int(limit))
 
@@ -266,10 +270,15 @@ def _expected(content: Mapping[str, Any], task: str) -> int | None:
 def _samples(
     path: Path, metrics: Sequence[Metric], filters: Sequence[str], expected: int | None
 ) -> tuple[dict[str, Samples], list[str]]:
-    if not path.is_file():
+    if not is_regular(path):
         return {}, [f"{path.name} is missing: run lmms-eval with --log_samples"]
     names = list(dict.fromkeys(metric.name for metric in metrics))
-    blocks, problems = read_samples(path, names, max(1, len(filters)))
+    try:
+        blocks, problems = read_samples(path, names, max(1, len(filters)))
+    except HonesError as error:
+        return {}, [f"{path.name}: {error}"]
+    except OSError as error:
+        return {}, [f"{path.name}: {error.strerror}"]
     samples = dict(zip(filters, blocks, strict=False))
     for block in blocks[:1]:
         if expected is not None and len(block) < expected:

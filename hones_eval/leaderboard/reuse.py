@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hones_eval.leaderboard.reading import Run
+from hones_eval.leaderboard.samples import Integers
 
 
 def reused_examples(run: Run) -> tuple[str, ...]:
@@ -26,8 +28,11 @@ def reused_examples(run: Run) -> tuple[str, ...]:
             lines.append(
                 f"{count:,} of {len(samples):,} examples show images that were used to choose this steering"
             )
-    ids = {doc for chosen in sets if _same_split(chosen, run) for doc in _doc_ids(chosen)}
-    count = int(np.isin(samples.doc_ids, list(ids)).sum())
+    reused = np.zeros(len(samples), dtype=bool)
+    for chosen in sets:
+        if _same_split(chosen, run):
+            reused |= _among(samples.doc_ids, chosen)
+    count = int(reused.sum())
     if count:
         lines.append(f"{count:,} of {len(samples):,} examples were used to choose this steering")
     return tuple(lines)
@@ -37,8 +42,9 @@ def _same_split(chosen: Mapping[str, Any], run: Run) -> bool:
     return chosen.get("task") == run.task and chosen.get("split") in (run.split, "", None)
 
 
-def _doc_ids(chosen: Mapping[str, Any]) -> set[int]:
+def _among(doc_ids: Integers, chosen: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Which documents are in a set of examples, listed or given as a range."""
     if listed := chosen.get("doc_ids"):
-        return {int(doc_id) for doc_id in listed}
+        return np.isin(doc_ids, np.array(listed, dtype=np.int64))
     offset, count = int(chosen.get("offset") or 0), int(chosen.get("count") or 0)
-    return set(range(offset, offset + count))
+    return np.asarray((doc_ids >= offset) & (doc_ids < offset + count))

@@ -46,6 +46,7 @@ class Row:
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     p_holm: float | None = None
+    reach: float | None = None
     rank: int | None = None
 
     @property
@@ -100,7 +101,29 @@ def compare_pairs(pairs: Sequence[Pair], seed: int, resamples: int, include_path
         found = compare_graded(columns, jobs[0][2], seed=seed, resamples=resamples)
         for (place, _, _), comparison in zip(jobs, found, strict=True):
             rows[place] = replace(rows[place], comparison=comparison)
-    return rows
+    return [_sensible(row) for row in rows]
+
+
+def _sensible(row: Row) -> Row:
+    """No test of a single unit, and no interval beyond the largest possible difference."""
+    found, units = row.comparison, row.n if row.images is None else row.images
+    if units < 2 and (found.test or found.interval):
+        unit = "example" if row.images is None else "image"
+        return replace(row, comparison=Comparison(found.difference, None, None, None, f"only one {unit}"))
+    ends = found.interval
+    if ends is None or row.reach is None or (ends.low >= -row.reach and ends.high <= row.reach):
+        return row
+    ends = replace(ends, low=max(ends.low, -row.reach), high=min(ends.high, row.reach))
+    note = f"the interval is cut at ±{row.reach:g}, the largest possible difference"
+    note = "; ".join(text for text in (found.note, note) if text)
+    return replace(row, comparison=replace(found, interval=ends, note=note))
+
+
+def _reach(name: str, scale: float, *values: Floats) -> float | None:
+    """The largest possible difference of a metric from 0 to 1; None for metrics with other bounds."""
+    if "cider" in name.lower() or not all(((part >= 0) & (part <= 1)).all() for part in values):
+        return None
+    return scale
 
 
 def _row(pair: Pair, metric: Metric, flags: tuple[str, ...]) -> tuple[Row, Scores, Integers | None]:
@@ -151,7 +174,8 @@ def _with(row: Row, comparison: Comparison, scores: Scores) -> Row:
     up, down = int((after > before).sum()), int((after < before).sum())
     if row.metric.higher_is_better is False:
         up, down = down, up
-    return replace(row, comparison=comparison, gained=up, lost=down)
+    reach = _reach(row.metric.name, scores.scale, before, after)
+    return replace(row, comparison=comparison, gained=up, lost=down, reach=reach)
 
 
 def _scaled(comparison: Comparison, scale: float) -> Comparison:
@@ -170,7 +194,8 @@ def _of_corpus(row: Row, clusters: Integers | None) -> tuple[Row, Scores, Intege
         if clusters is not None:
             clusters = clusters[corpus.kept]
             row = replace(row, images=len(np.unique(clusters)))
-        row = replace(row, n=len(corpus.kept))
+        reach = _reach(metric.name, 1.0, np.array(values))
+        row = replace(row, n=len(corpus.kept), reach=reach)
         if not is_caption_metric(metric.name, corpus.baseline):
             return row, Scores("corpus"), clusters, corpus
         form = caption_form(metric, corpus, values)

@@ -5,10 +5,13 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hones_eval import limits
+from hones_eval.errors import HonesError
 
 CHUNK = 1 << 22  # bytes of lines in memory at once, since a line may hold whole images
 LONG_LINE = 8192  # bytes; longer lines are not cached
@@ -66,7 +69,7 @@ class _Table:
         broken: list[int] = []
         number, offset = 0, 0
         with path.open("rb") as file:
-            while lines := file.readlines(CHUNK):
+            while lines := _chunk(file):
                 for line, place in zip(lines, self._places_of(lines), strict=True):
                     number += 1
                     if place is not None:
@@ -103,11 +106,28 @@ class _Table:
         return places
 
 
+def _chunk(file: BinaryIO) -> list[bytes]:
+    """The next lines, about `CHUNK` bytes. Raises: HonesError for a line beyond the limit."""
+    lines, size = [], 0
+    while size < CHUNK and (line := file.readline(limits.SAMPLE_LINE_BYTES + 1)):
+        if len(line) > limits.SAMPLE_LINE_BYTES:
+            raise HonesError(f"a line is longer than {limits.SAMPLE_LINE_BYTES:,} bytes")
+        lines.append(line)
+        size += len(line)
+    return lines
+
+
+def _doc_id(value: object) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limits.INTEGER:
+        raise ValueError("doc_id is not a document number")
+    return value
+
+
 def _row(line: bytes, metrics: tuple[str, ...]) -> tuple[tuple[Any, ...], frozenset[str], Images]:
-    sample = _decode(line.decode())
-    doc_id, answer, media = int(sample["doc_id"]), sample.get("filtered_resps"), sample.get("input_media")
-    if not 0 <= doc_id < 1 << 63:
-        raise ValueError("doc_id is out of range")
+    sample = _decode(line.decode("utf-8-sig"))
+    doc_id, answer, media = _doc_id(sample["doc_id"]), sample.get("filtered_resps"), sample.get("input_media")
     values = [sample.get(name) for name in metrics]
     row = (
         doc_id,

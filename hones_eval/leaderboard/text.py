@@ -5,9 +5,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-# Marks that change the direction of the text around them, and so can make a page misleading.
-DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-UNSEEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff{DIRECTION}\ud800-\udfff]")
+from hones_eval.errors import printable
+
 LONGEST = 400
 
 
@@ -18,11 +17,11 @@ def shown(value: object, longest: int = LONGEST) -> str:
     """
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
-    text = value if isinstance(value, str) else repr(value) if value is not None else ""
-    cut = text[:longest]
-    cut = UNSEEN.sub(
-        lambda match: f"⟨U+{ord(match.group()):04X}⟩", cut.replace("\r\n", "\n").replace("\t", " ")
-    )
+    try:
+        text = value if isinstance(value, str) else repr(value) if value is not None else ""
+    except RecursionError:
+        text = "(nested too deeply to show)"
+    cut = printable(text[:longest].replace("\r\n", "\n").replace("\t", " "))
     return cut if len(text) <= longest else f"{cut} … ({len(text):,} characters)"
 
 

@@ -3,16 +3,22 @@
 import base64
 import binascii
 import io
+import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from hones_eval import limits
+from hones_eval.core.files import read_bounded
 from hones_eval.core.images import image_hash
+from hones_eval.errors import HonesError
 from hones_eval.leaderboard.flips import Flip
 from hones_eval.leaderboard.lmms_tasks import TaskImages
 
 SIDE, MOST = 160, 200  # pixels of the longer side; images per page
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders for files from outside
 
 
 class Thumbnails:
@@ -42,7 +48,7 @@ class Thumbnails:
 
     def _thumbnail(self, task: str, flip: Flip) -> str:
         if flip.media:
-            return _from_media(flip.media)
+            return _from_media(flip)
         image = None if self._tasks is None else self._tasks.first(task, flip.doc_id)
         if image is None or (flip.image and image_hash(image) != flip.image):
             return ""
@@ -58,26 +64,51 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _from_media(media: str) -> str:
-    """A small copy of what lmms-eval notes of a sample's image: the image as a data URI, or its path."""
-    content = _content(media)
+def _from_media(flip: Flip) -> str:
+    """A thumbnail of the media in a sample: an image in a data URI, or the path of one.
+
+    Logs come from anyone, and pages are made to be published. So a file is shown only if it lies in the
+    folder of the samples, or if it is the image whose hash the run's manifest recorded.
+    """
+    content, inside = _content(flip.media, flip.folder)
     if content is None:
         return ""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return data_uri(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if image.width * image.height > limits.IMAGE_PIXELS:
+                    return ""
+                if not inside and (not flip.image or image_hash(image) != flip.image):
+                    return ""
+                return data_uri(image)
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        ArithmeticError,
+        struct.error,
+        Image.DecompressionBombError,
+    ):
         return ""
 
 
-def _content(media: str) -> bytes | None:
+def _content(media: str, folder: Path | None) -> tuple[bytes | None, bool]:
+    """The bytes of an image, and whether it is part of the logs: in the sample itself or in its folder."""
     if media.startswith("data:image/"):
+        if len(media) > limits.IMAGE_BYTES:
+            return None, True
         try:
-            return base64.b64decode(media.partition(",")[2], validate=True)
+            return base64.b64decode(media.partition(",")[2], validate=True), True
         except (binascii.Error, ValueError):
-            return None
-    path = Path(media.removeprefix("file://"))
+            return None, True
     try:
-        return path.read_bytes() if path.is_absolute() and path.is_file() else None
-    except OSError:
-        return None
+        path = Path(media.removeprefix("file://"))
+        if not path.is_absolute():
+            return None, False
+        path = path.resolve()
+        inside = folder is not None and path.is_relative_to(folder.resolve())
+        return read_bounded(path, limits.IMAGE_BYTES), inside
+    except (HonesError, OSError, ValueError, RuntimeError):
+        return None, False

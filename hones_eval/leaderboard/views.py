@@ -219,16 +219,17 @@ def matrix_view(board: Board, views: Sequence[Mapping[str, Any]]) -> dict[str, A
     for row, view in zip(board.rows, views, strict=True):
         task = row.pair.steered.task
         if row.metric.name == first[task] and row.gain is not None:
+            gain = number(row.gain, 3, sign=True)
             steering = row.pair.steered.steering
             home = steering is not None and SPLITS.sub("", task) in steering.meant_for
             cell = {
-                "gain": number(row.gain, 3, sign=True),
+                "gain": gain,
                 "css": view["css"],
                 "sign": view["sign"] if view["css"] else "",
                 "zero": row.gain == 0,
                 "home": home,
                 "page": view["page"],
-                "label": f"{view['steering']} on {task}: {number(row.gain, 3, sign=True)}, {row.verdict}",
+                "label": f"{view['steering']} on {view['task']}: {gain}, {row.verdict}",
             }
             lines.setdefault((view["base"], view["steering"], view["control"]), {})[task] = cell
     prefix = common_prefix(tasks)
