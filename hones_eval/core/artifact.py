@@ -57,12 +57,20 @@ Layers = Annotated[int, Field(strict=True, ge=1, le=limits.LAYERS)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=limits.HEADS)]
 Width = Annotated[int, Field(strict=True, ge=1, le=limits.WIDTH)]
 Integer = Annotated[int, Field(strict=True, ge=0, le=limits.INTEGER)]
+PerLayer = Annotated[list[Integer], Field(max_length=limits.LAYERS)]
 Name = Annotated[str, Field(strict=True, max_length=limits.NAME)]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a language model that decide whether scores and scales fit it."""
+    """The numbers that decide whether scores and scales fit a model's language model.
+
+    `heads`, `head_width` and `neurons` are those of the largest layer. Where layers differ, the lists have
+    one number per layer: how many heads, how wide, how many neurons. Scores [L, H] and [L, I] then hold
+    zeros, and scales ones, for heads and neurons that a layer lacks. In a mixture of experts `layer_experts`
+    and `layer_expert_widths` are the number of routed experts per layer and the neurons of each: neuron
+    `(layer, expert, i)` has the number `expert * width + i`, and those of shared experts come last.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -72,6 +80,110 @@ class ModelShape:
     hidden: Width
     neurons: Width
     vocabulary: Width
+    layer_heads: PerLayer | None = None
+    layer_head_widths: PerLayer | None = None
+    layer_neurons: PerLayer | None = None
+    layer_experts: PerLayer | None = None
+    layer_expert_widths: PerLayer | None = None
+
+    def __post_init__(self) -> None:
+        """Check that every list has a number for each layer, and none above the largest that is stated."""
+        bounds = {
+            "layer_heads": self.heads,
+            "layer_head_widths": self.head_width,
+            "layer_neurons": self.neurons,
+            "layer_experts": self.neurons,
+            "layer_expert_widths": self.neurons,
+        }
+        for name, largest in bounds.items():
+            numbers = getattr(self, name)
+            if numbers is not None and (len(numbers) != self.layers or max(numbers) > largest):
+                raise ValueError(f"{name} needs {self.layers} numbers of at most {largest}")
+
+    @classmethod
+    def of_layers(
+        cls,
+        *,
+        heads: list[int],
+        head_widths: list[int],
+        neurons: list[int],
+        experts: list[int],
+        expert_widths: list[int],
+        hidden: int,
+        vocabulary: int,
+    ) -> Self:
+        """The shape of layers with these numbers of heads and neurons; lists only where layers differ."""
+
+        def differing(numbers: list[int]) -> list[int] | None:
+            return numbers if len(set(numbers)) > 1 else None
+
+        return cls(
+            layers=len(heads),
+            heads=max(heads),
+            head_width=max(head_widths),
+            hidden=hidden,
+            neurons=max(neurons),
+            vocabulary=vocabulary,
+            layer_heads=differing(heads),
+            layer_head_widths=differing(head_widths),
+            layer_neurons=differing(neurons),
+            layer_experts=experts if any(experts) else None,
+            layer_expert_widths=expert_widths if any(experts) else None,
+        )
+
+    def differences(self, other: "ModelShape") -> list[str]:
+        """What makes scores and scales for this shape unfit for a model of another, one phrase per size."""
+        sizes = ("layers", "heads", "head_width", "neurons", "hidden")
+        found = [
+            f"{name}: {getattr(self, name)} here, {getattr(other, name)} there"
+            for name in sizes
+            if getattr(self, name) != getattr(other, name)
+        ]
+        lists = {
+            "layer_heads": "heads per layer",
+            "layer_head_widths": "head widths per layer",
+            "layer_neurons": "neurons per layer",
+            "layer_experts": "experts per layer",
+            "layer_expert_widths": "neurons per expert",
+        }
+        return found or [
+            f"{text} differ" for name, text in lists.items() if getattr(self, name) != getattr(other, name)
+        ]
+
+    def heads_of(self, layer: int) -> int:
+        """The number of heads of a layer."""
+        return self.heads if self.layer_heads is None else self.layer_heads[layer]
+
+    def head_width_of(self, layer: int) -> int:
+        """The width of a layer's heads."""
+        return self.head_width if self.layer_head_widths is None else self.layer_head_widths[layer]
+
+    def neurons_of(self, layer: int) -> int:
+        """The number of neurons of a layer."""
+        return self.neurons if self.layer_neurons is None else self.layer_neurons[layer]
+
+    def expert_of(self, layer: int, neuron: int) -> tuple[int, int] | None:
+        """The routed expert of a neuron and its number there; None in dense layers and shared experts."""
+        if self.layer_experts is None or self.layer_expert_widths is None:
+            return None
+        experts, width = self.layer_experts[layer], self.layer_expert_widths[layer]
+        return divmod(neuron, width) if neuron < experts * width else None
+
+    def head_mask(self) -> Tensor:
+        """Which entries of a tensor [L, H] are heads that exist."""
+        return _lengths_mask([self.heads_of(layer) for layer in range(self.layers)], self.heads)
+
+    def neuron_mask(self) -> Tensor:
+        """Which entries of a tensor [L, I] are neurons that exist."""
+        return _lengths_mask([self.neurons_of(layer) for layer in range(self.layers)], self.neurons)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping, without the lists that are not needed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _lengths_mask(lengths: list[int], width: int) -> Tensor:
+    return torch.arange(width)[None] < torch.tensor(lengths)[:, None]
 
 
 @dataclass(frozen=True)
@@ -124,7 +236,7 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
-        return asdict(self)
+        return asdict(self) | {"shape": self.shape.to_json()}
 
 
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}

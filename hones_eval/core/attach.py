@@ -101,9 +101,14 @@ def scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tenso
 
     Layers whose scales are all 1 are left out.
     """
-    per_feature = steering.head_scales.repeat_interleave(anatomy.shape.head_width, dim=1)
-    everything = [*zip(anatomy.heads_in, per_feature, strict=True)]
-    everything += zip(anatomy.neurons_in, steering.neuron_scales, strict=True)
+    everything = [
+        (site, anatomy.head_features(scales, layer))
+        for layer, (site, scales) in enumerate(zip(anatomy.heads_in, steering.head_scales, strict=True))
+    ]
+    everything += [
+        (site, anatomy.neuron_features(scales, layer))
+        for layer, (site, scales) in enumerate(zip(anatomy.neurons_in, steering.neuron_scales, strict=True))
+    ]
     return [(site, scales) for site, scales in everything if not bool((scales == 1).all())]
 
 

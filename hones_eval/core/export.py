@@ -51,6 +51,11 @@ def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
     _refuse_adapters(anatomy.model)
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     names = {module: name for name, module in anatomy.model.named_modules()}
+    inside = [site.name for site, _ in scaled_sites(anatomy, steering) if site.module not in names]
+    if inside:
+        raise HonesError(
+            f"{inside[0]}: the scales of experts do not fit into an IA3 adapter; use --to checkpoint"
+        )
     scales = {names[site.module]: values for site, values in scaled_sites(anatomy, steering)}
     if not scales:
         raise HonesError("every scale is 1: there is nothing to export")

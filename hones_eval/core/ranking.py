@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from hones_eval.core import notebook
@@ -58,7 +59,10 @@ class Ranking:
         """The `count` measured heads with the highest `head_scores`; ties are broken by (layer, head)."""
         if self.head_scores is None:
             raise HonesError("this ranking has no head scores")
-        measured = None if self.head_examples is None else self.head_examples > 0
+        shape = self.provenance.shape
+        measured = None if shape.layer_heads is None else shape.head_mask()
+        if self.head_examples is not None:
+            measured = (self.head_examples > 0) & (True if measured is None else measured)
         return top_heads(self.head_scores, count, measured)
 
     def neurons(self, fraction: float | None = None) -> list[Neuron]:
@@ -70,7 +74,11 @@ class Ranking:
             raise HonesError(
                 f"this ranking's settings give no fraction of neurons, but {share!r}: pass --neurons"
             )
-        return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
+        if self.provenance.shape.layer_neurons is None:
+            return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
+        there = self.provenance.shape.neuron_mask()  # layers differ: choose none that a layer lacks
+        count = neuron_count(self.neuron_scores[there], share)
+        return top_neurons(self.neuron_scores.masked_fill(~there, -torch.inf), count)
 
     @property
     def measured_heads(self) -> int:

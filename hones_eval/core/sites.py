@@ -1,10 +1,12 @@
 """Sites: the heads and neurons that are scored and scaled, and the selection of the best of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hones_eval.core.artifact import ModelShape
 from hones_eval.errors import HonesError
 
 
@@ -52,7 +54,7 @@ def neuron_count(scores: Tensor, fraction: float) -> int:
     return max(1, round(fraction * scores.numel()))
 
 
-def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
+def matched_random(bank: list[Neuron], width: int | Sequence[int] | ModelShape, seed: int) -> list[Neuron]:
     """Draw a random bank that has as many neurons in each layer as `bank`.
 
     Neurons of the bank itself are excluded, unless a layer has too few others: then the draw is from the
@@ -60,18 +62,41 @@ def matched_random(bank: list[Neuron], width: int, seed: int) -> list[Neuron]:
 
     Args:
         bank: the bank to match.
-        width: neurons per layer, `I`.
+        width: neurons per layer, `I`, or one number per layer, or the model's shape. With the shape of a
+            mixture of experts the bank is matched within each expert of each layer.
         seed: the same seed gives the same bank.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Neuron] = []
-    for layer in sorted({neuron.layer for neuron in bank}):
-        taken = {neuron.neuron for neuron in bank if neuron.layer == layer}
-        others = [index for index in range(width) if index not in taken]
-        pool = others if len(others) >= len(taken) else list(range(width))
+    groups: dict[tuple[int, range], set[int]] = {}
+    for neuron in bank:
+        groups.setdefault((neuron.layer, _group(neuron, width)), set()).add(neuron.neuron)
+    for layer, members in sorted(groups, key=lambda group: (group[0], group[1].start)):
+        taken = groups[layer, members]
+        others = [index for index in members if index not in taken]
+        pool = others if len(others) >= len(taken) else list(members)
         order = torch.randperm(len(pool), generator=generator)[: len(taken)]
         drawn += [Neuron(layer, pool[i]) for i in sorted(order.tolist())]
     return drawn
+
+
+def _group(neuron: Neuron, width: int | Sequence[int] | ModelShape) -> range:
+    """The neurons that may replace one: those of its layer, or of its expert."""
+    layer, index = neuron
+    if not isinstance(width, ModelShape):
+        return range(width if isinstance(width, int) else width[layer])
+    expert = width.expert_of(layer, index)
+    if width.layer_experts is None or width.layer_expert_widths is None:
+        return range(width.neurons_of(layer))
+    each = width.layer_expert_widths[layer]
+    if expert is None:
+        return range(width.layer_experts[layer] * each, width.neurons_of(layer))
+    return range(expert[0] * each, (expert[0] + 1) * each)
+
+
+def all_heads(shape: ModelShape) -> list[Head]:
+    """Every head of a model, in ascending order of (layer, head)."""
+    return [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads_of(layer))]
 
 
 def _top(scores: Tensor, count: int, kind: str) -> list[tuple[int, int]]:

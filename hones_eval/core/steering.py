@@ -156,12 +156,7 @@ class Steering:
 
     def check_fits(self, shape: ModelShape, name: str) -> None:
         """Raise MisfitError, naming both sides, when the model called `name` has another shape."""
-        mine = self.provenance.shape
-        differing = [
-            f"{field}: {getattr(mine, field)} here, {getattr(shape, field)} there"
-            for field in ("layers", "heads", "head_width", "neurons", "hidden")
-            if getattr(mine, field) != getattr(shape, field)
-        ]
+        differing = self.provenance.shape.differences(shape)
         if differing:
             raise MisfitError(
                 f"the steering for {self.provenance.base_model} does not fit {name} ({'; '.join(differing)})"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import edits
+from hones_eval.core.anatomy import ROUNDING as ROUNDING
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.hooks import Edit, Site, editing, recording
 from hones_eval.core.sites import Head, Neuron
@@ -20,9 +21,6 @@ from hones_eval.errors import HonesError
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-
-# Largest difference of logits that rounding can explain, relative to the largest logit.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 # Called per layer: the layer, the numbers of the rows that passed it [rows], FFN activations [rows, read, I].
 NeuronReader = Callable[[int, Tensor, Tensor], None]
@@ -109,9 +107,9 @@ class FullPasses:
         self.anatomy = anatomy
         self.inputs = inputs
         self.read = slice(-read, None)
-        with recording(anatomy.neurons_in, self.read) as neurons:
+        with recording(present(anatomy.neurons_in), self.read) as neurons:
             self.base_logits: Tensor = self._forward()
-        self._neurons = [neurons[site.name][0] for site in anatomy.neurons_in]
+        self._neurons = [recorded_neurons(anatomy, i, neurons, read)[0] for i in range(anatomy.shape.layers)]
 
     def base_neurons(self) -> list[Tensor]:
         """FFN activations [read, I] of the unedited pass, by layer."""
@@ -123,17 +121,31 @@ class FullPasses:
         for number, edit in enumerate(edits):
             with (
                 editing(list(site_edits(self.anatomy, [edit]))),
-                recording(self.anatomy.neurons_in, self.read) as neurons,
+                recording(present(self.anatomy.neurons_in), self.read) as neurons,
             ):
                 logits = self._forward()
             if on_neurons is not None:
                 for layer in range(edit.site.layer, self.anatomy.shape.layers):
-                    on_neurons(layer, torch.tensor([number]), neurons[self.anatomy.neurons_in[layer].name])
+                    z = recorded_neurons(self.anatomy, layer, neurons, logits.shape[0])
+                    on_neurons(layer, torch.tensor([number]), z)
             yield Rows([edit], logits[None])
 
     def _forward(self) -> Tensor:
         logits: Tensor = self.anatomy.model(**self.inputs, use_cache=False).logits
         return logits[0, self.read]
+
+
+def present(sites: Sequence[Site]) -> list[Site]:
+    """The sites of layers that have one: some layers have no heads, or no neurons."""
+    return [site for site in sites if site.width]
+
+
+def recorded_neurons(anatomy: Anatomy, layer: int, kept: Mapping[str, Tensor], read: int) -> Tensor:
+    """Recorded FFN activations [rows, read, I] of a layer, with zeros for neurons that it lacks."""
+    site = anatomy.neurons_in[layer]
+    if not site.width:
+        return anatomy.unembedding.new_zeros(1, read, anatomy.shape.neurons)
+    return anatomy.padded(kept[site.name])
 
 
 def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
@@ -147,6 +159,7 @@ def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Si
 
 def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
     """Apply each row's own edit to the input [rows, tokens, width] of one linear layer."""
+    heads = anatomy.shape.heads_of(chosen[0][1].site.layer)
     for how in ("mean", "zero", "mask"):
         these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
         if not these:
@@ -155,9 +168,9 @@ def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatom
         if how == "mask":
             x = edits.zero_neurons_in_rows(x, rows, sites)
         elif how == "mean":
-            x = edits.replace_heads_by_mean_in_rows(x, rows, sites, anatomy.shape.heads)
+            x = edits.replace_heads_by_mean_in_rows(x, rows, sites, heads)
         else:
-            x = edits.zero_heads_in_rows(x, rows, sites, anatomy.shape.heads)
+            x = edits.zero_heads_in_rows(x, rows, sites, heads)
     return x
 
 

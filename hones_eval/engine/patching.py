@@ -139,7 +139,7 @@ class PatchReplay(Replay):
         attention, ffn = self.anatomy.attentions[layer], self.anatomy.ffns[layer]
         if part == "attention":
             with replaced_forward(attention, returning(call.attended, patched)):
-                return self.call(layer, x)
+                return self.call(layer, x, attending=False)
         with (
             replaced_forward(attention, returning(call.attended, attended)),
             replaced_forward(ffn, lambda *_, **__: patched),

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import Cache
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.sites import Neuron
 from hones_eval.engine.caches import KeptByLayer
-from hones_eval.engine.passes import ROUNDING, FullPasses, RowLimit, SiteEdit, replaced_by_mean
+from hones_eval.engine.passes import ROUNDING, FullPasses, RowLimit, SiteEdit
 from hones_eval.engine.prefix_segment import AfterPrefix, PrefixSegment
 from hones_eval.engine.prompts import ALONG_THE_PROMPT, shortened
-from hones_eval.engine.replay import Replayer
-from hones_eval.errors import first_line
+from hones_eval.engine.replay import Replayer, trial_edits
+from hones_eval.errors import EditError, first_line
 
 Inputs = Mapping[str, Any]
 
@@ -99,7 +99,15 @@ class SharedReplayer:
                 for edit, logits in zip(part.edits, part.logits, strict=True)
                 for place, member in enumerate(part.members)
             }
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            EditError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             return f"its decoder cannot continue from a shared prefix ({first_line(error)})"
         largest = max(float(logits.abs().max()) for logits in expected.values())
         worst = max(float((found[key] - logits).abs().max()) for key, logits in expected.items()) / largest
@@ -111,9 +119,8 @@ class SharedReplayer:
 def _trial(anatomy: Anatomy) -> list[SiteEdit]:
     """Heads of the first, a middle and the last layer, and neurons of the first and the last."""
     shape = anatomy.shape
-    layers = sorted({0, shape.layers // 2, shape.layers - 1})
-    heads = replaced_by_mean([Head(layer, layer % shape.heads) for layer in layers])
-    return [*heads, *(SiteEdit(Neuron(layer, 0), "mask") for layer in sorted({0, shape.layers - 1}))]
+    first = min(layer for layer in range(shape.layers) if shape.neurons_of(layer))
+    return [*trial_edits(shape), SiteEdit(Neuron(first, 0), "mask")]
 
 
 def shared_length(group: Sequence[Inputs], anatomy: Anatomy, reads: Sequence[int] | None = None) -> int:

@@ -18,13 +18,15 @@ That all of this is exact is not assumed: `Replayer` compares the first example 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import recording, replaced_forward
+from hones_eval.core.artifact import ModelShape
+from hones_eval.core.hooks import editing, recording, replaced_forward
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
 from hones_eval.engine.passes import (
@@ -36,9 +38,10 @@ from hones_eval.engine.passes import (
     Rows,
     SiteEdit,
     edit_rows,
+    present,
     replaced_by_mean,
 )
-from hones_eval.errors import HonesError, first_line
+from hones_eval.errors import EditError, HonesError, first_line
 
 # Called per layer with the rows that passed through its attention: layer, numbers of rows, keys and values.
 KeyReader = Callable[[int, Sequence[int], KeysValues], None]
@@ -132,7 +135,7 @@ class Replay:
     def _record(self, run: Callable[[], Any]) -> Any:
         """Run the model once, and keep every layer's call and what is added between layers."""
         self.cache: Any = KeptByLayer()  # replaces the model's cache, where the recorded pass had one
-        with _recording_calls(self.anatomy) as calls:
+        with _recording_calls(self.anatomy, getattr(self, "read", None)) as calls:
             output = run()
         self._calls = [_LayerCall(**entry) for entry in calls]
         self._between = [self._added_after(i) for i in range(len(calls) - 1)]
@@ -140,7 +143,11 @@ class Replay:
 
     def base_neurons(self) -> list[Tensor]:
         """FFN activations [read, I] of the unedited pass, one a layer."""
-        return [call.neurons[0, self.read] for call in self._calls]
+        found = []
+        for layer, call in enumerate(self._calls):
+            z = call.neurons[:, self.read] if self.anatomy.has_plain_ffn(layer) else call.neurons
+            found.append(self.anatomy.padded(z)[0])
+        return found
 
     @torch.no_grad()
     def edited(
@@ -217,11 +224,13 @@ class Replay:
         edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
         with replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)):
-            return self.call(layer, self._rows(call.x, len(edits)))
+            return self.call(layer, self._rows(call.x, len(edits)), attending=False)
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's output with edited neurons: only its down projection runs again."""
         call, site = self._calls[layer], self.anatomy.neurons_in[layer]
+        if not self.anatomy.has_plain_ffn(layer):
+            return self._enter_experts(layer, edits)
         edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
         written = self._on_read(layer, site.module, edited)
         attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
@@ -230,6 +239,18 @@ class Replay:
             replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)),
             replaced_forward(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
+            return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
+
+    def _enter_experts(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """The layer's output with edited neurons of experts: all but its attention runs again."""
+        call, attention = self._calls[layer], self.anatomy.attentions[layer]
+        site = self.anatomy.neurons_in[layer]
+        rows = partial(edit_rows, chosen=self._by_row(edits), anatomy=self.anatomy)
+        with ExitStack() as stack:
+            if self.anatomy.heads_in[layer].width:
+                mixed = self._rows(tensor_of(call.attended), len(edits))
+                stack.enter_context(replaced_forward(attention, returning(call.attended, mixed)))
+            stack.enter_context(editing([(site, rows)]))
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
 
     def _rows(self, recorded: Tensor, count: int) -> Tensor:
@@ -253,13 +274,17 @@ class Replay:
         wide[:, self.read] = narrow
         return wide
 
-    def call(self, layer: int, hidden: Tensor, narrow: bool = True) -> Tensor:
-        """Call a decoder layer on hidden states [rows, tokens, hidden] with its recorded arguments."""
+    def call(self, layer: int, hidden: Tensor, narrow: bool = True, attending: bool = True) -> Tensor:
+        """Call a decoder layer on hidden states [rows, tokens, hidden] with its recorded arguments.
+
+        In the last layer, with `narrow`, the FFN and the attention's output projection compute only what is
+        read. `attending` is false where the attention's output is replaced.
+        """
         call = self._calls[layer]
         kwargs = {name: self._argument(value, len(hidden)) for name, value in call.kwargs.items()}
         with ExitStack() as stack:
             if narrow and layer == len(self._calls) - 1:
-                for module in (self.anatomy.ffns[layer], self.anatomy.heads_in[layer].module):
+                for module in self._narrow_modules(layer, attending):
                     stack.enter_context(self._narrowed(module))
             return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
 
@@ -277,6 +302,12 @@ class Replay:
             return value.expand(rows, -1)
         return value
 
+    def _narrow_modules(self, layer: int, attending: bool) -> list[nn.Module]:
+        """The position-wise modules of a layer that may compute the positions that are read alone."""
+        plain = [self.anatomy.ffns[layer]] if self.anatomy.has_plain_ffn(layer) else []
+        site = self.anatomy.heads_in[layer]
+        return [*plain, site.module] if site.width and attending else plain
+
     @contextmanager
     def _narrowed(self, module: nn.Module) -> Iterator[None]:
         """Make a position-wise module compute only the positions that are read."""
@@ -289,6 +320,11 @@ class Replay:
         if on_neurons is None:
             yield
             return
+        if not self.anatomy.neurons_in[layer].width:
+            yield
+            zeros = self.base_logits.new_zeros(len(rows), len(self.base_logits), self.anatomy.shape.neurons)
+            on_neurons(layer, torch.tensor(list(rows)), zeros)
+            return
         parts: list[Tensor] = []  # edited heads and edited neurons pass through a layer in separate calls
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -299,7 +335,7 @@ class Replay:
             yield
         finally:
             handle.remove()
-        on_neurons(layer, torch.tensor(list(rows)), torch.cat(parts))
+        on_neurons(layer, torch.tensor(list(rows)), self.anatomy.padded(torch.cat(parts)))
 
     def _added_after(self, layer: int) -> Tensor | None:
         before, after = self._calls[layer].output, self._calls[layer + 1].x
@@ -314,13 +350,11 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     Compared are the logits under edits of one head of the first, a middle and the last layer, and of a
     neuron.
     """
-    shape = replay.anatomy.shape
-    heads = sorted({Head(layer, layer % shape.heads) for layer in (0, shape.layers // 2, shape.layers - 1)})
-    trial = [*replaced_by_mean(heads), SiteEdit(Neuron(shape.layers - 1, 0), "mask")]
+    trial = trial_edits(replay.anatomy.shape)
     expected = torch.cat([rows.logits for rows in full.edited(trial)])
     try:
         found = torch.cat([rows.logits for rows in replay.edited(trial)])
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, EditError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
@@ -328,8 +362,21 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     return None
 
 
+def trial_edits(shape: ModelShape) -> list[SiteEdit]:
+    """Edits by which replay is compared with hooked forwards, in ascending order of their layers.
+
+    They are of one head of the first, a middle and the last layer that has heads, and of the first neuron
+    of the last layer that has neurons.
+    """
+    headed = [layer for layer in range(shape.layers) if shape.heads_of(layer)]
+    layers = sorted({headed[0], headed[len(headed) // 2], headed[-1]})
+    last = max(layer for layer in range(shape.layers) if shape.neurons_of(layer))
+    heads = replaced_by_mean([Head(layer, layer % shape.heads_of(layer)) for layer in layers])
+    return sorted([*heads, SiteEdit(Neuron(last, 0), "mask")], key=lambda e: (e.site.layer, not e.is_head))
+
+
 @contextmanager
-def _recording_calls(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
+def _recording_calls(anatomy: Anatomy, read: slice | None) -> Iterator[list[dict[str, Any]]]:
     """Record every layer's arguments, output, heads and neurons, and its attention's output."""
     calls: list[dict[str, Any]] = [{} for _ in anatomy.layers]
 
@@ -353,11 +400,18 @@ def _recording_calls(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
         handles.append(layer.register_forward_hook(returned(i, "output")))
         handles.append(anatomy.attentions[i].register_forward_hook(returned(i, "attended")))
     try:
-        with recording([*anatomy.heads_in, *anatomy.neurons_in]) as inputs:
+        layers = range(len(calls))
+        plain = [anatomy.neurons_in[i] for i in layers if anatomy.has_plain_ffn(i)]
+        experts = [site for site in present(anatomy.neurons_in) if site not in plain]
+        with recording([*present(anatomy.heads_in), *plain]) as inputs, recording(experts, read) as routed:
             yield calls
+        nothing = calls[0]["x"].new_zeros(*calls[0]["x"].shape[:2], 0)
         for i, entry in enumerate(calls):
-            entry["heads"] = inputs[anatomy.heads_in[i].name]
-            entry["neurons"] = inputs[anatomy.neurons_in[i].name]
+            entry["heads"] = inputs.get(anatomy.heads_in[i].name, nothing)
+            name = anatomy.neurons_in[i].name
+            entry["neurons"] = inputs.get(
+                name, routed.get(name, nothing if read is None else nothing[:, read])
+            )
     finally:
         for handle in handles:
             handle.remove()

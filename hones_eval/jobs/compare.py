@@ -265,8 +265,9 @@ def cross(
 def _random_like(bank: Sequence[Site], anatomy: Anatomy, seed: int) -> list[Head] | list[Neuron]:
     places = [Neuron(*site) for site in bank]
     if isinstance(bank[0], Neuron):
-        return matched_random(places, anatomy.shape.neurons, seed)
-    return [Head(*site) for site in matched_random(places, anatomy.shape.heads, seed)]
+        return matched_random(places, anatomy.shape, seed)
+    heads = [anatomy.shape.heads_of(layer) for layer in range(anatomy.shape.layers)]
+    return [Head(*site) for site in matched_random(places, heads, seed)]
 
 
 def _best(scores: torch.Tensor, count: int) -> list[Head]:

@@ -108,9 +108,10 @@ def localize(localization: HeadLocalization, loop: Loop, keep: int, savings: Sav
         raced = RacedAblation(localization, race, seed)
         totals = loop.run_in_stages(localization.examples, raced, "race")
         scores = localization.scores(totals)
-        scores = in_order(scores.flatten(), raced.chosen()).reshape(scores.shape)
+        there = localization.replayer.anatomy.shape.head_mask()
+        scores[there] = in_order(scores[there], raced.chosen())
         report["race"] = raced.report(savings.race)
-    measured = totals.sums["measured"].reshape(scores.shape).float()
+    measured = localization.by_layer(totals.sums["measured"])
     return Located(
         scores, localization.log_probability_scores(totals), measured if report else None, totals, report
     )
@@ -121,12 +122,13 @@ def _screen(localization: HeadLocalization, loop: Loop, savings: Savings) -> dic
     anatomy = localization.replayer.anatomy
     first_order = FirstOrder(anatomy, localization.decoder.append)
     estimates = FirstOrder.scores(loop.run(localization.examples, first_order, "screen"))
-    left = top_heads(estimates, savings.screened(estimates.numel()))
-    localization.in_play = [head.layer * anatomy.shape.heads + head.head for head in sorted(left)]
+    count = len(localization.heads)
+    left = top_heads(estimates, savings.screened(count), anatomy.shape.head_mask())
+    localization.in_play = [localization.heads.index(head) for head in sorted(left)]
     return {
         "by": "first-order estimates of how far the target's margin moves; needs gradients",
         "share": savings.screen_share,
         "heads_measured": len(left),
-        "heads_not_measured": estimates.numel() - len(left),
+        "heads_not_measured": count - len(left),
         "estimates": estimates.tolist(),
     }

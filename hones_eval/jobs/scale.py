@@ -244,7 +244,7 @@ def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]
     settings = learned_settings(job.settings, how)
     bank: Sequence[Head | Neuron] = job.bank if job.sites is None else job.sites
     if how == "random":
-        bank = matched_random(job.bank, job.ranking.provenance.shape.neurons, settings.seed)
+        bank = matched_random(job.bank, job.ranking.provenance.shape, settings.seed)
     fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
     recorded = {"how": how, "count": len(bank), **fitted.report}
     steering = scaling.of_sites(job.ranking, fitted.head_scales, fitted.scales, {})

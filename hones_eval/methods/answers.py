@@ -130,8 +130,9 @@ class AnswersUnder:
             edits: list[tuple[Site, Edit]] = []
             for layer in range(self.anatomy.shape.layers) if chosen else ():
                 heads = torch.stack([steering.head_scales[layer] for steering in chosen])
-                heads = heads.repeat_interleave(self.anatomy.shape.head_width, dim=1)
+                heads = self.anatomy.head_features(heads, layer)
                 neurons = torch.stack([steering.neuron_scales[layer] for steering in chosen])
+                neurons = self.anatomy.neuron_features(neurons, layer)
                 sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
                 edits += [(site, _scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
             self._edits[names] = edits

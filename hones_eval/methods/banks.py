@@ -6,7 +6,7 @@ import torch
 
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.sites import Head, Neuron, matched_random, top_heads
+from hones_eval.core.sites import Head, Neuron, all_heads, matched_random, top_heads
 from hones_eval.errors import HonesError, MisfitError
 
 FEWEST_TRIALS, FEW_TRIALS = 2, 5
@@ -32,12 +32,7 @@ def few_trials(trials: int) -> str | None:
 
 def check_fits(ranking: Ranking, shape: ModelShape, name: str) -> None:
     """Raise MisfitError, naming both sides, when a ranking does not fit the model called `name`."""
-    mine = ranking.provenance.shape
-    differing = [
-        f"{field}: {getattr(mine, field)} here, {getattr(shape, field)} there"
-        for field in ("layers", "heads", "head_width", "neurons", "hidden")
-        if getattr(mine, field) != getattr(shape, field)
-    ]
+    differing = ranking.provenance.shape.differences(shape)
     if differing:
         raise MisfitError(
             f"the ranking for {ranking.provenance.base_model} does not fit {name} ({'; '.join(differing)})"
@@ -54,8 +49,8 @@ def neuron_banks(ranking: Ranking, neurons: float | None, trials: int, seed: int
         seed: of the first random bank; each further bank adds 1.
     """
     selected = ranking.neurons(neurons)
-    width = ranking.provenance.shape.neurons
-    drawn = {f"random {i + 1}": matched_random(selected, width, seed + i) for i in range(trials)}
+    shape = ranking.provenance.shape
+    drawn = {f"random {i + 1}": matched_random(selected, shape, seed + i) for i in range(trials)}
     return {"selected": selected, **drawn}
 
 
@@ -81,7 +76,7 @@ def head_banks(ranking: Ranking, count: int, trials: int, seed: int) -> dict[str
             "examples, or on a task that the model can do"
         )
     shape = ranking.provenance.shape
-    everything = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+    everything = all_heads(shape)
     taken = {head for bank in banks.values() for head in bank}
     for i in range(trials):
         banks[f"random {i + 1}"] = _drawn(everything, taken, count, seed + i)

@@ -10,6 +10,7 @@ from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import recording
+from hones_eval.engine.passes import present, recorded_neurons
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
 from hones_eval.runs.measure import Measurement, Totals
@@ -42,12 +43,12 @@ class NeuronActivity:
         """Absolute activation, whether it is above 0, and `z * <W_down, u_y>` of every neuron."""
         if example.is_distractor:  # as in HONES: the right candidate speaks for a query
             return Measurement(self.zeros())
-        with recording(self.anatomy.neurons_in, slice(-1, None)) as kept:
+        with recording(present(self.anatomy.neurons_in), slice(-1, None)) as kept:
             self.anatomy.model(**example.inputs, use_cache=False)
         sums = self.zeros()
         gains = self._gains(example) if self.projected else None
-        for layer, site in enumerate(self.anatomy.neurons_in):
-            z = kept[site.name][0, 0].float()
+        for layer in range(self.anatomy.shape.layers):
+            z = recorded_neurons(self.anatomy, layer, kept, 1)[0, 0].float()
             if not bool(torch.isfinite(z).all()):
                 raise HonesError(
                     f"{example.task} document {example.doc_id}: "

@@ -61,16 +61,23 @@ class FirstOrder:
     def _change(self, inputs: Mapping[str, Any], target_ids: list[int]) -> Tensor:
         # Loops run without gradients, and on tensors that cannot have any; copies can.
         with torch.inference_mode(False), torch.enable_grad(), _frozen(self.anatomy.model):
-            with _leaves(self.anatomy.heads_in) as heads:
+            sites = [site for site in self.anatomy.heads_in if site.width]
+            with _leaves(sites) as heads:
                 logits = self.anatomy.model(**_copied(inputs), use_cache=False).logits
             target = torch.tensor(target_ids, device=logits.device)
             value = readouts.target_margin(logits[0, -len(target) :], target)
-            layers = [heads[site.name] for site in self.anatomy.heads_in]
+            layers = [heads[site.name] for site in sites]
             gradients = torch.autograd.grad(value, layers)
-        return torch.stack([self._of_layer(x, g) for x, g in zip(layers, gradients, strict=True)])
+        changes = torch.zeros(self.anatomy.shape.layers, self.anatomy.shape.heads, dtype=torch.float64)
+        there = [layer for layer, site in enumerate(self.anatomy.heads_in) if site.width]
+        for layer, x, g in zip(there, layers, gradients, strict=True):
+            count = self.anatomy.shape.heads_of(layer)
+            if count:
+                changes[layer, :count] = self._of_layer(x, g, count)
+        return changes
 
-    def _of_layer(self, x: Tensor, gradient: Tensor) -> Tensor:
-        count = self.anatomy.shape.heads
+    @staticmethod
+    def _of_layer(x: Tensor, gradient: Tensor, count: int) -> Tensor:
         x, gradient = (one.detach().float().unflatten(-1, (count, -1)) for one in (x, gradient))
         return (gradient * (edits.mean_of_others(x) - x)).sum((0, 1, 3)).double().cpu()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
-from hones_eval.core.sites import Head
+from hones_eval.core.sites import Head, all_heads
 from hones_eval.engine.passes import replaced_by_mean
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
@@ -22,19 +22,23 @@ class HeadLocalization(Ablation):
     def __init__(self, replayer: Replayer, examples: TaskExamples) -> None:
         """Score all heads of the replayer's model on `examples`."""
         shape = replayer.anatomy.shape
-        self.heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+        self.heads = all_heads(shape)
         super().__init__(replayer, examples, replaced_by_mean(self.heads))
 
     def scores(self, totals: Totals) -> Tensor:
         """Metric drop [L, H]; the sign is flipped where lower is better."""
-        return self._by_layer(self.metric_drops(totals))
+        return self.by_layer(self.metric_drops(totals))
 
     def log_probability_scores(self, totals: Totals) -> Tensor:
         """Mean drop of the target's log-probability [L, H]."""
-        return self._by_layer(self.log_probability_drops(totals))
+        return self.by_layer(self.log_probability_drops(totals))
 
-    def _by_layer(self, drops: Tensor) -> Tensor:
-        return drops.reshape(self.replayer.anatomy.shape.layers, -1).float()
+    def by_layer(self, drops: Tensor) -> Tensor:
+        """One number per head, in their order, as [L, H] float32; 0 for heads that a layer lacks."""
+        shape = self.replayer.anatomy.shape
+        scores = torch.zeros(shape.layers, shape.heads)
+        scores[shape.head_mask()] = drops.float().cpu()
+        return scores
 
 
 class NeuronAttribution:

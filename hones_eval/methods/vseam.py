@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
-from hones_eval.core.sites import Head, top_heads
+from hones_eval.core.sites import all_heads, top_heads
 from hones_eval.engine.passes import replaced_by_mean
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
@@ -29,7 +29,7 @@ class HeadContribution:
         self.replayer = replayer
         self.readouts = NextTokenReadouts(SharedReplayer(replayer), examples, _probability_and_correct)
         shape = replayer.anatomy.shape
-        self.heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+        self.heads = all_heads(shape)
 
     def zeros(self) -> dict[str, Tensor]:
         """Sums of drops [L, H] by kind and of their squares, and counts of examples."""

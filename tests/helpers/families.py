@@ -49,7 +49,7 @@ from family_idefics import idefics2, idefics3, smolvlm
 from family_llava import instructblip, internvl, llava, llava_next, llava_onevision
 from family_parts import Recipe
 from family_qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_vl
-from family_refused import REFUSED
+from family_refused import REFUSED, SERVED
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -160,8 +160,8 @@ def build(
 
 
 def build_refused(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """Build a model of a family that is not served; without a processor."""
-    return make_model(*REFUSED[name](), seed)
+    """Build a model of `family_refused`, without a processor."""
+    return make_model(*(REFUSED | SERVED)[name](), seed)
 
 
 def save_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:

@@ -132,6 +132,9 @@ def _llama_like() -> dict[str, Any]:
 
 
 REFUSED: dict[str, Callable[[], Refused]] = {
-    recipe.__name__: recipe
-    for recipe in (instructblip_opt, instructblip_t5, blip2_opt, florence2, aria, mllama)
+    recipe.__name__: recipe for recipe in (instructblip_t5, florence2, mllama)
+}
+# Served, but built here without a processor.
+SERVED: dict[str, Callable[[], Refused]] = {
+    recipe.__name__: recipe for recipe in (instructblip_opt, blip2_opt, aria)
 }

@@ -1,0 +1,256 @@
+"""Find the heads and neurons of decoder layers from their structure, without a list of module names.
+
+Every layer writes into the residual stream through linear layers with as many outputs as the stream is wide.
+A block that mixes tokens (attention, a recurrent mixer, a convolution) writes through its last such linear
+layer, whose input holds the heads. An FFN writes through its down projection, whose input holds the neurons,
+or through the stacked weights of experts. `hones_eval.core.anatomy` runs the model once to learn the order of
+calls, and proves the result by experiments.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hones_eval.core.experts import NeuronPart, NeuronTap, expert_sizes, is_experts
+from hones_eval.core.hooks import Site
+from hones_eval.errors import UnsupportedModelError
+
+# Attributes by which blocks state the width and the number of their heads. Values may be narrower than keys.
+WIDTHS = ("v_head_dim", "head_v_dim", "head_dim", "attention_head_size", "head_size")
+COUNTS = ("num_v_heads", "num_heads", "num_attention_heads", "n_heads", "n_head")
+
+
+class Call(NamedTuple):
+    """A call of a module in the probing pass: when it came, and its first output tensor."""
+
+    order: int
+    output: Tensor
+
+
+class HeadGroup(NamedTuple):
+    """Where the heads of a layer are: a linear layer's input, cut into `heads` slices of `width`.
+
+    `heads` is 0 where the block has no heads, as in a short convolution.
+    """
+
+    site: Site
+    heads: int
+    width: int
+    attention: nn.Module
+
+
+class NeuronGroup(NamedTuple):
+    """Where the neurons of a layer are; `experts` and `expert_width` are 0 without routed experts."""
+
+    site: Site
+    ffn: nn.Module
+    experts: int
+    expert_width: int
+
+
+def layer_parts(
+    layer: nn.Module, path: str, hidden: int, calls: dict[nn.Module, Call], config: Any, name: str
+) -> tuple[HeadGroup | None, NeuronGroup | None]:
+    """Find the heads and the neurons of one decoder layer; None for a kind that it does not have.
+
+    Args:
+        layer: the decoder layer.
+        path: its name in the model, for messages.
+        hidden: the width of the residual stream.
+        calls: the probing pass's calls of the layer's modules.
+        config: the language model's configuration.
+        name: the model's name, for messages.
+
+    Raises: UnsupportedModelError.
+    """
+    mixers: list[tuple[str, nn.Module]] = []
+    parts: list[tuple[str, nn.Module]] = []
+    for child_name, child in layer.named_children():
+        found = [(f"{child_name}.{inner}".rstrip("."), m) for inner, m in _writers(child, hidden, calls)]
+        experts = [
+            (f"{child_name}.{inner}".rstrip("."), m)
+            for inner, m in child.named_modules()
+            if is_experts(m, hidden)
+        ]
+        if not found and not experts:
+            continue
+        if not experts and _mixes(child):
+            mixers.append(max(found, key=lambda writer: calls[writer[1]].order))
+        else:
+            parts += [*experts, *_last_of_each_block(child, child_name, found, calls)]
+    if len(mixers) > 1:
+        several = " and ".join(inner for inner, _ in mixers)
+        raise UnsupportedModelError(
+            f"{name}: {path} mixes tokens more than once ({several}): layers with cross-attention beside "
+            "self-attention are not supported"
+        )
+    heads = _head_group(layer, path, mixers[0], calls, config, name) if mixers else None
+    return heads, _neuron_group(layer, path, parts, calls, hidden) if parts else None
+
+
+def _writers(block: nn.Module, hidden: int, calls: dict[nn.Module, Call]) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers of a block that were called and have as many outputs as the residual stream is wide.
+
+    Any module with `in_features` and `out_features` counts, quantized ones and adapters included; what is
+    inside such a module does not.
+    """
+    taken: list[str] = []
+    for path, module in block.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in taken):
+            continue
+        if hasattr(module, "in_features"):
+            taken.append(path or ".")
+            if module in calls and calls[module].output.shape[-1] == hidden:
+                yield path, module
+
+
+def _mixes(block: nn.Module) -> bool:
+    """Whether a block mixes tokens: it states heads, or has a convolution."""
+    heads = any(_stated(module, (*WIDTHS, *COUNTS)) for module in block.modules())
+    return heads or any(isinstance(module, nn.Conv1d) for module in block.modules())
+
+
+def _stated(module: nn.Module, names: Sequence[str]) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _last_of_each_block(
+    child: nn.Module, child_name: str, found: list[tuple[str, nn.Module]], calls: dict[nn.Module, Call]
+) -> list[tuple[str, nn.Module]]:
+    """The last writer called in each module: gates and up projections may be as wide as the stream."""
+    last: dict[str, tuple[str, nn.Module]] = {}
+    for path, module in found:
+        parent = path.rpartition(".")[0]
+        if parent not in last or calls[module].order > calls[last[parent][1]].order:
+            last[parent] = (path, module)
+    return list(last.values())
+
+
+def _head_group(
+    layer: nn.Module,
+    path: str,
+    writer: tuple[str, nn.Module],
+    calls: dict[nn.Module, Call],
+    config: Any,
+    name: str,
+) -> HeadGroup:
+    inner, module = writer
+    site = Site(f"{path}.{inner}", module, int(module.in_features))  # type: ignore[arg-type]
+    block = getattr(layer, inner.split(".")[0])
+    heads, width = _head_sizes(block, site, config, name)
+    return HeadGroup(site, heads, width, outermost(layer, inner, module, calls))
+
+
+def _head_sizes(block: nn.Module, site: Site, config: Any, name: str) -> tuple[int, int]:
+    """The number of heads and their width, as the block states them, or else the configuration."""
+    part = site.name.rpartition(".")[2]
+    for module in block.modules():
+        width, count = _stated(module, WIDTHS), _stated(module, COUNTS)
+        if width is not None:
+            if site.width % width:
+                raise UnsupportedModelError(
+                    f"{name}: {part} takes {site.width} features, not a multiple of the head width {width}"
+                )
+            _check_configuration(module, site.width, width, config, part, name)
+            return site.width // width, width
+        if count is not None and site.width % count == 0:
+            return count, site.width // count
+    if any(isinstance(module, nn.Conv1d) for module in block.modules()):
+        return 0, 0
+    heads = int(config.num_attention_heads)
+    if site.width % heads:
+        raise UnsupportedModelError(
+            f"{name}: {part} takes {site.width} features, not a multiple of {heads} heads"
+        )
+    return heads, site.width // heads
+
+
+def _check_configuration(
+    module: nn.Module, total: int, width: int, config: Any, part: str, name: str
+) -> None:
+    """Where all layers are alike, the configuration has to agree with the module about the heads."""
+    alike = len(set(getattr(config, "layer_types", None) or [])) <= 1
+    if not alike or _stated(module, WIDTHS[:2]) is not None:
+        return
+    heads, stated = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    if isinstance(stated, int) and isinstance(heads, int) and stated * heads != total:
+        raise UnsupportedModelError(
+            f"{name}: {part} takes {total} features, but the configuration says {heads} heads of {stated}"
+        )
+    if isinstance(heads, int) and total % heads:
+        raise UnsupportedModelError(f"{name}: {part} takes {total} features, not a multiple of {heads} heads")
+
+
+def _neuron_group(
+    layer: nn.Module,
+    path: str,
+    parts: list[tuple[str, nn.Module]],
+    calls: dict[nn.Module, Call],
+    hidden: int,
+) -> NeuronGroup:
+    """The neurons of a layer: of its routed experts, then of shared experts or of its dense FFN.
+
+    Narrow FFNs beside the main one, which some families use to add embeddings per layer, are left out.
+    """
+    routed = [(inner, m) for inner, m in parts if is_experts(m, hidden)]
+    dense = [(inner, m) for inner, m in parts if not is_experts(m, hidden)]
+    tops = {inner.split(".")[0] for inner, _ in routed}
+    beside = [(inner, m) for inner, m in dense if inner.split(".")[0] in tops]
+    rest = [part for part in dense if part not in beside]
+    widest = max(rest, key=lambda part: (int(part[1].in_features), calls[part[1]].order), default=None)  # type: ignore[arg-type]
+    if widest is not None and (not routed or not beside):
+        beside = [*beside, widest]
+    if not routed and len(beside) == 1 and calls[beside[0][1]].output.ndim == 3:
+        inner, module = beside[0]
+        site = Site(f"{path}.{inner}", module, int(module.in_features))  # type: ignore[arg-type]
+        return NeuronGroup(site, outermost(layer, inner, module, calls), 0, 0)
+    start, numbered = 0, []
+    for inner, module in [*routed, *beside]:
+        experts, each = expert_sizes(module) if is_experts(module, hidden) else (0, 0)
+        width = experts * each if experts else int(module.in_features)  # type: ignore[arg-type]
+        numbered.append(NeuronPart(f"{path}.{inner}", module, start, width, experts))
+        start += width
+    block_name, block = _common_block(layer, [inner for inner, _ in [*routed, *beside]])
+    tap = NeuronTap(numbered, block)
+    name = ".".join(filter(None, (path, block_name)))
+    if not routed:  # one FFN that gets the tokens of all rows in one list (OPT)
+        inner, module = beside[0]
+        return NeuronGroup(Site(f"{path}.{inner}", tap, start), layer, 0, 0)
+    count, each = expert_sizes(routed[0][1]) if len(routed) == 1 else (0, 0)
+    return NeuronGroup(Site(f"{name} (experts)", tap, start), block, count, each)
+
+
+def _common_block(layer: nn.Module, inners: Sequence[str]) -> tuple[str, nn.Module]:
+    """The smallest module inside a layer that holds all of some modules; the layer itself where none does."""
+    shared = inners[0].split(".")
+    if len(inners) == 1:
+        shared = shared[:-1]
+    for inner in inners[1:]:
+        other = inner.split(".")
+        shared = shared[
+            : next((i for i, (a, b) in enumerate(zip(shared, other, strict=False)) if a != b), len(shared))
+        ]
+    path = ".".join(shared)
+    return path, layer.get_submodule(path) if path else layer
+
+
+def outermost(layer: nn.Module, inner: str, module: nn.Module, calls: dict[nn.Module, Call]) -> nn.Module:
+    """The largest module inside a layer whose output is exactly what one linear layer wrote.
+
+    Its forward can be replaced by the linear layer's output. Where the writer's parent adds something, as the
+    residual in BERT, that is the linear layer itself. On the meta device it is the writer's parent.
+    """
+    best, path, written = module, inner, calls[module].output
+    while "." in path:
+        path = path.rpartition(".")[0]
+        outer = layer.get_submodule(path)
+        call = calls.get(outer)
+        if call is None or call.output.shape != written.shape:
+            break
+        if not written.is_meta and not torch.equal(call.output, written):
+            break
+        best = outer
+    return best
