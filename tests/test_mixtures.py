@@ -147,6 +147,8 @@ def test_scaling_experts_by_a_steering(mixture: tuple[str, PreTrainedModel, Anat
     base = logits(model)
     with steer(model, steering):
         found = logits(model)
+    with steer(model, steering, "fold"):
+        torch.testing.assert_close(logits(model), found, atol=1e-4 * float(found.abs().max()), rtol=0)
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     assert float((found - base).abs().max()) > 20 * float((found - expected).abs().max())
     assert torch.equal(logits(model), base)

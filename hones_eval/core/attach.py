@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core import edits
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
@@ -141,7 +142,22 @@ class _Scaling:
         return edits.scale(x, scales)
 
 
+def _linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:
+    """The same scales by linear layer: the neurons of a mixture of experts are in one of each expert."""
+    found = []
+    for site, scales in scaled:
+        if not isinstance(site.module, NeuronTap):
+            found.append((site, scales))
+            continue
+        for name, module, start, width in site.module.linear_parts():
+            own = scales[start : start + width]
+            if not bool((own == 1).all()):
+                found.append((Site(name, module, width), own))
+    return found
+
+
 def _fold(anatomy: Anatomy, scaled: list[tuple[Site, Tensor]]) -> Callable[[], None]:
+    scaled = _linear_sites(scaled)
     for site, scales in scaled:
         reason = why_not_foldable(anatomy.model, site, scales)
         if reason is not None:

@@ -17,6 +17,7 @@ activation times its column of the down projection. It is 0 for tokens that were
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,23 @@ class NeuronPart(NamedTuple):
         return weight.flatten(0, 1).T
 
 
+# A linear layer per expert, whose weight is that expert's part of the stacked weights.
+_WRITERS: "WeakKeyDictionary[nn.Module, list[nn.Linear]]" = WeakKeyDictionary()
+
+
+def writers(module: nn.Module) -> list[nn.Linear]:
+    """The down projection of each expert as a linear layer on the memory of the stacked weights."""
+    if module not in _WRITERS:
+        stacked: Tensor = module.down_proj  # type: ignore[assignment]
+        made = []
+        for weight in stacked.data if not is_transposed(module) else stacked.data.transpose(1, 2):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            made.append(linear)
+        _WRITERS[module] = made
+    return _WRITERS[module]
+
+
 class NeuronTap(nn.Module):
     """Stands for the linear layer whose input would hold all neurons of a layer."""
 
@@ -71,6 +89,21 @@ class NeuronTap(nn.Module):
     def parts(self) -> list[NeuronPart]:
         """The parts that the neurons are in, in the order of their numbers."""
         return self._inner[0]
+
+    def linear_parts(self) -> list[tuple[str, nn.Module, int, int]]:
+        """Linear layers whose inputs are the neurons, with the number of their first neuron and their width.
+
+        Of stacked experts they are made for the purpose, and share the memory of the stacked weights.
+        """
+        found: list[tuple[str, nn.Module, int, int]] = []
+        for part in self.parts:
+            if not part.experts:
+                found.append((part.name, part.module, part.start, part.width))
+                continue
+            width = part.expert_width
+            for expert, linear in enumerate(writers(part.module)):
+                found.append((f"{part.name}.{expert}", linear, part.start + expert * width, width))
+        return found
 
     @property
     def weight(self) -> Tensor:
