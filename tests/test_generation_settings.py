@@ -1,14 +1,17 @@
 """Generation settings that the user gives reach the model, or the run stops and says which did not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
+import make_logs
 import pytest
 from tiny_evaluations import Evaluated, evaluated, write_small
 
 from hones_eval.errors import HonesError
+from hones_eval.leaderboard import make_board
 from hones_eval.lmms.examples import TaskExamples, load_lmm
 
 Run = Callable[..., Evaluated]
@@ -99,3 +102,16 @@ def test_a_ranking_parses_settings_as_lmms_eval_does(checkpoint: Path, tmp_path:
     assert examples[0].settings["max_new_tokens"] == 2
     with pytest.raises(HonesError, match="--gen_kwargs: 'greedy' should have the form name=value"):
         TaskExamples(lmm, "small", gen_kwargs="greedy", metric="log_probability", **shared)
+
+
+def test_the_board_says_that_until_was_ignored(tmp_path: Path) -> None:
+    questions = make_logs.Questions.drawn(count=12)
+    steered = make_logs.Steered("runs/a")
+    for folder, steering in (("baseline", None), ("steered", steered)):
+        make_logs.write_run(tmp_path / folder, questions, questions.golds, steered=steering)
+        (path,) = (tmp_path / folder).rglob("hones_manifest_*")
+        content = json.loads(path.read_text())
+        content["until"] = {questions.task: {"strings": ["\n"], "obeyed": False}}
+        path.write_text(json.dumps(content))
+    board = make_board([tmp_path], tmp_path / "board")
+    assert any("llava_hf ignores the task's until=['\\n']" in note for note in board.rows[0].notes)

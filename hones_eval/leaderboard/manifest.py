@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,8 @@ class Manifest:
     created: datetime
     rank: int
     results: str | None
+    ignored_until: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By task, the strings that should end answers and that the wrapper ignores."""
 
     def errors_of(self, task: str) -> list[str]:
         """Errors raised while a task was generated; errors without a task count for all tasks."""
@@ -170,6 +172,7 @@ def _manifest(
         created=created,
         rank=content.rank,
         results=content.results,
+        ignored_until={task: until.strings for task, until in content.until.items() if until.obeyed is False},
     )
 
 

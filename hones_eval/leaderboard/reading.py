@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -231,8 +231,18 @@ def _run(
         versions=manifests[0].versions if manifests else {},
         has_manifest=bool(manifests),
         problems=tuple(problems),
-        notes=_notes(samples),
+        notes=(*_notes(samples), *_ignored_until(task, manifests[:1])),
     )
+
+
+def _ignored_until(task: str, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A note where the wrapper did not end answers at the task's `until`, as other wrappers do."""
+    for manifest in manifests:
+        if stops := manifest.ignored_until.get(task):
+            yield (
+                f"{manifest.base_wrapper} ignores the task's until={list(stops)}: answers are not comparable "
+                "with those of wrappers that end them there"
+            )
 
 
 def _plain(value: object) -> object:

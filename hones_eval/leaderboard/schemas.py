@@ -138,6 +138,13 @@ class ErrorRecord(_Lenient):
     error: Annotated[Any, AfterValidator(lambda value: str(value)[: limits.NAME])] = None
 
 
+class UntilRecord(_Lenient):
+    """One of `until` of a manifest: strings that end answers, and whether the wrapper ends answers there."""
+
+    strings: Annotated[list[Name], Field(max_length=limits.METRICS)] = []
+    obeyed: bool | None = None
+
+
 class ManifestFile(_Lenient):
     """A run manifest, without its `requests`, which are read on their own for speed."""
 
@@ -147,6 +154,7 @@ class ManifestFile(_Lenient):
     steering: SteeringRecord | None
     errors: Annotated[list[ErrorRecord], Field(max_length=limits.ERRORS)]
     created: Name
+    until: Annotated[dict[Name, UntilRecord], Field(max_length=limits.TASKS)] = {}
     rank: Annotated[int, Field(strict=True, ge=0, le=1 << 20)] = 0
     results: Name | None = None
     package_version: Name | None = None
