@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, as_json = "--debug" in given, "--json" in given
-    given = [word for word in given if word not in ("--debug", "--json")]
+    given = _joined([word for word in given if word not in ("--debug", "--json")])
     _answer_about_itself(given)
     _quiet_libraries()
     print_as_json(as_json)
@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if several := sys.modules.get("hones_eval.runs.processes"):
             several.leave_others()
     return 0
+
+
+def _joined(given: list[str]) -> list[str]:
+    """Join the two words of a command such as `task new`, which is the command `task-new`."""
+    both = "-".join(given[:2])
+    return [both, *given[2:]] if len(given) > 1 and both in COMMANDS else given
 
 
 def _answer_about_itself(given: Sequence[str]) -> None:

@@ -39,6 +39,9 @@ Pairs = Literal["all", "right"]
 Export = Literal["checkpoint", "ia3"]
 """The forms in which a steering is exported."""
 
+TaskKind = Literal["auto", "question", "choice", "caption", "box"]
+"""The kinds of tasks that a table of images can become; `auto` decides by the columns."""
+
 Level = Literal["object", "attribute", "relation"]
 """The semantic level of a question."""
 Category = Literal["animal", "indoor", "vehicle", "color", "material", "action", "spatial"]

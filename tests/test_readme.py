@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from lmms_eval.models import MODEL_REGISTRY_V2
 
+from hones_eval.__main__ import _joined
 from hones_eval.commands import COMMANDS, flags
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,7 @@ COMPLETE = [line for line in LINES if "..." not in line]
 
 @pytest.mark.parametrize("line", [line for line in COMPLETE if line.startswith("hones-eval")])
 def test_hones_eval_lines_parse(line: str) -> None:
-    arguments = shlex.split(line)[1:]
+    arguments = _joined(shlex.split(line)[1:])
     assert flags.read(arguments).name == arguments[0]
 
 

@@ -23,6 +23,7 @@ COMMANDS = (
     "export",
     "spike-in",
     "power",
+    "task-new",
 )
 
 # The file that a finished run of a command leaves in --out. An --out that holds it is refused unless

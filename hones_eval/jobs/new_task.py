@@ -1,0 +1,336 @@
+"""Write an lmms-eval task from a table of the user's own images, after checking every row."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from hones_eval.choices import TaskKind
+from hones_eval.core.files import write_text
+from hones_eval.core.images import refuse_truncated_images
+from hones_eval.errors import TaskError
+
+Row = Mapping[str, str]
+SHARES = {"discovery": 0.5, "development": 0.2, "test": 0.3}
+"""Shares of the images of the splits; no image is in two of them."""
+IMAGE_COLUMNS = ("image", "file_name", "file", "path")
+PROMPTS: dict[str, str] = {
+    "question": "Question: {question}\nAnswer the question with a short phrase.",
+    "choice": "Question: {question}\nAnswer the question with a short phrase.",
+    "caption": "Describe the image in one sentence.",
+    "box": "Locate the {phrase}.\nAnswer with the box as x1 y1 x2 y2.",
+}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "question": ("question", "answer"),
+    "choice": ("question", "answer", "choices"),
+    "caption": ("caption",),
+    "box": ("phrase", "box"),
+}
+METRICS: dict[str, list[tuple[str, str]]] = {
+    "question": [("exact_match", "mean")],
+    "choice": [("acc", "mean")],
+    "caption": [("bleu_4", "!function utils.corpus_bleu")],
+    "box": [("iou", "mean"), ("iou_at_least_50", "mean")],
+}
+UTILS = '''"""The functions that this folder's task files name; they are part of hones-eval."""
+
+from hones_eval.lmms.table_tasks import (  # noqa: F401
+    box_results,
+    caption_results,
+    corpus_bleu,
+    images,
+    question_results,
+)
+'''
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """A written task. `splits` are the numbers of examples of each task file, by task name."""
+
+    name: str
+    kind: str
+    images: int
+    splits: dict[str, int]
+    warnings: list[str]
+
+
+def new_task(
+    table: Path, images: Path, out: Path, name: str | None, kind: TaskKind, prompt: str | None
+) -> NewTask:
+    """Check a table and its images, and write a task with image-disjoint splits.
+
+    Args:
+        table: a CSV file in UTF-8 with a header, or JSON lines (`.jsonl`).
+        images: the folder that the image column is relative to.
+        out: the folder for the task files.
+        name: the task's name; by default that of the table's file.
+        kind: the kind of task; `auto` decides by the columns.
+        prompt: the prompt, with column names in braces; by default that of the HONES paper.
+
+    Raises: TaskError naming the first bad row and the number of bad rows.
+    """
+    rows = read_table(table)
+    kind = _kind(table, rows, kind)
+    name = _task_name(name or table.stem)
+    column = _image_column(table, rows)
+    documents = _documents(table, rows, images, column, kind, prompt or PROMPTS[kind])
+    splits = _splits(documents)
+    for suffix, chosen in {"": documents, **splits}.items():
+        _write_split(out, f"{name}{suffix and '_'}{suffix}", kind, chosen)
+    write_text(out / "utils.py", UTILS)
+    counts = {
+        f"{name}{suffix and '_'}{suffix}": len(chosen) for suffix, chosen in {"": documents, **splits}.items()
+    }
+    return NewTask(
+        name,
+        kind,
+        len({document["image_path"] for document in documents}),
+        counts,
+        _warnings(documents, kind),
+    )
+
+
+def read_table(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV or JSON-lines table as text. Raises: TaskError for a table that cannot be read."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise TaskError(f"{table} is not UTF-8 text: save the table as UTF-8") from None
+    rows = _json_rows(table, text) if table.suffix in (".jsonl", ".json") else _csv_rows(table, text)
+    if not rows:
+        raise TaskError(f"{table} has no rows below its header")
+    return rows
+
+
+def _csv_rows(table: Path, text: str) -> list[dict[str, str]]:
+    header = text.splitlines()[0] if text.strip() else ""
+    if "," not in header and (";" in header or "\t" in header):
+        raise TaskError(
+            f"{table}: the columns of the header are not separated by commas; save it with commas"
+        )
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise TaskError(
+                f"{table}, line {reader.line_num}: it has another number of cells than the header"
+            )
+        rows.append({key.strip(): value.strip() for key, value in row.items()})
+    return rows
+
+
+def _json_rows(table: Path, text: str) -> list[dict[str, str]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TaskError(f"{table}, line {number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise TaskError(f"{table}, line {number}: it is not a JSON object")
+        rows.append({key: _as_cell(value) for key, value in row.items()})
+    return rows
+
+
+def _as_cell(value: Any) -> str:
+    """A JSON value as it would stand in a CSV cell: lists with bars between their items."""
+    return "|".join(str(item) for item in value) if isinstance(value, list) else str(value).strip()
+
+
+def _kind(table: Path, rows: Sequence[Row], asked: str) -> str:
+    columns = rows[0]
+    if asked == "auto":
+        order = ("choice", "caption", "box", "question")
+        asked = next((kind for kind in order if set(NEEDED[kind]) <= set(columns)), "")
+        if not asked:
+            needs = "; ".join(f"{kind}: {', '.join(NEEDED[kind])}" for kind in order)
+            raise TaskError(
+                f"{table}: the columns {', '.join(columns)} fit no kind of task; needed are {needs}"
+            )
+    for column in NEEDED[asked]:
+        if column not in columns:
+            near = get_close_matches(column, columns, n=1)
+            hint = f"; did you mean {near[0]}? Rename it" if near else ""
+            raise TaskError(f"{table}: --kind {asked} needs a column {column!r}{hint}")
+    return asked
+
+
+def _task_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise TaskError(
+            f"--name {name!r}: a task's name has letters, digits and underscores, such as my_task"
+        )
+    return name
+
+
+def _image_column(table: Path, rows: Sequence[Row]) -> str:
+    found = next((column for column in IMAGE_COLUMNS if column in rows[0]), None)
+    if found is None:
+        raise TaskError(
+            f"{table}: no column names the image; call it image (the columns are {', '.join(rows[0])})"
+        )
+    return found
+
+
+def _documents(
+    table: Path, rows: Sequence[Row], folder: Path, column: str, kind: str, prompt: str
+) -> list[dict[str, Any]]:
+    documents, faults = [], []
+    sizes: dict[str, tuple[int, int] | str] = {}
+    for number, row in enumerate(rows, start=1):
+        name = row[column]
+        if name not in sizes:
+            sizes[name] = _size(folder, name)
+        size = sizes[name]
+        fault = size if isinstance(size, str) else _fault(row, kind, size)
+        if fault:
+            faults.append(f"row {number}: {fault}")
+            continue
+        documents.append({"image_path": str((folder / name).resolve()), **_content(table, row, kind, prompt)})
+    if faults:
+        raise TaskError(
+            f"{table}: {len(faults)} of {len(rows)} rows cannot be used, the first is {faults[0]}"
+        )
+    return _merged(documents) if kind == "caption" else documents
+
+
+def _size(folder: Path, name: str) -> tuple[int, int] | str:
+    """Width and height of an image, or what is wrong with it. The whole file is decoded."""
+    if not name:
+        return "it names no image"
+    try:
+        with refuse_truncated_images(), Image.open(folder / name) as opened:
+            opened.load()
+            return opened.size
+    except FileNotFoundError:
+        return f"there is no image {name} in {folder}"
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"the image {name} cannot be read: {error}"
+
+
+def _fault(row: Row, kind: str, size: tuple[int, int]) -> str | None:
+    empty = next((column for column in NEEDED[kind] if not row[column]), None)
+    if empty:
+        return f"its {empty} is empty"
+    if kind == "choice" and row["answer"] not in _several(row["choices"]):
+        return f"its answer {row['answer']!r} is not among its choices {row['choices']!r} (separated by |)"
+    return _box_fault(row["box"], size) if kind == "box" else None
+
+
+def _box_fault(text: str, size: tuple[int, int]) -> str | None:
+    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+    if len(numbers) != 4:
+        return f"its box {text!r} is not four numbers: left, top, right, bottom"
+    left, top, right, bottom = numbers
+    if left >= right or top >= bottom:
+        return f"its box {text!r} has no area: the numbers are left, top, right, bottom"
+    width, height = (1, 1) if max(numbers) <= 1 else size
+    if left < 0 or top < 0 or right > width or bottom > height:
+        return f"its box {text!r} is not inside the image of {size[0]} x {size[1]} pixels"
+    return None
+
+
+def _several(cell: str) -> list[str]:
+    return [part.strip() for part in cell.split("|") if part.strip()]
+
+
+def _content(table: Path, row: Row, kind: str, prompt: str) -> dict[str, Any]:
+    try:
+        text = prompt.format_map(row)
+    except (KeyError, ValueError, IndexError):
+        raise TaskError(
+            f"--prompt {prompt!r}: the names in braces have to be columns of {table.name}: {', '.join(row)}"
+        ) from None
+    if kind == "choice":
+        choices = _several(row["choices"])
+        return {"prompt": text, "choices": choices, "target": choices.index(row["answer"])}
+    references = _several(row[{"question": "answer", "caption": "caption", "box": "box"}[kind]])
+    if kind == "box":
+        references = [row["box"].strip("[]() ")]
+    return {"prompt": text, "answer": references[0], "references": references}
+
+
+def _merged(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One example per image: captions of the same image become its references."""
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
+    for document in documents:
+        key = document["image_path"], document["prompt"]
+        if key in merged:
+            merged[key]["references"] += document["references"]
+        else:
+            merged[key] = document
+    return list(merged.values())
+
+
+def _splits(documents: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Assign whole images to splits, in the order of a hash of their file names."""
+    paths = sorted(
+        {document["image_path"] for document in documents},
+        key=lambda path: hashlib.sha256(Path(path).name.encode()).digest(),
+    )
+    splits: dict[str, list[dict[str, Any]]] = {}
+    share = 0.0
+    for name, part in SHARES.items():
+        first, share = round(share * len(paths)), share + part
+        chosen = set(paths[first : round(share * len(paths))])
+        splits[name] = [document for document in documents if document["image_path"] in chosen]
+    return {name: chosen for name, chosen in splits.items() if chosen}
+
+
+def _write_split(out: Path, task: str, kind: str, documents: Sequence[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    table = out / f"{task}.jsonl"
+    write_text(table, lines)
+    write_text(out / f"{task}.yaml", task_file(task, kind, table.resolve()))
+
+
+def task_file(task: str, kind: str, table: Path) -> str:
+    """The YAML of a task over a JSON-lines table with `image_path`, `prompt` and the gold answer."""
+    config: dict[str, Any] = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(table)}},
+        "test_split": "test",
+        "output_type": "multiple_choice" if kind == "choice" else "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "target" if kind == "choice" else "answer",
+    }
+    lines = [
+        "# Written by `hones-eval task new`. Run the command again after moving the images or this folder."
+    ]
+    lines.append(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
+    lines.append("doc_to_visual: !function utils.images")
+    if kind == "choice":
+        lines.append("doc_to_choice: choices")
+    else:
+        lines += ["generation_kwargs:", "  max_new_tokens: 32", "  do_sample: false"]
+        lines.append(f"process_results: !function utils.{kind}_results")
+    lines.append("metric_list:")
+    for metric, aggregation in METRICS[kind]:
+        lines += [f"- metric: {metric}", f"  aggregation: {aggregation}", "  higher_is_better: true"]
+    return "\n".join(lines) + "\n"
+
+
+def _warnings(documents: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    found = []
+    answers = {
+        document["choices"][document["target"]] if kind == "choice" else document["answer"]
+        for document in documents
+    }
+    if len(answers) == 1 and len(documents) > 1:
+        found.append(f"all gold answers are {answers.pop()!r}: a model that always says so is always right")
+    paths = {document["image_path"] for document in documents}
+    if len(paths) < 10:
+        found.append(f"there are only {len(paths)} images: too few for a verdict on a steering")
+    return found
