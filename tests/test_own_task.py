@@ -1,4 +1,4 @@
-"""docs/your_own_task.md, done as it says; and mistakes in a task file, each told in one line."""
+"""The steps of docs/your_own_task.md, and mistakes in a task file, each reported in one line."""
 
 import csv
 import json
@@ -34,10 +34,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", DOC, flags=re.DOTALL)
 
 
+WALK = next(block for block in blocks("bash") if "--tasks shapes" in block)
+
+
 def rows() -> list[dict[str, str]]:
     made = documents("vqa_attribute", "plain", "test", COUNT)
     return [
-        {"file_name": f"{i}.png", "question": one.prompt, "answer": one.answer} for i, one in enumerate(made)
+        {"file_name": f"{i}.png", "question": document.prompt, "answer": document.answer}
+        for i, document in enumerate(made)
     ]
 
 
@@ -56,10 +60,10 @@ def write_json(folder: Path, table: list[dict[str, str]]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader of the document has before the commands."""
     place = tmp_path_factory.mktemp("reader")
-    (place / "pictures").mkdir(parents=True)
-    for i, one in enumerate(documents("vqa_attribute", "plain", "test", COUNT)):
-        Image.fromarray(one.pixels).save(place / "pictures" / f"{i}.png")
-    write_csv(place / "pictures", rows())
+    (place / "images").mkdir(parents=True)
+    for i, document in enumerate(documents("vqa_attribute", "plain", "test", COUNT)):
+        Image.fromarray(document.pixels).save(place / "images" / f"{i}.png")
+    write_csv(place / "images", rows())
     (place / "tasks").mkdir()
     (place / "tasks" / "shapes.yaml").write_text(blocks("yaml")[0])
     return place
@@ -80,7 +84,7 @@ def test_the_document_leads_from_a_folder_to_a_row(folder: Path, monkeypatch: py
     header = blocks("csv")[0].splitlines()[0]
     assert header == ",".join(rows()[0])
     assert list(json.loads(blocks("json")[0])) == list(rows()[0])
-    for line in blocks("bash")[0].splitlines():
+    for line in WALK.splitlines():
         run(line, folder)
     assert sorted(answers(folder / "logs" / "baseline", "shapes")) == list(range(8, COUNT))
     with (folder / "board" / "leaderboard.csv").open() as file:
@@ -88,85 +92,91 @@ def test_the_document_leads_from_a_folder_to_a_row(folder: Path, monkeypatch: py
     assert row["task"] == "shapes"
     assert row["metric"] == "exact_match"
     assert int(row["n"]) == COUNT - 8
-    assert row["flags"] == "", "no picture of the discovery is among them"
+    assert row["flags"] == "", "no image of the discovery split is among them"
     assert float(row["baseline"]) > 0.5, "the embedded model answers such questions"
 
 
 Edit = Callable[[dict[str, Any]], Any]
 MISTAKES: dict[str, tuple[Edit, str]] = {
     "key": (
-        lambda one: one.update(doc_to_txt=one.pop("doc_to_text")),
-        "no such key; did you mean doc_to_text?",
+        lambda config: config.update(doc_to_txt=config.pop("doc_to_text")),
+        "doc_to_txt: unknown to lmms-eval; did you mean doc_to_text?",
     ),
     "missing key": (
-        lambda one: one.pop("doc_to_target"),
+        lambda config: config.pop("doc_to_target"),
         "doc_to_target: missing; it should be a column, a tem",
     ),
-    "no split": (lambda one: one.pop("test_split"), "test_split: missing; it should be the name of a split"),
+    "no split": (
+        lambda config: config.pop("test_split"),
+        "test_split: missing; it should be the name of a split",
+    ),
     "metric": (
-        lambda one: one["metric_list"][0].update(metric="exact_mach"),
+        lambda config: config["metric_list"][0].update(metric="exact_mach"),
         "metric_list[0].metric: 'exact_mach' should be one of exact_match, anls, bleu, chrf, ter; did you ",
     ),
     "metric's form": (
-        lambda one: one.update(metric_list="exact_match"),
+        lambda config: config.update(metric_list="exact_match"),
         "metric_list: 'exact_match' should be a list of mappings",
     ),
     "metric without a name": (
-        lambda one: one.update(metric_list=["exact_match"]),
+        lambda config: config.update(metric_list=["exact_match"]),
         "metric_list[0]: 'exact_match' should be a mapping with a metric",
     ),
     "aggregation": (
-        lambda one: one["metric_list"][0].update(aggregation="average"),
+        lambda config: config["metric_list"][0].update(aggregation="average"),
         "metric_list[0].aggregation: 'average' should be mean, median, or !function",
     ),
     "direction": (
-        lambda one: one["metric_list"][0].update(higher_is_better="yes please"),
+        lambda config: config["metric_list"][0].update(higher_is_better="yes please"),
         "higher_is_better: 'yes please' should be true or false",
     ),
     "column in a template": (
-        lambda one: one.update(doc_to_text="{{quesiton}} Answer:"),
+        lambda config: config.update(doc_to_text="{{quesiton}} Answer:"),
         "doc_to_text: 'quesiton' should be a column; did you mean question?; the columns are ",
     ),
-    "template": (lambda one: one.update(doc_to_text="{{question"), "'{{question' is not a Jinja template"),
+    "template": (
+        lambda config: config.update(doc_to_text="{{question"),
+        "'{{question' is not a Jinja template",
+    ),
     "column": (
-        lambda one: one.update(doc_to_target="gold"),
+        lambda config: config.update(doc_to_target="gold"),
         "doc_to_target: 'gold' should be a column; the ",
     ),
     "column of images": (
-        lambda one: one.update(doc_to_visual="images"),
+        lambda config: config.update(doc_to_visual="images"),
         "doc_to_visual: 'images' should be a column of images; did you mean image?",
     ),
     "no pictures": (
-        lambda one: one.update(doc_to_visual="answer"),
+        lambda config: config.update(doc_to_visual="answer"),
         "doc_to_visual: column 'answer' should contain images, which dataset_path: imagefolder",
     ),
-    "type": (lambda one: one.update(task=7), "task: 7 should be a name"),
+    "type": (lambda config: config.update(task=7), "task: 7 should be a name"),
     "setting": (
-        lambda one: one.update(generation_kwargs={"max_new_token": 8}),
+        lambda config: config.update(generation_kwargs={"max_new_token": 8}),
         "generation_kwargs.max_new_token: no such setting; did you mean max_new_tokens?",
     ),
     "setting's type": (
-        lambda one: one.update(generation_kwargs={"max_new_tokens": "eight"}),
+        lambda config: config.update(generation_kwargs={"max_new_tokens": "eight"}),
         "generation_kwargs.max_new_tokens: 'eight' should be a whole number",
     ),
     "folder": (
-        lambda one: one.update(dataset_kwargs={"data_dir": "/nowhere"}),
+        lambda config: config.update(dataset_kwargs={"data_dir": "/nowhere"}),
         "dataset_kwargs.data_dir: /nowhere should be a folder",
     ),
     "split": (
-        lambda one: one.update(test_split="test"),
+        lambda config: config.update(test_split="test"),
         "test_split: 'test' should be one of the splits: train",
     ),
     "kind of output": (
-        lambda one: one.update(output_type="multiple_choices"),
+        lambda config: config.update(output_type="multiple_choices"),
         "output_type: 'multiple_choices' should be generate_until or multiple_choice; did you mean multiple_",
     ),
     "choices": (
-        lambda one: one.update(output_type="multiple_choice", metric_list=[{"metric": "acc"}]),
+        lambda config: config.update(output_type="multiple_choice", metric_list=[{"metric": "acc"}]),
         "doc_to_choice: missing; it should be a column of lists, a list such as",
     ),
     "metric of choices": (
-        lambda one: one.update(
+        lambda config: config.update(
             output_type="multiple_choice",
             metric_list=[{"metric": "exact_mach"}],
             doc_to_choice=["red", "blue"],
@@ -174,12 +184,12 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         "metric_list[0].metric: 'exact_mach' should be one of acc, acc_norm, exact_match, f1, mcc",
     ),
     "column of choices": (
-        lambda one: one.update(
+        lambda config: config.update(
             output_type="multiple_choice", metric_list=[{"metric": "acc"}], doc_to_choice="option"
         ),
         "doc_to_choice: 'option' should be a column",
     ),
-    "include": (lambda one: one.update(include="base.yaml"), "include: there is no file "),
+    "include": (lambda config: config.update(include="base.yaml"), "include: there is no file "),
 }
 
 
@@ -187,7 +197,7 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
 def test_a_mistake_is_told_with_file_key_and_form(name: str, folder: Path, tmp_path: Path) -> None:
     edit, says = MISTAKES[name]
     config = yaml.safe_load(blocks("yaml")[0])
-    config["dataset_kwargs"]["data_dir"] = str(folder / "pictures")
+    config["dataset_kwargs"]["data_dir"] = str(folder / "images")
     edit(config)
     path = tmp_path / "shapes.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -223,12 +233,12 @@ SPOILT = [
 def test_a_mistake_in_the_table_is_told(
     write: Callable[..., None], spoil: Callable[..., None], says: str, folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
+    shutil.copytree(folder / "images", tmp_path / "images", ignore=shutil.ignore_patterns("metadata.*"))
     table = rows()
     spoil(table)
-    write(tmp_path / "pictures", table)
+    write(tmp_path / "images", table)
     path = tmp_path / "shapes.yaml"
-    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {tmp_path / 'pictures'}"))
+    path.write_text(blocks("yaml")[0].replace("data_dir: images", f"data_dir: {tmp_path / 'images'}"))
     with pytest.raises(TaskError, match=re.escape(says)):
         check_task_file(path)
 
@@ -244,11 +254,11 @@ def test_a_mistake_in_the_table_is_told(
 def test_a_table_as_spreadsheets_save_it(
     change: Callable[[str], str], encoding: str, says: str | None, folder: Path, tmp_path: Path
 ) -> None:
-    pictures = shutil.copytree(folder / "pictures", tmp_path / "pictures")
-    table = pictures / "metadata.csv"
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    table = images / "metadata.csv"
     table.write_text(change(table.read_text()), encoding=encoding)
     path = tmp_path / "shapes.yaml"
-    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {pictures}"))
+    path.write_text(blocks("yaml")[0].replace("data_dir: images", f"data_dir: {images}"))
     if says is None:
         check_task_file(path)
         return
@@ -258,24 +268,24 @@ def test_a_table_as_spreadsheets_save_it(
 
 
 def test_a_table_as_json_lines_is_read(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
-    write_json(tmp_path / "pictures", rows())
+    shutil.copytree(folder / "images", tmp_path / "images", ignore=shutil.ignore_patterns("metadata.*"))
+    write_json(tmp_path / "images", rows())
     path = tmp_path / "shapes.yaml"
-    path.write_text(blocks("yaml")[0].replace("data_dir: pictures", f"data_dir: {tmp_path / 'pictures'}"))
+    path.write_text(blocks("yaml")[0].replace("data_dir: images", f"data_dir: {tmp_path / 'images'}"))
     check_task_file(path)
 
 
 def test_choices_as_the_document_has_them(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "pictures", tmp_path / "pictures", ignore=shutil.ignore_patterns("metadata.*"))
+    shutil.copytree(folder / "images", tmp_path / "images", ignore=shutil.ignore_patterns("metadata.*"))
     table: list[dict[str, Any]] = rows()
     for row in table:
         row["options"] = [row["answer"], "nothing"]
-    write_json(tmp_path / "pictures", table)
+    write_json(tmp_path / "images", table)
     config = yaml.safe_load(blocks("yaml")[0]) | {
         "output_type": "multiple_choice",
         "doc_to_choice": "options",
     }
-    config["dataset_kwargs"]["data_dir"] = str(tmp_path / "pictures")
+    config["dataset_kwargs"]["data_dir"] = str(tmp_path / "images")
     config["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     del config["generation_kwargs"]
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(config))
@@ -301,7 +311,7 @@ def test_both_commands_tell_it_in_one_line(
                 "--include_path tasks", f"--include_path {path.parent}"
             )
         )
-        for line in blocks("bash")[0].splitlines()
+        for line in WALK.splitlines()
     )
     assert main(rank[1:]) == 1
     assert complaint(capsys.readouterr().err) == says
@@ -319,7 +329,10 @@ def test_a_file_that_lmms_eval_cannot_index_is_named(tmp_path: Path, monkeypatch
         TaskManager("ERROR", str(tmp_path), model_name="hones_llava")
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\| [^|]+ \| `(.*)` \|$", DOC, flags=re.MULTILINE))
+@pytest.mark.parametrize(
+    "line",
+    re.findall(r"^\| [^|]+ \| `(.*)` \|$", DOC.split("## When something is wrong")[1], flags=re.MULTILINE),
+)
 def test_the_lines_in_the_document_are_tested(line: str) -> None:
     told = [says for _, says in (*MISTAKES.values(), *SPOILT)]
     assert any(says in line or line.removesuffix(" ...") in says for says in told)

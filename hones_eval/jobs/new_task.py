@@ -79,23 +79,23 @@ def new_task(
     Raises: TaskError naming the first bad row and the number of bad rows.
     """
     rows = read_table(table)
-    kind = _kind(table, rows, kind)
+    found = _kind(table, rows, kind)
     name = _task_name(name or table.stem)
     column = _image_column(table, rows)
-    documents = _documents(table, rows, images, column, kind, prompt or PROMPTS[kind])
+    documents = _documents(table, rows, images, column, found, prompt or PROMPTS[found])
     splits = _splits(documents)
     for suffix, chosen in {"": documents, **splits}.items():
-        _write_split(out, f"{name}{suffix and '_'}{suffix}", kind, chosen)
+        _write_split(out, f"{name}{suffix and '_'}{suffix}", found, chosen)
     write_text(out / "utils.py", UTILS)
     counts = {
         f"{name}{suffix and '_'}{suffix}": len(chosen) for suffix, chosen in {"": documents, **splits}.items()
     }
     return NewTask(
         name,
-        kind,
+        found,
         len({document["image_path"] for document in documents}),
         counts,
-        _warnings(documents, kind),
+        _warnings(documents, found),
     )
 
 
