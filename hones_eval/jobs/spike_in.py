@@ -38,6 +38,9 @@ from hones_eval.stats.verdicts import Judged, judge
 from hones_eval.version import __version__
 
 UNDAMAGED, REPAIR = "undamaged", "exact repair"
+ON_HEADS = ("fixed", "learned", "learned_no_kl", "tuned")
+"""Ways that can also scale a given bank of heads; the others can only scale a bank of neurons."""
+ON_NEURONS = (*ON_HEADS, "grid", "search")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,7 @@ class SpikeIn:
             return top_heads(scores, self.heads)
         bank = self.ranking.neurons(self.neurons)
         if self.plant == "random":
-            return matched_random(bank, self.ranking.provenance.shape.neurons, self.seed)
+            return matched_random(bank, self.ranking.provenance.shape, self.seed)
         return bank
 
 
@@ -194,14 +197,18 @@ def shuffled(steering: Steering, seed: int) -> Steering:
     """The same scales on random sites of the same layers."""
     generator = torch.Generator().manual_seed(seed)
 
-    def shuffle(scales: Tensor) -> Tensor:
-        rows = [row[torch.randperm(len(row), generator=generator)] for row in scales]
-        return torch.stack(rows)
+    def shuffle(scales: Tensor, count: Callable[[int], int]) -> Tensor:
+        found = scales.clone()
+        for layer, row in enumerate(scales):
+            sites = count(layer)
+            found[layer, :sites] = row[:sites][torch.randperm(sites, generator=generator)]
+        return found
 
+    shape = steering.provenance.shape
     return replace(
         steering,
-        head_scales=shuffle(steering.head_scales),
-        neuron_scales=shuffle(steering.neuron_scales),
+        head_scales=shuffle(steering.head_scales, shape.heads_of),
+        neuron_scales=shuffle(steering.neuron_scales, shape.neurons_of),
     )
 
 
@@ -233,19 +240,23 @@ def _steerings(
     for way in job.ways:
         found[way] = _chosen(job, ranking, way)
         chosen[way] = found[way].provenance.settings
-        if job.chosen_on_random and way not in ("signed", "topk"):
-            like = [Neuron(*site) for site in planted]
-            width = (
-                ranking.provenance.shape.heads if job.plant == "heads" else ranking.provenance.shape.neurons
-            )
-            kind: type[Head | Neuron] = Head if job.plant == "heads" else Neuron
-            bank = [kind(*site) for site in matched_random(like, width, job.seed + 1)]
+        if job.chosen_on_random and way in (ON_HEADS if job.plant == "heads" else ON_NEURONS):
+            bank = _random_like(job, planted)
             found[f"{way}, on a random bank"] = _chosen(job, ranking, way, bank)
     names: list[str] = [REPAIR, *job.ways]
     for name in names:
         for trial in range(job.trials):
             found[f"random {trial + 1}: {name}"] = shuffled(found[name], job.seed + trial)
     return found, chosen
+
+
+def _random_like(job: SpikeIn, planted: Sequence[Head | Neuron]) -> list[Head] | list[Neuron]:
+    """A random bank with as many sites in each layer as the planted one, which it leaves out."""
+    shape, like = job.ranking.provenance.shape, [Neuron(*site) for site in planted]
+    if job.plant != "heads":
+        return matched_random(like, shape, job.seed + 1)
+    widths = [shape.heads_of(layer) for layer in range(shape.layers)]
+    return [Head(*site) for site in matched_random(like, widths, job.seed + 1)]
 
 
 def _chosen(

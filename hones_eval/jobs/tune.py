@@ -145,5 +145,6 @@ def split_by_image(examples: TaskExamples, share: float, seed: int) -> tuple[lis
 def whole_bank(ranking: Ranking) -> list[Head | Neuron]:
     """Every head and every neuron of a ranking's model."""
     shape = ranking.provenance.shape
-    heads = [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
-    return [*heads, *(Neuron(layer, i) for layer in range(shape.layers) for i in range(shape.neurons))]
+    layers = range(shape.layers)
+    heads = [Head(layer, head) for layer in layers for head in range(shape.heads_of(layer))]
+    return [*heads, *(Neuron(layer, i) for layer in layers for i in range(shape.neurons_of(layer)))]

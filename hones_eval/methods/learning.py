@@ -65,7 +65,7 @@ class LearnedScales(nn.Module):
         for (heads, layer), places in sorted(members.items()):
             numbers = torch.tensor([self.bank[place][1] for place in places])
             if heads:
-                width = self.anatomy.shape.head_width
+                width = self.anatomy.shape.head_width_of(layer)
                 edits.append((self.anatomy.heads_in[layer], self._edit(places, numbers, width)))
             else:
                 edits.append((self.anatomy.neurons_in[layer], self._edit(places, numbers, 1)))
@@ -216,8 +216,9 @@ def _row_edits(anatomy: Anatomy, steerings: Sequence[Steering]) -> list[tuple[Si
     edits: list[tuple[Site, Edit]] = []
     for layer in range(anatomy.shape.layers) if steerings else ():
         heads = torch.stack([steering.head_scales[layer] for steering in steerings])
-        heads = heads.repeat_interleave(anatomy.shape.head_width, dim=1)
+        heads = anatomy.head_features(heads, layer)
         neurons = torch.stack([steering.neuron_scales[layer] for steering in steerings])
+        neurons = anatomy.neuron_features(neurons, layer)
         sites = (anatomy.heads_in[layer], heads), (anatomy.neurons_in[layer], neurons)
         edits += [(site, _scale_rows(rows)) for site, rows in sites if not bool((rows == 1).all())]
     return edits
