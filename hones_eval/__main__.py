@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shows the trace of an error that is otherwise one line; `--json` anywhere keeps standard output
             for one JSON document.
 
-    Returns: 0; 1 when the command failed, 2 when its flags cannot be read, 130 when it was interrupted.
+    Returns: 0; 1 when the command failed, 2 when its flags cannot be read, 130 when it was interrupted, 143
+        when it was stopped by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, as_json = "--debug" in given, "--json" in given
@@ -32,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _answer_about_itself(given)
     _quiet_libraries()
     print_as_json(as_json)
+    before = _handle_sigterm()
     try:
         _run(given, as_json)
     except (HonesError, OSError) as error:
@@ -43,9 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Lightning turns an interrupt of a pass into an exit without a message.
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
-        print(f"hones-eval: interrupted{_how_to_go_on(given)}", file=sys.stderr)
-        return 130
+        by_signal = _Terminated.happened
+        print(
+            f"hones-eval: {'stopped by SIGTERM' if by_signal else 'interrupted'}{_how_to_go_on(given)}",
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGTERM if by_signal else 130
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         if several := sys.modules.get("hones_eval.runs.processes"):
             several.leave_others()
     return 0
@@ -55,6 +66,28 @@ def _joined(given: list[str]) -> list[str]:
     """Join the two words of a command such as `task new`, which is the command `task-new`."""
     both = "-".join(given[:2])
     return [both, *given[2:]] if len(given) > 1 and both in COMMANDS else given
+
+
+class _Terminated:
+    happened = False
+
+
+def _handle_sigterm() -> Any:
+    """Let SIGTERM end the command like an interrupt, after a running pass has saved its progress.
+
+    Returns: the handler that was there before; None where there can be none, outside the main thread.
+    """
+    _Terminated.happened = False
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: object) -> None:
+        _Terminated.happened = True
+        checkpoint = sys.modules.get("hones_eval.runs.checkpoint")
+        if checkpoint is None or not checkpoint.stop_after_example():
+            raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def _answer_about_itself(given: Sequence[str]) -> None:
@@ -76,13 +109,23 @@ def _run(given: Sequence[str], as_json: bool) -> None:
     call = read(given)
     _check_numbers(call.arguments)
     _check_out(call.name, call.arguments, call.overwrite)
-    answer = command(call.name)(**call.arguments)
+    with _sole_writer(call.arguments.get("out")):
+        answer = command(call.name)(**call.arguments)
     if several := sys.modules.get("hones_eval.runs.processes"):
         several.wait_for_others()
     if answer is not None:
         show(answer)
         if as_json:
             print(json.dumps(answer.data, indent=1, default=str))
+
+
+def _sole_writer(out: object) -> AbstractContextManager[None]:
+    """Hold the lock of the output folder while a command runs."""
+    if not isinstance(out, Path):
+        return nullcontext()
+    from hones_eval.core.lock import only_writer
+
+    return only_writer(out)
 
 
 def _check_numbers(arguments: dict[str, Any]) -> None:

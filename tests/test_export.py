@@ -1,5 +1,6 @@
 """Exported steerings need no hones-eval: plain transformers and plain PEFT give the steered logits."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from families import build
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from hones_eval.__main__ import main
+from hones_eval.core import files
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.attach import steer
@@ -81,3 +84,36 @@ def test_a_missing_base_is_named(
     assert main([*arguments, "--pretrained", str(tmp_path / "nothing")]) == 1
     assert "name it with --pretrained" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(
+    steering_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors reports a full disk by an error of its own, without a path."""
+
+    def full(self: PreTrainedModel, folder: Path, **options: object) -> None:
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    out = tmp_path / "new" / "exported"
+    arguments = ["export", "--steering", str(steering_folder), "--to", "checkpoint", "--out", str(out)]
+    assert main(arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"hones-eval: {out} could not be written, and nothing was left there: ")
+    assert "No space left" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_export_left_is_cleared_by_the_next(steering_folder: Path, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with files.staged_folder(tmp_path / "exported") as folder:
+            (folder / "model.safetensors").write_bytes(b"half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob(".exported.*.tmp"))) == 1
+    out = str(tmp_path / "exported")
+    assert main(["export", "--steering", str(steering_folder), "--to", "ia3", "--out", out]) == 0
+    assert not list(tmp_path.glob(".exported.*"))
+    assert (tmp_path / "exported" / "adapter_config.json").is_file()

@@ -1,6 +1,9 @@
 """A run that is killed at random moments and goes on ends with the bytes of one that never was."""
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 from drawn_data import write_folder
+from safetensors import safe_open
 
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
@@ -101,6 +105,36 @@ def test_other_weights_at_the_same_path_are_not_gone_on_with(
     assert not (out / "ranking.json").exists()
     assert main([*arguments, "--resume"]) == 0
     assert Ranking.load(out).provenance.weights is not None
+
+
+def test_sigterm_saves_the_progress_and_says_how_to_go_on(
+    tmp_path: Path,
+    rank_arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A scheduler's signal comes in the third example, long before a checkpoint is due."""
+    step, out = _Pass.predict_step, tmp_path / "out"
+    arguments = [*rank_arguments, *CAPTIONS, "--out", str(out)]
+
+    def signalled(self: _Pass, *given: object) -> None:
+        if self.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, *given)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(_Pass, "predict_step", signalled)
+        assert main(arguments) == 128 + signal.SIGTERM
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        line
+        == "hones-eval: stopped by SIGTERM; with --resume the same command goes on from what was measured"
+    )
+    (kept,) = (out / "partial").glob("*.safetensors")
+    with safe_open(kept, "pt") as file:
+        assert json.loads(file.metadata()["about"])["done"] == 3
+    assert main([*arguments, "--resume"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

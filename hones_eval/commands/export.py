@@ -30,7 +30,7 @@ def export(
     Example:
         hones-eval export --steering runs/vqa/steering --to checkpoint --out runs/vqa/steered-model
     """
-    from hones_eval.core.export import export_checkpoint, export_ia3, write_folder
+    from hones_eval.core.export import export_checkpoint, export_ia3
     from hones_eval.core.steering import Steering
 
     loaded = Steering.load(steering).at_strength(strength)
@@ -45,8 +45,7 @@ def export(
     else:
         from transformers import AutoProcessor
 
-        export_checkpoint(model, loaded, out)
-        write_folder(out, AutoProcessor.from_pretrained(base).save_pretrained)
+        export_checkpoint(model, loaded, out, AutoProcessor.from_pretrained(base).save_pretrained)
     lines = [f"wrote {out}: {base} steered, as {to}"]
     return Answer(lines, {"out": str(out), "base_model": base, "to": to, "strength": strength})
 

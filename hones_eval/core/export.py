@@ -1,22 +1,29 @@
 """Export a steering as steered weights or as a standard PEFT adapter. Neither needs this package to run."""
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import has_adapter
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.attach import attach_to_anatomy, scaled_sites, why_not_foldable
+from hones_eval.core.files import staged_folder
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
 
-def export_checkpoint(model: PreTrainedModel, steering: Steering, out: Path) -> None:
+def export_checkpoint(
+    model: PreTrainedModel,
+    steering: Steering,
+    out: Path,
+    also: Callable[[Path], object] = lambda folder: None,
+) -> None:
     """Save the model with the scales folded into its weights. The model in memory stays unchanged.
+
+    `also` saves more into the same folder, such as the processor; all of it appears at once.
 
     Raises: HonesError when the model has an adapter that is not merged, or weights that nothing can be folded
     into (quantized, parametrized). Such a model would not load again as it was steered.
@@ -32,7 +39,7 @@ def export_checkpoint(model: PreTrainedModel, steering: Steering, out: Path) -> 
             )
     attached = attach_to_anatomy(anatomy, steering, "fold")
     try:
-        write_folder(out, anatomy.model.save_pretrained)
+        write_folder(out, anatomy.model.save_pretrained, also)
     finally:
         attached.detach()
 
@@ -86,10 +93,14 @@ def _refuse_adapters(model: PreTrainedModel) -> None:
         )
 
 
-def write_folder(out: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a temporary folder next to `out`, then move its files to `out` when all exist."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        save(Path(temporary))
-        for path in sorted(Path(temporary).iterdir()):
-            shutil.move(path, out / path.name)
+def write_folder(out: Path, *saves: Callable[[Path], object]) -> None:
+    """Let each of `saves` write into a temporary folder, then move all files to `out`.
+
+    Raises: OSError or HonesError that names `out`, e.g. when the disk is full; nothing is left then.
+    """
+    try:
+        with staged_folder(out, last=("config.json", "adapter_config.json")) as temporary:
+            for save in saves:
+                save(temporary)
+    except SafetensorError as error:
+        raise HonesError(f"{out} could not be written, and nothing was left there: {error}") from None

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,48 @@ def is_alive(pid: int) -> bool:
     except (OSError, IndexError):
         return True
     return state not in ("Z", "X")
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, last: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder next to `out`, whose files are moved to `out` when all of them are written.
+
+    Args:
+        out: the final folder; it may exist.
+        last: names of files that are moved last, since without them nothing loads.
+
+    Raises: OSError that names `out` when writing fails, e.g. on a full disk; nothing is left then.
+    """
+    import shutil
+
+    out = out.absolute()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    clear_dead_files(out.parent)
+    prefix = temporary_prefix(out.name)
+    with named_errors(out):
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix, suffix=".tmp"))
+    try:
+        with named_errors(out):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    _flush(path)
+            for path in sorted(temporary.iterdir(), key=lambda path: (path.name in last, path.name)):
+                shutil.move(path, out / path.name)
+            sync_folder(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    temporary.rmdir()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -17,6 +17,24 @@ from hones_eval.errors import HonesError
 SECONDS = 20.0
 
 
+class _Stop:
+    """Whether a pass with a checkpoint is running, and whether it was asked to stop."""
+
+    running = False
+    requested = False
+
+
+def stop_after_example() -> bool:
+    """Ask the running pass to save its progress after the current example, and then to stop.
+
+    Returns: False when no such pass is running or it was asked before; then the caller has to stop by itself.
+    """
+    if _Stop.requested or not _Stop.running:
+        return False
+    _Stop.requested = True
+    return True
+
+
 class Progress(NamedTuple):
     """The first `done` examples of a rank's share: their sums, and their records by example."""
 
@@ -44,6 +62,7 @@ class Partial:
         Raises: HonesError when it was made with other examples or settings, or cannot be read.
         """
         self._written = time.monotonic()
+        _Stop.running, _Stop.requested = True, False
         path = self._path(name, rank, ranks)
         if not self.resume or not path.is_file():
             return None
@@ -61,13 +80,21 @@ class Partial:
         return Progress(about["done"], sums, {int(index): one for index, one in about["records"].items()})
 
     def save(self, name: str, rank: int, ranks: int, progress: Progress, last: bool) -> None:
-        """Write what was measured if it is time to, and in any case after a rank's last example."""
-        if not last and time.monotonic() - self._written < SECONDS:
+        """Write what was measured if it is time to, and in any case after a rank's last example.
+
+        Raises: KeyboardInterrupt, after writing, when `stop_after_example` was called.
+        """
+        if last:
+            _Stop.running = False
+        if not last and not _Stop.requested and time.monotonic() - self._written < SECONDS:
             return
         about = {"fingerprint": self.fingerprint, "done": progress.done, "records": progress.records}
         tensors = {key: value.detach().cpu().contiguous() for key, value in progress.sums.items()}
         write_bytes(self._path(name, rank, ranks), save(tensors, metadata=_metadata(about)))
         self._written = time.monotonic()
+        if _Stop.requested:
+            _Stop.running, _Stop.requested = False, False
+            raise KeyboardInterrupt
 
     def clear(self) -> None:
         """Remove the folder: the run has ended well. Files that are none of its own stay."""
