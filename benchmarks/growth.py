@@ -21,7 +21,7 @@ from plain_loop import Clock, TokenTask, answer, examples_for, plain_head, small
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.replay import Replayer
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.toy import checkpoint_path
 
 HIDDEN, PATCH = 128, 14

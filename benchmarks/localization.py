@@ -41,7 +41,7 @@ from hones_eval.engine.prompts import appended
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.answers.choices import Choice, ChoiceAnswers, Choices, Reading, from_text
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.measure import Measurement, Totals
 from hones_eval.toy import checkpoint_path

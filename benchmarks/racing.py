@@ -23,9 +23,9 @@ from tqdm import tqdm
 from hones_eval.choices import Bound
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.replay import Replayer
-from hones_eval.jobs.head_search import Savings, localize
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.head_search import Savings, localize
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.raced import LOOK
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.racing import Race

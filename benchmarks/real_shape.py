@@ -28,7 +28,8 @@ from transformers import (
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
-from hones_eval.methods.hones import HeadLocalization, NeuronAttribution
+from hones_eval.methods.hones import NeuronAttribution
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.measure import Measure
 

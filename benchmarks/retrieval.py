@@ -21,7 +21,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.answers.margin import Margin, MarginAnswers
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.runs.measure import Totals
 
 MARGIN = Margin(3, 4)

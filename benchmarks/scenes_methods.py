@@ -34,7 +34,8 @@ from hones_eval.jobs.verify import Measured, masked
 from hones_eval.lmms.answers.next_token import NumberTexts
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder, answered
-from hones_eval.methods.hones import NeuronAttribution, inverse_document_frequency
+from hones_eval.methods.hones import NeuronAttribution
+from hones_eval.methods.projection import inverse_document_frequency
 from hones_eval.runs.ablation import Ablation
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals

@@ -16,8 +16,8 @@ from torch import Tensor
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.first_order import FirstOrder
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.attribution import Attribution
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.runs.lightning import Loop
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import TASKS
@@ -44,8 +44,8 @@ def run(task: str, count: int, keeps: list[int]) -> None:
     start = time.perf_counter()
     exact = localization.scores(loop.run(examples, localization, "heads"))
     middle = time.perf_counter()
-    first_order = FirstOrder(anatomy, localization.decoder.append)
-    estimates = FirstOrder.scores(loop.run(examples, first_order, "screen"))
+    attribution = Attribution(anatomy, localization.decoder.append)
+    estimates = Attribution.scores(loop.run(examples, attribution, "screen"))
     part = (time.perf_counter() - middle) / (middle - start)
     for keep in keeps:
         cells = " | ".join(f"{recall(exact, estimates, keep, share):.2f}" for share in SHARES)

@@ -51,5 +51,9 @@ EditorName = Literal["auto", "remove", "recolor", "retexture", "move", "mirror",
 MaskName = Literal["cut", "box", "segmenter"]
 """How the region of an edit is found."""
 
-Method = Literal["hones", "vseam", "random", "activation", "write_norm", "dvp", "entropy"]
-"""The methods of `rank`."""
+Estimate = Literal["first_order", "ig"]
+"""The estimates of attribution patching; `ig` are integrated gradients."""
+Objective = Literal["log_probability", "margin"]
+"""What attribution patching takes the gradient of."""
+Absolute = Literal["example", "position"]
+"""Of what attribution patching takes absolute values."""

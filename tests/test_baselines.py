@@ -117,7 +117,7 @@ def test_bad_requests_are_one_line(
     own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(own.command("rank", "--method", "entropy", "--limit", LIMIT, "--out", tmp_path)) == 1
-    assert "give the one to rank for and then others" in own_answers.complaint(capsys.readouterr().err)
+    assert "give the task to rank for and then the others" in own_answers.complaint(capsys.readouterr().err)
     for tasks, says in (("own_a,own_a", "a task is named twice"), ("own_a,", "a name is empty")):
         assert main(own.command("rank", "--method", "entropy", "--out", tmp_path, task=tasks)) == 1
         assert says in own_answers.complaint(capsys.readouterr().err)
@@ -136,7 +136,7 @@ def test_activations_that_are_not_finite_are_named_with_their_layer(
     kept = weight.detach().clone()
     try:
         weight.data[5] = float("inf")
-        with pytest.raises(HonesError, match="document 0: the FFN activations of layer 2 are not finite"):
+        with pytest.raises(HonesError, match="doc_id 0: the FFN activations of layer 2 are not finite"):
             NeuronActivity(anatomy).measure(examples[0])
     finally:
         weight.data.copy_(kept)

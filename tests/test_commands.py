@@ -20,7 +20,7 @@ from hones_eval.__main__ import main
 from hones_eval.core.artifact import read_json
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.localization import HeadLocalization
 
 COUNT = 4
 pytestmark = pytest.mark.usefixtures("models_loaded_once")

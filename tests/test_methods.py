@@ -16,7 +16,6 @@ from drawn_data import write_folder
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hones_eval.choices import Method
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head
@@ -24,7 +23,10 @@ from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.hones import HeadLocalization, NeuronAttribution, inverse_document_frequency
+from hones_eval.methods.hones import NeuronAttribution
+from hones_eval.methods.localization import HeadLocalization
+from hones_eval.methods.projection import inverse_document_frequency
+from hones_eval.methods.registry import MethodName as Method
 from hones_eval.methods.vseam import HeadContribution
 from hones_eval.runs.lightning import Loop
 
@@ -285,7 +287,7 @@ def test_activations_that_are_not_finite_are_an_error(
     monkeypatch.setattr(weight, "data", torch.full_like(weight, float("inf")))
     (replayer := task.replayer).inexact = "for this test"
     with pytest.raises(
-        HonesError, match="hones_vqa document 0: the FFN activations of layer 1 are not finite"
+        HonesError, match="hones_vqa, doc_id 0: the FFN activations of layer 1 are not finite"
     ):
         NeuronAttribution(replayer, []).measure(task.examples[0])
     for measure in (HeadLocalization(replayer, task.examples), HeadContribution(replayer, task.examples)):

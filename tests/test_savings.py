@@ -17,7 +17,7 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.toy import checkpoint_path
 
 TASK, COUNT, KEEP = "scenes_vqa_attribute_discovery", 64, 1
@@ -68,7 +68,7 @@ def test_options_of_what_is_not_asked_for_are_refused(
 ) -> None:
     for flag, value, of in (("race_span", "9", "race"), ("screen_share", "0.1", "screen")):
         assert main(command(tmp_path, f"--{flag}", value)) == 1
-        assert f"--{flag} {float(value)} says nothing without --{of}" in capsys.readouterr().err
+        assert f"--{flag} {float(value)} has no effect without --{of}" in capsys.readouterr().err
 
 
 def test_the_report_says_how_the_race_went(raced: Ranking) -> None:
@@ -123,16 +123,16 @@ def test_a_race_among_screened_heads(tmp_path: Path) -> None:
     ("others", "says"),
     [
         (["--race", "1.5"], "the risk of a race must lie between 0 and 1, not 1.5"),
-        (["--race", "0.1", "--heads", "48"], "48 heads cannot race for 48 places"),
+        (["--race", "0.1", "--heads", "48"], "all 48 heads are wanted, so there is nothing to race for"),
         (
             ["--race", "0.1", "--race_span", "0.5"],
             "two answers differ by 1 in exact_match, more than the 0.5",
         ),
-        (["--race", "0.1", "--race_span", "0"], "--race_span is the width of the metric's range, not 0.0"),
+        (["--race", "0.1", "--race_span", "0"], "--race_span must be above 0, but is 0.0"),
         (["--screen", "first_order", "--screen_share", "0.05", "--heads", "3"], "leaves 2 of 48 heads"),
         (["--screen", "first_order", "--screen_share", "0"], "--screen_share must lie above 0"),
         (["--race", "0.1", "--method", "vseam"], "only apply to --method hones, not to vseam"),
-        (["--race", "0.1", "--devices", "9"], "looked at every 8 examples, so 9 processes would wait"),
+        (["--race", "0.1", "--devices", "9"], "evaluated every 8 examples, so of 9 processes some"),
         (["--race", "0.1", "--tasks", "scenes_caption_discovery"], "bleu4 of scenes_caption_discovery is"),
     ],
 )

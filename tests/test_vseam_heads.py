@@ -99,7 +99,7 @@ def test_a_category_with_no_correct_or_no_incorrect_example_says_so(
     report = HeadContribution.report(totals, 3)
     kind = {"incorrect": "negative", "correct": "positive"}[missing]
     assert report["warnings"] == [
-        f"no example is {missing}, so {kind} scores are not measured and stand as 0"
+        f"no example is {missing}, so {kind} scores are not measured and are stored as 0"
     ]
     assert report[f"top_{kind}"] == []
     assert report["standard_errors"][kind] is None
@@ -111,11 +111,13 @@ def test_answers_without_tokens_are_counted_and_named(family: Family) -> None:
     totals = measured(family, some)
     report = HeadContribution.report(totals, 3)
     assert report["examples_without_answer_tokens"] == ["drawn, doc_id 1", "drawn, doc_id 3"]
-    assert "2 examples count for nothing" in report["warnings"][0]
+    assert "skipped 2 examples whose answers have no tokens" in report["warnings"][0]
     with_tokens = measured(family, [some[0], some[2]])
     for kind, scores in HeadContribution.scores(totals).items():
         assert torch.equal(scores, HeadContribution.scores(with_tokens)[kind])
-    with pytest.raises(TaskError, match="no answer of 2 examples has a token, the first of drawn, doc_id 1"):
+    with pytest.raises(
+        TaskError, match="none of 2 examples has an answer with tokens; the first is drawn, doc_id 1"
+    ):
         HeadContribution.report(measured(family, [some[1], some[3]]), 3)
 
 

@@ -177,7 +177,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     )
     offered = f"{one_answer}, or --metric balanced_accuracy"
     nothing_to_lose = "the unmasked model already scores 0, so a zero drop is uninformative"
-    no_positive = "no example is correct, so positive scores are not measured and stand as 0"
+    no_positive = "no example is correct, so positive scores are not measured and are stored as 0"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     reports = [
         json.loads((tmp_path / name).read_text())

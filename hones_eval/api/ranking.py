@@ -1,16 +1,23 @@
 """Rank heads and neurons of a model on the examples of a task."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from hones_eval.api.model import Model
 from hones_eval.api.task_names import names_in
-from hones_eval.choices import Bound, Method, Screen
+from hones_eval.choices import Absolute, Bound, Estimate, Objective, Screen
 from hones_eval.core.artifact import ModelShape, hash_of
+from hones_eval.core.head_edits import HeadEditName, head_edit
 from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
-from hones_eval.jobs.head_search import Savings
 from hones_eval.jobs.rank import Discovery, discover, provenance
+from hones_eval.methods.attribution import AttributionSettings
+from hones_eval.methods.confirm import check_has_estimates
+from hones_eval.methods.head_search import Savings
+from hones_eval.methods.registry import METHODS, MethodName
+from hones_eval.methods.registry import method as registered
 from hones_eval.runs.checkpoint import Partial
 from hones_eval.version import __version__
 
@@ -22,7 +29,7 @@ def rank(
     model: Model,
     tasks: str,
     *,
-    method: Method = "hones",
+    method: MethodNameName = "hones",
     include_path: Path | None = None,
     limit: int | None = None,
     offset: int = 0,
@@ -37,6 +44,11 @@ def rank(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
+    edit: HeadEditName = "mean",
+    estimate: Estimate = "first_order",
+    objective: Objective = "margin",
+    absolute: Absolute = "position",
+    confirm: int | None = None,
     out: Path | None = None,
     resume: bool = False,
 ) -> Ranking:
@@ -61,6 +73,11 @@ def rank(
         race_span: the largest possible difference of the metric between two answers.
         screen: measure only the heads that this estimate finds best.
         screen_share: the share of all heads that is measured after a screen.
+        edit: what replaces a head: the mean of the other heads, zeros, or its output for another example.
+        estimate: for `atp`; one gradient, or integrated gradients.
+        objective: for `atp`; what the gradient is taken of.
+        absolute: for `atp`; whether absolute values are taken per token position or per example.
+        confirm: the number of best heads and of best neurons whose exact effect is measured and ranked by.
         out: the folder to save the ranking to; while it is measured, progress is kept there in `partial`.
         resume: continue from the progress that a killed run of the same job left in `out`.
 
@@ -82,7 +99,7 @@ def rank(
         >>> len(ranking.neurons())  # 1 % of 6 * 344
         21
     """
-    (task, *others), savings = check_request(
+    (task, *others), options = check_request(
         tasks,
         method,
         race=race,
@@ -90,6 +107,11 @@ def rank(
         race_span=race_span,
         screen=screen,
         screen_share=screen_share,
+        edit=edit,
+        estimate=estimate,
+        objective=objective,
+        absolute=absolute,
+        confirm=confirm,
     )
     examples = model.examples(
         task,
@@ -102,7 +124,7 @@ def rank(
     )
     heads = default_heads(model.anatomy.shape) if heads is None else check_heads(model, heads)
     settings = model.settings(
-        examples, heads=heads, neurons=neurons, gen_kwargs=gen_kwargs, **savings.settings()
+        examples, heads=heads, neurons=neurons, gen_kwargs=gen_kwargs, **options.recorded
     )
     source = provenance(model.anatomy, examples, method, settings, seed)
     contrast = [
@@ -115,9 +137,20 @@ def rank(
         partial = Partial(Path(out) / "partial", fingerprint, resume)
     model.loop.partial = partial
     try:
-        ranking = discover(
-            Discovery(model.replayer, examples, model.loop, source, heads, neurons, contrast, savings)
+        job = Discovery(
+            model.replayer,
+            examples,
+            model.loop,
+            source,
+            heads,
+            neurons,
+            contrast,
+            options.savings,
+            edit,
+            options.attribution,
+            confirm,
         )
+        ranking = discover(job)
     finally:
         model.loop.partial = None
     if out is not None and partial is not None and model.loop.is_first:
@@ -128,23 +161,60 @@ def rank(
 
 def check_request(
     tasks: str,
-    method: Method,
+    method: MethodName,
     *,
     race: float | None = None,
     race_bound: Bound = "betting",
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
-) -> tuple[list[str], Savings]:
+    edit: HeadEditName = "mean",
+    estimate: Estimate = "first_order",
+    objective: Objective = "margin",
+    absolute: Absolute = "position",
+    confirm: int | None = None,
+) -> tuple[list[str], "Options"]:
     """Check what can be checked before a model is loaded.
 
-    Returns: the task to rank on, then those that `entropy` compares it with; and how heads are measured.
+    Returns: the task to rank on, then those that `entropy` compares it with; and the method's options.
     Raises: HonesError for settings that do not go together.
     """
+    row = registered(method)
     savings = Savings(race, race_bound, race_span, screen, screen_share)
-    if savings.settings() and method != "hones":
-        raise HonesError(f"--race and --screen only apply to --method hones, not to {method}")
-    return _tasks(tasks, method), savings
+    attribution = AttributionSettings(estimate, objective, absolute)
+    recorded: dict[str, Any] = dict(savings.settings())
+    if recorded and not row.savings:
+        raise HonesError(f"--race and --screen only apply to --method {_having('savings')}, not to {method}")
+    head_edit(edit)
+    if edit != "mean":
+        if not row.head_edit:
+            raise HonesError(f"--edit only applies to --method {_having('head_edit')}, not to {method}")
+        recorded["edit"] = edit
+    if row.gradients:
+        recorded |= asdict(attribution)
+    elif attribution != AttributionSettings():
+        flag = next(name for name, value in asdict(attribution).items() if value != _DEFAULTS[name])
+        raise HonesError(f"--{flag} only applies to --method {_having('gradients')}, not to {method}")
+    if confirm is not None:
+        check_has_estimates(method)
+        recorded["confirm"] = confirm
+    return _tasks(tasks, method), Options(savings, attribution, recorded)
+
+
+class Options(NamedTuple):
+    """The options of a method, and those that a ranking records."""
+
+    savings: Savings
+    attribution: AttributionSettings
+    recorded: dict[str, Any]
+
+
+_DEFAULTS = asdict(AttributionSettings())
+
+
+def _having(feature: str) -> str:
+    """The names of the methods that have a feature."""
+    return " and ".join(name for name, row in METHODS.items() if getattr(row, feature))
 
 
 def default_heads(shape: ModelShape) -> int:
@@ -164,11 +234,13 @@ def check_heads(model: Model, heads: int) -> int:
     return heads
 
 
-def _tasks(tasks: str, method: Method) -> list[str]:
+def _tasks(tasks: str, method: MethodName) -> list[str]:
     """The task to rank on, then those that `entropy` tells it apart from."""
-    if method != "entropy":
+    if not registered(method).contrasts_tasks:
         return [tasks]
     names = names_in(tasks, "tasks")
     if len(names) < 2:
-        raise HonesError("entropy compares tasks: give the one to rank for and then others, --tasks a,b,c")
+        raise HonesError(
+            f"{method} compares tasks: give the task to rank for and then the others, as --tasks a,b,c"
+        )
     return names

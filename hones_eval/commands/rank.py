@@ -3,17 +3,28 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.choices import Bound, DType, Method, Rows, Screen
+from hones_eval.choices import Absolute, Bound, DType, Estimate, Objective, Rows, Screen
 from hones_eval.commands.answer import Answer
+from hones_eval.commands.registered import with_help
+from hones_eval.core import head_edits
+from hones_eval.core.head_edits import HeadEditName
+from hones_eval.methods import registry
+from hones_eval.methods.registry import MethodName
 
 if TYPE_CHECKING:
     from hones_eval.core.ranking import Ranking
 
 SHOWN = 5
+HEAD_UNITS = {
+    "hones": "drop of the metric",
+    "vseam": "drop of the answer's probability",
+    "atp": "estimated change",
+}
 
 
+@with_help(METHODS=registry.described(), EDITS=head_edits.described())
 def rank(
-    method: Method,
+    method: MethodName,
     model: str,
     tasks: str,
     out: Path,
@@ -37,14 +48,16 @@ def rank(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
+    edit: HeadEditName = "mean",
+    estimate: Estimate = "first_order",
+    objective: Objective = "margin",
+    absolute: Absolute = "position",
+    confirm: int | None = None,
 ) -> Answer:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
     Args:
-        method: hones (effect on the task's metric; heads and neurons) or vseam (effect on the answer's
-            probability; heads). The others are baselines that score neurons alone: random, activation (mean
-            size), write_norm (the same times the norm of the output weights), dvp (contribution to the
-            answer's logit), entropy (active in this task and not in others).
+        method: METHODS.
         model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
         tasks: the lmms-eval task to rank on, with free or multiple-choice answers. For entropy, that task and
             then the tasks to tell it apart from, a,b,c.
@@ -76,6 +89,14 @@ def rank(
         screen: first_order estimates all heads of hones by one backward pass per example, which needs memory
             for gradients, and measures only the best ones. Heads that it leaves out have no score.
         screen_share: the share of all heads that is measured after a screen.
+        edit: what replaces a head, for methods that replace heads. EDITS.
+        estimate: for atp; one gradient (first_order), or gradients averaged along the line to the replacement
+            (ig, integrated gradients), which takes 4 passes per layer for heads and as many for neurons.
+        objective: for atp; the gold answer's log-probability, or the margin of its tokens over the likeliest
+            other tokens.
+        absolute: for atp; whether absolute values are taken per token position, or of each example's sum.
+        confirm: measure the exact effect of the best N heads and N neurons of an estimate one by one, and
+            rank by it. A random sample of the others is measured too, and shows how many may have been missed.
 
     Example:
         hones-eval rank --method hones --model llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf \\
@@ -87,14 +108,19 @@ def rank(
     from hones_eval import api
     from hones_eval.api import ranking as ranking_api
 
-    savings = {
+    options = {
         "race": race,
         "race_bound": race_bound,
         "race_span": race_span,
         "screen": screen,
         "screen_share": screen_share,
+        "edit": edit,
+        "estimate": estimate,
+        "objective": objective,
+        "absolute": absolute,
+        "confirm": confirm,
     }
-    ranking_api.check_request(tasks, method, **savings)  # type: ignore[arg-type]
+    ranking_api.check_request(tasks, method, **options)  # type: ignore[arg-type]
     loaded = api.load(
         model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
     )
@@ -113,7 +139,7 @@ def rank(
         seed=seed,
         out=out,
         resume=resume,
-        **savings,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
     )
     return answer_of(ranking, out, explicit_heads=heads is not None)
 
@@ -124,7 +150,7 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
     method = ranking.provenance.method
     exactness = f", replay {report['replay']}" if "replay" in report else f", neurons by {method}"
     lines = [f"wrote {out}: {_count(report['examples'], 'example')}{exactness}"]
-    if not explicit_heads and method in ("hones", "vseam"):
+    if not explicit_heads and method in HEAD_UNITS:
         shape, chosen = ranking.provenance.shape, ranking.provenance.settings["heads"]
         lines.append(
             f"--heads is {chosen} for the {shape.layers * shape.heads} heads of this model, the paper's "
@@ -134,9 +160,10 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
         lines += _hones_lines(report)
     elif method == "vseam":
         lines += _vseam_lines(report)
-    if ranking.head_scores is not None and method in ("hones", "vseam"):
+    lines += _confirmed_lines(report)
+    if ranking.head_scores is not None and method in HEAD_UNITS:
         best = ranking.top_heads(min(SHOWN, ranking.measured_heads))
-        unit = "drop of the metric" if method == "hones" else "drop of the answer's probability"
+        unit = HEAD_UNITS[method] if "confirmed" not in report else "drop of the answer's log-probability"
         shown = ", ".join(f"{head.layer}.{head.head} {score:+.4f}" for head, score in best)
         lines.append(f"top heads, as layer.head with the {unit}: {shown}")
     if ranking.neuron_scores is not None:
@@ -172,6 +199,15 @@ def _vseam_lines(report: dict[str, Any]) -> list[str]:
     return [
         f"the most likely first token was right in {report['correct_examples']} of {report['examples']} "
         f"examples; {len(report['top_positive'])} heads help, {len(report['top_negative'])} hurt"
+    ]
+
+
+def _confirmed_lines(report: dict[str, Any]) -> list[str]:
+    return [
+        f"measured the {found['candidates']} best {kind} exactly, and {found['sampled']} random others, of "
+        f"which {found['sampled_above_the_last_selected']} exceed the last of the {found['selected']} "
+        f"selected ({found['effect_of_the_last_selected']:.3g})"
+        for kind, found in report.get("confirmed", {}).items()
     ]
 
 

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval.api.task_names import limits_of, names_in
-from hones_eval.choices import DType, Method, Rows
+from hones_eval.choices import DType, Rows
 from hones_eval.commands.answer import Answer, say
 from hones_eval.errors import HonesError
+from hones_eval.methods.registry import METHODS as REGISTERED
+from hones_eval.methods.registry import MethodName as Method
 
-METHODS: tuple[Method, ...] = ("hones", "dvp", "write_norm", "activation", "entropy", "random")
+METHODS: tuple[Method, ...] = tuple(
+    name for name, row in REGISTERED.items() if "neurons" in row.scores and not row.gradients
+)
 
 
 def study(

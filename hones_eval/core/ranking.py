@@ -18,7 +18,10 @@ _HEAD_TENSORS = (
     "head_positive",
     "head_negative",
     "head_examples",
+    "head_direction",
+    "head_estimate",
 )
+_NEURON_TENSORS = ("neuron_scores", "neuron_examples", "neuron_direction", "neuron_estimate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,9 @@ class Ranking:
     probability. `head_log_probability`: the mean drop of the target's log-probability (HONES).
     `head_positive`, `head_negative`: V-SEAM only. `head_examples`: on how many examples each head was
     measured, if heads were raced or screened; a head that was not measured (0) has the score 0.
-    `neuron_scores`: importance, when asked for.
+    `neuron_scores`: importance, when asked for. `neuron_examples`: the same for neurons, if only the best
+    were measured (`--confirm`); `head_estimate`, `neuron_estimate`: the estimates that chose them.
+    `head_direction`, `neuron_direction`: attribution patching, the signed mean of the estimates.
     `report`: counts and figures that a reader of the ranking should see.
     """
 
@@ -40,13 +45,18 @@ class Ranking:
     head_negative: Tensor | None = None
     neuron_scores: Tensor | None = None
     head_examples: Tensor | None = None
+    neuron_examples: Tensor | None = None
+    head_direction: Tensor | None = None
+    neuron_direction: Tensor | None = None
+    head_estimate: Tensor | None = None
+    neuron_estimate: Tensor | None = None
     report: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check that every tensor has the shape that the provenance names."""
         shape = self.provenance.shape
         for name, tensor in self._tensors().items():
-            expected = (shape.layers, shape.neurons if name == "neuron_scores" else shape.heads)
+            expected = (shape.layers, shape.neurons if name in _NEURON_TENSORS else shape.heads)
             if tuple(tensor.shape) != expected:
                 raise MisfitError(f"{name} has the shape {tuple(tensor.shape)}, the model needs {expected}")
 
@@ -74,10 +84,14 @@ class Ranking:
             raise HonesError(
                 f"this ranking's settings give no fraction of neurons, but {share!r}: pass --neurons"
             )
-        if self.provenance.shape.layer_neurons is None:
-            return top_neurons(self.neuron_scores, neuron_count(self.neuron_scores, share))
-        there = self.provenance.shape.neuron_mask()  # layers differ: choose none that a layer lacks
+        there = self.provenance.shape.neuron_mask()  # where layers differ: choose none that a layer lacks
         count = neuron_count(self.neuron_scores[there], share)
+        if self.neuron_examples is not None:
+            there &= self.neuron_examples > 0
+            if count > int(there.sum()):
+                raise HonesError(
+                    f"cannot choose {count} of the {int(there.sum())} neurons that were measured"
+                )
         return top_neurons(self.neuron_scores.masked_fill(~there, -torch.inf), count)
 
     @property
@@ -158,7 +172,7 @@ class Ranking:
     def load(cls, folder: str | Path) -> Self:
         """Read a folder that `save` wrote. Raises: HonesError that names the file, for anything else."""
         header, provenance, tensors = load_artifact(Path(folder), "ranking")
-        unknown = set(tensors) - {*_HEAD_TENSORS, "neuron_scores"}
+        unknown = set(tensors) - {*_HEAD_TENSORS, *_NEURON_TENSORS}
         if unknown:
             raise HonesError(f"{folder}: a ranking has no tensors named {sorted(unknown)}")
         if not provenance.examples:
@@ -166,5 +180,5 @@ class Ranking:
         return cls(provenance=provenance, report=header.get("report"), **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = (*_HEAD_TENSORS, "neuron_scores")
+        names = (*_HEAD_TENSORS, *_NEURON_TENSORS)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -7,7 +7,7 @@ is checked against `FullPasses`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from hones_eval.core import edits
 from hones_eval.core.anatomy import ROUNDING as ROUNDING
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.head_edits import head_edit, replace_heads_in_rows
 from hones_eval.core.hooks import Edit, Site, editing, recording
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.errors import HonesError
@@ -26,15 +27,31 @@ Result = TypeVar("Result")
 NeuronReader = Callable[[int, Tensor, Tensor], None]
 
 
+class OtherExample:
+    """Head outputs at the last prompt token of another example, for edits that need them.
+
+    The holder is compared by identity, and is filled anew for every example: so the same `SiteEdit` serves a
+    whole pass, and tells which edit a row belongs to.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self.heads: list[Tensor] = []
+        """Per layer [heads, width]."""
+
+
 class SiteEdit(NamedTuple):
     """An edit of one site at every position.
 
-    `mean` replaces a head by the mean of the layer's other heads, `zero` sets a head to zero, and `mask` sets
-    a neuron to zero. `how` also tells heads from neurons, because `Head` and `Neuron` tuples can be equal.
+    `how` is `mask`, which sets a neuron to zero, or the name of a head edit (see
+    `hones_eval.core.head_edits`): `mean` replaces a head by the mean of the layer's other heads, and `zero`
+    sets a head to zero. `how` also tells heads from neurons, because `Head` and `Neuron` tuples can be equal.
+    `other` holds what a head edit needs of another example.
     """
 
     site: Head | Neuron
-    how: Literal["mean", "zero", "mask"] = "mean"
+    how: str = "mean"
+    other: OtherExample | None = None
 
     @property
     def is_head(self) -> bool:
@@ -159,18 +176,16 @@ def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Si
 
 def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:
     """Apply each row's own edit to the input [rows, tokens, width] of one linear layer."""
-    heads = anatomy.shape.heads_of(chosen[0][1].site.layer)
-    for how in ("mean", "zero", "mask"):
-        these = [(row, edit.site[1]) for row, edit in chosen if edit.how == how]
-        if not these:
-            continue
+    layer = chosen[0][1].site.layer
+    for how, other in dict.fromkeys((edit.how, edit.other) for _, edit in chosen):
+        these = [(row, edit.site[1]) for row, edit in chosen if (edit.how, edit.other) == (how, other)]
         rows, sites = torch.tensor(these, device=x.device).T
         if how == "mask":
             x = edits.zero_neurons_in_rows(x, rows, sites)
-        elif how == "mean":
-            x = edits.replace_heads_by_mean_in_rows(x, rows, sites, heads)
         else:
-            x = edits.zero_heads_in_rows(x, rows, sites, heads)
+            values = other.heads[layer] if other is not None else None
+            heads = anatomy.shape.heads_of(layer)
+            x = replace_heads_in_rows(x, rows, sites, heads, head_edit(how), values)
     return x
 
 

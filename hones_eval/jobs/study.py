@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from hones_eval.choices import HowNeurons, Method
+from hones_eval.choices import HowNeurons
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron
 from hones_eval.core.steering import Steering
@@ -21,6 +21,7 @@ from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.methods.banks import few_trials, neuron_banks
+from hones_eval.methods.registry import MethodName as Method
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats.verdicts import Contrast, Judged, judge
 

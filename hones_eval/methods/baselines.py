@@ -1,5 +1,6 @@
-"""Scores of neurons to compare HONES with: chance, activity, writing strength, projection, task entropy."""
+"""Baseline scores of neurons: random, activation, write norm, vocabulary projection and task entropy."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,24 +11,65 @@ from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import recording
+from hones_eval.core.ranking import Ranking
 from hones_eval.engine.passes import present, recorded_neurons
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
+from hones_eval.methods.discovery import Discovery
+from hones_eval.methods.projection import check_finite_neurons, write_gains
 from hones_eval.runs.measure import Measurement, Totals
 
 
+def rank_random(job: Discovery) -> Ranking:
+    """Rank every head and neuron by a random score. No example is run."""
+    heads, neurons = random(job.provenance.shape, job.provenance.seed)
+    return job.neuron_ranking(neurons, head_scores=heads)
+
+
+def rank_activation(job: Discovery) -> Ranking:
+    """Rank neurons by `activation`."""
+    return job.neuron_ranking(activation(_activity(job)))
+
+
+def rank_write_norm(job: Discovery) -> Ranking:
+    """Rank neurons by `write_norm`."""
+    return job.neuron_ranking(write_norm(_activity(job), job.replayer.anatomy))
+
+
+def rank_dvp(job: Discovery) -> Ranking:
+    """Rank neurons by `dvp`."""
+    activity = NeuronActivity(job.replayer.anatomy, projected=True, token_weights=job.token_weights())
+    return job.neuron_ranking(dvp(job.loop.run(job.examples, activity, "neurons")))
+
+
+def rank_entropy(job: Discovery) -> Ranking:
+    """Rank neurons by `entropy`: active in the first task and not in the others."""
+    if not job.others:
+        entropy([])  # raises the error that names the missing tasks, before the work
+    totals = [_activity(job)]
+    for examples in job.others:
+        totals.append(job.loop.run(examples, NeuronActivity(job.replayer.anatomy), examples.task))
+    sets = [*job.provenance.examples, *(examples.example_set() for examples in job.others)]
+    compared = dataclasses.replace(job, provenance=dataclasses.replace(job.provenance, examples=sets))
+    return compared.neuron_ranking(entropy(totals))
+
+
+def _activity(job: Discovery) -> Totals:
+    return job.loop.run(job.examples, NeuronActivity(job.replayer.anatomy), "neurons")
+
+
 class NeuronActivity:
-    """One pass over the activations at the last prompt token, where HONES reads them too."""
+    """One pass over the FFN activations at the last prompt token, where HONES reads them too."""
 
     def __init__(
         self, anatomy: Anatomy, *, projected: bool = False, token_weights: Tensor | None = None
     ) -> None:
-        """Record activity, and with `projected` what it writes along each example's target.
+        """Record activations, and with `projected` also write-in contributions.
 
         Args:
             anatomy: of the model.
             projected: also sum write-in contributions, for which every example needs a target.
-            token_weights: inverse document frequencies [vocabulary] for captions; default all 1.
+            token_weights: inverse document frequencies [vocabulary] for captions; by default all 1.
         """
         self.anatomy, self.projected, self.token_weights = anatomy, projected, token_weights
 
@@ -41,19 +83,16 @@ class NeuronActivity:
     @torch.no_grad()
     def measure(self, example: Example) -> Measurement:
         """Absolute activation, whether it is above 0, and `z * <W_down, u_y>` of every neuron."""
-        if example.is_distractor:  # as in HONES: the right candidate speaks for a query
+        if example.is_distractor:  # as in HONES, only the correct candidate of a query counts
             return Measurement(self.zeros())
         with recording(present(self.anatomy.neurons_in), slice(-1, None)) as kept:
             self.anatomy.model(**example.inputs, use_cache=False)
         sums = self.zeros()
-        gains = self._gains(example) if self.projected else None
-        for layer in range(self.anatomy.shape.layers):
-            z = recorded_neurons(self.anatomy, layer, kept, 1)[0, 0].float()
-            if not bool(torch.isfinite(z).all()):
-                raise HonesError(
-                    f"{example.task} document {example.doc_id}: "
-                    f"the FFN activations of layer {layer} are not finite"
-                )
+        gains = write_gains(self.anatomy, example, self.token_weights) if self.projected else None
+        layers = range(self.anatomy.shape.layers)
+        activations = [recorded_neurons(self.anatomy, layer, kept, 1)[0, 0].float() for layer in layers]
+        check_finite_neurons(activations, example)
+        for layer, z in enumerate(activations):
             sums["magnitude"][layer] = z.abs().double().cpu()
             sums["active"][layer] = (z > 0).double().cpu()
             if gains is not None:
@@ -61,17 +100,9 @@ class NeuronActivity:
         sums["examples"] += 1
         return Measurement(sums)
 
-    def _gains(self, example: Example) -> list[Tensor]:
-        if not example.target_ids:
-            raise HonesError(f"{example.task} document {example.doc_id}: its target has no tokens")
-        weights = None if self.token_weights is None else self.token_weights[example.target_ids].tolist()
-        direction = readouts.target_direction(self.anatomy.unembedding, example.target_ids, weights)
-        layers = range(self.anatomy.shape.layers)
-        return [readouts.write_gain(self.anatomy.down_weight(layer), direction) for layer in layers]
-
 
 def random(shape: ModelShape, seed: int) -> tuple[Tensor, Tensor]:
-    """Scores of heads [L, H] and neurons [L, I] drawn evenly from 0 to 1."""
+    """Scores of heads [L, H] and neurons [L, I], drawn uniformly from 0 to 1."""
     generator = torch.Generator().manual_seed(seed)
     heads = torch.rand(shape.layers, shape.heads, generator=generator)
     return heads, torch.rand(shape.layers, shape.neurons, generator=generator)
@@ -90,21 +121,28 @@ def write_norm(totals: Totals, anatomy: Anatomy) -> Tensor:
 
 
 def dvp(totals: Totals) -> Tensor:
-    """Direct vocabulary projection without heads: the mean write-in contribution [L, I] (HONES 2)."""
+    """Direct vocabulary projection, not conditioned on heads: the mean write-in contribution [L, I]."""
     return (totals.sums["contribution"] / _count(totals)).float()
 
 
 def entropy(totals: Sequence[Totals]) -> Tensor:
-    """How much a neuron is the first task's own, by the entropy of its activation probabilities [L, I].
+    """Selectivity of neurons for the first task, by the entropy of activation probabilities [L, I].
 
-    With `p_t` the share of task t's examples in which the activation is above 0 and `H` the entropy of
-    `p / sum(p)` over K tasks (Tang et al. 2024, "Language-specific neurons", equations 2 to 4), the score is
-    `p_1 * (ln K - H)` where the first task has the largest p, minus that elsewhere. The factor `p_1` takes
-    the place of the paper's percentile, which keeps neurons out that hardly ever fire.
+    `p_t` is the share of task t's examples in which the activation is above 0, and `H` the entropy of
+    `p / sum(p)` over K tasks (Tang et al. 2024, "Language-specific neurons", equations 2 to 4). The score is
+    `p_1 * (ln K - H)` where the first task has the largest p, and `-max(p) * (ln K - H)` elsewhere. The
+    factor `p` replaces the paper's percentile, which excludes neurons that rarely fire.
+
+    Args:
+        totals: the sums of `NeuronActivity` for the first task, then for the tasks it is compared with.
+
+    Raises: HonesError for fewer than two tasks.
     """
     if len(totals) < 2:
-        raise HonesError("entropy compares tasks: give the one to rank for and then others, --tasks a,b,c")
-    p = torch.stack([one.sums["active"] / _count(one) for one in totals])
+        raise HonesError(
+            "entropy compares tasks: give the task to rank for and then the others, as --tasks a,b,c"
+        )
+    p = torch.stack([task.sums["active"] / _count(task) for task in totals])
     share = p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)
     selectivity = math.log(len(totals)) + torch.xlogy(share, share).sum(0)
     own = (p[0] >= p.max(0).values) & (p[0] > 0)
@@ -113,5 +151,8 @@ def entropy(totals: Sequence[Totals]) -> Tensor:
 
 def _count(totals: Totals) -> Tensor:
     if not totals.sums["examples"]:
-        raise HonesError("no example shows a right candidate to measure neurons on: move --offset")
+        raise HonesError(
+            "none of these examples has a correct candidate to measure neurons on; change --offset or raise "
+            "--limit"
+        )
     return totals.sums["examples"]

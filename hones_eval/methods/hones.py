@@ -1,48 +1,64 @@
-"""HONES: localize heads by the task's metric, then attribute neurons conditioned on those heads."""
+"""HONES: rank heads by the task's metric, then rank neurons conditioned on the best heads.
+
+The numbered steps (HONES 1 to 4) and the paper are in `docs/glossary.md`.
+"""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
-from hones_eval.core.sites import Head, all_heads
-from hones_eval.engine.passes import replaced_by_mean
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
-from hones_eval.runs.ablation import Ablation
+from hones_eval.methods.discovery import Discovery, sharing_report
+from hones_eval.methods.head_replacement import HeadReplacement
+from hones_eval.methods.head_search import Located, localize
+from hones_eval.methods.localization import HeadLocalization
+from hones_eval.methods.projection import check_finite_neurons, write_gains
 from hones_eval.runs.measure import Measurement, Totals
 
 
-class HeadLocalization(Ablation):
-    """Pass 1: every head's drop of the metric and of the target's log-probability (HONES 1)."""
-
-    def __init__(self, replayer: Replayer, examples: TaskExamples) -> None:
-        """Score all heads of the replayer's model on `examples`."""
-        shape = replayer.anatomy.shape
-        self.heads = all_heads(shape)
-        super().__init__(replayer, examples, replaced_by_mean(self.heads))
-
-    def scores(self, totals: Totals) -> Tensor:
-        """Metric drop [L, H]; the sign is flipped where lower is better."""
-        return self.by_layer(self.metric_drops(totals))
-
-    def log_probability_scores(self, totals: Totals) -> Tensor:
-        """Mean drop of the target's log-probability [L, H]."""
-        return self.by_layer(self.log_probability_drops(totals))
-
-    def by_layer(self, drops: Tensor) -> Tensor:
-        """One number per head, in their order, as [L, H] float32; 0 for heads that a layer lacks."""
-        shape = self.replayer.anatomy.shape
-        scores = torch.zeros(shape.layers, shape.heads)
-        scores[shape.head_mask()] = drops.float().cpu()
-        return scores
+def rank(job: Discovery) -> Ranking:
+    """Run both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
+    job.check_counts()
+    shape, seed = job.provenance.shape, job.provenance.seed
+    job.savings.check(shape.layers * shape.heads, job.heads, job.loop.world_size)
+    replacement = job.replacement
+    localization = HeadLocalization(job.replayer, job.examples, replacement)
+    located = localize(localization, job.loop, job.heads, job.savings, seed)
+    scores = located.scores
+    chosen = located.top(job.heads)
+    weighted = [head for head in chosen if scores[head] > 0]
+    attribution = NeuronAttribution(
+        job.replayer, weighted, token_weights=job.token_weights(), replacement=replacement
+    )
+    totals = job.loop.run(job.examples, attribution, "neurons")
+    weights = torch.stack([scores[head] for head in weighted]) if weighted else torch.ones(0)
+    report = job.report(len(job.examples)) | _heads_report(job, localization, located, chosen)
+    if job.examples.recorder.has_distractors:
+        report["examples_of_neurons"] = int(totals.sums["examples"])
+    return Ranking(
+        provenance=job.provenance,
+        head_scores=scores,
+        head_log_probability=located.log_probability,
+        head_examples=located.measured,
+        neuron_scores=attribution.importance(totals, weights),
+        report=report | located.report,
+    )
 
 
 class NeuronAttribution:
-    """Pass 2: every neuron's write-in contribution, unedited and with each chosen head replaced (HONES 2)."""
+    """One pass that measures write-in contributions, unedited and with each chosen head replaced (HONES 2).
+
+    The contribution of neuron `i` of layer `l` at the last prompt token is
+    `c_{l,i} = z_{l,i} * <W_down[:, i], u_y>`. Its drop under the replacement of a head says how much of the
+    contribution depends on that head.
+    """
 
     def __init__(
         self,
@@ -50,19 +66,23 @@ class NeuronAttribution:
         heads: Sequence[Head],
         rectify: Literal["mean", "item"] = "mean",
         token_weights: Tensor | None = None,
+        replacement: HeadReplacement | None = None,
     ) -> None:
-        """Condition on `heads`, at least one.
+        """Condition on `heads`; without any, importance is the mean contribution.
 
         Args:
             replayer: replays the model.
-            heads: those with a positive weight among the chosen ones.
-            rectify: whether drops are cut at zero after the mean over items (the released code) or before.
-            token_weights: inverse document frequencies [vocabulary] for captions; default all 1.
+            heads: the chosen heads that have a positive weight.
+            rectify: whether drops are cut at zero after the mean over examples, as in the released code, or
+                before (`item`).
+            token_weights: inverse document frequencies [vocabulary] for captions; by default all 1.
+            replacement: how a head is replaced; by default by the mean of the other heads.
         """
         self.replayer, self.anatomy = replayer, replayer.anatomy
         self.heads = list(heads)
         self.rectify = rectify
         self.token_weights = token_weights
+        self.replacement = replacement
 
     def zeros(self) -> dict[str, Tensor]:
         """`contribution` [L, I] of the unedited pass, `drop` [heads, L, I], and the count of examples."""
@@ -74,18 +94,13 @@ class NeuronAttribution:
         }
 
     def measure(self, example: Example) -> Measurement:
-        """Contributions at the last prompt token, for this example's target."""
-        if example.is_distractor:  # of a query's candidates the right one speaks for its answer (HONES 2)
+        """Contributions and drops of one example, for its own target."""
+        if example.is_distractor:  # only the correct candidate of a query has the target in its prompt
             return Measurement(self.zeros())
-        gains = self._gains(example)
+        gains = write_gains(self.anatomy, example, self.token_weights)
         passes = self.replayer.record(example.inputs, 1)
         base = [readouts.write_in(z[0], gain) for z, gain in zip(passes.base_neurons(), gains, strict=True)]
-        for layer, contribution in enumerate(base):
-            if not bool(torch.isfinite(contribution).all()):
-                raise HonesError(
-                    f"{example.task} document {example.doc_id}: "
-                    f"the FFN activations of layer {layer} are not finite"
-                )
+        check_finite_neurons(base, example)
         sums = self.zeros()
         sums["contribution"] += torch.stack([c.double().cpu() for c in base])
         sums["examples"] += 1
@@ -95,34 +110,62 @@ class NeuronAttribution:
             drop = drop.clamp(min=0) if self.rectify == "item" else drop
             sums["drop"][rows, layer] = drop.double().cpu()
 
-        for _ in passes.edited(replaced_by_mean(self.heads), add):
-            pass
+        replacement = self.replacement or HeadReplacement.by_mean(self.anatomy)
+        replacement.prepare(example)
+        for _ in passes.edited(replacement.of(self.heads), add):
+            pass  # `add` reads what is needed; the logits are not
         return Measurement(sums)
 
     def importance(self, totals: Totals, weights: Tensor) -> Tensor:
-        """Importance [L, I]: the head-weighted mean of the rectified drops; weights [heads] are positive.
+        """Importance [L, I]: the weighted mean of the rectified drops over heads.
 
-        Without heads it is the mean contribution itself, the stated fallback.
+        `I_{l,i} = sum_h w_h D^h_{l,i} / sum_h w_h` with `D^h = max(0, mean drop)`. Without heads it is the
+        mean contribution, the stated fallback.
+
+        Args:
+            totals: the sums over all examples.
+            weights: one positive weight per head [heads].
         """
         count = totals.sums["examples"]
         if not count:
-            raise HonesError("no example shows a right candidate to attribute neurons on: move --offset")
+            raise HonesError(
+                "none of these examples has a correct candidate to attribute neurons on; change --offset or "
+                "raise --limit"
+            )
         if not self.heads:
             return (totals.sums["contribution"] / count).float()
         drops = (totals.sums["drop"] / count).clamp(min=0)
         weights = weights.double()
         return (torch.einsum("h,hli->li", weights, drops) / weights.sum()).float()
 
-    def _gains(self, example: Example) -> list[Tensor]:
-        weights = None if self.token_weights is None else self.token_weights[example.target_ids].tolist()
-        direction = readouts.target_direction(self.anatomy.unembedding, example.target_ids, weights)
-        layers = range(self.anatomy.shape.layers)
-        return [readouts.write_gain(self.anatomy.down_weight(layer), direction) for layer in layers]
+
+def _heads_report(
+    job: Discovery, localization: HeadLocalization, located: Located, chosen: Sequence[Head]
+) -> dict[str, Any]:
+    totals, scores = located.totals, located.scores
+    positive = sum(bool(scores[head] > 0) for head in chosen)
+    report = {
+        "metric": job.examples.metric,
+        "higher_is_better": job.examples.higher_is_better,
+        "base_metric": localization.base_metric(totals),
+        "base_log_probability": float(totals.sums["log_probability"] / totals.sums["examples"]),
+        "share_of_answers_that_differ": float(
+            totals.sums["differing_answers"] / totals.sums["measured"].sum()
+        ),
+        "examples_decoded_in_full": int(totals.sums["plain_examples"]),
+        "answers_that_differ": _decoding(job.examples, localization.decoder.not_continued),
+        "heads": [{"head": list(head), "score": float(scores[head])} for head in chosen],
+        "heads_with_positive_score": positive,
+        "neurons_conditioned_on": "heads" if positive else "nothing: no chosen head has a positive score",
+    }
+    report |= job.examples.recorder.report()
+    if job.examples.recorder.shares_prompts:
+        report |= sharing_report(localization.run.sharing, totals)
+    return report
 
 
-def inverse_document_frequency(documents: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Smoothed `ln((n + 1) / (df + 1)) + 1` of every token [vocabulary]; one document an item (HONES 2)."""
-    frequency = torch.zeros(vocabulary, dtype=torch.float64)
-    for document in documents:
-        frequency[sorted(set(document))] += 1
-    return torch.log((len(documents) + 1) / (frequency + 1)) + 1
+def _decoding(examples: TaskExamples, stops: str | None) -> str:
+    """How the answers that differ from the unedited one were decoded."""
+    if examples.kind.replaces_decoding is not None:
+        return examples.kind.replaces_decoding
+    return "decoded on from the first difference" if stops is None else f"decoded from the start: {stops}"

@@ -1,4 +1,7 @@
-"""V-SEAM: heads that help and heads that hurt the probability of the answer's first token."""
+"""V-SEAM: rank heads that raise or lower the probability of the answer's first token.
+
+The numbered steps (V-SEAM 1 to 4) and the paper are in `docs/glossary.md`.
+"""
 
 from typing import Any
 
@@ -6,33 +9,57 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
+from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import all_heads, top_heads
-from hones_eval.engine.passes import replaced_by_mean
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import TaskError
 from hones_eval.lmms.answers.next_token import NextTokenReadouts
 from hones_eval.lmms.examples import Example, TaskExamples
+from hones_eval.methods.discovery import Discovery, sharing_report
+from hones_eval.methods.head_replacement import HeadReplacement
 from hones_eval.runs.measure import Measurement, Totals
 
 KINDS = ("signed", "positive", "negative")
 
 
-class HeadContribution:
-    """One pass: signed, positive and negative scores of every head (V-SEAM 3).
+def rank(job: Discovery) -> Ranking:
+    """Run the pass of V-SEAM 3, and rank heads by their signed scores."""
+    job.check_counts()
+    contribution = HeadContribution(job.replayer, job.examples, job.replacement)
+    totals = job.loop.run(job.examples, contribution, "heads")
+    found = HeadContribution.report(totals, job.heads)
+    scores = HeadContribution.scores(totals)
+    found["warnings"] += filter(None, [job.examples.constant_answer_warning()])
+    found |= sharing_report(contribution.readouts.sharing, totals)
+    report = job.report(found["correct_examples"] + found["incorrect_examples"]) | found
+    return Ranking(
+        provenance=job.provenance,
+        head_scores=scores["signed"],
+        head_positive=scores["positive"],
+        head_negative=scores["negative"],
+        report=report,
+    )
 
-    Questions on one picture share the work up to where they differ.
+
+class HeadContribution:
+    """One pass that measures signed, positive and negative scores of every head (V-SEAM 3).
+
+    Questions about one image share the computation of their common prefix.
     """
 
-    def __init__(self, replayer: Replayer, examples: TaskExamples) -> None:
-        """Score all heads of the replayer's model on `examples`."""
+    def __init__(
+        self, replayer: Replayer, examples: TaskExamples, replacement: HeadReplacement | None = None
+    ) -> None:
+        """Score all heads of the replayer's model on `examples`; by default with mean replacement."""
         self.replayer = replayer
+        self.replacement = replacement or HeadReplacement.by_mean(replayer.anatomy)
         self.readouts = NextTokenReadouts(SharedReplayer(replayer), examples, _probability_and_correct)
         shape = replayer.anatomy.shape
         self.heads = all_heads(shape)
 
     def zeros(self) -> dict[str, Tensor]:
-        """Sums of drops [L, H] by kind and of their squares, and counts of examples."""
+        """Sums of drops [L, H] per kind and of their squares, and counts of examples."""
         shape = self.replayer.anatomy.shape
         names = [*KINDS, *map(_squares, KINDS)]
         sums = {name: torch.zeros(shape.layers, shape.heads, dtype=torch.float64) for name in names}
@@ -40,15 +67,16 @@ class HeadContribution:
         return sums | {name: torch.zeros((), dtype=torch.float64) for name in counts}
 
     def measure(self, example: Example) -> Measurement:
-        """Drop of the first answer token's probability with each head replaced.
+        """Drop of the probability of the answer's first token with each head replaced.
 
-        An example whose answer has no tokens adds nothing; its record is its name.
+        An example whose answer has no tokens adds nothing to the scores; its record names it.
         """
         sums = self.zeros()
         if not example.target_ids:
             sums["without_tokens"] += 1
-            return Measurement(sums, f"{example.task}, doc_id {example.doc_id}")
-        found = self.readouts.of(example, replaced_by_mean(self.heads))
+            return Measurement(sums, example.where)
+        self.replacement.prepare(example)
+        found = self.readouts.of(example, self.replacement.of(self.heads))
         p, correct = found.base.tolist()
         for edit, value in zip(found.edits, found.edited[:, 0].tolist(), strict=True):
             sums["signed"][edit.site] = p - value
@@ -63,46 +91,47 @@ class HeadContribution:
     def scores(totals: Totals) -> dict[str, Tensor]:
         """Means [L, H]: `signed` over all, `positive` over correct and `negative` over incorrect examples.
 
-        A kind without an example is all zeros; `report` says so.
+        A kind that has no example is all zeros; `report` warns of it.
         """
         counts = _counts(totals)
         return {kind: (totals.sums[kind] / max(counts[kind], 1)).float() for kind in KINDS}
 
     @staticmethod
     def standard_errors(totals: Totals) -> dict[str, Tensor | None]:
-        """Standard errors [L, H] of `scores`, from the examples' spread; None for fewer than two examples."""
+        """Standard errors [L, H] of `scores` over examples; None for fewer than two examples."""
         errors: dict[str, Tensor | None] = {}
         for kind, count in _counts(totals).items():
             total, squares = totals.sums[kind], totals.sums[_squares(kind)]
-            # A sum of squares rounds to just below what it should be where all examples agree.
+            # Where all examples agree, rounding can leave the sum of squares just below the squared sum.
             variance = (squares - total.square() / max(count, 1)).clamp(min=0) / max(count - 1, 1)
             errors[kind] = (variance / count).sqrt() if count > 1 else None
         return errors
 
     @staticmethod
     def report(totals: Totals, heads: int) -> dict[str, Any]:
-        """Subset sizes, base probability, the `heads` best of each kind with standard errors, and warnings.
+        """Numbers of examples, base probability, the `heads` best heads of each kind, and warnings.
 
         Raises: TaskError when no example's answer has a token.
         """
         counts = _counts(totals)
-        nameless = [totals.records[i] for i in sorted(totals.records) if totals.records[i] is not None]
+        skipped = [totals.records[i] for i in sorted(totals.records) if totals.records[i] is not None]
         if not counts["signed"]:
-            raise TaskError(f"no answer of {len(nameless)} examples has a token, the first of {nameless[0]}")
+            raise TaskError(
+                f"none of {len(skipped)} examples has an answer with tokens; the first is {skipped[0]}"
+            )
         scores, errors = HeadContribution.scores(totals), HeadContribution.standard_errors(totals)
         warnings = [
-            f"no example is {what}, so {kind} scores are not measured and stand as 0"
-            for kind, what in (("positive", "correct"), ("negative", "incorrect"))
+            f"no example is {subset}, so {kind} scores are not measured and are stored as 0"
+            for kind, subset in (("positive", "correct"), ("negative", "incorrect"))
             if not counts[kind]
         ]
-        if nameless:
-            warnings.append(
-                f"{len(nameless)} examples count for nothing, as their answers have no tokens: {nameless[0]}"
-            )
+        if skipped:
+            examples = "1 example" if len(skipped) == 1 else f"{len(skipped)} examples"
+            warnings.append(f"skipped {examples} whose answers have no tokens; the first is {skipped[0]}")
         return {
             "correct_examples": counts["positive"],
             "incorrect_examples": counts["negative"],
-            "examples_without_answer_tokens": nameless,
+            "examples_without_answer_tokens": skipped,
             "base_probability": float(totals.sums["p"] / counts["signed"]),
             "top_positive": _best(scores["positive"], errors["positive"], heads),
             "top_negative": _best(scores["negative"], errors["negative"], heads),
@@ -112,11 +141,14 @@ class HeadContribution:
 
 
 def _probability_and_correct(example: Example, logits: Tensor) -> Tensor:
-    """For logits [rows, vocabulary] the probability of the answer's first token, and correctness: [rows, 2].
+    """The probability of the answer's first token, and whether the answer is correct: [rows, 2].
 
-    "Correct" as the paper counts it: the likeliest token is one of the answer's tokens.
+    Args:
+        example: gives the answer's tokens.
+        logits: at the last prompt token [rows, vocabulary]. As in the paper, the answer counts as correct
+            when the likeliest token is one of the answer's tokens.
     """
-    if not example.target_ids:  # beside others on its picture; nothing is read of it
+    if not example.target_ids:  # it was only run together with other questions about its image
         return torch.zeros(len(logits), 2)
     ids = torch.tensor(example.target_ids, device=logits.device)
     correct = torch.isin(logits.argmax(-1), ids)
@@ -128,7 +160,7 @@ def _squares(kind: str) -> str:
 
 
 def _counts(totals: Totals) -> dict[str, int]:
-    """How many examples each kind of score is a mean over."""
+    """The number of examples that each kind of score is averaged over."""
     correct, incorrect = int(totals.sums["correct"]), int(totals.sums["incorrect"])
     return {"signed": correct + incorrect, "positive": correct, "negative": incorrect}
 

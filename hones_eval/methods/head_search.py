@@ -1,4 +1,9 @@
-"""Localize heads on a set of examples: every head on every example, or with a race or a screen in front."""
+"""The search for the best heads: every head on every example, or less with a race or after a screen.
+
+Measuring every head on every example is exact. Two options save work. A screen first estimates all heads by
+one backward pass per example and measures only the best of them. A race measures a head until a confidence
+bound shows that it is, or is not, among the best.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -8,8 +13,8 @@ from torch import Tensor
 from hones_eval.choices import Bound, Screen
 from hones_eval.core.sites import Head, top_heads
 from hones_eval.errors import HonesError
-from hones_eval.methods.first_order import FirstOrder
-from hones_eval.methods.hones import HeadLocalization
+from hones_eval.methods.attribution import Attribution
+from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.raced import LOOK, RacedAblation, in_order
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
@@ -18,19 +23,19 @@ from hones_eval.runs.racing import Race
 
 @dataclass(frozen=True)
 class Savings:
-    """How to measure less than every head on every example; by default nothing is saved."""
+    """The options that save work; by default every head is measured on every example."""
 
     race: float | None = None
-    """The risk that a raced top differs from the exact one."""
+    """The probability with which the raced best heads may differ from the exact ones; None for no race."""
     race_bound: Bound = "betting"
     race_span: float = 1.0
     """The largest difference of the metric between two answers to one example."""
     screen: Screen | None = None
     screen_share: float = 0.25
-    """The share of all heads that is measured, the best by the screen."""
+    """The share of all heads that is measured after a screen."""
 
     def __post_init__(self) -> None:
-        """Refuse an option of what is not asked for, which would be passed over."""
+        """Reject race_* and screen_* options when --race or --screen is off; they would be ignored."""
         for option, asked in (
             ("race_bound", self.race),
             ("race_span", self.race),
@@ -38,47 +43,57 @@ class Savings:
         ):
             if asked is None and getattr(self, option) != getattr(type(self), option):
                 of = option.split("_")[0]
-                raise HonesError(f"--{option} {getattr(self, option)} says nothing without --{of}")
+                raise HonesError(f"--{option} {getattr(self, option)} has no effect without --{of}")
 
     def settings(self) -> dict[str, Any]:
-        """What a ranking records: the settings in use."""
+        """The settings in use, as a ranking records them."""
         used = [name for name in ("race", "screen") if getattr(self, name) is not None]
         return {key: value for key, value in asdict(self).items() if key.split("_")[0] in used}
 
     def check(self, heads: int, keep: int, processes: int) -> None:
-        """Raise HonesError for settings that cannot be had, before the work."""
+        """Raise HonesError for impossible settings, before the work.
+
+        Args:
+            heads: heads of the model.
+            keep: the number of best heads that are wanted.
+            processes: processes that share the work.
+        """
         if self.race is not None:
             Race(heads, keep, 1, self.race)  # refuses impossible risks and numbers
             racing = heads if self.screen is None else self.screened(heads)
             if keep == racing:
                 raise HonesError(
-                    f"{racing} heads cannot race for {keep} places: ask for fewer with --heads, or no --race"
+                    f"all {racing} heads are wanted, so there is nothing to race for: lower --heads, or "
+                    "leave out --race"
                 )
             if self.race_span <= 0:
-                raise HonesError(f"--race_span is the width of the metric's range, not {self.race_span}")
+                raise HonesError(
+                    f"--race_span must be above 0, but is {self.race_span}: it is the width of the metric's "
+                    "range"
+                )
             if processes > LOOK:
                 raise HonesError(
-                    f"a race is looked at every {LOOK} examples, so {processes} processes would wait for "
-                    f"each other: use at most {LOOK}, or no --race"
+                    f"a race is evaluated every {LOOK} examples, so of {processes} processes some would have "
+                    f"no work: use at most {LOOK} processes, or leave out --race"
                 )
         if self.screen is not None and keep > self.screened(heads):
             raise HonesError(
-                f"a screen that leaves {self.screened(heads)} of {heads} heads cannot give {keep}: raise "
-                "--screen_share or lower --heads"
+                f"the screen keeps {self.screened(heads)} of {heads} heads, fewer than the {keep} to select: "
+                "raise --screen_share or lower --heads"
             )
 
     def screened(self, heads: int) -> int:
-        """How many of all heads the screen leaves."""
+        """The number of heads that the screen keeps. Raises: HonesError for an impossible share."""
         if not 0 < self.screen_share <= 1:
             raise HonesError(f"--screen_share must lie above 0 and at most 1, but is {self.screen_share}")
         return max(1, round(self.screen_share * heads))
 
 
 class Located(NamedTuple):
-    """Scores of heads [L, H], with what is behind them.
+    """The scores of heads [L, H] that a search found.
 
-    `measured` [L, H]: on how many examples each head was measured, or None for all heads on all examples.
-    `report`: what a reader should know of the race and the screen.
+    `measured` [L, H] counts the examples each head was measured on; None means every head on all examples.
+    `totals` are the sums of the pass, and `report` describes the race and the screen.
     """
 
     scores: Tensor
@@ -88,12 +103,20 @@ class Located(NamedTuple):
     report: dict[str, Any]
 
     def top(self, count: int) -> list[Head]:
-        """The best of the heads that were measured."""
+        """The `count` best of the measured heads."""
         return top_heads(self.scores, count, None if self.measured is None else self.measured > 0)
 
 
 def localize(localization: HeadLocalization, loop: Loop, keep: int, savings: Savings, seed: int) -> Located:
-    """The scores of all heads, of which the `keep` best are wanted; `seed` draws a race's order."""
+    """Search for the `keep` best heads.
+
+    Args:
+        localization: the measurement, on its own examples.
+        loop: runs it.
+        keep: the number of best heads that are wanted.
+        savings: the race and the screen.
+        seed: of the order in which a race takes examples.
+    """
     report: dict[str, Any] = {}
     if savings.screen is not None:
         report["screen"] = _screen(localization, loop, savings)
@@ -118,17 +141,17 @@ def localize(localization: HeadLocalization, loop: Loop, keep: int, savings: Sav
 
 
 def _screen(localization: HeadLocalization, loop: Loop, savings: Savings) -> dict[str, Any]:
-    """Leave the best share of heads in play, by first-order estimates."""
+    """Keep the best share of heads in play, by first-order estimates."""
     anatomy = localization.replayer.anatomy
-    first_order = FirstOrder(anatomy, localization.decoder.append)
-    estimates = FirstOrder.scores(loop.run(localization.examples, first_order, "screen"))
+    attribution = Attribution(anatomy, localization.decoder.append, localization.replacement)
+    estimates = Attribution.scores(loop.run(localization.examples, attribution, "screen"))
     count = len(localization.heads)
-    left = top_heads(estimates, savings.screened(count), anatomy.shape.head_mask())
-    localization.in_play = [localization.heads.index(head) for head in sorted(left)]
+    kept = top_heads(estimates, savings.screened(count), anatomy.shape.head_mask())
+    localization.in_play = [localization.heads.index(head) for head in sorted(kept)]
     return {
-        "by": "first-order estimates of how far the target's margin moves; needs gradients",
+        "by": "first-order estimates of the change of the gold answer's margin; needs gradients",
         "share": savings.screen_share,
-        "heads_measured": len(left),
-        "heads_not_measured": count - len(left),
+        "heads_measured": len(kept),
+        "heads_not_measured": count - len(kept),
         "estimates": estimates.tolist(),
     }
