@@ -129,7 +129,10 @@ def test_a_race_among_screened_heads(tmp_path: Path) -> None:
             "two answers differ by 1 in exact_match, more than the 0.5",
         ),
         (["--race", "0.1", "--race_span", "0"], "--race_span must be above 0, but is 0.0"),
-        (["--screen", "first_order", "--screen_share", "0.05", "--heads", "3"], "leaves 2 of 48 heads"),
+        (
+            ["--screen", "first_order", "--screen_share", "0.05", "--heads", "3"],
+            "keeps 2 of 48 heads, fewer than the 3",
+        ),
         (["--screen", "first_order", "--screen_share", "0"], "--screen_share must lie above 0"),
         (["--race", "0.1", "--method", "vseam"], "only apply to --method hones, not to vseam"),
         (["--race", "0.1", "--devices", "9"], "evaluated every 8 examples, so of 9 processes some"),

@@ -29,7 +29,7 @@ def rank(
     model: Model,
     tasks: str,
     *,
-    method: MethodNameName = "hones",
+    method: MethodName = "hones",
     include_path: Path | None = None,
     limit: int | None = None,
     offset: int = 0,

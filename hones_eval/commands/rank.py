@@ -96,7 +96,7 @@ def rank(
             other tokens.
         absolute: for atp; whether absolute values are taken per token position, or of each example's sum.
         confirm: measure the exact effect of the best N heads and N neurons of an estimate one by one, and
-            rank by it. A random sample of the others is measured too, and shows how many may have been missed.
+            rank by it. A random sample of the others is measured too, to show how many were missed.
 
     Example:
         hones-eval rank --method hones --model llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf \\

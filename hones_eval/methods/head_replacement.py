@@ -51,7 +51,7 @@ class HeadReplacement:
         """Get what the edit needs for an example. Does nothing for edits that need no other example."""
         if self.other is None or self._prepared == example.image_hashes:
             return
-        other = self._other(example)
+        other = self.donor(example)
         with recording(present(self.anatomy.heads_in), slice(-1, None)) as kept, torch.no_grad():
             self.anatomy.model(**other.inputs, use_cache=False)
         self.other.heads = [self._heads(layer, kept) for layer in range(self.anatomy.shape.layers)]
@@ -64,7 +64,7 @@ class HeadReplacement:
         """The replacements [..., heads, width] of the head outputs `x` of a layer."""
         return self.edit.replacement(x, None if self.other is None else self.other.heads[layer])
 
-    def _other(self, example: Example) -> Example:
+    def donor(self, example: Example) -> Example:
         """A random example that shows other images; if all show the same images, a random other example."""
         seed = int(hash_of([str(self.seed), *example.image_hashes])[:8], 16)
         order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -74,5 +74,10 @@ class HeadReplacement:
                 return other
         return next(self.examples[index] for index in order if index != example.index)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.anatomy.shape.heads, -1))
+    def _heads(self, layer: int, kept: Mapping[str, Tensor]) -> Tensor:
+        """A layer's recorded head outputs [heads, width]; empty where the layer has no heads."""
+        site = self.anatomy.heads_in[layer]
+        if not site.width:
+            return torch.zeros(0, 0)
+        heads: Tensor = kept[site.name][0, 0].unflatten(-1, (self.anatomy.shape.heads_of(layer), -1))
+        return heads

@@ -27,7 +27,7 @@ def rank(job: Discovery) -> Ranking:
     """Run both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
     job.check_counts()
     shape, seed = job.provenance.shape, job.provenance.seed
-    job.savings.check(shape.layers * shape.heads, job.heads, job.loop.world_size)
+    job.savings.check(int(shape.head_mask().sum()), job.heads, job.loop.world_size)
     replacement = job.replacement
     localization = HeadLocalization(job.replayer, job.examples, replacement)
     located = localize(localization, job.loop, job.heads, job.savings, seed)
