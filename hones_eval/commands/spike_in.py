@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval.choices import DType, Method, Plant, Rows, Way
+from hones_eval.choices import DType, Plant, Rows, Way
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
+from hones_eval.methods.registry import MethodName as Method
 
 
 def spike_in(

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hones_eval.choices import HowHeads, HowNeurons, Method, Plant, Way
+from hones_eval.choices import HowHeads, HowNeurons, Plant, Way
 from hones_eval.core.attach import AttachMode, steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads, top_neurons
@@ -32,6 +32,7 @@ from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.methods.banks import check_fits
+from hones_eval.methods.registry import MethodName as Method
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats.paired import Floats
 from hones_eval.stats.verdicts import Judged, judge

@@ -1,6 +1,6 @@
 """The head edit of a pass: makes the edits of chosen heads, and prepares them for each example."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
