@@ -276,7 +276,7 @@ def test_bfloat16_gives_about_the_same_scores(
 )
 def test_every_kind_of_answer_of_the_bundled_tasks(task: str, tmp_path: Path) -> None:
     shared = ["--model", "llava_hf", "--model_args", f"pretrained={checkpoint_path()}", "--tasks", task]
-    given = ["rank", "--method", "atp", *shared, "--limit", "4", "--out", str(tmp_path)]
+    given = ["rank", "--method", "atp", *shared, "--limit", "10", "--out", str(tmp_path)]
     assert main(given) == 0
     ranking = Ranking.load(tmp_path)
     assert ranking.neuron_scores is not None

@@ -104,10 +104,10 @@ class Attribution:
         if not example.target_ids:
             raise TaskError(f"{example.where}: its gold answer {example.target!r} has no tokens")
         self.replacement.prepare(example)
-        sums = self.zeros()
-        sums["examples"] += 1
         # Loops run in inference mode, whose tensors cannot get gradients; copies made outside of it can.
         with torch.inference_mode(False), torch.enable_grad(), _frozen(self.anatomy.model):
+            sums = self.zeros()
+            sums["examples"] += 1
             inputs = _copied(self.append(example.inputs, example.target_ids[:-1]))
             estimated = self._first_order if self.settings.estimate == "first_order" else self._integrated
             for kind, layers in estimated(example, inputs).items():
