@@ -22,7 +22,7 @@ needs_java = pytest.mark.skipif(
     not shutil.which("java"), reason="lmms-eval's caption metrics tokenize with java"
 )
 
-# In a process of its own: in this one the plug-in may have been installed, and a process starts programs.
+# In a separate process, as the plug-in may be installed in this one.
 SCRIPT = """
 import argparse, json, subprocess, sys
 from lmms_eval.tasks.coco_cap import utils
@@ -66,7 +66,7 @@ except AssertionError:
 print(json.dumps(found))
 """
 
-# Speaks METEOR's protocol: the statistics of a line are its length, the score of a line its statistics.
+# Implements METEOR's protocol: the statistics of a line are its length, its score is its statistics.
 STAND_IN = """\
 #!{python}
 import os, sys
@@ -153,12 +153,12 @@ def said(*texts: str) -> dict[int, list[str]]:
 
 
 def lengths(*texts: str) -> list[float]:
-    """What the stand-in answers for texts compared with themselves."""
+    """The stand-in's scores for texts compared with themselves."""
     return [float(len(f"SCORE ||| {text} ||| {text}\n")) for text in texts]
 
 
 @needs_java
-def test_captions_are_tokenized_as_ever() -> None:
+def test_captions_are_tokenized_as_before() -> None:
     captions = {
         "b": [
             {"caption": "A man's dog, isn't it?\nTwo lines."},
@@ -210,7 +210,7 @@ def test_scorers_in_threads_do_not_read_each_others_answers(meteor: Any, starts:
     def score(thread: int) -> None:
         scored[thread] = meteor().compute_score(said(*texts[thread]), said(*texts[thread]))[1]
 
-    # Answers that go to another thread leave one waiting for ever.
+    # If a thread reads another one's answer, one of them waits forever.
     threads = [threading.Thread(target=score, args=(i,), daemon=True) for i in range(len(texts))]
     for item in threads:
         item.start()

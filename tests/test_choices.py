@@ -61,7 +61,7 @@ def doc_to_visual(doc):
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Scenes with a question about a colour; one gold answer is a wrong one."""
+    """Scenes with a question about a colour; one gold answer is deliberately wrong."""
     found = []
     for index in range(COUNT):
         scene = scenes.scene("test", index)
@@ -129,7 +129,7 @@ def pairs(lmm: Any, requests: list[Instance]) -> list[tuple[float, bool]]:
 
 
 def accuracy(tasks: Path, lmm: Any, edit: plain.Edit | None = None) -> float:
-    """By the wrapper's own values, under an edit of hooks of our own: the smallest is the answer."""
+    """By the wrapper's own values, under an edit by separate hooks; the smallest value is the answer."""
     right = []
     with plain.edited(inner_model(lmm), edit):
         for row, requests in zip(asked_rows(tasks), asked(tasks, lmm), strict=True):
@@ -143,7 +143,7 @@ def asked_rows(tasks: Path) -> list[dict[str, Any]]:
 
 
 def items(tasks: Path, lmm: Any) -> list[plain.Item]:
-    """Prompt and gold tokens, seen at the model's door while the wrapper runs."""
+    """Prompt and gold tokens, captured at the model's `forward` while the wrapper runs."""
     model, found = inner_model(lmm), []
     for row, requests in zip(asked_rows(tasks), asked(tasks, lmm), strict=True):
         with seen_calls(model) as calls:
@@ -248,7 +248,7 @@ def test_answers_under_a_steering_are_those_of_the_steered_wrapper(
         assert found["baseline"].correct == (int(begins.argmax()) in item.target)
 
 
-def test_the_command_reports_what_discovery_measures(tasks: Path, tmp_path: Path) -> None:
+def test_the_report_of_the_command_describes_choices(tasks: Path, tmp_path: Path) -> None:
     model = ["--model", "hones_llava", "--model_args", MODEL_ARGS]
     task = ["--tasks", "own_choice", "--include_path", str(tasks), "--log_samples", "--output_path", "logs"]
     for _ in range(2):  # the second time from the cache
@@ -263,13 +263,13 @@ def test_the_command_reports_what_discovery_measures(tasks: Path, tmp_path: Path
 
 
 def fingerprint(tasks: Path, row: int) -> dict[str, Any]:
-    """Of the question with every choice, and of its picture, once."""
+    """One hash of the question with all choices, and one of its image."""
     asked = asked_rows(tasks)[row]
     texts = [text for option in asked["options"] for text in (asked["question"], f" {option}")]
     return {"prompt_sha256": hash_of(texts), "image_sha256": [image_hash(picture_of(asked)[0])]}
 
 
-def test_own_tokens_leave_what_a_template_puts_round_a_choice() -> None:
+def test_own_tokens_leave_out_the_tokens_of_a_template() -> None:
     tokenizer = AutoProcessor.from_pretrained(checkpoint_path()).tokenizer
     encode = tokenizer.encode
     round_it = [*encode(":"), *encode("red circle"), tokenizer.eos_token_id, *encode(".")]
@@ -297,7 +297,7 @@ def test_own_tokens_leave_what_a_template_puts_round_a_choice() -> None:
         ({"multiple_choice": "loglikelihood"}, "has output_type loglikelihood; only tasks with one answer"),
     ],
 )
-def test_what_is_not_a_question_of_choices_is_refused_by_name(
+def test_invalid_questions_are_refused(
     change: dict[str, str], says: str, tasks: Path, build: Callable[[str], Any], tmp_path: Path
 ) -> None:
     text = (tasks / "own_choice.yaml").read_text()
@@ -318,7 +318,7 @@ def test_a_wrapper_without_log_likelihoods_is_refused_with_the_way_out(tasks: Pa
 
 @pytest.mark.parametrize("value", choices.VALUES)
 @pytest.mark.parametrize("greedy_at", [0, 1, None])
-def test_how_a_wrapper_reads_logits_is_found_out(
+def test_the_way_in_which_a_wrapper_reads_logits_is_found(
     value: str,
     greedy_at: int | None,
     tasks: Path,
@@ -337,7 +337,7 @@ def test_how_a_wrapper_reads_logits_is_found_out(
     assert examples[0].details.reading == choices.Reading(value, greedy_at)
 
 
-def test_what_a_wrapper_scores_otherwise_is_refused(
+def test_a_wrapper_with_other_scores_is_refused(
     tasks: Path, build: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lmm = build("hones_hf")
@@ -349,7 +349,7 @@ def test_what_a_wrapper_scores_otherwise_is_refused(
 def scoring(
     of: Callable[[torch.Tensor], torch.Tensor], greedy_at: int | None = 0
 ) -> Callable[..., list[tuple[float, bool]]]:
-    """A `loglikelihood` of the model's own calls that makes something else of the logits."""
+    """A `loglikelihood` by calls of the model that computes another value from the logits."""
 
     def loglikelihood(self: Any, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         found = []

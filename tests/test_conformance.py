@@ -1,4 +1,4 @@
-"""lmms-eval with the plug-in does what it does without, for every model that is not ours."""
+"""With the plug-in installed, lmms-eval is unchanged for all models of others."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_that_the_plugin_breaks():
 
 
 class Echo:
-    """As much of a model as the cache touches."""
+    """The part of a model that the cache uses."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -111,7 +111,7 @@ def _content_hash(request: Instance) -> str:
 
 
 def test_a_mock_of_a_model_is_not_ours(cache: ResponseCache) -> None:
-    """A mock has whatever it is asked for, and lmms-eval's own tests hand mocks to the cache."""
+    """A mock has every attribute, and lmms-eval's own tests pass mocks to the cache."""
     mock = MagicMock()
     mock.generate_until.return_value = ["answer 0", "answer 1"]
     cache.execute(mock, "generate_until", requests())
@@ -133,20 +133,22 @@ def test_answers_of_two_steerings_have_two_keys(cache: ResponseCache) -> None:
     assert cache._model_fingerprint_hash == before
 
 
-def test_a_task_manager_without_defaults_has_none_of_ours(tmp_path: Path) -> None:
+def test_a_task_manager_without_defaults_has_no_task_of_this_package(tmp_path: Path) -> None:
     given = str(write_task(tmp_path / "tasks"))
     assert TaskManager(include_path=given, include_defaults=False).all_tasks == ["tiny_colours"]
 
 
-def test_other_names_and_objects_stay_as_they_are() -> None:
+def test_other_names_and_objects_are_unchanged() -> None:
     for name in ("llava_hf", "qwen2_5_vl", None, 3):
         assert registry.base_name(name) is name
     assert registry.is_ours("hones_lava")
     assert not registry.is_ours("honest_llava")
 
 
-def test_a_run_of_another_model_leaves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real command with the plug-in and without: results, samples and cache."""
+def test_a_run_of_another_model_writes_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results, samples and cache of the real command, with the plug-in and without."""
     tasks = str(write_task(tmp_path / "tasks"))
     command = ["--model", "dummy", "--tasks", "tiny_colours", "--include_path", tasks]
     command += ["--output_path", "logs", "--log_samples", "--use_cache", "cache"]
@@ -164,7 +166,7 @@ def test_a_run_of_another_model_leaves_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def what_is_left(folder: Path) -> Iterator[Any]:
-    """Files of a run of lmms-eval without their dates, and what they hold without times and addresses."""
+    """The files of a run without the dates in their names, and their contents without times and addresses."""
     passing = {"date", "start_time", "end_time", "total_evaluation_time_seconds", "efficiency", "git_hash"}
     keyed = {"created_at", "cache_key", "eval_version"}  # the key holds the version, which holds git's commit
     logs = sorted(path for path in (folder / "logs").rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Examples: what a wrapper hands to `generate`, what it makes of tokens, and the task's scores of it."""
+"""Examples: the arguments that a wrapper passes to `generate`, its decoding, and the task's scores."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def vqa(lmms: Callable[[str], Any], folder: Path) -> Iterator[TaskExamples]:
 
 
 class Spied:
-    """The real `generate`, with its arguments and outputs kept."""
+    """The real `generate`, which keeps its arguments and outputs."""
 
     def __init__(self, model: Any) -> None:
         self.calls: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -73,7 +73,7 @@ class Spied:
 
 
 def asked_for(examples: TaskExamples) -> list[Any]:
-    """The requests' generation settings, which wrappers write into."""
+    """The requests' generation settings, which wrappers modify."""
     return [one for request in examples._requests for one in request.args if isinstance(one, dict)]
 
 
@@ -82,7 +82,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_records_what_the_stock_wrapper_generates_with_and_decodes_as_it_does(
+def test_recorded_inputs_and_decoding_are_those_of_the_stock_wrapper(
     wrapper: str, lmms: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lmm = lmms(wrapper)
@@ -113,7 +113,7 @@ def test_records_what_the_stock_wrapper_generates_with_and_decodes_as_it_does(
     assert asked_for(examples) == asked
 
 
-def test_inputs_and_settings_are_apart_and_generate_takes_both(vqa: TaskExamples, llava: Any) -> None:
+def test_inputs_and_settings_are_separate_and_generate_takes_both(vqa: TaskExamples, llava: Any) -> None:
     example = vqa[1]
     assert set(example.inputs) == {"input_ids", "attention_mask", "pixel_values"}
     assert example.settings["max_new_tokens"] == 6
@@ -134,7 +134,7 @@ def test_positional_and_renamed_inputs_are_recorded_by_name(llava: Any, vqa: Tas
 
 
 class Wrapper:
-    """An lmms-eval model whose one call of `generate`, or what it does instead, is given."""
+    """An lmms-eval model whose answering function is given."""
 
     def __init__(self, model: Any, call: Callable[[Any], Any]) -> None:
         self.model, self.call = model, call
@@ -143,7 +143,7 @@ class Wrapper:
         return [str(self.call(self.model)) for _ in requests]
 
 
-def test_wrappers_that_cannot_be_recorded_are_named(llava: Any, vqa: TaskExamples) -> None:
+def test_an_error_names_a_wrapper_that_cannot_be_recorded(llava: Any, vqa: TaskExamples) -> None:
     ids = vqa[0].inputs["input_ids"]
 
     def fails(model: Any) -> str:
@@ -223,7 +223,7 @@ def test_limit_and_offset_choose_documents(llava: Any) -> None:
             TaskExamples(llava, "hones_vqa", model_name="llava_hf", **arguments)
 
 
-def test_the_example_set_tells_pictures_prompts_and_documents_apart(
+def test_the_hash_of_examples_depends_on_images_prompts_and_documents(
     llava: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def named(task: str = "hones_vqa", **arguments: Any) -> Any:
@@ -245,7 +245,7 @@ def test_the_example_set_tells_pictures_prompts_and_documents_apart(
     assert len(set(hashes)) == 4
 
 
-def test_a_corrupt_picture_is_named(
+def test_an_error_names_a_corrupt_image(
     llava: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken"
@@ -263,13 +263,13 @@ def test_a_corrupt_picture_is_named(
     ("task", "says"),
     [
         ("hones_vqs", "no task named 'hones_vqs': did you mean .*hones_vqa"),
-        # `lmms-eval tasks list` would leave out ours: it loads no plug-in.
+        # `lmms-eval tasks list` would leave out the tasks of this package, as it loads no plug-in.
         ("qqqq", "no task named 'qqqq': `lmms-eval --tasks list` shows all"),
         ("vqav2", "group of several tasks; choose one of: vqav2_test, vqav2_val"),
         ("mmsearch_end2end", "output_type generate_until_multi_round; only tasks with one answer"),
     ],
 )
-def test_tasks_that_cannot_be_measured_are_refused_by_name(llava: Any, task: str, says: str) -> None:
+def test_tasks_that_cannot_be_measured_are_refused(llava: Any, task: str, says: str) -> None:
     with pytest.raises(TaskError, match=says):
         TaskExamples(llava, task, model_name="llava_hf")
 

@@ -1,4 +1,4 @@
-"""Every family through lmms-eval: what each wrapper gives, and the table of it in the docs."""
+"""Every family through lmms-eval: the properties of each wrapper, and their table in the docs."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ONE_AT_A_TIME = "one question at a time"
 
 @pytest.fixture(scope="session")
 def visit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Door], Visit]:
-    """A door's checkpoint and steering, written once a family; scales from 1 to 2."""
+    """A wrapper's checkpoint and steering, written once per family; scales from 1 to 2."""
     folder = tmp_path_factory.mktemp("families")
 
     @cache
@@ -47,7 +47,7 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Door], Visit]:
 
 @pytest.fixture(scope="session")
 def found(visit: Callable[[Door], Visit]) -> dict[Door, dict[str, str]]:
-    """What was found at each door, by column, as the tests go along."""
+    """The findings per wrapper, by column, which the tests fill in."""
     return {door: {} for door in DOORS}
 
 
@@ -120,7 +120,7 @@ def test_batches_padded_on_the_left_give_the_answers_of_single_questions(at: Vis
     found[at.door]["batches"] = exactly(at)
 
 
-def test_two_pictures(at: Visit, found: Found) -> None:
+def test_two_images(at: Visit, found: Found) -> None:
     if not families.RECIPES[at.door.family](False).several_images:
         found[at.door]["two pictures"] = "one picture a question"
         return
@@ -151,7 +151,7 @@ def test_log_likelihoods_of_choices_are_those_of_generating_them(at: Visit, foun
 
 
 def exactly(at: Visit) -> str:
-    """How a number that agrees is told: only float32 tells a mistake from rounding."""
+    """The table's word for a number that agrees; only float32 distinguishes a mistake from rounding."""
     return "yes" if at.model.dtype == torch.float32 else "to the rounding of bfloat16"
 
 
@@ -191,7 +191,7 @@ experts unless the path says otherwise, so GLM4V runs under `hones_hf`. Instruct
 """
 
 
-def test_the_table_in_the_docs_is_what_was_found(
+def test_the_table_in_the_docs_is_up_to_date(
     visit: Callable[[Door], Visit], found: Found, request: pytest.FixtureRequest
 ) -> None:
     if not all(set(cells) == set(COLUMNS) for cells in found.values()):
@@ -219,7 +219,7 @@ def smolvlm(visit: Callable[[Door], Visit]) -> Visit:
     return visit(next(door for door in DOORS if door.family == "smolvlm"))
 
 
-def test_hones_hf_says_what_it_cannot_do(smolvlm: Visit, visit: Callable[[Door], Visit]) -> None:
+def test_hones_hf_refuses_invalid_arguments(smolvlm: Visit, visit: Callable[[Door], Visit]) -> None:
     cls, folder = get_model("hones_hf"), smolvlm.checkpoint
     instructblip = next(door for door in DOORS if door.family == "instructblip")
     for arguments, message in (
@@ -235,7 +235,7 @@ def test_hones_hf_says_what_it_cannot_do(smolvlm: Visit, visit: Callable[[Door],
             cls.create_from_arg_string(arguments)
 
 
-def test_hones_hf_stops_where_a_request_cannot_be_answered(smolvlm: Visit) -> None:
+def test_hones_hf_stops_at_a_request_that_it_cannot_answer(smolvlm: Visit) -> None:
     lm = smolvlm.baseline
     for settings, message in (
         ({"max_new_tokenz": 3}, "no setting max_new_tokenz; did you mean max_new_tokens?"),
@@ -254,7 +254,7 @@ def test_hones_hf_stops_where_a_request_cannot_be_answered(smolvlm: Visit) -> No
 
 
 def test_hones_hf_ends_an_answer_at_until_and_keeps_questions_in_order(smolvlm: Visit) -> None:
-    """Two settings and questions without a picture among those with one, in batches of two."""
+    """Two settings, and questions with and without an image, in batches of two."""
     lm, alone = smolvlm.build(batch_size=2), smolvlm.baseline
     texts = [*QUESTIONS, QUESTIONS[0]._replace(pictures=())]
     whole = [ask(alone, [one])[0] for one in texts]
@@ -267,14 +267,14 @@ def test_hones_hf_ends_an_answer_at_until_and_keeps_questions_in_order(smolvlm: 
     assert answers == [whole[0], whole[1].split(end)[0].strip(), *whole[2:]]
 
 
-def test_hones_hf_in_simple_mode_shows_the_pictures_first(smolvlm: Visit) -> None:
+def test_hones_hf_in_simple_mode_shows_images_first(smolvlm: Visit) -> None:
     simple = get_model("hones_hf", force_simple=True)
     assert simple.is_simple
     lm = simple.create_from_arg_string(f"pretrained={smolvlm.checkpoint},dtype=float32", {"batch_size": 3})
     assert ask(lm, QUESTIONS) == smolvlm.unsteered
 
 
-def test_a_chat_template_of_ones_own(smolvlm: Visit, tmp_path: Path) -> None:
+def test_a_custom_chat_template(smolvlm: Visit, tmp_path: Path) -> None:
     template = (smolvlm.checkpoint / "chat_template.jinja").read_text()
     (tmp_path / "mine.jinja").write_text(template.replace("User:", "Say:"))
     lm = smolvlm.build(f"chat_template={tmp_path / 'mine.jinja'}")

@@ -11,16 +11,14 @@ from hones_eval.lmms.calls import aggregate
 from hones_eval.stats.corpus import compare_corpus
 
 
-def test_what_an_aggregation_adds_up_and_writes_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_aggregation_leaves_no_sums_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     items = [{"question_type": "Doc-oriented VQA", "score": score} for score in (1, 0, 1)]
     assert [aggregate(ocrbench_aggregate_accuracy, items) for _ in range(3)] == [0.002] * 3
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_drawn_again_is_another_pair_of_questions_to_mme() -> None:
+def test_mme_pairs_questions_by_image() -> None:
     def answers(right: list[int]) -> list[dict[str, object]]:
         return [
             {"question_id": f"{k // 2}.jpg", "category": "color", "score": float(score)}

@@ -1,4 +1,4 @@
-"""`--metric log_probability`: how likely gold answers are, where a task's own metric is not to be had."""
+"""`--metric log_probability`: how likely gold answers are, for tasks whose own metric cannot be used."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def items(own: own_answers.Prepared) -> tuple[Any, list[plain.Item]]:
     return inner_model(lmm), [plain.Item(one.inputs, {}, one.target_ids) for one in found]
 
 
-def test_heads_are_ranked_by_what_the_gold_answer_loses(
+def test_heads_are_ranked_by_the_drop_of_the_gold_answer(
     own: own_answers.Prepared, items: tuple[Any, list[plain.Item]], tmp_path: Path
 ) -> None:
     chosen = ["--method", "hones", "--limit", 4, "--heads", 4, "--metric", "log_probability"]
@@ -48,7 +48,7 @@ def test_heads_are_ranked_by_what_the_gold_answer_loses(
     torch.testing.assert_close(ranking.head_scores, decoded.head_log_probability, atol=1e-5, rtol=0)
 
 
-def test_masking_and_racing_go_by_it_too(
+def test_masking_and_racing_use_it_too(
     own: own_answers.Prepared, items: tuple[Any, list[plain.Item]], tmp_path: Path
 ) -> None:
     by = ["--metric", "log_probability"]
@@ -70,7 +70,7 @@ def test_masking_and_racing_go_by_it_too(
 
 @pytest.fixture
 def task(own: own_answers.Prepared, tmp_path: Path) -> Callable[[str, str], Path]:
-    """A copy of a task's file with other endings; the name decides whether its gold answer is known."""
+    """A copy of a task's file with changed lines, under a name whose gold answer is unknown."""
 
     def write(old: str, new: str) -> Path:
         text = (own.tasks / "own_a.yaml").read_text().replace("task: own_a", "task: own_judged")
@@ -91,7 +91,7 @@ def rank(own: own_answers.Prepared, folder: Path, *more: Any) -> int:
     return main([str(part) for part in [*command, "--out", folder / "ranking", *more]])
 
 
-def test_a_task_with_a_remote_judge_is_ranked_by_a_named_gold_answer_alone(
+def test_a_task_with_a_remote_judge_is_ranked_only_by_a_named_gold_answer(
     own: own_answers.Prepared,
     task: Callable[[str, str], Path],
     capsys: pytest.CaptureFixture[str],
@@ -112,7 +112,7 @@ def test_a_task_with_a_remote_judge_is_ranked_by_a_named_gold_answer_alone(
     assert settings["target"] == "--target answer, which no score proves"
 
 
-def test_a_task_whose_metrics_are_no_numbers_falls_back_to_it_and_says_so(
+def test_a_task_without_numeric_metrics_falls_back_to_it_and_says_so(
     own: own_answers.Prepared,
     task: Callable[[str, str], Path],
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""The plug-in as lmms-eval finds it: its real command, in processes of its own, on its own built-in tasks."""
+"""The plug-in as lmms-eval finds it: the real command, in its own processes, on built-in tasks."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def evaluation(model: str, model_args: str, logs: str, **more: object) -> dict[s
 
 
 def run_all(folder: Path, hub_url: str, evaluations: list[dict[str, object]]) -> str:
-    """Run several evaluations in one process of the command, and give what it printed."""
+    """Run several evaluations in one process of the command, and return its output."""
     (folder / "config.yaml").write_text(yaml.safe_dump(evaluations))
     done = run_command(["--config", "config.yaml"], folder, hub_url)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -72,7 +72,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, hub_url: str, llava_checkpoi
 
 @pytest.fixture(scope="session")
 def second(first: Path, hub_url: str, llava_checkpoint: Path) -> Path:
-    """The same steered run after the steering was edited in place: with the cache, and without."""
+    """The same steered run after the steering was edited in place, with the cache and without."""
     write_steering(llava_checkpoint, first / "steering", seed=2)
     ours = f"pretrained={llava_checkpoint},steering=steering"
     edited = evaluation("hones_llava", ours, "edited", use_cache="cache")
@@ -97,7 +97,7 @@ def test_a_steering_edited_in_place_gets_no_stale_answers(second: Path, task: st
     assert answers(second / "edited", task) != answers(second / "steered", task)
 
 
-def test_manifests_say_what_ran(second: Path, llava_checkpoint: Path) -> None:
+def test_manifests_record_the_run(second: Path, llava_checkpoint: Path) -> None:
     baseline, steered, edited = (manifest(second / run) for run in ("baseline", "steered", "edited"))
     assert (baseline["wrapper"], baseline["base_wrapper"]) == ("vseam_llava", "llava_hf")
     weights = baseline["base_model"].pop("weights")
@@ -115,7 +115,7 @@ def test_manifests_say_what_ran(second: Path, llava_checkpoint: Path) -> None:
         assert list((second / name).glob(f"*/{run['results']}"))
 
 
-def test_manifests_hash_what_was_shown(first: Path) -> None:
+def test_manifests_hash_prompts_and_images(first: Path) -> None:
     shown = manifest(first / "baseline")["requests"]["pope"]
     for doc_id in range(3):
         pixels = Image.open(BytesIO(benchmark_data.shown(doc_id)["bytes"])).convert("RGB")
@@ -172,7 +172,7 @@ def test_our_tasks_are_found_without_a_flag(manager: TaskManager) -> None:
     own = set(TaskManager(include_path=folder, include_defaults=False).all_tasks)
     assert own, f"no task in {folder}"
     paths = {name: str(entry["yaml_path"]) for name, entry in manager.task_index.items()}
-    # Tags have no file of their own.
+    # Tags have no files.
     assert {name for name, path in paths.items() if folder in path} == {n for n in own if paths[n] != "-1"}
     assert own <= set(paths)
 

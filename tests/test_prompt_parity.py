@@ -1,7 +1,7 @@
-"""A steered model is asked what its base is asked, where a task has prompts of its own for the base's name.
+"""A steered model receives its base's prompts, where a task has own prompts for the base's name.
 
 Unmodified tasks of lmms-eval through its real command: mmmu_val has an entry for qwen3_vl, in chat and in
-simple mode. `default` would ask with other words.
+simple mode. The prompts of `default` differ.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_the_prompts_are_the_bases_own(mode: str, logs: Path) -> None:
     stock, baseline, steered = (logs / f"{name}-{mode}" for name in ("stock", "baseline", "steered"))
     assert "Answer with the option letter only." in prompts(stock, "mmmu_val")[0]
     assert prompts(stock, "mmmu_val") == prompts(baseline, "mmmu_val") == prompts(steered, "mmmu_val")
-    # Behind the text come template and pictures: hashed as they were shown, and the answers are the same.
+    # The manifest also hashes messages and images, and the answers are the same.
     assert manifest(baseline)["requests"] == manifest(steered)["requests"]
     assert answers(stock, "mmmu_val") == answers(baseline, "mmmu_val")
     assert answers(steered, "mmmu_val") != answers(baseline, "mmmu_val")

@@ -1,4 +1,4 @@
-"""Retrieval by margins: `rank`, `verify`, `scale` and `lmms-eval` beside plain forwards, one at a time."""
+"""Retrieval by margins: `rank`, `verify`, `scale` and `lmms-eval` compared with single plain forwards."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ FACTORS = (0.0, 3.0)
 
 @dataclass
 class Visit:
-    """A family behind an lmms-eval model, and the tokens that begin Yes and No behind its prompts."""
+    """A family in an lmms-eval model, and the tokens with which Yes and No begin after its prompts."""
 
     model: str
     arguments: str
@@ -77,7 +77,7 @@ class Visit:
 
 @pytest.fixture(scope="module", autouse=True)
 def drawn(tmp_path_factory: pytest.TempPathFactory, models_loaded_once: None) -> Iterator[None]:
-    """The drawn pictures; and every model is loaded once, by the real loader."""
+    """The drawn images; every model is loaded once, by the real loader."""
     folder = write_folder(tmp_path_factory.mktemp("drawn") / "data", PICTURES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HONES_EVAL_DATA", str(folder))
@@ -142,7 +142,7 @@ def test_heads_by_margins_are_those_of_plain_forwards(visit: Visit) -> None:
     assert ranking.report["examples_sharing_a_prefix"] == 2 * visit.candidates
 
 
-def test_neurons_are_those_behind_the_right_candidates(visit: Visit) -> None:
+def test_neurons_are_those_of_the_right_candidates(visit: Visit) -> None:
     slow, ranking = visit.first, visit.ranking
     right = [item for item, one in zip(slow.items, slow.right, strict=True) if one]
     items = [plain.Item(item.inputs, item.settings, slow.tokens[:1]) for item in right]
@@ -188,14 +188,14 @@ def test_masked_and_scaled_banks_are_those_of_plain_forwards(name: str, visits: 
     steering = Steering.load(visit.folder / "learned")
     assert set(map(tuple, (steering.neuron_scales != 1).nonzero().tolist())) <= set(map(tuple, bank))
     (losses,) = steering.provenance.settings["epoch_losses"]
-    # Steps of 5e-4 hardly move anything: the mean loss is that of the model as it is.
+    # Steps of 5e-4 hardly change the scales: the mean loss is that of the unsteered model.
     assert losses["cross_entropy"] == pytest.approx(-slow.log_probability(slow.logits()), rel=0.02)
 
 
 def test_lmms_eval_gives_the_same_margins_and_score(
     visits: dict[str, Visit], qwen_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Steered on three families, and a wrapper of lmms-eval's own, which answers in words."""
+    """Steered wrappers of three families, and a stock wrapper, which answers in words."""
     qwen = replace(
         visits["qwen2_5_vl"],
         model="hones_hf",
@@ -243,7 +243,7 @@ def score(logs: Path, metric: str) -> float | None:
     return json.loads(file.read_text())["results"]["hones_retrieval"].get(f"{metric},none")
 
 
-def test_a_run_broken_off_within_a_query_ends_with_the_same_bytes(
+def test_a_run_interrupted_within_a_query_ends_with_the_same_bytes(
     visits: dict[str, Visit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
@@ -267,7 +267,7 @@ def test_a_run_broken_off_within_a_query_ends_with_the_same_bytes(
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_screen_measures_margins_of_the_heads_that_it_leaves(visits: dict[str, Visit]) -> None:
+def test_a_screen_measures_margins_only_of_the_remaining_heads(visits: dict[str, Visit]) -> None:
     screened = visits["llava"].rank("screened", "--screen", "first_order", "--screen_share", "0.5")
     measured = screened.head_examples > 0
     assert 0 < int(measured.sum()) < measured.numel()
@@ -290,7 +290,9 @@ def test_ranks_share_queries_not_candidates(visits: dict[str, Visit]) -> None:
         assert [one.index for one in examples.with_same_images(index)] == queries[1]
 
 
-def test_measuring_costs_one_group_a_query(visits: dict[str, Visit], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_takes_one_group_per_query(
+    visits: dict[str, Visit], monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups: list[int] = []
     together = TaskExamples.with_same_images
 
@@ -305,7 +307,7 @@ def test_measuring_costs_one_group_a_query(visits: dict[str, Visit], monkeypatch
 
 @pytest.fixture(scope="module")
 def spaced_checkpoint(tmp_path_factory: pytest.TempPathFactory, llava_checkpoint: Path) -> Path:
-    """LLaVA with a tokenizer for which the space in front of a word is a token of its own."""
+    """LLaVA with a tokenizer for which the space before a word is a separate token."""
     folder = tmp_path_factory.mktemp("spaced") / "llava"
     shutil.copytree(llava_checkpoint, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -316,7 +318,7 @@ def spaced_checkpoint(tmp_path_factory: pytest.TempPathFactory, llava_checkpoint
     return folder
 
 
-def test_one_token_for_yes_and_no_is_refused_by_name(
+def test_one_token_for_yes_and_no_is_refused(
     spaced_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     visit = Visit("llava_hf", f"pretrained={spaced_checkpoint}", ("", ""), tmp_path)
@@ -328,7 +330,7 @@ def test_one_token_for_yes_and_no_is_refused_by_name(
 
 
 def llama_style(merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    """`▁` for a space, as SentencePiece has it, and merges of these pairs."""
+    """A tokenizer with `▁` for a space, as in SentencePiece, and merges of these pairs."""
     letters = sorted({*"▁ASSISTANT:YesNo", "\n"})
     vocabulary = {"<s>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
     for pair in merges:
@@ -339,7 +341,7 @@ def llama_style(merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
 
 
-def test_a_space_of_its_own_is_refused_and_a_word_with_its_space_is_not() -> None:
+def test_a_separate_token_for_a_space_is_refused_and_a_word_with_its_space_is_not() -> None:
     words = [("Y", "e"), ("Ye", "s"), ("N", "o")]
     bad = llama_style(words)
     prompt = bad.encode("ASSISTANT:", add_special_tokens=False)

@@ -11,7 +11,7 @@ from hones_eval.lmms.targets import Adapter, Gold
 
 
 def exact(docs: list[dict[str, Any]], column: str, best: float = 1.0) -> Callable[[list[str]], float]:
-    """The share of answers that are the column's, times the metric's best value."""
+    """The share of answers equal to the column, times the metric's best value."""
     return lambda texts: (
         best * sum(text == doc[column] for text, doc in zip(texts, docs, strict=True)) / len(docs)
     )
@@ -48,7 +48,7 @@ def test_lower_may_be_better() -> None:
     assert chosen(DOCS, "label", score=errors, higher_is_better=False).target == "right 0"
 
 
-def test_what_cannot_be_proven_is_an_error_that_says_how_to_go_on() -> None:
+def test_an_unproven_target_is_an_error_with_the_way_out() -> None:
     with pytest.raises(TaskError) as caught:
         chosen(DOCS, "question")
     said = str(caught.value)
@@ -66,13 +66,13 @@ def test_what_cannot_be_proven_is_an_error_that_says_how_to_go_on() -> None:
         chosen(DOCS, "question", override="{{ question")
 
 
-def test_answers_that_are_not_there_are_said() -> None:
+def test_missing_answers_are_reported() -> None:
     docs = [{"question": "q", "answers": None}]
     with pytest.raises(TaskError, match=r"adapter of vqav2\*: no text"):
         chosen(docs, "question", task="vqav2_test")
 
 
-def test_a_document_without_an_answer_does_not_hide_those_of_the_others() -> None:
+def test_a_document_without_an_answer_does_not_hide_the_answers_of_others() -> None:
     docs = [*DOCS[:3], DOCS[3] | {"label": ""}]
     assert chosen(docs, "label").target == "right 0"
 

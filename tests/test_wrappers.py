@@ -1,4 +1,4 @@
-"""The wrappers in this process: equal to the stock models without a steering, and loud about failures."""
+"""Steered wrappers: equal to the stock models without a steering, and failing where those hide errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ Evaluate = Callable[..., dict[int, Any]]
 
 @pytest.fixture(scope="session")
 def evaluate(tasks_folder: Path) -> Evaluate:
-    """Evaluate a model by name as lmms-eval does; gives the samples by document."""
+    """Evaluate a model by name as lmms-eval does; returns the samples by document."""
 
     def run(
         model: str, model_args: str, *, force_simple: bool = False, use_cache: str | None = None
@@ -134,10 +134,10 @@ def test_instructblip_answers_as_stock_but_without_the_prompt(
     assert texts(steered) != texts(baseline)
 
 
-def test_any_base_is_steered_as_our_own_class_is(
+def test_any_base_is_steered_like_a_class_of_this_package(
     evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
 ) -> None:
-    """A base that we have no class for, and that lmms-eval has only a simple form of."""
+    """A base without a class in this package, of which lmms-eval has only a simple form."""
     name = "llava_hf_plain"
     REGISTRY.register_manifest(
         ModelManifest(name, simple_class_path="lmms_eval.models.simple.llava_hf.LlavaHf"), overwrite=True
@@ -170,7 +170,7 @@ def test_a_family_is_one_row_of_the_registry_also_where_its_wrapper_takes_only_c
         steered_families.chat_only_simple  # noqa: B018
 
 
-def test_any_base_that_we_have_a_class_for_is_that_class(
+def test_a_base_with_a_class_of_this_package_is_that_class(
     evaluate: Evaluate, checkpoints: dict[str, Path], steerings: dict[str, Path]
 ) -> None:
     steering = f"pretrained={checkpoints['llava']},steering={steerings['llava']}"
@@ -188,7 +188,7 @@ def test_strength_zero_is_the_baseline(
 
 
 class Careless(LlavaHf):
-    """A wrapper that swallows whatever is raised, interrupts included."""
+    """A wrapper that swallows every exception, including interrupts."""
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         try:
@@ -198,14 +198,14 @@ class Careless(LlavaHf):
 
 
 class Skipping(LlavaHf):
-    """A wrapper that answers what it could not load without asking the model."""
+    """A wrapper that answers without calling the model when it cannot load an image."""
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         return ["", *super().generate_until(requests[1:])]
 
 
 class Shrugging(LlavaHf):
-    """A wrapper that goes on without a picture that it could not read, and says so in its log."""
+    """A wrapper that continues without an image that it cannot read, and only logs the error."""
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         logger.error("Failed to process visual: truncated file")
@@ -226,7 +226,7 @@ class SteeredSkipping(Steered, Skipping):
 
 @pytest.fixture
 def build(checkpoints: dict[str, Path], tasks_folder: Path) -> Callable[..., tuple[Any, list[Any]]]:
-    """Build a wrapper by class and keywords, with the task's requests."""
+    """Build a wrapper from its class and keyword arguments, with the task's requests."""
 
     def make(cls: type, **kwargs: Any) -> tuple[Any, list[Any]]:
         lm = cls(pretrained=str(checkpoints["llava"]), **kwargs)
@@ -263,7 +263,7 @@ def test_a_failing_generate_is_an_error_that_names_the_document(build: Build, ll
 
 
 def test_the_stock_wrapper_answers_a_failing_generate_with_nothing(build: Build) -> None:
-    """Why all this is needed; when this fails, lmms-eval has mended it."""
+    """The reason for the guard. When this test fails, lmms-eval no longer hides such errors."""
     lm, requests = build(LlavaHf, device="cpu", device_map="cpu")
     lm.model.generate = failing
     assert lm.generate_until(requests) == ["", ""]
@@ -276,7 +276,7 @@ def test_a_wrapper_that_swallows_everything_still_fails(build: Build) -> None:
         lm.generate_until(requests)
 
 
-def test_answers_that_the_model_did_not_give_are_an_error(build: Build) -> None:
+def test_an_answer_without_a_call_of_the_model_is_an_error(build: Build) -> None:
     lm, requests = build(SteeredSkipping)
     with pytest.raises(HonesError, match="answered 1 of 2 requests without calling the model"):
         lm.generate_until(requests)
@@ -288,7 +288,7 @@ def test_an_error_that_is_only_logged_is_an_error(build: Build) -> None:
         lm.generate_until(requests)
 
 
-def test_a_picture_that_cannot_be_loaded_is_an_error(build: Build) -> None:
+def test_an_image_that_cannot_be_loaded_is_an_error(build: Build) -> None:
     lm, requests = build(SteeredCareless)
 
     def missing(doc: Any) -> None:
@@ -300,7 +300,7 @@ def test_a_picture_that_cannot_be_loaded_is_an_error(build: Build) -> None:
         lm.generate_until(requests)
 
 
-def test_requests_come_back_as_they_were_given(build: Build, llava: type) -> None:
+def test_requests_are_not_modified(build: Build, llava: type) -> None:
     """`llava_hf` writes into gen_kwargs, which are part of the key under which lmms-eval caches answers."""
     lm, requests = build(llava)
     before = [next(part.copy() for part in one.args if isinstance(part, dict)) for one in requests]
@@ -383,7 +383,7 @@ class SteeredScoring(Steered, Scoring):
 
 
 def likelihoods(requests: list[Any]) -> list[Instance]:
-    """The requests of a multiple-choice task on the pictures of `requests`, two choices each."""
+    """The requests of a multiple-choice task on the images of `requests`, with two choices per image."""
     asked = []
     for request in requests:
         context, _, visual, doc_id, task, split = request.args
@@ -423,7 +423,7 @@ def test_log_likelihoods_prove_that_the_steering_acts(
 
 
 def pairs(results: list[GenerationResult]) -> list[tuple[float, bool]]:
-    """As lmms-eval's evaluator takes them: it makes a text of a plain pair."""
+    """In the form that lmms-eval's evaluator keeps: it converts a plain pair to text."""
     return [unwrap_generation_output(one)[0] for one in results]
 
 
@@ -432,10 +432,10 @@ def answers_of(lm: Any, requests: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("attach", ["hook", "fold"])
-def test_the_proof_leaves_the_steering_on(
+def test_the_steering_is_attached_again_after_the_proof(
     build: Build, llava: type, steerings: dict[str, Path], attach: str
 ) -> None:
-    """The first call takes the steering off and puts it on again; answers must not depend on that."""
+    """The first call detaches the steering and attaches it again; answers must not depend on that."""
     steering = str(steerings["llava"])
     proven, requests = build(llava, steering=steering, attach=attach)
     unproven, _ = build(llava, steering=steering, attach="hook", allow_noop=True)
@@ -452,9 +452,7 @@ def test_a_steering_that_did_not_run_is_an_error(
 
 
 @pytest.mark.parametrize("attach", ["hook", "fold"])
-def test_clean_gives_the_model_back(
-    build: Build, llava: type, steerings: dict[str, Path], attach: str
-) -> None:
+def test_clean_restores_the_model(build: Build, llava: type, steerings: dict[str, Path], attach: str) -> None:
     lm, requests = build(llava, steering=str(steerings["llava"]), attach=attach)
     stock, _ = build(llava)
     model, stock_model = inner_model(lm), inner_model(stock)
@@ -474,7 +472,7 @@ def inner_model_or_none(lm: Any) -> Any:
         return None
 
 
-def test_settings_that_make_no_sense(
+def test_invalid_settings_are_refused(
     build: Build, llava: type, steerings: dict[str, Path], tmp_path: Path
 ) -> None:
     steering = str(steerings["llava"])
@@ -493,7 +491,7 @@ def test_settings_that_make_no_sense(
         build(llava, sterring=steering)
 
 
-def test_bases_that_make_no_sense() -> None:
+def test_invalid_bases_are_refused() -> None:
     with pytest.raises(HonesError, match="did you mean llava_hf"):
         steered_class("lava_hf")
     with pytest.raises(HonesError, match="not a model of lmms-eval"):
@@ -510,6 +508,6 @@ def test_a_wrapper_without_a_model_is_refused() -> None:
         Silent()
 
 
-def test_edit_errors_are_errors_of_ours() -> None:
-    """What `watch` raises for a steering that does nothing is shown as one line, like every HonesError."""
+def test_edit_errors_are_hones_errors() -> None:
+    """The error for a steering without effect is shown as one line, like every HonesError."""
     assert issubclass(EditError, HonesError)
