@@ -349,12 +349,14 @@ def test_tasks_that_ask_a_remote_model_are_refused_before_their_data_is_fetched(
         TaskExamples(llava, task, model_name="llava_hf")
 
 
-def test_models_are_found_by_name() -> None:
+def test_models_are_found_by_name(tmp_path: Path) -> None:
     with pytest.raises(HonesError, match="no model named 'lava_hf': did you mean llava_hf"):
         load_lmm("lava_hf", "pretrained=x")
-    with pytest.raises(HonesError, match="llava_hf cannot be built from model_args 'pretrained=/nowhere'"):
+    with pytest.raises(HonesError, match=f"llava_hf cannot be built from model_args 'pretrained={tmp_path}'"):
+        load_lmm("llava_hf", f"pretrained={tmp_path}")
+    with pytest.raises(HonesError, match="pretrained=/nowhere: no such folder"):
         load_lmm("llava_hf", "pretrained=/nowhere")
-    with pytest.raises(HonesError, match="not of the form name=value"):
+    with pytest.raises(HonesError, match="'pretrained' should have the form name=value"):
         load_lmm("llava_hf", "pretrained")
 
 
