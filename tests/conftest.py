@@ -1,4 +1,4 @@
-"""Fixtures that many rooms share: tiny models of every family, checkpoints of three, the real photographs."""
+"""Shared fixtures: tiny models of every family, checkpoints of three families, the real photographs."""
 
 import importlib.util
 import os
@@ -90,6 +90,26 @@ def photos() -> Path:
             f"HONES_EVAL_TEST_DATA={given} holds no real/coco10.json; point it at the test data's folder"
         )
     return folder
+
+
+# Files whose tests start programs, run lmms-eval from its command line, or repeat whole runs.
+# A single slow test elsewhere carries `@pytest.mark.slow` itself.
+SLOW_FILES = {
+    *("test_api", "test_benchmarks", "test_caption_tools", "test_choices", "test_conformance", "test_demo"),
+    *("test_editing_folders", "test_editing_models", "test_editing_run", "test_editing_tasks"),
+    *("test_examples", "test_export", "test_family_wrappers", "test_hub_faults", "test_leaderboard_real"),
+    *("test_learning", "test_own_task", "test_packaging", "test_plugin", "test_processes", "test_resume"),
+    *("test_retrieval_margin", "test_retrieval_study", "test_savings", "test_scaling", "test_spike_in"),
+    *("test_study", "test_tasks_elsewhere", "test_toy_tasks", "test_tracing", "test_verify"),
+    *("test_vseam_tasks", "test_wrapper_weights", "test_wrappers"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files, which `make test-fast` leaves out."""
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -68,3 +68,12 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub and MkDocs give the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    classes = re.findall(r"^\| (D\d+) \|", page, flags=re.MULTILINE)
+    assert classes == [f"D{number}" for number in range(1, 17)]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", page)
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    assert missing == []

@@ -199,6 +199,24 @@ def test_bad_data_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_an_entry_with_id_0_is_kept_and_a_wrong_key_is_an_error(
+    build: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id of 0 is falsy, and `vqa` may be misspelt: neither may lose an example silently."""
+
+    def number(rows: list[dict]) -> None:
+        for index, row in enumerate(rows):
+            row["image_info"]["id"] = row["id"] = index
+
+    write(tmp_path / "numbered", monkeypatch, folder, number)
+    shown = {Path(doc["image_path"]).name for doc in build("hones_vqa").eval_docs}
+    assert "drawn_0.png" in shown
+    assert len(shown) == 30
+    write(tmp_path / "misspelt", monkeypatch, folder, lambda rows: rows[0].update(VQA=rows[0].pop("vqa")))
+    with pytest.raises(TaskError, match=r"entry 0 \(drawn_0.png\): it has no vqa"):
+        build("hones_vqa")
+
+
 def test_the_folder_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(value: str | None, says: str) -> None:
         monkeypatch.setenv("HONES_EVAL_DATA", value) if value else monkeypatch.delenv("HONES_EVAL_DATA")
