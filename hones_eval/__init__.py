@@ -11,6 +11,7 @@ from hones_eval.version import __version__
 
 if TYPE_CHECKING:
     from hones_eval.api.model import Model, load
+    from hones_eval.api.model_anatomy import AnatomyReport, anatomy
     from hones_eval.api.ranking import rank
     from hones_eval.api.scaling import scale
     from hones_eval.api.verification import Verification, verify
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Anatomy",
+    "AnatomyReport",
     "Board",
     "Model",
     "Ranking",
     "Steering",
     "Verification",
     "__version__",
+    "anatomy",
     "load",
     "make_board",
     "rank",
@@ -45,11 +48,13 @@ if (_root / "pyproject.toml").is_file() and (_root / "model_wrappers").is_dir():
 # only to learn the names of its models.
 _HOMES = {
     "Anatomy": "core.anatomy",
+    "AnatomyReport": "api.model_anatomy",
     "Board": "leaderboard",
     "Model": "api.model",
     "Ranking": "core.ranking",
     "Steering": "core.steering",
     "Verification": "api.verification",
+    "anatomy": "api.model_anatomy",
     "load": "api.model",
     "make_board": "leaderboard",
     "rank": "api.ranking",

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hones_eval.api.model import Model, load
+    from hones_eval.api.model_anatomy import AnatomyReport, anatomy
     from hones_eval.api.ranking import rank
     from hones_eval.api.scaling import scale
     from hones_eval.api.verification import Verification, verify
 
-__all__ = ["Model", "Verification", "load", "rank", "scale", "verify"]
+__all__ = ["AnatomyReport", "Model", "Verification", "anatomy", "load", "rank", "scale", "verify"]
 
 # Imported when they are asked for: scaling by a given factor needs no lmms-eval and no Lightning.
 _MODULES = {
+    "AnatomyReport": "model_anatomy",
     "Model": "model",
+    "anatomy": "model_anatomy",
     "load": "model",
     "rank": "ranking",
     "scale": "scaling",

@@ -24,6 +24,7 @@ COMMANDS = (
     "spike-in",
     "power",
     "task-new",
+    "anatomy",
 )
 
 # The file that a finished run of a command leaves in --out. An --out that holds it is refused unless

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import Site, editing, recording, replaced_forward
-from hones_eval.core.structure import Call, HeadGroup, NeuronGroup, layer_parts
+from hones_eval.core.structure import Call, HeadGroup, NeuronGroup, calls_by_registration, layer_parts
 from hones_eval.core.unwrapping import unwrapped
 from hones_eval.errors import EditError, HonesError, UnsupportedModelError, first_line
 
@@ -76,9 +76,14 @@ class Anatomy:
         if unembed is None:
             raise UnsupportedModelError(f"{name} has no unembedding (get_output_embeddings() gives None)")
         vocabulary, hidden = (int(size) for size in unembed.weight.shape)
-        probe = _Probe(decoder, layers, decoder.get_submodule(path.rpartition(".")[0]), hidden, name)
-        calls, final_norm, width = probe.first_pass()
-        decoder = probe.decoder
+        empty = unembed.weight.is_meta and not _is_offloaded(model)
+        probe, final_norm = None, nn.Module()
+        if empty:
+            calls, width = calls_by_registration(layers), hidden
+        else:
+            probe = _Probe(decoder, layers, decoder.get_submodule(path.rpartition(".")[0]), hidden, name)
+            calls, final_norm, width = probe.first_pass()
+            decoder = probe.decoder
         parts = [
             layer_parts(layer, f"{path}.{i}".lstrip("."), width, calls, _of_layer(config, i), name)
             for i, layer in enumerate(layers)
@@ -101,7 +106,7 @@ class Anatomy:
             soft_cap=getattr(config, "final_logit_softcapping", None),
             shape=_shape(heads, neurons, width, vocabulary),
         )
-        if not unembed.weight.is_meta or _is_offloaded(model):
+        if probe is not None:
             _prove(anatomy, probe, name)
         return anatomy
 

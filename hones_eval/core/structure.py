@@ -29,6 +29,27 @@ class Call(NamedTuple):
     output: Tensor
 
 
+# Parts of names by which the linear layer that writes is preferred where the order of calls is not known.
+WRITES = ("o_proj", "out_proj", "down_proj", "fc2", "w2", "wo", "dense_4h_to_h", "dense")
+
+
+def calls_by_registration(layers: Sequence[nn.Module]) -> dict[nn.Module, Call]:
+    """Calls of the linear layers of decoder layers as far as their registration tells, without a pass.
+
+    For models on the meta device, many of which cannot be run there. Modules count as called in the order in
+    which they are registered, those with the name of an output projection last.
+    """
+    found: dict[nn.Module, Call] = {}
+    for layer in layers:
+        for number, (path, module) in enumerate(layer.named_modules()):
+            size = getattr(module, "out_features", None)
+            if isinstance(size, int):
+                last = path.rpartition(".")[2] in WRITES
+                output = torch.empty(1, 1, size, device="meta")
+                found[module] = Call(number + (1_000_000 if last else 0), output)
+    return found
+
+
 class HeadGroup(NamedTuple):
     """Where the heads of a layer are: a linear layer's input, cut into `heads` slices of `width`.
 
@@ -248,9 +269,11 @@ def outermost(layer: nn.Module, inner: str, module: nn.Module, calls: dict[nn.Mo
         path = path.rpartition(".")[0]
         outer = layer.get_submodule(path)
         call = calls.get(outer)
-        if call is None or call.output.shape != written.shape:
+        if call is None and not written.is_meta:
             break
-        if not written.is_meta and not torch.equal(call.output, written):
+        if call is not None and call.output.shape != written.shape:
+            break
+        if call is not None and not written.is_meta and not torch.equal(call.output, written):
             break
         best = outer
     return best
