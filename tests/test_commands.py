@@ -234,7 +234,7 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"tasks": "own_q"}, "no task named 'own_q': did you mean .*own_a"),
     "model": ({"model": "lava_hf"}, "no model named 'lava_hf': did you mean llava_hf"),
     "checkpoint": ({"model_args": "pretrained=/nowhere"}, "llava_hf cannot be built .*/nowhere"),
-    "model_args": ({"model_args": "pretrained"}, "not of the form name=value"),
+    "model_args": ({"model_args": "pretrained"}, "should have the form name=value"),
     "two tasks": ({"tasks": "own_a,own_b"}, "one task at a time"),
     "group": ({"tasks": "vqav2"}, "vqav2.* group of several tasks; choose one of: vqav2_test, vqav2_val"),
     "limit": ({"limit": 0}, "--limit 0: at least 1 example is needed"),
@@ -253,7 +253,10 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "sampling": ({"gen_kwargs": "do_sample=True,temperature=0.7"}, "do_sample=True.*--gen_kwargs"),
     "beams": ({"gen_kwargs": "num_beams=3"}, "num_beams=3|beams"),
     "no tokens": ({"gen_kwargs": "max_new_tokens=0"}, "max_new_tokens"),
-    "no setting": ({"gen_kwargs": "max_new_tokens"}, "gen_kwargs .max_new_tokens. are not of the form"),
+    "no setting": (
+        {"gen_kwargs": "max_new_tokens"},
+        "--gen_kwargs: .max_new_tokens. should have the form name=value",
+    ),
     "devices": ({"limit": 2, "devices": 3}, "2 examples cannot be shared by 3 processes"),
     "no devices": ({"devices": 0}, "--devices 0 --num_nodes 1: each is 1 or more"),
     "tokens in words": (
