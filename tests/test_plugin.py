@@ -148,7 +148,7 @@ def test_a_typo_in_model_args_ends_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """lmms-eval prints the base wrapper's assertion and exits with 0; steered models exit with 1 and a hint."""
+    """lmms-eval prints an assertion and exits with 0; steered models exit with 1 and a hint."""
     tasks = write_task(tmp_path / "tasks")
     model = ["--model", "hones_llava", "--model_args", f"pretrained={llava_checkpoint},strenght=2"]
     command = ["lmms-eval", *model, "--tasks", "tiny_colours", "--include_path", str(tasks)]
