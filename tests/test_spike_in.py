@@ -10,10 +10,12 @@ import torch
 
 from hones_eval import api
 from hones_eval.__main__ import main
+from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron, top_neurons
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
+from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.jobs.spike_in import SpikeIn, shuffled, spike_in, standing
 from hones_eval.jobs.tune import TuneSettings, split_by_image, tune
 from hones_eval.lmms.examples import TaskExamples
@@ -106,6 +108,28 @@ def test_the_damage_and_its_repair_are_those_of_plain_hooks(
     }
     assert {row["verdict"] for row in report["rows"]} == {"too few"}
     assert report["planted_in_rankings"]["undamaged"]["found"] == len(planted)
+
+
+@pytest.mark.parametrize("method", ["hones", "vseam", "dvp"])
+def test_a_model_that_is_damaged_by_hooks_is_ranked_as_one_with_damaged_weights(
+    method: str, model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    """A hook that replay applied twice would damp the planted sites by the square."""
+    examples = part(model, own, 4, 2)
+    damage = scaling.fixed(ranking, 0.1, 0.3)
+    model.replayer.record(examples[0].inputs, 1)  # proven on the undamaged model
+    found = []
+    for attach in ("hook", "fold"):
+        with steer(model.model, damage, attach):
+            source = provenance(model.anatomy, examples, method, {}, 0)
+            job = Discovery(model.replayer.unproven(), examples, model.loop, source, 3, 0.1)
+            found.append(discover(job))
+    by_hook, by_fold = found
+    torch.testing.assert_close(by_hook.head_scores, by_fold.head_scores, rtol=1e-4, atol=1e-6)
+    if method == "hones":
+        torch.testing.assert_close(by_hook.head_log_probability, by_fold.head_log_probability)
+    if by_hook.neuron_scores is not None:
+        torch.testing.assert_close(by_hook.neuron_scores, by_fold.neuron_scores, rtol=1e-4, atol=1e-6)
 
 
 def test_the_command_writes_a_report_a_table_and_a_figure(

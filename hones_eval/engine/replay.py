@@ -52,10 +52,18 @@ class Replayer:
 
     def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
         """Replay at most `rows` edited passes at once; by default as many as suit the device."""
-        self.anatomy = anatomy
+        self.anatomy, self._rows = anatomy, rows
         self.limit = RowLimit(rows, _tokens_at_once(anatomy))
         self.inexact: str | None = None
         self._proven = False
+
+    def unproven(self) -> "Replayer":
+        """Another replayer of the same model, which proves itself again on its first example.
+
+        For a model that was changed since, by a steering for example: a proof holds only for the model that
+        it was made on.
+        """
+        return type(self)(self.anatomy, self._rows)
 
     @torch.no_grad()
     def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:

@@ -129,6 +129,8 @@ def spike_in(job: SpikeIn) -> dict[str, Any]:
     damage = _scaled(job.ranking, planted, job.damp)
     before = answered(job.loop.run(job.test, AnswersUnder(job.replayer, job.test, {}), "undamaged"))
     with steer(job.replayer.anatomy.model, damage, job.attach):
+        # Replay was proven exact on the undamaged model; hooks may change that.
+        job = replace(job, replayer=job.replayer.unproven())
         ranking = _rank(job)
         steerings, chosen = _steerings(job, ranking, planted)
         conditions = {name: steering for name, steering in steerings.items() if not steering.is_noop}
