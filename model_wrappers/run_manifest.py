@@ -14,6 +14,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hones_eval.core.adapters import adapter_of
 from hones_eval.core.artifact import hash_of, write_json
 from hones_eval.core.images import image_hash
 from hones_eval.core.steering import Steering
@@ -46,11 +47,13 @@ class RunRecord:
         self.base_wrapper: str = wrapper.base_wrapper
         self.rank = int(os.environ.get("RANK", "0"))
         self._settings = dict(settings)
-        self._base_model = {
+        self._base_model: dict[str, Any] = {
             "id": str(model_args.get("pretrained") or model.config._name_or_path),
             "revision": model_args.get("revision") or getattr(model.config, "_commit_hash", None),
             "weights": weights,
         }
+        if (adapter := adapter_of(model)) is not None:
+            self._base_model["adapter"] = {"id": adapter.id, "revision": adapter.revision}
         self._requests: dict[int, Instance] = {}
         self._task_dict: Mapping[str, Any] = {}
         self.errors: list[dict[str, Any]] = []

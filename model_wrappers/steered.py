@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hones_eval.core.attach import AttachMode, attach_steering
+from hones_eval.core.adapters import apply_adapter, without_adapter
+from hones_eval.core.attach import AttachedSteering, AttachMode, attach_steering
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
@@ -50,6 +52,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         strength: float = 1.0,
         attach: AttachMode = "hook",
         allow_noop: bool = False,
+        peft: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Build the base wrapper, then attach the steering to the Hugging Face model inside it.
@@ -59,6 +62,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             strength: a scale `s` becomes `1 + strength * (s - 1)`.
             attach: `hook` (works with quantized and shared weights) or `fold` (no cost at run time).
             allow_noop: run a steering that changes no logit of the first input.
+            peft: the folder or hub id of a PEFT adapter, such as a LoRA, to load onto the base model. With
+                attach=fold it is merged into the weights first.
             kwargs: arguments of the base wrapper, which refuses unknown ones.
 
         Raises:
@@ -72,12 +77,15 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         check_arguments(type(self), kwargs, self.base_wrapper)
         loaded = None if steering is None else _load(str(steering))
         base = _class_after(Steered, type(self))
+        kwargs = without_adapter(kwargs if peft is None else kwargs | {"peft": peft})
+        peft = kwargs.pop("peft", None)
         super().__init__(**(kwargs | _missing_devices(base, kwargs)))
         self._inner = inner_model(self)
+        apply_adapter(self._inner, peft, kwargs.get("pretrained"), merge=attach == "fold")
         weights = weights_digest(self._inner)  # before a steering is folded in
         attached = None
         if loaded is not None:
-            attached = attach_steering(self._inner, loaded, attach, float(strength))
+            attached = _attached(self._inner, loaded, attach, float(strength))
         must_act = loaded is not None and strength != 0 and not allow_noop
         self._watched = WatchedGenerate(
             self._inner,
@@ -298,6 +306,18 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while not isinstance(module, PreTrainedModel) and isinstance(getattr(module, "module", None), nn.Module):
         module = cast(nn.Module, module.module)
     return module
+
+
+def _attached(
+    model: PreTrainedModel, steering: Steering, attach: AttachMode, strength: float
+) -> AttachedSteering:
+    """Attach a steering and log its warnings: many wrappers switch Python's warnings off on import."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attached = attach_steering(model, steering, attach, strength)
+    for warning in caught:
+        logger.warning(str(warning.message))
+    return attached
 
 
 def _class_after(mixin: type, cls: type) -> type:

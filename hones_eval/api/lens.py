@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hones_eval.api.model import Model
+from hones_eval.core.adapters import model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance, write_json, write_text
 from hones_eval.core.attach import steer
@@ -107,10 +108,8 @@ def _write(
     seen: list[Seen] = [totals.records[index] for index in sorted(totals.records)]
     count = totals.sums["examples"]
     means = {name: total / count for name, total in totals.sums.items() if name != "examples"}
-    config = job.anatomy.model.config
     provenance = Provenance(
-        base_model=str(getattr(config, "name_or_path", "") or type(job.anatomy.model).__name__),
-        revision=getattr(config, "_commit_hash", None),
+        **model_source(job.anatomy.model),
         shape=job.anatomy.shape,
         method="lens",
         weights=weights_digest(job.anatomy.model),

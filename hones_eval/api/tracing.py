@@ -10,6 +10,7 @@ from hones_eval.api.pair_keys import keys_of
 from hones_eval.api.task_names import names_in
 from hones_eval.choices import Pairs as WhichPairs
 from hones_eval.choices import Rows, What
+from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import Provenance, write_json, write_text
 from hones_eval.core.weights import weights_digest
 from hones_eval.engine.tokens import Roles
@@ -157,10 +158,8 @@ def _write(
 ) -> list[str]:
     names = [one.pairs.clean.task for one in categories]
     found = {name: trace_tables.averages(one.counted) for name, one in zip(names, categories, strict=True)}
-    config = model.anatomy.model.config
     provenance = Provenance(
-        base_model=str(getattr(config, "name_or_path", "") or type(model.anatomy.model).__name__),
-        revision=getattr(config, "_commit_hash", None),
+        **model_source(model.anatomy.model),
         shape=model.anatomy.shape,
         method="trace",
         weights=weights_digest(model.anatomy.model),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hones_eval.core.adapters import effective_weight, has_adapter
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import Site, editing, recording, replaced_forward
@@ -117,11 +118,16 @@ class Anatomy:
         return weight
 
     def down_weight(self, layer: int) -> Tensor:
-        """What the neurons of a layer write, `W_down` [hidden, neurons], with zeros for neurons it lacks."""
+        """What the neurons of a layer write, `W_down` [hidden, neurons], with zeros for neurons it lacks.
+
+        The adapter of a layer is part of it.
+        """
         site = self.neurons_in[layer]
         if not site.width:
             return self.unembedding.new_zeros(self.shape.hidden, self.shape.neurons)
         module = site.module
+        if has_adapter(module):
+            return self.padded(effective_weight(module, site.width))
         weights = (
             [p.down_weight() for p in module.parts] if isinstance(module, NeuronTap) else [module.weight]
         )

@@ -223,6 +223,9 @@ class Provenance:
     ranking: Annotated[dict[str, Any], Field(strict=True)] | None = None
     weights: Name | None = None
     """The digest of the model's weights (`core.weights`); None in artifacts from before it was recorded."""
+    adapter: Name | None = None
+    """Folder or hub id of the PEFT adapter that was on the base model; None without one."""
+    adapter_revision: Name | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

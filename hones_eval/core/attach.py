@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.core import edits
+from hones_eval.core.adapters import model_source
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import Provenance
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
 from hones_eval.core.steering import Steering
+from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
 
 AttachMode = Literal["hook", "fold"]
@@ -72,6 +75,7 @@ def attach_to_anatomy(
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     steering = steering.at_strength(strength)
     _warn_of_rounding(anatomy, steering)
+    _warn_of_another_model(anatomy.model, steering.provenance)
     scaled = scaled_sites(anatomy, steering)
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))
@@ -126,11 +130,40 @@ def _warn_of_rounding(anatomy: Anatomy, steering: Steering) -> None:
         )
 
 
+def _warn_of_another_model(model: PreTrainedModel, made_for: Provenance) -> None:
+    """Warn when a steering was made for other weights of the same shape, naming both."""
+    here = model_source(model)
+    if here["base_model"] == type(model).__name__:  # built in memory: it has no name to compare
+        return
+    same_adapter = _last_part(here["adapter"]) == _last_part(made_for.adapter)
+    if _last_part(here["base_model"]) == _last_part(made_for.base_model) and same_adapter:
+        return
+    if made_for.weights is not None and made_for.weights == weights_digest(model):
+        return  # the same model under another name
+    names = [
+        base if adapter is None else f"{base} with the adapter {adapter}"
+        for base, adapter in (
+            (made_for.base_model, made_for.adapter),
+            (here["base_model"], here["adapter"]),
+        )
+    ]
+    warnings.warn(
+        f"this steering was made for {names[0]}, but the model is {names[1]}: it has the same shape, but "
+        "its heads and neurons may do other things",
+        stacklevel=3,
+    )
+
+
+def _last_part(path: str | None) -> str | None:
+    """The name of a folder or of a hub repository: a local copy of a hub model is the same model."""
+    return None if path is None else path.rstrip("/").rpartition("/")[2]
+
+
 class _Scaling:
     """The edit of one site: multiplies its input by the scales, on whichever device the input is."""
 
     def __init__(self, site: Site, scales: Tensor) -> None:
-        weight = site.module.weight
+        weight = getattr(site.module, "weight", None)
         # The weight of an offloaded layer is on the meta device until the layer is called.
         placed = isinstance(weight, Tensor) and not weight.is_meta
         self._scales = scales.to(weight.device) if placed else scales  # type: ignore[arg-type]
@@ -142,7 +175,7 @@ class _Scaling:
         return edits.scale(x, scales)
 
 
-def _linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:
+def linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:
     """The same scales by linear layer: the neurons of a mixture of experts are in one of each expert."""
     found = []
     for site, scales in scaled:
@@ -157,7 +190,7 @@ def _linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]
 
 
 def _fold(anatomy: Anatomy, scaled: list[tuple[Site, Tensor]]) -> Callable[[], None]:
-    scaled = _linear_sites(scaled)
+    scaled = linear_sites(scaled)
     for site, scales in scaled:
         reason = why_not_foldable(anatomy.model, site, scales)
         if reason is not None:

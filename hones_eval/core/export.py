@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import has_adapter
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.attach import attach_to_anatomy, scaled_sites, why_not_foldable
+from hones_eval.core.attach import attach_to_anatomy, linear_sites, scaled_sites, why_not_foldable
 from hones_eval.core.files import staged_folder
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
@@ -30,7 +31,8 @@ def export_checkpoint(
     """
     anatomy = Anatomy.of(model)
     _refuse_adapters(anatomy.model)
-    for site in (*anatomy.heads_in, *anatomy.neurons_in):
+    every_site = [*anatomy.heads_in, *anatomy.neurons_in]
+    for site, _ in linear_sites([(site, torch.zeros(site.width)) for site in every_site if site.width]):
         reason = why_not_foldable(anatomy.model, site)
         if reason is not None:
             raise HonesError(

@@ -18,7 +18,6 @@ from hones_eval.errors import HonesError, MisfitError, first_line
 if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
-    from transformers import PreTrainedModel
 
     from hones_eval.core.anatomy import Anatomy
 
@@ -84,15 +83,17 @@ class Steering:
         Example:
             `steering = Steering.by_hand(model, heads={(3, 5): 0.0}, neurons={(4, 123): 2.0})`
         """
+        from hones_eval.core.adapters import model_source
         from hones_eval.core.anatomy import Anatomy
 
         anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
         shape = anatomy.shape
         head_scales = _scales_by_site(heads or {}, "head", shape.layers, shape.heads)
         neuron_scales = _scales_by_site(neurons or {}, "neuron", shape.layers, shape.neurons)
-        base, revision = named_base(anatomy.model)
         settings = {"heads": len(heads or {}), "neurons": len(neurons or {})}
-        source = Provenance(base, revision, shape, "by hand", settings, [])
+        source = Provenance(
+            **model_source(anatomy.model), shape=shape, method="by hand", settings=settings, examples=[]
+        )
         return cls(head_scales=head_scales, neuron_scales=neuron_scales, provenance=source)
 
     @property
@@ -230,12 +231,6 @@ class Steering:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
-
-
-def named_base(model: "PreTrainedModel") -> tuple[str, str | None]:
-    """The folder or hub id that a live model was loaded from, and the commit where the hub gave one."""
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    return str(name), getattr(model.config, "_commit_hash", None)
 
 
 def _scales_by_site(given: Mapping[tuple[int, int], float], kind: str, layers: int, width: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hones_eval.core.adapters import model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.ranking import Ranking
@@ -34,10 +35,8 @@ def provenance(
     anatomy: Anatomy, examples: TaskExamples, method: Method, settings: dict[str, Any], seed: int
 ) -> Provenance:
     """The provenance of a ranking: model, method, settings, examples and seed."""
-    config = anatomy.model.config
     return Provenance(
-        base_model=str(getattr(config, "name_or_path", "") or type(anatomy.model).__name__),
-        revision=getattr(config, "_commit_hash", None),
+        **model_source(anatomy.model),
         shape=anatomy.shape,
         method=method,
         settings=settings,

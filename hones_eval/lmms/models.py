@@ -12,6 +12,7 @@ import torch
 from lmms_eval.api.model import lmms
 from transformers import PreTrainedModel
 
+from hones_eval.core.adapters import adapter_of, apply_adapter, without_adapter
 from hones_eval.errors import HonesError, UnsupportedModelError, one_line
 from hones_eval.lmms.arguments import check_arguments, parsed
 
@@ -31,7 +32,8 @@ def load_lmm(
 
     Args:
         model: a value of `lmms-eval --model`.
-        model_args: a value of `lmms-eval --model_args`; it takes precedence over the defaults here.
+        model_args: a value of `lmms-eval --model_args`; it takes precedence over the defaults here. `peft=`
+            names a PEFT adapter to load onto the model, for every wrapper.
         device: a torch device; by default this process's GPU, or the CPU where there is none. It is also
             passed as `device_map` to wrappers that have one.
         dtype: the type in which the weights are loaded, also by wrappers that always load another one;
@@ -40,7 +42,8 @@ def load_lmm(
     Raises: HonesError for an unknown name (with the nearest ones) or a model that cannot be built.
     """
     cls = _wrapper_class(model)
-    given = _parsed(model_args)
+    given = without_adapter(_parsed(model_args))
+    peft = None if _takes(cls, "peft") else given.pop("peft", None)
     check_arguments(cls, given, f"lmms-eval's {model}")
     device = device or str(given.get("device") or _own_device())
     defaults: dict[str, Any] = {"batch_size": 1, "device": device}
@@ -59,6 +62,8 @@ def load_lmm(
     model_inside = inner_model(lmm).eval()
     if dtype is not None:
         model_inside.to(dtype)  # for wrappers with a loader of their own
+    if adapter_of(model_inside) is None:
+        apply_adapter(model_inside, peft, given.get("pretrained"))
     return lmm
 
 
