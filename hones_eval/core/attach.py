@@ -165,8 +165,9 @@ class _Scaling:
     def __init__(self, site: Site, scales: Tensor) -> None:
         weight = getattr(site.module, "weight", None)
         # The weight of an offloaded layer is on the meta device until the layer is called.
-        placed = isinstance(weight, Tensor) and not weight.is_meta
-        self._scales = scales.to(weight.device) if placed else scales  # type: ignore[arg-type]
+        if isinstance(weight, Tensor) and not weight.is_meta:
+            scales = scales.to(weight.device)
+        self._scales = scales
 
     def __call__(self, x: Tensor) -> Tensor:
         scales = self._scales
