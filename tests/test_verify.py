@@ -113,7 +113,11 @@ def test_the_command_reports_the_values_of_a_plain_loop(
     report = json.loads((tmp_path / "verify.json").read_text())
     (warning,) = (one for one in report["warnings"] if "random banks" in one)
     assert warning.startswith("only 2 random banks were masked")
-    assert f"warning: {warning}" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"warning: {warning}" in lines
+    banks = [bank for name, bank in report["banks"].items() if not name.startswith("random")]
+    assert {bank["metric_drop"]["verdict"] for bank in banks} == {"too few"}  # eight images
+    assert any("too few; 8 independent examples find" in line for line in lines)
     assert (tmp_path / "verify.png").read_bytes().startswith(b"\x89PNG")
     ranking, examples, model = Ranking.load(rankings / method), held_out(lmm, tasks), inner_model(lmm)
     layers = plain.layers(model)

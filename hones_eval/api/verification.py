@@ -77,6 +77,7 @@ class Verification(Mapping[str, Any]):
                 f"drop {interval(found['metric_drop'])}{relative}; beyond random banks "
                 f"{interval(beyond['metric'])}"
             )
+            lines += _verdict(bank, found["metric_drop"])
         random = self["random"]["metric"]
         lines.append(
             f"random banks: drop {random['drop_mean']:.4g} on average, {random['drop_largest']:.4g} at most"
@@ -91,6 +92,17 @@ class Verification(Mapping[str, Any]):
         from hones_eval.core.notebook import html_table
 
         return html_table(self.rows(), "; ".join(self.lines()[:1]))
+
+
+def _verdict(bank: str, drop: Mapping[str, Any]) -> list[str]:
+    """A line with the verdict on a bank's drop and its power; none for a report of an older version."""
+    if "verdict" not in drop:
+        return []
+    p = "" if drop.get("p_adjusted") is None else f" (p = {drop['p_adjusted']:.2g} after correction)"
+    least = drop.get("detectable")
+    power = "no drop" if least is None else f"a drop of {least:.3g} or more"
+    units = f"{drop['units']} independent examples"
+    return [f"{bank}: {drop['verdict']}{p}; {units} find {power} with probability 0.8"]
 
 
 def verify(
