@@ -25,7 +25,7 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader, settings_of
 from hones_eval.lmms.answers.registry import plain_settings, reader_of
 from hones_eval.lmms.answers.tokens import tokenizer_of
-from hones_eval.lmms.arguments import check_arguments, check_folder, parsed
+from hones_eval.lmms.arguments import check_arguments, parsed
 from hones_eval.lmms.chat_text import with_context
 from hones_eval.lmms.examples.shown import WITHOUT_IMAGE
 
@@ -275,7 +275,6 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
 def _load(path: str) -> Steering:
     """The steering of a folder or hub id. Raises: HonesError for a missing folder, or one with a ranking."""
-    check_folder("steering", path)
     folder = Path(path)
     if (folder / "ranking.json").is_file() and not (folder / "steering.json").is_file():
         raise HonesError(

@@ -64,7 +64,7 @@ def test_a_steering_that_is_missing_or_a_ranking(tmp_path: Path) -> None:
         HonesError, match=r"is a ranking: make a steering of it with hones-eval scale --ranking"
     ):
         get_model("hones_llava").create_from_arg_string(f"{GOOD},steering={tmp_path}")
-    with pytest.raises(HonesError, match="steering=/no/steering: no such folder"):
+    with pytest.raises(HonesError, match="no steering at '/no/steering'"):
         get_model("hones_llava").create_from_arg_string(f"{GOOD},steering=/no/steering")
 
 
