@@ -81,8 +81,8 @@ def test_a_tasks_documents_are_edited_like_a_file_of_them(
     said = capsys.readouterr().out
     for line in (
         "3: its column 'record' is not a JSON object",
-        "4: its picture cannot be read: image file is truncated",
-        "5: its picture cannot be read: [Errno 2] No such file",
+        "4: its image cannot be read: image file is truncated",
+        "5: its image cannot be read: [Errno 2] No such file",
     ):
         assert f"not editable {line}" in said
     assert "unknown: 0 accepted, 0 rejected, 3 not editable" in said

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hones_eval.core import weights
-from hones_eval.core.weights import weights_differ, weights_digest
+from hones_eval.core.digests import weights_differ
+from hones_eval.core.weights import weights_digest
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:

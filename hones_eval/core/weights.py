@@ -40,16 +40,6 @@ def weights_digest(model: nn.Module) -> str:
     return f"{form}-{'+'.join(types)}-{total.hexdigest()[:40]}"
 
 
-def weights_differ(first: str | None, second: str | None) -> bool:
-    """Whether two digests show different weights; False where they cannot be compared.
-
-    Digests of other forms or floating-point types, and missing ones, cannot be compared.
-    """
-    if first is None or second is None:
-        return False
-    return first.rpartition("-")[0] == second.rpartition("-")[0] and first != second
-
-
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the state, with tensor subclasses (quantized ones) as their parts."""
     for name, value in model.state_dict(keep_vars=True).items():

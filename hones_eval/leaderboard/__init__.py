@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hones_eval.core.artifact import write_text
+from hones_eval.core.files import write_text
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.board import Board, build_board
 from hones_eval.leaderboard.lmms_tasks import TaskImages

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hones_eval.core.weights import weights_differ
+from hones_eval.core.digests import weights_differ
 from hones_eval.leaderboard.reading import Run
 from hones_eval.leaderboard.samples import Samples
 
