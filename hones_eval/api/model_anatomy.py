@@ -168,6 +168,8 @@ def _empty(config: "PreTrainedConfig", name: str) -> "PreTrainedModel":
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from hones_eval.core.anatomy import unembedding_of
+
     stated = [getattr(transformers, kind, None) for kind in getattr(config, "architectures", None) or []]
     makers = [kind for kind in stated if kind is not None and hasattr(kind, "_from_config")]
     makers += [AutoModelForImageTextToText, AutoModelForCausalLM]
@@ -180,7 +182,7 @@ def _empty(config: "PreTrainedConfig", name: str) -> "PreTrainedModel":
         except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as error:
             reasons.append(first_line(error))
             continue
-        if model.get_output_embeddings() is not None or hasattr(model, "thinker"):
+        if unembedding_of(model) is not None:
             return model
         reasons.append(f"{type(model).__name__} gives no tokens")
     raise HonesError(f"no model can be made from the configuration of {name}: {reasons[0]}")

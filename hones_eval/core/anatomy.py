@@ -73,7 +73,7 @@ class Anatomy:
         decoder = _decoder(model, name)
         config: Any = decoder.config
         layers, path = _layers(decoder, config, name)
-        unembed = model.get_output_embeddings()
+        unembed = unembedding_of(model)
         if unembed is None:
             raise UnsupportedModelError(f"{name} has no unembedding (get_output_embeddings() gives None)")
         vocabulary, hidden = (int(size) for size in unembed.weight.shape)
@@ -216,6 +216,12 @@ def _answering(model: PreTrainedModel) -> PreTrainedModel:
     return answering[0] if answering else model
 
 
+def unembedding_of(model: PreTrainedModel) -> Any:
+    """The unembedding of a model, or of the language model inside a model that does not pass it on."""
+    parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
+    return next((u for part in parts if (u := part.get_output_embeddings()) is not None), None)
+
+
 def _decoder(model: PreTrainedModel, name: str) -> nn.Module:
     text = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or text.is_encoder_decoder:
@@ -250,7 +256,11 @@ def _layers(decoder: nn.Module, config: Any, name: str) -> tuple[list[nn.Module]
             f"{name}: looked in {type(decoder).__name__} for one list of {count} layers, found {len(stacks)}"
         )
     path, stack = stacks[0]
-    crossed = [i for i, layer in enumerate(stack) if _has_part(layer, "cross_attn")]
+    crossed = [
+        i
+        for i, layer in enumerate(stack)
+        if _has_part(layer, "cross_attn") or _has_part(layer, "crossattention")
+    ]
     if crossed:
         raise UnsupportedModelError(
             f"{name}: layers {crossed} attend to the image by cross-attention; only language models that "
@@ -445,8 +455,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def _prove(anatomy: Anatomy, probe: _Probe, name: str) -> None:
     try:
-        _prove_mixing(anatomy, probe, name)
         _prove_experts(anatomy, probe, name)
+        _prove_mixing(anatomy, probe, name)
         _prove_edits(anatomy, probe, name)
     except EditError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None

@@ -232,7 +232,9 @@ def is_transposed(module: Any) -> bool:
     stated = getattr(module, "is_transposed", None)
     if stated is not None:
         return bool(stated)
-    up, down = module.gate_up_proj, module.down_proj
+    down, up = module.down_proj, getattr(module, "gate_up_proj", None)
+    if up is None:
+        return bool(module.up_proj.shape[2] == down.shape[1])
     # Of a gated FFN the first projection is twice as wide as the second reads.
     return bool(up.shape[2] == 2 * down.shape[1])
 

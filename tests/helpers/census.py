@@ -169,6 +169,7 @@ _GEMMA4["text_config.layer_types"] = ["sliding_attention", "full_attention"] * 2
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _TEXT_MROPE = {"text_config.rope_parameters": _MROPE}
 CHANGES: dict[str, dict[str, Any]] = {
+    "kimi_k25": {"text_config.head_dim": 8},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), _TEXT_MROPE),
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), _TEXT_MROPE),
     "glm4v_moe": {
