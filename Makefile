@@ -17,7 +17,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Everything but the tests marked slow: under 3 minutes on two cores.
+# Everything but the tests marked slow; meant to stay under 3 minutes on two cores.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 

@@ -98,6 +98,7 @@ SLOW_FILES = {
     *("test_api", "test_benchmarks", "test_caption_tools", "test_choices", "test_conformance", "test_demo"),
     *("test_editing_folders", "test_editing_models", "test_editing_run", "test_editing_tasks"),
     *("test_examples", "test_export", "test_family_wrappers", "test_hub_faults", "test_leaderboard_real"),
+    *("test_decoding", "test_leaderboard_pages", "test_loops"),
     *("test_learning", "test_own_task", "test_packaging", "test_plugin", "test_processes", "test_resume"),
     *("test_retrieval_margin", "test_retrieval_study", "test_savings", "test_scaling", "test_spike_in"),
     *("test_study", "test_tasks_elsewhere", "test_toy_tasks", "test_tracing", "test_verify"),
