@@ -30,7 +30,10 @@ from PIL import Image
 def doc_to_visual(doc):
     return [Image.open(doc["image"]).convert("RGB")]
 """
-ALONE = "was left alone: another one ended, and says why itself"
+ALONE = (
+    "stopped because another process ended; see that process's error. If it was killed and printed none, run "
+    "the same command again, with --resume where it has that flag"
+)
 REASON = "hones-eval: the camera fell into the sea"
 
 

@@ -12,7 +12,7 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import FOLDER, TASKS, load_ground_truth
-from hones_eval.toy.yardstick import agreement, masking_area
+from hones_eval.toy.yardstick import agreement, captured_effect, masking_area
 
 
 def test_it_is_of_the_shipped_model() -> None:
@@ -68,7 +68,7 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     header = json.loads((tmp_path / "truth" / "ground_truth.json").read_text())
     header["digest"] = "0" * 64
     (tmp_path / "truth" / "ground_truth.json").write_text(json.dumps(header))
-    with pytest.raises(HonesError, match=r"is not the file that ground_truth\.json was written with"):
+    with pytest.raises(HonesError, match=r"does not match the digest in ground_truth\.json"):
         load_ground_truth(tmp_path / "truth")
 
 
@@ -85,8 +85,37 @@ def test_agreement_by_hand() -> None:
     assert agreement(truth, truth, 3).precision == 1.0
     with pytest.raises(HonesError, match="no order to compare"):
         agreement(torch.ones(2, 3), truth, 2)
-    with pytest.raises(HonesError, match="other shapes"):
+    with pytest.raises(HonesError, match="different shapes"):
         agreement(torch.ones(2, 2), truth, 2)
+
+
+def test_captured_effect_by_hand() -> None:
+    truth = torch.tensor([[0.4, 0.3, 0.2], [0.0, -0.5, 0.1]])
+    scores = torch.tensor([[9.0, 0.0, 8.0], [0.0, 7.0, 1.0]])
+    # Selected: 0.4, 0.2 and -0.5, which counts as 0; the best three are 0.4, 0.3 and 0.2.
+    assert captured_effect(scores, truth, 3).share == pytest.approx(0.6 / 0.9)
+    assert captured_effect(truth, truth, 3).share == 1.0
+    first, second = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[1.0, 2.0, 5.0]])
+    # One half chooses 3 and 2 and gets 1 + 2 of 5 + 2; the other chooses 5 and 2 and gets 1 + 2 of 3 + 2.
+    found = captured_effect(first, first, 2, (first, second))
+    assert found.ceiling == pytest.approx((3 / 7 + 3 / 5) / 2)
+    with pytest.raises(HonesError, match="this truth is flat"):
+        captured_effect(scores, -truth.abs(), 3)
+    with pytest.raises(HonesError, match="k must be 1 to 6"):
+        captured_effect(scores, truth, 7)
+
+
+def test_stored_spreads_belong_to_the_stored_means() -> None:
+    """Tasks measured on 200 images: the halves average to the mean, and errors are those of a mean."""
+    truth = load_ground_truth()
+    wide = [task for task, about in truth.report["tasks"].items() if about["examples"] >= 200]
+    assert wide
+    for task in wide:
+        for effects in truth.effects[task].values():
+            even, odd = effects.halves["log_probability"]
+            torch.testing.assert_close((even + odd) / 2, effects.log_probability, rtol=1e-4, atol=1e-6)
+            assert bool((effects.errors["log_probability"] >= 0).all())
+            assert bool(((even - odd).abs() <= 20 * effects.errors["log_probability"] + 1e-6).all())
 
 
 def test_masking_area_by_hand() -> None:

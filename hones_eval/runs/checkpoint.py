@@ -1,4 +1,4 @@
-"""What a pass over examples has measured so far, so that a run that was killed can go on."""
+"""Resumable progress of a pass over examples: a killed run continues from its last checkpoint."""
 
 import json
 import time
@@ -45,10 +45,11 @@ class Progress(NamedTuple):
 
 @dataclass
 class Partial:
-    """The folder of one run's unfinished passes: a file a pass and rank, each written whole.
+    """The folder with the checkpoints of one run: one file per pass and rank, each written whole.
 
-    `fingerprint` pins the examples and settings: what was measured with others is not gone on with.
-    A file is written when the last one is `SECONDS` old, since sums of neurons can be large.
+    `fingerprint` identifies the model, the examples and the settings: a checkpoint of others is refused.
+    A checkpoint is written after an example when the last one is `SECONDS` old, because the sums of neurons
+    can be large.
     """
 
     folder: Path
@@ -57,9 +58,9 @@ class Partial:
     _written: float = 0.0
 
     def load(self, name: str, rank: int, ranks: int) -> Progress | None:
-        """What a killed run left of a pass, or None where there is nothing or it is not asked for.
+        """The progress of a pass that a killed run left; None without one, or when `resume` is off.
 
-        Raises: HonesError when it was made with other examples or settings, or cannot be read.
+        Raises: HonesError when it was made with another model, examples or settings, or cannot be read.
         """
         self._written = time.monotonic()
         _Stop.running, _Stop.requested = True, False
@@ -75,12 +76,12 @@ class Partial:
         if about["fingerprint"] != self.fingerprint:
             raise HonesError(
                 f"{path} was measured with another model, other examples, settings or versions: "
-                "run as before, or without --resume"
+                "repeat the earlier command, or run without --resume"
             )
         return Progress(about["done"], sums, {int(index): one for index, one in about["records"].items()})
 
     def save(self, name: str, rank: int, ranks: int, progress: Progress, last: bool) -> None:
-        """Write what was measured if it is time to, and in any case after a rank's last example.
+        """Write a checkpoint if the last one is old enough, and always after a rank's last example.
 
         Raises: KeyboardInterrupt, after writing, when `stop_after_example` was called.
         """
@@ -97,7 +98,7 @@ class Partial:
             raise KeyboardInterrupt
 
     def clear(self) -> None:
-        """Remove the folder: the run has ended well. Files that are none of its own stay."""
+        """Remove the folder after a successful run. Files that do not belong to it stay."""
         # A kill in the middle of a write leaves the file under its temporary name, which starts with a dot.
         for pattern in ("*.safetensors", ".*.safetensors.*"):
             for path in sorted(self.folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""The only room that knows Lightning: predict loops over examples, on one device or on many."""
+"""Predict loops over examples, run by Lightning on one device or several."""
 
 import logging
 import os
@@ -24,16 +24,16 @@ from hones_eval.runs.checkpoint import Partial, Progress
 from hones_eval.runs.measure import Measure, Staged, Totals
 from hones_eval.runs.processes import is_about_others, left_alone, several
 
-# Lightning sets its own level when it is imported; its banners would bury what a pass has to say.
+# Lightning sets its own level when it is imported; its banners would hide the messages of a pass.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-# How long a process waits for the others at the end of a pass. One that had little left to do, after a
-# resume, waits for as long as another works on its whole share.
+# How long a process waits for the others at the end of a pass. After a resume, a process that had little left
+# to do waits while another one works on its whole share.
 PATIENCE = timedelta(days=1)
 
 
 class Loop:
-    """Runs passes over examples; every example is measured once, on one of the ranks."""
+    """Runs passes over examples; every example is measured once, by one of the processes."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class Loop:
         self.partial: Partial | None = None
 
     def strategy(self) -> Any:
-        """What a Lightning trainer on these processes takes as its `strategy`."""
+        """The `strategy` argument of a Lightning trainer on these processes."""
         return DDPStrategy(timeout=PATIENCE) if self.world_size > 1 else "auto"
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return bool(self.trainer.is_global_zero)
 
     def run(self, examples: TaskExamples, measure: Measure, name: str) -> Totals:
@@ -114,9 +114,9 @@ class Loop:
 
 @contextmanager
 def one_fails_all_fail(trainer: Trainer) -> Iterator[None]:
-    """A block in which the processes of `trainer` meet: where one fails, none waits for it.
+    """A block in which processes wait for each other; when one fails, the others stop instead of waiting.
 
-    Raises: HonesError in a process that was left alone; the one that failed says why.
+    Raises: HonesError in the processes that stop; the failed process reports the reason.
     """
     try:
         yield
@@ -229,13 +229,13 @@ class _StagedPass(LightningModule):  # type: ignore[misc]
         mine = batch[self.global_rank :: self.trainer.world_size]
         measured = _gather({index: self.measure.measure(self.examples[index]) for index in mine})
         stage = [measured[index] for index in batch]
-        for index, one in zip(batch, stage, strict=True):
-            self.totals.update(one.sums)
-            self.records[index] = one.record
+        for index, found in zip(batch, stage, strict=True):
+            self.totals.update(found.sums)
+            self.records[index] = found.record
         self.measure.look(stage)
         self.done += 1
         if self.partial is not None and self.global_rank == 0:
-            sums = self.totals.sums() | {_STATE + key: one for key, one in self.measure.state().items()}
+            sums = self.totals.sums() | {_STATE + key: value for key, value in self.measure.state().items()}
             progress = Progress(self.done, sums, self.records)
             self.partial.save(*self._place, progress, last=self.measure.finished)
 
@@ -253,7 +253,11 @@ class _StagedPass(LightningModule):  # type: ignore[misc]
             return
         self.totals.update({key: progress.sums[key] for key in self.totals.names})
         self.measure.restore(
-            {key.removeprefix(_STATE): one for key, one in progress.sums.items() if key.startswith(_STATE)}
+            {
+                key.removeprefix(_STATE): value
+                for key, value in progress.sums.items()
+                if key.startswith(_STATE)
+            }
         )
         self.records = dict(progress.records)
         self.done = progress.done
@@ -289,7 +293,7 @@ def _gather(records: dict[int, Any]) -> dict[int, Any]:
 
 
 def _from_first(progress: Progress | None) -> Progress | None:
-    """What the first rank has, on every rank."""
+    """The progress of the first rank, on every rank."""
     if not several():
         return progress
     shared = [progress]
@@ -298,16 +302,16 @@ def _from_first(progress: Progress | None) -> Progress | None:
 
 
 def _trainer(**settings: Any) -> Trainer:
-    """A trainer, or why there is none: more devices are asked for than there are."""
+    """Make a trainer. Raises: HonesError when there are fewer devices than asked for."""
     try:
         return Trainer(**settings)
     except MisconfigurationException as error:
         reason = " ".join(str(error).split())
-        raise HonesError(f"--devices {settings['devices']} cannot be had: {reason}") from None
+        raise HonesError(f"{settings['devices']} devices are not available: {reason}") from None
 
 
 def _check_launch(devices: int, num_nodes: int) -> None:
-    """Compare what a launcher has started with what the flags say; Lightning would wait for the rest."""
+    """Compare the processes that a launcher started with the flags; Lightning would wait for missing ones."""
     if min(devices, num_nodes) < 1:
         raise HonesError(f"--devices {devices} --num_nodes {num_nodes}: each is 1 or more")
     wanted = f"--devices {devices} --num_nodes {num_nodes} is {devices * num_nodes}"

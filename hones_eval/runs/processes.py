@@ -1,4 +1,4 @@
-"""Several processes at one piece of work: they end together, and none waits for one that failed."""
+"""Several processes that share one job: they end together, and none waits for one that failed."""
 
 from torch import distributed
 
@@ -11,9 +11,9 @@ def several() -> bool:
 
 
 def wait_for_others() -> None:
-    """Return when every process has come here, as at the end of a command.
+    """Return when every process has reached this point, as at the end of a command.
 
-    Raises: HonesError when one of them has ended before.
+    Raises: HonesError when one of them has already ended.
     """
     if not several():
         return
@@ -24,27 +24,33 @@ def wait_for_others() -> None:
 
 
 def leave_others() -> None:
-    """End this process's part in the process group, if there is one.
+    """Leave the process group, if there is one.
 
-    The threads of a group that is still there when Python exits can end the process by SIGABRT.
+    The threads of a group that still exists when Python exits can end the process by SIGABRT.
     """
     if several():
         distributed.destroy_process_group()
 
 
 def is_about_others(error: BaseException) -> bool:
-    """Whether a collective failed, which is how a process learns that another has ended; gloo has no type."""
+    """Whether an error is that of a failed collective, by which a process learns that another one ended.
+
+    Failures of the gloo backend have no type of their own; their message names it.
+    """
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
 
 
 def left_alone(error: BaseException) -> HonesError:
-    """What a process says that cannot go on without another one; `error` is how it noticed."""
+    """The error of a process that cannot continue because another one ended; `error` is how it noticed."""
     if not several():
         return HonesError(
-            "the processes did not meet: MASTER_ADDR and MASTER_PORT have to be the first one's, and the "
-            f"port free ({first_line(error)})"
+            "the processes could not connect: MASTER_ADDR and MASTER_PORT have to be those of the first one, "
+            f"and the port has to be free ({first_line(error)})"
         )
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    return HonesError(f"process {rank} of {ranks} was left alone: another one ended, and says why itself")
+    return HonesError(
+        f"process {rank} of {ranks} stopped because another process ended; see that process's error. If it "
+        "was killed and printed none, run the same command again, with --resume where it has that flag"
+    )
