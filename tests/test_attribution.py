@@ -152,7 +152,7 @@ def test_integrated_gradients_of_a_layer_add_up_to_its_effect(
     family = build_family("llava")
     model, inputs = family.model, inputs_of(family)
     anatomy = Anatomy.of(model)
-    settings = AttributionSettings("ig", "log_probability", "example", steps=16)
+    settings = AttributionSettings("ig", "log_probability", "example", steps=64)
     attribution = Attribution(
         anatomy, Decoder(Replayer(anatomy)).append, settings=settings, kinds=("neurons",)
     )
