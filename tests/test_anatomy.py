@@ -1,7 +1,6 @@
 """Where heads, neurons, unembedding and image tokens are, in every family that is served."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import families
 import plain
@@ -200,7 +199,8 @@ def test_two_lists_of_layers_are_refused() -> None:
 
 def test_quantized_down_projections_have_no_write_vectors(build_family: Callable[[str], Family]) -> None:
     anatomy = Anatomy.of(build_family("llava").model)
-    packed = SimpleNamespace(weight=torch.zeros(4, dtype=torch.uint8))
+    packed = nn.Module()
+    packed.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     anatomy.neurons_in[0] = anatomy.neurons_in[0]._replace(module=packed)
     with pytest.raises(HonesError, match=r"layers.0.mlp.down_proj is quantized"):
         anatomy.down_weight(0)
