@@ -8,7 +8,7 @@ QUESTIONS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast coverage lint format wheel bench boards study
+.PHONY: demo test test-fast torture coverage lint format wheel bench boards study
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)") \
@@ -20,6 +20,10 @@ test: $(READY)
 # Everything but the tests marked slow; meant to stay under 3 minutes on two cores.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# 200 kills, 3,000 damaged artifacts and 200 hostile logs. Goes on where it was stopped; torture.jsonl keeps it.
+torture: $(READY)
+	$(BIN)/python tests/torture/run.py
 
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=xml
