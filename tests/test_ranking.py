@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -438,3 +439,13 @@ def test_the_digest_sees_names_types_shapes_and_bytes() -> None:
 def test_shared_images() -> None:
     other = ExampleSet("vqa", "test", 2, 0, "x", [0, 1], ["bb", "cc"])
     assert PROVENANCE.examples[0].shared_images(other) == {"bb"}
+
+
+def test_a_small_file_is_read_within_little_memory(saved: Path) -> None:
+    """Reading up to a limit must not reserve memory for the whole limit."""
+    tracemalloc.start()
+    try:
+        files.read_bounded(saved / "ranking.json", 1 << 30)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

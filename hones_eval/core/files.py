@@ -214,12 +214,13 @@ def read_bounded(path: Path, most: int) -> bytes:
         if not path.is_file():
             raise HonesError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size  # a read of `most` bytes would reserve them all
+            content = b"" if size > most else file.read(size + 1)
     except ValueError as error:  # a null byte in the path
         raise HonesError(f"{str(path)!r} is not a path: {error}") from None
     except OSError as error:
         raise HonesError(f"{path}: {error.strerror}") from None
-    if len(content) > most:
+    if max(size, len(content)) > most:
         raise HonesError(f"{path} is larger than {most:,} bytes, the most that is read of such a file")
     return content
 

@@ -1,8 +1,8 @@
 """Kills, damaged artifacts and hostile logs, in numbers: `make torture`.
 
 Every case runs in a child process with at most 2 GB of memory beyond what the imports take, and 30 seconds
-per call. Finished cases are kept in the output file, so that a run that was stopped goes on where it was. The
-exit code is 1 when anything but a clean refusal or a correct result was seen.
+of processor time per call. Finished cases are kept in the output file, so that a run that was stopped goes on
+where it was. The exit code is 1 when anything but a clean refusal or a correct result was seen.
 """
 
 import argparse
@@ -36,10 +36,17 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard import make_board
+from hones_eval.leaderboard.lmms_tasks import find_aggregation
 
 MEMORY, SECONDS = 2 << 30, 30
 OPERATIONS = ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir")
 DIED = 9
+
+
+def limit_time(seconds: float) -> None:
+    """End this process after so many seconds of processor time, or ten times as many on the clock."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(int(10 * seconds))
 
 
 def child(work: Callable[[], str], *, seconds: float = SECONDS, kill_after: float | None = None) -> str:
@@ -50,7 +57,7 @@ def child(work: Callable[[], str], *, seconds: float = SECONDS, kill_after: floa
         os.close(reading)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        signal.alarm(int(seconds))
+        limit_time(seconds)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 result = work()
@@ -69,7 +76,9 @@ def child(work: Callable[[], str], *, seconds: float = SECONDS, kill_after: floa
     return (
         result
         if status == 0
-        else {DIED: "died", -9: "died", -14: "took too long"}.get(status, f"ended {status}")
+        else {DIED: "died", -9: "died", -14: "took too long", -27: "took too long"}.get(
+            status, f"ended {status}"
+        )
     )
 
 
@@ -245,7 +254,7 @@ def artifacts(count: int, folder: Path) -> Iterator[tuple[str, Callable[[], str]
     def batch(first: int, size: int) -> str:
         found: Counter[str] = Counter()
         for seed in range(first, first + size):
-            signal.alarm(SECONDS)
+            limit_time(SECONDS)
             try:
                 found[one(seed)] += 1
             except BaseException:  # noqa: BLE001 - counted as a traceback
@@ -322,6 +331,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("torture.jsonl"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    find_aggregation("shapes", "exact_match", None)  # imports lmms-eval once, before the children start
     done = {}
     if options.out.exists():
         done = dict(json.loads(line) for line in options.out.read_text().splitlines())
