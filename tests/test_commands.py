@@ -138,12 +138,17 @@ def test_scaling_heads_by_their_signed_scores(rankings: Path, tmp_path: Path) ->
 def test_scaling_the_best_and_the_worst_heads(rankings: Path, tmp_path: Path) -> None:
     assert main(scale(rankings / "vseam", "topk", tmp_path / "s", heads=9, enhance=0.25, suppress=0.75)) == 0
     ranking, scales = Ranking.load(rankings / "vseam"), Steering.load(tmp_path / "s").head_scales
-    expected, both = torch.ones(4, 4), 0
-    for scores, factor in ((ranking.head_positive, 1.25), (ranking.head_negative, 0.25)):
-        for i in torch.sort(scores.flatten(), descending=True, stable=True).indices[:9]:
-            if scores.flatten()[i] > 0:
-                both += int(expected.view(-1)[i] != 1)
-                expected.view(-1)[i] = 1.0 if expected.view(-1)[i] != 1 else factor
+    assert ranking.head_positive is not None
+    assert ranking.head_negative is not None
+    lists = []
+    for scores in (ranking.head_positive.flatten(), ranking.head_negative.flatten()):
+        best = torch.sort(scores, descending=True, stable=True).indices[:9]
+        lists.append({int(i): float(scores[i]) for i in best if scores[i] > 0})
+    up, down = lists
+    expected, both = torch.ones(4, 4), len(up.keys() & down.keys())
+    for i in up.keys() | down.keys():  # a head of both lists goes by the larger of its two scores
+        if up.get(i, 0.0) != down.get(i, 0.0):
+            expected.view(-1)[i] = 1.25 if up.get(i, 0.0) > down.get(i, 0.0) else 0.25
     assert torch.equal(scales, expected)
     assert set(scales.unique().tolist()) == {0.25, 1.0, 1.25}
     assert both > 0
@@ -323,7 +328,7 @@ def no_folder(folder: Path) -> None:
     [
         (cut_picture, "drawn_1.png cannot be read"),
         (empty_picture, "drawn_1.png cannot be read"),
-        (no_picture, "its picture drawn_1.png is neither in"),
+        (no_picture, "its image drawn_1.png is neither in"),
         (no_answers, r"entry 1 \(drawn_1.png\): its vqa has neither answers"),
         (no_json, "HONES_EVAL_DATA|not valid JSON"),
         (no_entries, "HONES_EVAL_DATA|at least one entry"),
