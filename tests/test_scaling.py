@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import own_answers
 import plain
 import pytest
@@ -332,3 +334,31 @@ def test_resumed_scaling_gives_the_same_steering(
     reports = [json.loads((tmp_path / name / "steering.json").read_text()) for name in ("whole", "pieces")]
     assert reports[0] == reports[1]
     assert not (tmp_path / "pieces" / "partial").exists()
+
+
+def test_scaling_is_not_resumed_with_other_weights_at_the_same_path(
+    own: own_answers.Prepared,
+    llava_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    folder = shutil.copytree(llava_checkpoint, tmp_path / "llava")
+    replaced = own._replace(model_args=f"pretrained={folder}")
+    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--how", "grid"]
+    command = replaced.command("scale", *flags, "--out", tmp_path / "out", "--resume")
+    step, made = _Pass.predict_step, [0]
+
+    def interrupted(self: _Pass, *arguments: Any) -> object:
+        made[0] += 1
+        if made[0] == 4:
+            raise HonesError("interrupted")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(_Pass, "predict_step", interrupted)
+    assert main(command) == 1
+    families.save_checkpoint("llava", folder, seed=5)
+    assert main(command) == 1
+    assert "was measured with another model" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "steering.json").exists()

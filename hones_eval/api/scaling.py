@@ -12,6 +12,7 @@ from hones_eval.choices import How, Neurons, TunedSites
 from hones_eval.core.artifact import hash_of
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
+from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
 from hones_eval.methods import scaling
 from hones_eval.version import __version__
@@ -159,6 +160,7 @@ def scale(
     if out is not None:
         pinned = [ranking.digest, development.example_set.hash, *map(str, (how, *settings))]
         pinned.append(json.dumps(model.settings(examples, gen_kwargs=gen_kwargs), sort_keys=True))
+        pinned.append(weights_digest(model.anatomy.model))
         partial = Partial(Path(out) / "partial", hash_of([__version__, *pinned]), resume)
     model.loop.partial = partial
     try:
