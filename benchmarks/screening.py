@@ -44,7 +44,7 @@ def run(task: str, count: int, keeps: list[int]) -> None:
     start = time.perf_counter()
     exact = localization.scores(loop.run(examples, localization, "heads"))
     middle = time.perf_counter()
-    attribution = Attribution(anatomy, localization.decoder.append)
+    attribution = Attribution(anatomy, localization.decoder.append_answer)
     estimates = Attribution.scores(loop.run(examples, attribution, "screen"))
     part = (time.perf_counter() - middle) / (middle - start)
     for keep in keeps:

@@ -78,7 +78,13 @@ def drop(
 
 def example_of(inputs: dict[str, Any], target: list[int], details: Any = None) -> Any:
     return SimpleNamespace(
-        inputs=inputs, target="t", target_ids=target, where="t, doc_id 0", details=details, image_hashes=["a"]
+        inputs=inputs,
+        settings={},
+        target="t",
+        target_ids=target,
+        where="t, doc_id 0",
+        details=details,
+        image_hashes=["a"],
     )
 
 
@@ -96,7 +102,7 @@ def zero_neuron(neuron: int) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("objective", ["log_probability", "margin"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "instructblip", "gemma3", "smolvlm"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "instructblip", "gemma3", "paligemma", "smolvlm"])
 def test_estimates_are_slopes(name: str, objective: Objective, build_family: Callable[[str], Family]) -> None:
     """Of every head, and of some neurons of every layer; weights neither get gradients nor change."""
     family = build_family(name)
@@ -107,7 +113,7 @@ def test_estimates_are_slopes(name: str, objective: Objective, build_family: Cal
         inputs = inputs_of(family)
         attribution = Attribution(
             anatomy,
-            Decoder(Replayer(anatomy)).append,
+            Decoder(Replayer(anatomy)).append_answer,
             settings=AttributionSettings(objective=objective, absolute="example"),
             kinds=("heads", "neurons"),
         )
@@ -138,7 +144,7 @@ def test_per_position_absolute_values_do_not_cancel(build_family: Callable[[str]
     found: dict[str, Any] = {}
     for absolute in ("example", "position"):
         settings = AttributionSettings(absolute=absolute)  # type: ignore[arg-type]
-        attribution = Attribution(anatomy, Decoder(Replayer(anatomy)).append, settings=settings)
+        attribution = Attribution(anatomy, Decoder(Replayer(anatomy)).append_answer, settings=settings)
         found[absolute] = attribution.measure(example).sums
     assert torch.equal(found["example"]["heads_signed"], found["position"]["heads_signed"])
     assert bool((found["position"]["heads"] >= found["example"]["heads"] - 1e-9).all())
@@ -154,7 +160,7 @@ def test_integrated_gradients_of_a_layer_add_up_to_its_effect(
     anatomy = Anatomy.of(model)
     settings = AttributionSettings("ig", "log_probability", "example", steps=64)
     attribution = Attribution(
-        anatomy, Decoder(Replayer(anatomy)).append, settings=settings, kinds=("neurons",)
+        anatomy, Decoder(Replayer(anatomy)).append_answer, settings=settings, kinds=("neurons",)
     )
     totals: Any = attribution.measure(example_of(inputs, TARGET))
     signed = Attribution.scores(totals, "neurons", signed=True).sum(1)
@@ -172,7 +178,7 @@ def test_the_margin_between_two_words_is_the_objective_of_margin_answers(
     family = build_family("llava")
     model, inputs = family.model, inputs_of(family)
     anatomy = Anatomy.of(model)
-    append = Decoder(Replayer(anatomy)).append
+    append = Decoder(Replayer(anatomy)).append_answer
     yes, no = 5, 9
     totals = {}
     for gold in (yes, no):
@@ -194,7 +200,7 @@ def test_the_margin_between_two_words_is_the_objective_of_margin_answers(
 def test_a_target_without_tokens_is_an_error(build_family: Callable[[str], Family]) -> None:
     anatomy = Anatomy.of(build_family("llava").model)
     with pytest.raises(TaskError, match="t, doc_id 0: its gold answer 't' has no tokens"):
-        Attribution(anatomy, Decoder(Replayer(anatomy)).append).measure(example_of({}, []))
+        Attribution(anatomy, Decoder(Replayer(anatomy)).append_answer).measure(example_of({}, []))
 
 
 def test_gradients_that_are_not_finite_name_layer_and_example(build_family: Callable[[str], Family]) -> None:
@@ -202,7 +208,7 @@ def test_gradients_that_are_not_finite_name_layer_and_example(build_family: Call
     anatomy = Anatomy.of(family.model)
     weight = plain.layers(family.model)[1].self_attn.o_proj.weight
     kept = weight.detach().clone()
-    attribution = Attribution(anatomy, Decoder(Replayer(anatomy)).append)
+    attribution = Attribution(anatomy, Decoder(Replayer(anatomy)).append_answer)
     try:
         weight.data[0, 0] = float("nan")
         with pytest.raises(HonesError, match="t, doc_id 0: the gradient at the heads of layer 0 is not"):
@@ -219,7 +225,9 @@ def test_a_model_without_gradients_names_the_way_out(
     anatomy = Anatomy.of(family.model)
     monkeypatch.setattr(anatomy.final_norm, "forward", lambda x: torch.zeros_like(x.detach()))
     with pytest.raises(HonesError, match=r"gives no gradients \(.*\); use a method without"):
-        Attribution(anatomy, Decoder(Replayer(anatomy)).append).measure(example_of(inputs_of(family), TARGET))
+        Attribution(anatomy, Decoder(Replayer(anatomy)).append_answer).measure(
+            example_of(inputs_of(family), TARGET)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +311,7 @@ def test_heads_of_another_edit_are_estimated_against_its_replacement(
     examples = TaskExamples(lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, limit=2)
     anatomy = Anatomy.of(inner_model(lmm))
     replacement = HeadReplacement("zero", anatomy, examples)
-    append = Decoder(Replayer(anatomy)).append
+    append = Decoder(Replayer(anatomy)).append_answer
     sums = Attribution(anatomy, append, replacement).measure(examples[0]).sums
     example = examples[0]
     width = anatomy.shape.head_width

@@ -80,6 +80,13 @@ class Decoder:
             self.append(inputs, tokens[:-1]), len(tokens), keep=self.not_continued is None
         )
 
+    def append_answer(
+        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], tokens: Sequence[int]
+    ) -> dict[str, Any]:
+        """A prompt with answer tokens that were not generated; the type of answers is learned first."""
+        self.learn_type(inputs, settings)
+        return self.append(inputs, tokens)
+
     def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         """See `prompts.appended`; answers have the token type of this family."""
         return appended(inputs, tokens, self.answer_type)

@@ -19,7 +19,7 @@ def rank(job: Discovery) -> Ranking:
     job.check_counts()
     attribution = Attribution(
         job.replayer.anatomy,
-        Decoder(job.replayer).append,
+        Decoder(job.replayer).append_answer,
         job.replacement,
         job.attribution,
         kinds=("heads", "neurons"),

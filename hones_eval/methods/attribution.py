@@ -32,8 +32,8 @@ from hones_eval.lmms.examples import Example
 from hones_eval.methods.head_replacement import HeadReplacement
 from hones_eval.runs.measure import Measurement, Totals
 
-Append = Callable[[Mapping[str, Any], list[int]], dict[str, Any]]
-"""Appends answer tokens to the inputs of a prompt."""
+Append = Callable[[Mapping[str, Any], Mapping[str, Any], list[int]], dict[str, Any]]
+"""Appends answer tokens to the inputs of a prompt with these generation settings: `Decoder.append_answer`."""
 Kind = Literal["heads", "neurons"]
 WAY_OUT = "use a method without gradients (hones, vseam, activation), or load the model so that it has them"
 
@@ -108,7 +108,7 @@ class Attribution:
         with torch.inference_mode(False), torch.enable_grad(), _frozen(self.anatomy.model):
             sums = self.zeros()
             sums["examples"] += 1
-            inputs = _copied(self.append(example.inputs, example.target_ids[:-1]))
+            inputs = _copied(self.append(example.inputs, example.settings, example.target_ids[:-1]))
             estimated = self._first_order if self.settings.estimate == "first_order" else self._integrated
             for kind, layers in estimated(example, inputs).items():
                 for layer, found in layers.items():
