@@ -25,13 +25,13 @@ from hones_eval.methods.localization import HeadLocalization
 from hones_eval.toy import checkpoint_path
 
 HIDDEN, PATCH = 128, 14
-BASE = {"examples": 4, "heads": 8, "layers": 4, "answer": 8, "picture": 64}
+BASE = {"examples": 4, "heads": 8, "layers": 4, "answer": 8, "image": 64}
 STEPS = {
     "examples": (2, 4, 8, 16),
     "heads": (2, 4, 8, 16),
     "layers": (2, 4, 8, 16),
     "answer": (1, 4, 16, 64),
-    "picture": (16, 64, 144, 324),
+    "image": (16, 64, 144, 324),
 }
 
 
@@ -39,7 +39,7 @@ STEPS = {
 def row(size: str, value: int) -> None:
     """Milliseconds of one head on one example, with one size changed."""
     sizes = BASE | {size: value}
-    side = PATCH * round(sizes["picture"] ** 0.5)
+    side = PATCH * round(sizes["image"] ** 0.5)
     model = small_llava(sizes["layers"], sizes["heads"], HIDDEN, side, spread=0.02)
     examples = examples_for(model, sizes["examples"] + 1, new_tokens=sizes["answer"], target_tokens=1)
     for example in examples:

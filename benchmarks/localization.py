@@ -186,7 +186,7 @@ def by_next_token(count: int, profiled: bool) -> None:
     model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
     for questions in (1, 5):
         used = max(1, count // questions) * questions
-        examples = examples_for(model, used, new_tokens=1, target_tokens=1, on_a_picture=questions)
+        examples = examples_for(model, used, new_tokens=1, target_tokens=1, per_image=questions)
         method = HeadContribution(Replayer(Anatomy.of(model)), TokenTask(examples))  # type: ignore[arg-type]
 
         def ours(index: int, method: Any = method, examples: Any = examples) -> Tensor:

@@ -1,6 +1,6 @@
-"""What the benchmarks share: a small model, its examples, the plain loop of one head at a time, and a clock.
+"""Shared by the benchmarks: a small model, its examples, the plain loop of one head at a time, a clock.
 
-The plain loop is written out here, with a hook of its own; nothing of the package takes part in it.
+The plain loop is written out here, with its own hook; it uses nothing of the package.
 """
 
 import time
@@ -57,8 +57,8 @@ class TokenTask:
         return self.examples[index]
 
     def with_same_images(self, index: int) -> list[TokenExample]:
-        picture = self.examples[index].inputs.get("pixel_values")
-        return [example for example in self.examples if example.inputs.get("pixel_values") is picture]
+        image = self.examples[index].inputs.get("pixel_values")
+        return [example for example in self.examples if example.inputs.get("pixel_values") is image]
 
     def decode(self, index: int, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
@@ -102,18 +102,18 @@ def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: f
 
 
 def examples_for(
-    model: Any, count: int, new_tokens: int, target_tokens: int, on_a_picture: int = 1
+    model: Any, count: int, new_tokens: int, target_tokens: int, per_image: int = 1
 ) -> list[TokenExample]:
-    """Prompts of one random image and 26 random words; so many in a row on one image."""
+    """Prompts of one random image and 26 random words; `per_image` in a row share one image."""
     side, patches = model.config.vision_config.image_size, model.config.image_seq_length
     made = []
     for index in range(count):
         generator = torch.Generator().manual_seed(index)
         words = torch.randint(WORDS.start, WORDS.stop, (1, 26), generator=generator)
         ids = torch.cat([torch.full((1, patches), IMAGE), words], dim=1)
-        if index % on_a_picture == 0:
-            picture = torch.randn(1, 3, side, side, generator=generator)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+        if index % per_image == 0:
+            image = torch.randn(1, 3, side, side, generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image}
         settings = {"max_new_tokens": new_tokens, "do_sample": False}
         target = torch.randint(WORDS.start, WORDS.stop, (target_tokens,), generator=generator).tolist()
         made.append(TokenExample(index, "random", index, inputs, settings, target))
@@ -137,7 +137,7 @@ def plain_head(model: Any, head: Head, heads: int, run: Callable[[], Any]) -> An
 
 
 def log_probability(model: Any, example: TokenExample) -> float:
-    """Of the target behind the prompt, by one full forward."""
+    """The log-probability of the target after the prompt, by one full forward."""
     target = torch.tensor([example.target_ids])
     ids = torch.cat([example.inputs["input_ids"], target], dim=1)
     longer = example.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -146,7 +146,7 @@ def log_probability(model: Any, example: TokenExample) -> float:
 
 
 def next_probability(model: Any, example: TokenExample) -> float:
-    """Of the target's first token at the prompt's end, by one full forward."""
+    """The probability of the target's first token at the prompt's end, by one full forward."""
     logits = model(**example.inputs, use_cache=False).logits[0, -1].float()
     return float(logits.softmax(-1)[example.target_ids[0]])
 
@@ -172,7 +172,7 @@ class Clock:
 
 
 def multiply_adds(run: Callable[[], Any]) -> float:
-    """Of the matrix products and of attention in what a call computes."""
+    """The multiply-adds of a call's matrix products and attention."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)

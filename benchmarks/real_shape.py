@@ -92,15 +92,18 @@ def examples_for(config: Any, count: int, device: torch.device, dtype: torch.dty
         image = torch.full((1, SIDE * SIDE), config.image_token_id)
         parts = [image, words[:, :PROMPT]]
         if isinstance(config, LlavaConfig):
-            picture = {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator).to(dtype)}
+            image_inputs = {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator).to(dtype)}
         else:
             patches = torch.randn(4 * SIDE * SIDE, 1176, generator=generator).to(dtype)
-            picture = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]])}
+            image_inputs = {
+                "pixel_values": patches,
+                "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]]),
+            }
             parts = [torch.tensor([[config.vision_start_token_id]]), image, words[:, :PROMPT]]
         ids = torch.cat(parts, dim=1)
         if not isinstance(config, LlavaConfig):
-            picture["mm_token_type_ids"] = (ids == config.image_token_id).int()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture}
+            image_inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image_inputs}
         settings = {"max_new_tokens": ANSWER, "do_sample": False}
         on_device = {name: value.to(device) for name, value in inputs.items()}
         target = words[0, PROMPT:].tolist()

@@ -31,7 +31,7 @@ LAYERS, HEADS = 8, 8
 
 
 class Queries:
-    """Queries of some candidates each, one of them the right one, scored by NDCG@5."""
+    """Queries of some candidates each, one of them right, scored by NDCG@5."""
 
     task = "random"
     metric = "ndcg_at_5"
@@ -68,7 +68,7 @@ def ndcg(judged: Sequence[tuple[int, bool, float]]) -> float:
 def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample]:
     """A random image a query, and random candidates between words that are the same for all.
 
-    The right one is the third by the unedited margins.
+    The right candidate is the third by the unedited margins.
     """
     side, patches = model.config.vision_config.image_size, model.config.image_seq_length
     drawn = torch.Generator().manual_seed(0)
@@ -80,10 +80,10 @@ def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample
     made = []
     for index in range(queries * candidates):
         if index % candidates == 0:
-            picture = torch.randn(1, 3, side, side, generator=drawn)
+            image = torch.randn(1, 3, side, side, generator=drawn)
         length = int(torch.randint(CANDIDATE.start, CANDIDATE.stop, (), generator=drawn))
         ids = torch.cat([torch.full((1, patches), IMAGE), before, words(length), behind], dim=1)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image}
         made.append(TokenExample(index, "random", index, inputs, {}, [MARGIN.no], MARGIN))
     for query in range(queries):
         mine = made[query * candidates : (query + 1) * candidates]
@@ -93,7 +93,7 @@ def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and the seconds of this thread that it took."""
+    """The value that a call returns, and the seconds of this thread that it took."""
     start = time.thread_time()
     found = run()
     return found, time.thread_time() - start
@@ -110,7 +110,9 @@ def compare(queries: int, candidates: int) -> None:
     def measured(some: Sequence[TokenExample]) -> Totals:
         every = [localization.measure(item) for item in some]  # type: ignore[arg-type]
         sums = {name: sum(item.sums[name] for item in every) for name in every[0].sums}
-        return Totals(sums, {one.index: m.record for one, m in zip(some, every, strict=True)})
+        return Totals(
+            sums, {example.index: measured.record for example, measured in zip(some, every, strict=True)}
+        )
 
     def ours() -> tuple[Tensor, Tensor, Totals]:
         totals = measured(examples)
@@ -120,7 +122,7 @@ def compare(queries: int, candidates: int) -> None:
         """Of all candidates, and their targets' log-probabilities [examples, 2]."""
         rows = []
         for example in examples:
-            run = lambda item=item: model(**item.inputs, use_cache=False).logits[0, -1].float()  # noqa: E731
+            run = lambda item=example: model(**item.inputs, use_cache=False).logits[0, -1].float()  # noqa: E731
             logits = run() if head is None else plain_head(model, head, HEADS, run)
             log_p = logits.log_softmax(-1)[example.target_ids[0]]
             rows.append(torch.stack([logits[MARGIN.yes] - logits[MARGIN.no], log_p]))

@@ -1,10 +1,10 @@
-"""The errors that a user can mend. The command line prints them as one line."""
+"""The errors that a user can correct. The command line prints them as one line."""
 
 import re
 
 
 class HonesError(Exception):
-    """Something the user asked for cannot be done; the message says what, where, and the way out."""
+    """A request of the user cannot be met; the message says what was wrong, where, and the way out."""
 
 
 class UsageError(HonesError):
@@ -12,7 +12,7 @@ class UsageError(HonesError):
 
 
 class UnsupportedModelError(HonesError):
-    """The model's anatomy is one that this package does not serve, and the message names why."""
+    """This package does not support the model's anatomy; the message says why."""
 
 
 class MisfitError(HonesError):
@@ -41,11 +41,11 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, cut to one line."""
+    """The first line of another library's error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bearable length."""
+    """An error message on one line, of at most 400 characters and an ellipsis."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " ..."

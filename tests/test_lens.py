@@ -78,13 +78,13 @@ def test_every_view_equals_hooks_in_a_plain_forward(build_family: Callable[[str]
     for place, view in enumerate(VIEWS):
         for layer, logs in enumerate(expected[view]):
             p = logs.exp()
-            said = [part[place, layer] for part in seen.said]
-            close(said[1], p.topk(5).values)
-            close(p.gather(1, said[0]), said[1])
-            close(said[2], torch.distributions.Categorical(logits=logs).entropy())
-            close(said[3], p[:, 30] + p[:, 31])
+            readout = [part[place, layer] for part in seen.readout]
+            close(readout[1], p.topk(5).values)
+            close(p.gather(1, readout[0]), readout[1])
+            close(readout[2], torch.distributions.Categorical(logits=logs).entropy())
+            close(readout[3], p[:, 30] + p[:, 31])
     model = family.model(**one.inputs).logits[0].float().softmax(-1)
-    close(seen.said.top_probabilities[-1, -1], model.topk(5).values)
+    close(seen.readout.top_probabilities[-1, -1], model.topk(5).values)
     assert seen.tokens.count("<image>") == int((one.inputs["input_ids"] == image_token(family)).sum())
 
 
@@ -113,7 +113,9 @@ def test_chosen_positions_skip_padding(build_family: Callable[[str], Family]) ->
     assert set(image.tokens) == {"<image>"}
     assert QUESTION in "".join(text.tokens)
     alone = look(family, one)
-    torch.testing.assert_close(look(family, padded).said.entropy, alone.said.entropy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        look(family, padded).readout.entropy, alone.readout.entropy, rtol=1e-4, atol=1e-4
+    )
 
 
 def steering(family: Family, layer: int) -> Steering:
@@ -132,7 +134,7 @@ def test_against_a_steering(build_family: Callable[[str], Family]) -> None:
     with steer(family.model, scales):
         inside = look(family, one)
         expected = slow(family, one.inputs)
-    for mine, theirs in ((seen.said, alone.said), (seen.other, inside.said)):
+    for mine, theirs in ((seen.readout, alone.readout), (seen.other, inside.readout)):
         for part, same in zip(mine, theirs, strict=True):
             torch.testing.assert_close(part, same)
     plain_logs = slow(family, one.inputs)
@@ -196,7 +198,7 @@ def test_the_command_writes_tables_and_figures(
         assert says in capsys.readouterr().err
     for against in ("steering=/nowhere", "steering=/nowhere,strength=2", "steering="):
         assert main([*arguments[:-4], "--against", against, "--out", str(tmp_path / "no")]) == 1
-        said = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert (
             "no steering at '/nowhere'" if against == "steering=/nowhere" else "by --strength; or"
-        ) in said
+        ) in printed

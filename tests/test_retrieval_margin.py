@@ -27,6 +27,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.margin import margin_after
 from hones_eval.lmms.examples import TaskExamples
+from hones_eval.runs import checkpoint
 from hones_eval.runs.lightning import _Pass
 from hones_eval.toy import checkpoint_path
 

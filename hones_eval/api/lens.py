@@ -19,7 +19,7 @@ from hones_eval.engine.activations import VIEWS
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.tokens import tokenizer_of
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
-from hones_eval.methods.lens import LogitLens, Other, Said, Seen
+from hones_eval.methods.lens import LogitLens, Other, Readout, Seen
 from hones_eval.reports import figures, lens_figures
 from hones_eval.reports.trace_tables import csv_text
 from hones_eval.runs.measure import Totals
@@ -77,7 +77,7 @@ def lens(
 
 def _steering(against: str | None) -> Steering | None:
     """The steering that `--against steering=...` names, read before the model is."""
-    given = dict(one.partition("=")[::2] for one in (against or "").split(","))
+    given = dict(part.partition("=")[::2] for part in (against or "").split(","))
     if given.keys() - {"steering", "strength", "attach", "allow_noop"} or not against:
         return None
     if len(given) > 1 or not given.get("steering"):
@@ -120,17 +120,17 @@ def _write(
     report = {"format": "hones-eval lens", "package_version": __version__, "means": by_view}
     write_json(out / "lens.json", report | provenance.to_json())
     texts = _Texts(tokenizer)
-    rows = [row for one in seen for row in _rows(one, texts)]
+    rows = [row for example in seen for row in _rows(example, texts)]
     tops = [
         f"{what}_{rank + 1}"
-        for rank in range(seen[0].said.top_ids.shape[-1])
+        for rank in range(seen[0].readout.top_ids.shape[-1])
         for what in ("token", "probability")
     ]
     write_text(out / "lens.csv", csv_text([*HEADER, *tops], rows))
     drawn = {name: mean.numpy() for name, mean in means.items()}
     figures.save(lens_figures.mean_figure(drawn, int(count)), out / "means.png")
-    for one in seen[:figures_of]:
-        _draw(out, job.anatomy, examples, one, texts, tokenizer)
+    for example in seen[:figures_of]:
+        _draw(out, job.anatomy, examples, example, texts, tokenizer)
     return [
         f"wrote {out / 'lens.json'}, lens.csv and {min(figures_of, len(seen))} figures: "
         f"{int(count)} examples",
@@ -167,25 +167,27 @@ class _Texts:
 
     def likeliest(self, ids: Tensor) -> list[list[list[str]]]:
         """Texts of the first of `ids` [views, L, P, k]."""
-        return [[[self.of(one) for one in row] for row in layers] for layers in ids[..., 0].tolist()]
+        return [[[self.of(token) for token in row] for row in layers] for layers in ids[..., 0].tolist()]
 
 
 def _rows(seen: Seen, texts: _Texts) -> list[list[Any]]:
     rows = []
-    for model, said in (("model", seen.said), ("other", seen.other)):
-        if said is None:
+    for model, readout in (("model", seen.readout), ("other", seen.other)):
+        if readout is None:
             continue
         for place, view in enumerate(VIEWS):
-            for layer in range(said.entropy.shape[1]):
+            for layer in range(readout.entropy.shape[1]):
                 for at, (position, token) in enumerate(zip(seen.positions, seen.tokens, strict=True)):
                     label = [seen.index, seen.doc_id, model, view, layer, position, token]
-                    rows.append(label + _cells(said, (place, layer, at), texts))
+                    rows.append(label + _cells(readout, (place, layer, at), texts))
     return rows
 
 
-def _cells(said: Said, place: tuple[int, int, int], texts: _Texts) -> list[Any]:
-    cells: list[Any] = [float(said.entropy[place]), float(said.answer[place])]
-    for token, p in zip(said.top_ids[place].tolist(), said.top_probabilities[place].tolist(), strict=True):
+def _cells(readout: Readout, place: tuple[int, int, int], texts: _Texts) -> list[Any]:
+    cells: list[Any] = [float(readout.entropy[place]), float(readout.answer[place])]
+    for token, p in zip(
+        readout.top_ids[place].tolist(), readout.top_probabilities[place].tolist(), strict=True
+    ):
         cells += [texts.of(token), p]
     return cells
 
@@ -202,7 +204,7 @@ def _draw(
     text = inputs["input_ids"][0, tokens.positions(anatomy, inputs)[1]].tolist()
     prompt = "".join(tokens.token_texts(tokenizer, text))
     images = examples.images(seen.index)
-    likeliest = texts.likeliest(seen.said.top_ids)
+    likeliest = texts.likeliest(seen.readout.top_ids)
     drawn = lens_figures.lens_figure(seen, likeliest, images, prompt)
     figures.save(drawn, out / f"example{seen.index}.png")
     if seen.other is not None:

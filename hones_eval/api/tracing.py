@@ -26,7 +26,7 @@ ROLE_COLUMNS = {"object": "objects", "attribute": "attributes", "relation": "rel
 
 
 class Plan(NamedTuple):
-    """What is traced, read from the flags before a model is loaded."""
+    """The settings of a trace, read from the flags before a model is loaded."""
 
     tasks: list[tuple[str, str]]
     whats: list[What]
@@ -94,13 +94,15 @@ class _Category:
 def _run(loop: Loop, method: CausalTrace, pairs: Pairs, only: WhichPairs) -> _Category:
     totals = loop.run(cast(TaskExamples, pairs), cast(Any, method), f"trace {pairs.clean.task}")
     records: list[Traced | Refused] = [totals.records[index] for index in sorted(totals.records)]
-    counted = [one for one in records if isinstance(one, Traced)]
-    left_out = [one for one in records if isinstance(one, Refused)]
+    counted = [record for record in records if isinstance(record, Traced)]
+    left_out = [record for record in records if isinstance(record, Refused)]
     left_out += [Refused(key, f"it has no counterpart in {pairs.edited.task}") for key in pairs.unmatched]
-    right = [one for one in counted if all(one.right)]
+    right = [pair for pair in counted if all(pair.right)]
     if only == "right":
         left_out += [
-            Refused(one.key, "the model is not right on both images") for one in counted if not all(one.right)
+            Refused(pair.key, "the model is not right on both images")
+            for pair in counted
+            if not all(pair.right)
         ]
         counted = right
     if not counted:
@@ -123,7 +125,7 @@ def _task_pairs(clean: str, edited: str) -> list[tuple[str, str]]:
 
 def _whats(what: str) -> list[What]:
     asked = list(dict.fromkeys(what.split(",")))
-    unknown = [one for one in asked if one not in WHATS]
+    unknown = [name for name in asked if name not in WHATS]
     if unknown:
         raise HonesError(f"--what {unknown[0]!r} is unknown; choose from {', '.join(WHATS)}")
     return cast(list[What], asked)
@@ -132,10 +134,10 @@ def _whats(what: str) -> list[What]:
 def _role_reader(given: str) -> Callable[[dict[str, Any]], Roles]:
     """From a document to the words of each role."""
     asked = dict(ROLE_COLUMNS)
-    for one in filter(None, given.split(";")):
-        name, equals, value = one.partition("=")
+    for part in filter(None, given.split(";")):
+        name, equals, value = part.partition("=")
         if not (name and equals and value):
-            raise HonesError(f"--roles {one!r} is not of the form object=COLUMN;attribute=red,green")
+            raise HonesError(f"--roles {part!r} is not of the form object=COLUMN;attribute=red,green")
         asked[name] = value
 
     def read(document: dict[str, Any]) -> Roles:
@@ -156,21 +158,28 @@ def _write(
     examples: int,
     replay: str,
 ) -> list[str]:
-    names = [one.pairs.clean.task for one in categories]
-    found = {name: trace_tables.averages(one.counted) for name, one in zip(names, categories, strict=True)}
+    names = [category.pairs.clean.task for category in categories]
+    found = {
+        name: trace_tables.averages(category.counted)
+        for name, category in zip(names, categories, strict=True)
+    }
     provenance = Provenance(
         **model_source(model.anatomy.model),
         shape=model.anatomy.shape,
         method="trace",
         weights=weights_digest(model.anatomy.model),
         settings=settings,
-        examples=[task.example_set() for one in categories for task in (one.pairs.clean, one.pairs.edited)],
+        examples=[
+            task.example_set()
+            for category in categories
+            for task in (category.pairs.clean, category.pairs.edited)
+        ],
     )
     report = {
         "format": "hones-eval trace",
         "replay": replay,
         "categories": [
-            _category(name, one) | found[name] for name, one in zip(names, categories, strict=True)
+            _category(name, category) | found[name] for name, category in zip(names, categories, strict=True)
         ],
     }
     write_json(out / "trace.json", report | provenance.to_json())
@@ -181,13 +190,13 @@ def _write(
     return lines + [line for category in categories for line in _lines(category)]
 
 
-def _category(name: str, one: _Category) -> dict[str, Any]:
+def _category(name: str, category: _Category) -> dict[str, Any]:
     return {
         "clean_task": name,
-        "edited_task": one.pairs.edited.task,
-        "pairs": len(one.counted),
-        "right_on_both": one.right,
-        "left_out": _reasons(one),
+        "edited_task": category.pairs.edited.task,
+        "pairs": len(category.counted),
+        "right_on_both": category.right,
+        "left_out": _reasons(category),
     }
 
 
@@ -220,21 +229,23 @@ def _write_figures(
     streams = [what for what in whats if what not in BY_TOKEN]
     if streams:
         curves = {
-            name: {what: trace_tables.curve(one.counted, what) for what in streams}
-            for name, one in zip(names, categories, strict=True)
+            name: {what: trace_tables.curve(category.counted, what) for what in streams}
+            for name, category in zip(names, categories, strict=True)
         }
         figures.save(trace_figures.layer_curves(curves), out / "layers.png")
-    for name, one in zip(names, categories, strict=True):
+    for name, category in zip(names, categories, strict=True):
         for what in (each for each in whats if each in BY_TOKEN):
-            title = f"{name}: {trace_figures.WHERE[what]} (pairs: {len(one.counted)})"
-            found = trace_tables.role_map(one.counted, what)
+            title = f"{name}: {trace_figures.WHERE[what]} (pairs: {len(category.counted)})"
+            found = trace_tables.role_map(category.counted, what)
             figures.save(trace_figures.role_figure(found, title), out / f"{name}_{what}_roles.png")
-            for number, pair in enumerate(one.counted[:examples]):
-                index = one.pairs.keys.index(pair.key)
+            for number, pair in enumerate(category.counted[:examples]):
+                index = category.pairs.keys.index(pair.key)
                 shown = [
                     task.images(at)
                     for task, at in zip(
-                        (one.pairs.clean, one.pairs.edited), one.pairs.places[index], strict=True
+                        (category.pairs.clean, category.pairs.edited),
+                        category.pairs.places[index],
+                        strict=True,
                     )
                 ]
                 drawn = trace_figures.pair_figure(pair, what, shown, "recovered")
@@ -242,7 +253,7 @@ def _write_figures(
 
 
 def _lines(category: _Category) -> list[str]:
-    """What tracing found for a pair of tasks."""
+    """The lines that report the result for a pair of tasks."""
     task = category.pairs.clean.task
     lines = [
         f"{task}: {len(category.counted)} pairs traced; the model is right on both images of "
@@ -266,9 +277,9 @@ def _lines(category: _Category) -> list[str]:
     return lines
 
 
-def _reasons(one: _Category) -> dict[str, list[str]]:
+def _reasons(category: _Category) -> dict[str, list[str]]:
     """The pairs that were left out, by the reason."""
     reasons: dict[str, list[str]] = {}
-    for refused in one.left_out:
+    for refused in category.left_out:
         reasons.setdefault(refused.reason, []).append(refused.key)
     return reasons

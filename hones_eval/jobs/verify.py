@@ -125,7 +125,7 @@ class Measured:
         self.names = list(records[0].answers)
         self.sign = 1.0 if examples.higher_is_better else -1.0
         self.seed, self.aggregate = seed, examples.aggregate
-        self.clusters = numbered([record.pictures for record in records])
+        self.clusters = numbered([record.image_hashes for record in records])
         self.results = [[record.answers[name].result for record in records] for name in self.names]
         self.by_example = example_values(examples.metric, examples.aggregate, self.results)
         metric = resample_results(examples.metric, examples.aggregate, self.results, self.clusters, seed=seed)

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 class Answered(NamedTuple):
     """One example's images, as hashes, and its answers by the name of the steering."""
 
-    pictures: tuple[str, ...]
+    image_hashes: tuple[str, ...]
     answers: dict[str, Answer]
 
 
@@ -164,6 +164,6 @@ def answered(totals: Totals) -> list[Answered]:
     """The records of a pass, in the order of the examples; also of a pass that was resumed."""
     records = [totals.records[index] for index in sorted(totals.records)]
     return [
-        Answered(tuple(pictures), {name: Answer(*values) for name, values in answers.items()})
-        for pictures, answers in records
+        Answered(tuple(image_hashes), {name: Answer(*values) for name, values in answers.items()})
+        for image_hashes, answers in records
     ]

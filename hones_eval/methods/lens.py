@@ -1,4 +1,4 @@
-"""The logit lens: what every layer would answer, and what two models or steerings differ in (V-SEAM 2)."""
+"""The logit lens: each layer's own answer, and where two models or steerings differ (V-SEAM 2)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +19,8 @@ from hones_eval.runs.measure import Measurement
 NAMED = ("last", "text", "image", "all")
 
 
-class Said(NamedTuple):
-    """What hidden states [P, hidden] say through final norm and unembedding, softmax in float32.
+class Readout(NamedTuple):
+    """Readout of hidden states [P, hidden] through final norm and unembedding, softmax in float32.
 
     `top_ids` and `top_probabilities` [P, k]; `entropy` [P] in nats; `answer` [P], the answer's probability,
     summed over its token ids. Stacked over views and layers they are [views, L, P, ...].
@@ -34,9 +34,10 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One example: its chosen positions, the tokens there, and what every view of every layer says.
+    """One example: its chosen positions, the tokens there, and the readout of every view of every layer.
 
-    `other` is what the model compared with says, `divergence` KL(model || other) [views, L, P] in nats.
+    `other` is the readout of the model compared with. `divergence` is KL(model || other) [views, L, P] in
+    nats.
     """
 
     index: int
@@ -44,14 +45,14 @@ class Seen:
     answer: str
     positions: list[int]
     tokens: list[str]
-    said: Said
-    other: Said | None
+    readout: Readout
+    other: Readout | None
     divergence: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class Other:
-    """What to compare with: inside a context that `attached` gives, `anatomy` is that model."""
+    """The model to compare with: `anatomy` describes it inside the context that `attached` gives."""
 
     anatomy: Anatomy
     attached: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -105,14 +106,14 @@ class LogitLens:
         if self.other is not None:
             with self.other.attached():
                 others = LayerViews(self.other.anatomy, _for_model(self.other.anatomy, example.inputs))
-        said, other, divergence = [], [], []
+        readouts, other, divergence = [], [], []
         for view in VIEWS:
             for layer in range(len(self.anatomy.layers)):
                 logs = _logs(self.anatomy, mine.view(view, layer)[places])
-                said.append(self._said(logs, ids))
+                readouts.append(self._readout(logs, ids))
                 if self.other is not None and others is not None:
                     beside = _logs(self.other.anatomy, others.view(view, layer)[places])
-                    other.append(self._said(beside, ids))
+                    other.append(self._readout(beside, ids))
                     divergence.append((logs.exp() * (logs - beside)).sum(-1))
         seen = Seen(
             index=example.index,
@@ -120,27 +121,27 @@ class LogitLens:
             answer=example.target,
             positions=places,
             tokens=self._tokens(example, places),
-            said=_stacked(said),
+            readout=_stacked(readouts),
             other=_stacked(other) if other else None,
             divergence=torch.stack(divergence).unflatten(0, (len(VIEWS), -1)) if divergence else None,
         )
         return Measurement(_sums(seen), seen)
 
-    def _said(self, logs: Tensor, ids: Sequence[int]) -> Said:
+    def _readout(self, logs: Tensor, ids: Sequence[int]) -> Readout:
         probabilities = logs.exp()
         top = probabilities.topk(self.top, dim=-1)
         entropy = -(probabilities * logs).sum(-1)
-        return Said(top.indices, top.values, entropy, probabilities[:, ids].sum(-1))
+        return Readout(top.indices, top.values, entropy, probabilities[:, ids].sum(-1))
 
     def _places(self, example: Example, where: str) -> list[int]:
         """The chosen positions, none of them padding."""
-        image, text = (one.tolist() for one in positions(self.anatomy, example.inputs))
+        image, text = (places.tolist() for places in positions(self.anatomy, example.inputs))
         every = sorted([*image, *text])
         named = {"last": every[-1:], "text": text, "image": image, "all": every}
         if self.chosen in named:
             return named[self.chosen]
         try:
-            return [every[one] for one in _numbers(self.chosen) or []]
+            return [every[index] for index in _numbers(self.chosen) or []]
         except IndexError:
             raise HonesError(
                 f"{where}: its prompt has {len(every)} tokens, so not all of the positions {self.chosen}"
@@ -157,12 +158,14 @@ def _logs(anatomy: Anatomy, hidden: Tensor) -> Tensor:
     return torch.log_softmax(anatomy.logits(hidden).float(), -1).cpu()
 
 
-def _stacked(rows: Sequence[Said]) -> Said:
-    return Said(*(torch.stack(column).unflatten(0, (len(VIEWS), -1)) for column in zip(*rows, strict=True)))
+def _stacked(rows: Sequence[Readout]) -> Readout:
+    return Readout(
+        *(torch.stack(column).unflatten(0, (len(VIEWS), -1)) for column in zip(*rows, strict=True))
+    )
 
 
 def _sums(seen: Seen) -> dict[str, Tensor]:
-    sums = {"answer": seen.said.answer, "entropy": seen.said.entropy}
+    sums = {"answer": seen.readout.answer, "entropy": seen.readout.entropy}
     if seen.other is not None and seen.divergence is not None:
         sums |= {"other_answer": seen.other.answer, "other_entropy": seen.other.entropy}
         sums |= {"divergence": seen.divergence}
@@ -183,7 +186,7 @@ def _for_model(anatomy: Anatomy, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(chosen: str) -> list[int] | None:
     try:
-        return [int(one) for one in chosen.split(",")]
+        return [int(part) for part in chosen.split(",")]
     except ValueError:
         return None
 

@@ -40,7 +40,7 @@ class RacedAblation:
 
     @property
     def finished(self) -> bool:
-        """Whether it is settled for every edit if it is among the best."""
+        """Whether the race has settled for every edit whether it is among the best."""
         return self.race.finished
 
     def stages(self) -> list[list[int]]:
@@ -111,7 +111,7 @@ class RacedAblation:
 
 
 def in_order(scores: Tensor, chosen: Tensor) -> Tensor:
-    """Scores [E] in which every chosen edit is above every other one, as the race has shown.
+    """Scores [E] in which every chosen edit is above every other edit, as the race has shown.
 
     The score of an edit that was not chosen is a mean over fewer examples. By chance it can come out above
     the lowest chosen score; it is then lowered to just below it.

@@ -1,4 +1,4 @@
-"""Causal tracing: where in a model a clean picture's information has to be put back to matter (V-SEAM 2)."""
+"""Causal tracing: the places in a model where restoring a clean image's information matters (V-SEAM 2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One question with its clean and its edited picture; `roles` maps a role to the words that play it."""
+    """One question with its clean and its edited image; `roles` maps a role to the words that play it."""
 
     index: int
     key: str
@@ -111,7 +111,7 @@ class Traced:
     what was put back (L: the final norm).
 
     `tokens` and `roles` label the text tokens; `right` says whether the likeliest token was one of the clean
-    (the edited) answer's on the clean (the edited) picture.
+    (the edited) answer's on the clean (the edited) image.
     """
 
     key: str
@@ -166,7 +166,9 @@ class CausalTrace:
                 readings[rows.places] = reader.read(rows.logits)
             depth = len(self.anatomy.layers)
             values[what] = readings.unflatten(0, (-1, depth)) if what in BY_TOKEN else readings
-        clean, edited = (reader.read(one[None])[0] for one in (patches.clean_logits, patches.edited_logits))
+        clean, edited = (
+            reader.read(logits[None])[0] for logits in (patches.clean_logits, patches.edited_logits)
+        )
         tokens = token_texts(self.tokenizer, [pair.edited.inputs["input_ids"][0, p] for p, _ in places.text])
         return Traced(
             key=pair.key,
@@ -208,12 +210,12 @@ class _Reader:
 
     @classmethod
     def of(cls, pair: Pair) -> "_Reader":
-        clean, edited = (list(dict.fromkeys(one.target_ids)) for one in (pair.clean, pair.edited))
+        clean, edited = (list(dict.fromkeys(example.target_ids)) for example in (pair.clean, pair.edited))
         if pair.clean.target.strip().lower() == pair.edited.target.strip().lower():
             raise _NotTraceable(f"its clean and edited answers agree: {pair.clean.target!r}")
-        for one, ids in ((pair.clean, clean), (pair.edited, edited)):
+        for example, ids in ((pair.clean, clean), (pair.edited, edited)):
             if not ids:
-                raise _NotTraceable(f"the answer {one.target!r} has no tokens")
+                raise _NotTraceable(f"the answer {example.target!r} has no tokens")
         if set(clean) == set(edited):
             raise _NotTraceable(
                 f"the answers {pair.clean.target!r} and {pair.edited.target!r} have the same tokens"

@@ -1,4 +1,4 @@
-"""What `hones-eval compare` writes: tables, figures, and the shared groups as rankings."""
+"""The files of `hones-eval compare`: tables, figures, and the shared groups as rankings."""
 
 import csv
 import io
@@ -19,8 +19,8 @@ def write(
 ) -> dict[str, Any]:
     """Write everything and return what `compare.json` holds."""
     report = comparison.report() | {
-        "levels": [one._asdict() for one in levels],
-        "cross_task": [one._asdict() for one in crossings],
+        "levels": [level._asdict() for level in levels],
+        "cross_task": [crossing._asdict() for crossing in crossings],
     }
     write_json(out / "compare.json", report)
     tables = _tables(report)
@@ -53,12 +53,14 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     tables["levels"] = list(report["levels"])
     tables["cross_task"] = [
         {
-            **{key: one[key] for key in ("masked", "measured", "baseline", "metric")},
-            **{f"drop_{key}": one["drop"].get(key) for key in ("value", "low", "high")},
-            **{f"relative_drop_{key}": one["relative_drop"].get(key) for key in ("value", "low", "high")},
-            "random_drop": one["random_drop"],
+            **{key: crossing[key] for key in ("masked", "measured", "baseline", "metric")},
+            **{f"drop_{key}": crossing["drop"].get(key) for key in ("value", "low", "high")},
+            **{
+                f"relative_drop_{key}": crossing["relative_drop"].get(key) for key in ("value", "low", "high")
+            },
+            "random_drop": crossing["random_drop"],
         }
-        for one in report["cross_task"]
+        for crossing in report["cross_task"]
     ]
     return {name: rows for name, rows in tables.items() if rows}
 
@@ -74,17 +76,17 @@ def _shown(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[st
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names without the words, between underscores, that all of them begin or end with."""
     parts = [name.split("_") for name in names]
-    first, last = _common(parts), _common([one[::-1] for one in parts])
-    if any(first + last >= len(one) for one in parts):
+    first, last = _common(parts), _common([part[::-1] for part in parts])
+    if any(first + last >= len(part) for part in parts):
         last = 0
-    return {name: "_".join(one[first : len(one) - last]) for name, one in zip(names, parts, strict=True)}
+    return {name: "_".join(part[first : len(part) - last]) for name, part in zip(names, parts, strict=True)}
 
 
 def _common(parts: Sequence[Sequence[str]]) -> int:
-    """How many first words all share, leaving each at least one."""
+    """The number of first words that all names share, leaving each at least one word."""
     count = 0
-    while len({*map(tuple, parts)}) > 1 and all(one[count + 1 :] for one in parts):
-        if len({one[count] for one in parts}) > 1:
+    while len({*map(tuple, parts)}) > 1 and all(part[count + 1 :] for part in parts):
+        if len({part[count] for part in parts}) > 1:
             break
         count += 1
     return count
@@ -141,8 +143,8 @@ def _draw(comparison: Comparison, report: Mapping[str, Any], out: Path) -> None:
         ("head_positive", "positive score"),
         ("head_negative", "negative score"),
     ):
-        every = {short[name]: getattr(one, field) for name, one in comparison.rankings.items()}
-        scores = {name: one.double().numpy() for name, one in every.items() if one is not None}
+        every = {short[name]: getattr(ranking, field) for name, ranking in comparison.rankings.items()}
+        scores = {name: score.double().numpy() for name, score in every.items() if score is not None}
         if scores:
             name = "heads" if field == "head_scores" else field.replace("head_", "heads_")
             figures.save(figures.heat_maps(scores, label), out / f"{name}.png")
@@ -158,19 +160,19 @@ def _short(name: str, short: Mapping[str, str]) -> str:
 
 def _square(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> figures.Floats:
     values = np.full((len(names), len(names)), np.nan)
-    for one in found:
-        i, j = names.index(one["first"]), names.index(one["second"])
-        values[i, j], values[j, i] = one["jaccard"], one["chance_by_layer"]
+    for overlap in found:
+        i, j = names.index(overlap["first"]), names.index(overlap["second"])
+        values[i, j], values[j, i] = overlap["jaccard"], overlap["chance_by_layer"]
     return values
 
 
 def _draw_crossings(crossings: Sequence[Mapping[str, Any]], short: Mapping[str, str], out: Path) -> None:
-    rows = list(dict.fromkeys(one["masked"] for one in crossings))
-    columns = list(dict.fromkeys(one["measured"] for one in crossings))
+    rows = list(dict.fromkeys(crossing["masked"] for crossing in crossings))
+    columns = list(dict.fromkeys(crossing["measured"] for crossing in crossings))
     values = np.full((len(rows), len(columns)), np.nan)
-    for one in crossings:
-        relative = one["relative_drop"]["value"]
-        values[rows.index(one["masked"]), columns.index(one["measured"])] = (
+    for crossing in crossings:
+        relative = crossing["relative_drop"]["value"]
+        values[rows.index(crossing["masked"]), columns.index(crossing["measured"])] = (
             np.nan if relative is None else relative
         )
     title = "mask the neurons of (row), measure (column)"

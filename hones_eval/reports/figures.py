@@ -157,10 +157,12 @@ def matrices(
     size = (1.8 + 0.52 * len(columns) * across, 1.4 + (0.36 * len(rows) + 0.3) * down)
     figure = Figure(figsize=size, layout="constrained")
     every = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
-    reach = max(float(np.nanmax(np.abs(one))) if np.isfinite(one).any() else 0.0 for one in values.values())
-    for axes, (name, one) in zip(every, values.items(), strict=False):
-        image = axes.imshow(one, cmap="RdBu", vmin=-reach or -1, vmax=reach or 1, aspect="auto")
-        for (i, j), value in np.ndenumerate(one):
+    reach = max(
+        float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 0.0 for matrix in values.values()
+    )
+    for axes, (name, matrix) in zip(every, values.items(), strict=False):
+        image = axes.imshow(matrix, cmap="RdBu", vmin=-reach or -1, vmax=reach or 1, aspect="auto")
+        for (i, j), value in np.ndenumerate(matrix):
             if np.isfinite(value):
                 dark = abs(value) > 0.6 * reach
                 shown = "0" if abs(value) < 5e-4 else f"{value:+.3f}"

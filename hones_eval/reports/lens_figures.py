@@ -1,4 +1,4 @@
-"""Figures of the logit lens: an example's picture beside the likeliest token of every layer."""
+"""Figures of the logit lens: an example's image beside the likeliest token of every layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,33 +25,33 @@ SIDE_BY_SIDE = 5  # positions up to which the four views stand in one row
 
 
 def lens_figure(
-    seen: Seen, top: Sequence[Sequence[Sequence[str]]], pictures: Sequence[Image.Image], prompt: str
+    seen: Seen, top: Sequence[Sequence[Sequence[str]]], images: Sequence[Image.Image], prompt: str
 ) -> Figure:
     """Likeliest tokens as text, their probability as colour: views side by side, layers upwards.
 
     Args:
         seen: the example; of more than 16 positions the last 16 are drawn.
         top: the likeliest token's text by view, layer and position.
-        pictures: what the example shows; the first is drawn.
-        prompt: the text under the picture.
+        images: the example's images; the first is drawn.
+        prompt: the text under the image.
     """
-    values = seen.said.top_probabilities[..., 0].numpy()
-    return _figure(seen, values, top, pictures, prompt, "probability of the likeliest token", "Blues", 0, 1)
+    values = seen.readout.top_probabilities[..., 0].numpy()
+    return _figure(seen, values, top, images, prompt, "probability of the likeliest token", "Blues", 0, 1)
 
 
 def difference_figure(
-    seen: Seen, top: Sequence[Sequence[Sequence[str]]], pictures: Sequence[Image.Image], prompt: str
+    seen: Seen, top: Sequence[Sequence[Sequence[str]]], images: Sequence[Image.Image], prompt: str
 ) -> Figure:
-    """The model's minus the other one's probability of the answer as colour; `top` is text in the cells."""
+    """The model's minus the other model's probability of the answer as colour; `top` is text in the cells."""
     assert seen.other is not None
-    values = (seen.said.answer - seen.other.answer).numpy()
+    values = (seen.readout.answer - seen.other.answer).numpy()
     reach = float(np.abs(values).max()) or 1.0
     label = f"probability of {plain(seen.answer)}: model minus other"
-    return _figure(seen, values, top, pictures, prompt, label, "RdBu_r", -reach, reach)
+    return _figure(seen, values, top, images, prompt, label, "RdBu_r", -reach, reach)
 
 
 def mean_figure(means: dict[str, NDArray[np.float64]], examples: int) -> Figure:
-    """Mean probability of the answer and mean entropy by layer at the last position, two axes a view."""
+    """Mean probability of the answer and mean entropy by layer at the last position, two axes per view."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     grid = figure.subplots(2, len(VIEWS), sharex=True, sharey="row", squeeze=False)
     for column, view in enumerate(VIEWS):
@@ -74,7 +74,7 @@ def _figure(
     seen: Seen,
     values: NDArray[Any],
     top: Sequence[Sequence[Sequence[str]]],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     prompt: str,
     label: str,
     colours: str,
@@ -88,7 +88,7 @@ def _figure(
     size = (3.6 + len(VIEWS) // down * width, down * height)
     figure = Figure(figsize=size, layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[2.6, size[0] - 2.6])
-    _picture(halves[0].subplots(), pictures, prompt, seen.answer)
+    _draw_image(halves[0].subplots(), images, prompt, seen.answer)
     rows = halves[1].subplots(down, len(VIEWS) // down, sharex=True, sharey=True, squeeze=False)
     grid = rows.flatten()
     for place, (axes, view) in enumerate(zip(grid, VIEWS, strict=True)):
@@ -96,7 +96,9 @@ def _figure(
             values[place, :, -shown:], cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto"
         )
         _write_tokens(axes, values[place, :, -shown:], [row[-shown:] for row in top[place]], low, high)
-        axes.set_xticks(range(shown), [plain(one) for one in seen.tokens[-shown:]], rotation=90, fontsize=7)
+        axes.set_xticks(
+            range(shown), [plain(token) for token in seen.tokens[-shown:]], rotation=90, fontsize=7
+        )
         axes.set_title(TITLES[view], fontsize=9)
     grid[0].set_yticks(range(layers))
     for axes in rows[:, 0]:
@@ -118,9 +120,9 @@ def _write_tokens(
             )
 
 
-def _picture(axes: Axes, pictures: Sequence[Image.Image], prompt: str, answer: str) -> None:
-    if pictures:
-        axes.imshow(np.asarray(pictures[0].convert("RGB")))
+def _draw_image(axes: Axes, images: Sequence[Image.Image], prompt: str, answer: str) -> None:
+    if images:
+        axes.imshow(np.asarray(images[0].convert("RGB")))
     axes.set_axis_off()
     words, lines = plain_line(prompt).split(), [""]
     for word in words:
@@ -133,4 +135,4 @@ def _picture(axes: Axes, pictures: Sequence[Image.Image], prompt: str, answer: s
 def plain_line(text: str) -> str:
     """A whole text that a figure can show on one line."""
     shown = " ".join(text.split()).replace("$", r"\$")
-    return "".join(one if one.isprintable() else "·" for one in shown)
+    return "".join(character if character.isprintable() else "·" for character in shown)

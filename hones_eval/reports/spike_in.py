@@ -1,4 +1,4 @@
-"""What `hones-eval spike-in` writes: a report, a table and a figure of the recovered shares."""
+"""The files of `hones-eval spike-in`: a report, a table and a figure of the recovered shares."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

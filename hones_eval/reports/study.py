@@ -1,4 +1,4 @@
-"""What `hones-eval study` writes: the paper's table, side effects, the methods beside each other."""
+"""The files of `hones-eval study`: the paper's table, side effects, and a comparison of the methods."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +54,7 @@ def _page(report: Mapping[str, Any]) -> str:
 
 
 def _by_way(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:
-    """The paper's table: a row for the model as it is and for every way, a column a task."""
+    """The paper's table: a row for the model as it is and for every way, a column per task."""
     base = {row["measured_on"]: row for row in rows}
     found = [{"scales": "base"} | {task: f"{base[task]['baseline']:.3f}" for task in tasks if task in base}]
     for how in WAYS:

@@ -93,13 +93,13 @@ def role_figure(found: RoleMap, title: str) -> Figure:
     for axes, (name, values) in zip(grid, shown.items(), strict=True):
         _heat_map(figure, axes, np.asarray(values), TITLES[name])
     labels = [f"{role}  ({count})" for role, count in zip(found.roles, found.pairs, strict=True)]
-    grid[0].set_yticks(range(len(labels)), [plain(one) for one in labels], fontsize=8)
+    grid[0].set_yticks(range(len(labels)), [plain(label) for label in labels], fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def pair_figure(pair: Traced, what: What, pictures: Sequence[Sequence[Image.Image]], measure: str) -> Figure:
-    """One pair: its pictures, and the heat map [tokens, layers] with its own tokens as labels."""
+def pair_figure(pair: Traced, what: What, images: Sequence[Sequence[Image.Image]], measure: str) -> Figure:
+    """One pair: its images, and the heat map [tokens, layers] with its own tokens as labels."""
     values = recovered(pair, what) if measure == "recovered" else changes(pair, what)[..., 0]
     if values is None:
         values, measure = changes(pair, what)[..., 0], "probability_change"
@@ -110,7 +110,7 @@ def pair_figure(pair: Traced, what: What, pictures: Sequence[Sequence[Image.Imag
     halves: Any = figure.subfigures(1, 2, width_ratios=[2.4, 3.2 + max(2.0, 0.26 * cells.shape[1])])
     left, right = halves
     for axes, shown, name, answer in zip(
-        left.subplots(2, 1), pictures, ("clean", "edited"), pair.answers, strict=True
+        left.subplots(2, 1), images, ("clean", "edited"), pair.answers, strict=True
     ):
         if shown:
             axes.imshow(np.asarray(shown[0].convert("RGB")))
@@ -118,7 +118,7 @@ def pair_figure(pair: Traced, what: What, pictures: Sequence[Sequence[Image.Imag
         axes.set_axis_off()
     axes = right.subplots()
     _heat_map(right, axes, cells, TITLES[measure])
-    axes.set_yticks(range(len(cells)), [plain(one) for one in pair.tokens[first:]], fontsize=7)
+    axes.set_yticks(range(len(cells)), [plain(token) for token in pair.tokens[first:]], fontsize=7)
     right.suptitle(f"{plain(pair.key)}: {WHERE[what]}", fontsize=9)
     return figure
 
@@ -137,5 +137,5 @@ def _heat_map(figure: Any, axes: Axes, values: NDArray[np.float64], title: str) 
 def plain(text: str) -> str:
     """Text that a figure can show: white space made visible, no mathematics, nothing unprintable."""
     shown = text.replace("\n", "⏎").replace("$", r"\$")
-    shown = "".join(one if one.isprintable() else "·" for one in shown)
+    shown = "".join(character if character.isprintable() else "·" for character in shown)
     return shown if len(shown) <= 28 else shown[:27] + "…"

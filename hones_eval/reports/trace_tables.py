@@ -1,4 +1,4 @@
-"""What traced pairs add up to: averages by layer, and by token role and layer."""
+"""Averages over traced pairs: by layer, and by token role and layer."""
 
 import csv
 import io
@@ -104,8 +104,8 @@ def averages(pairs: Sequence[Traced]) -> dict[str, Any]:
     readings = {
         name: dict(zip(("probability", "logit", "logit_difference"), _mean(values), strict=True))
         for name, values in (
-            ("clean", [one.clean for one in pairs]),
-            ("edited", [one.edited for one in pairs]),
+            ("clean", [pair.clean for pair in pairs]),
+            ("edited", [pair.edited for pair in pairs]),
         )
     }
     return readings | {
@@ -127,7 +127,7 @@ def layer_table(category: str, pairs: Sequence[Traced]) -> Iterable[list[Any]]:
 def token_table(category: str, pairs: Sequence[Traced]) -> Iterable[list[Any]]:
     """Rows of tokens.csv: every pair's token-wise changes."""
     for pair in pairs:
-        for what in (one for one in pair.values if one in BY_TOKEN):
+        for what in (name for name in pair.values if name in BY_TOKEN):
             fraction = recovered(pair, what)
             for place, layers in enumerate(changes(pair, what).tolist()):
                 label = [category, pair.key, what, place, pair.tokens[place], pair.roles[place]]
@@ -152,7 +152,7 @@ HEADERS = {
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A CSV file; what is not defined is an empty cell."""
+    """The text of a CSV file; an undefined value is an empty cell."""
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     table.writerow(header)
@@ -176,7 +176,7 @@ def _by_role(pair: Traced, kept: set[str]) -> dict[str, list[int]]:
 
 
 def lost(pairs: Sequence[Traced]) -> float:
-    """What the edit takes from the logit difference, clean minus edited, on average."""
+    """The mean drop of the logit difference that the edit causes, clean minus edited."""
     return sum(pair.clean.difference - pair.edited.difference for pair in pairs) / len(pairs)
 
 

@@ -28,7 +28,7 @@ from hones_eval.runs.processes import is_about_others, left_alone, several
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 # How long a process waits for the others at the end of a pass. After a resume, a process that had little left
-# to do waits while another one works on its whole share.
+# to do waits while another works on its whole share.
 PATIENCE = timedelta(days=1)
 
 
@@ -158,7 +158,7 @@ class SumOverRanks(Metric):  # type: ignore[misc]
 
 
 class _Pass(LightningModule):  # type: ignore[misc]
-    """One pass of a measure over the examples that are this rank's."""
+    """One pass of a measure over this rank's examples."""
 
     def __init__(self, examples: TaskExamples, measure: Measure, name: str, partial: Partial | None) -> None:
         super().__init__()

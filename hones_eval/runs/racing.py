@@ -4,16 +4,17 @@ Which of `items` have the `keep` highest means over a finite set of `examples`? 
 has two bets running, one for each order of the two. The bet for a above b starts with wealth 1 and plays on
 the paired differences `X = value(a) - value(b)`. While the whole set's mean of X is at most 0, its wealth is
 a nonnegative supermartingale, which ever reaches 1 / alpha with probability at most alpha (Ville's
-inequality), however often one looks. Examples come without replacement from a set of known size, which the
-bets make use of.
+inequality), however often it is checked. Examples come without replacement from a set of known size, and the
+bets use that size.
 
-An error takes a pair of one of the best and one of the others. There are `keep * (items - keep)` such pairs,
-whichever the best are; so with `alpha = delta / (keep * (items - keep))` all of them are told right at all
-times with probability 1 - delta. Among the items in play
-- one leaves as *out* when as many others as there are free places are shown to be above it, and
-- one leaves as *in* when it is shown to be above as many others as still have to leave;
-both are right if every pair is. What is in play after the last example has been measured on all of them: its
-exact mean decides.
+An error needs a wrong verdict on a pair of one item among the best and one item among the others. There are
+`keep * (items - keep)` such pairs, whichever the best are. So with `alpha = delta / (keep * (items - keep))`
+the verdicts on all of them are right at all times with probability at least 1 - delta. Among the items in
+play
+- an item leaves as *out* when as many others as there are free places are shown to be above it, and
+- an item leaves as *in* when it is shown to be above as many others as still have to leave.
+Both are right if the verdict on every pair is. An item still in play after the last example has been measured
+on all examples: its exact mean decides.
 """
 
 import math
@@ -31,21 +32,21 @@ STAKES = (1.0, 0.5, 0.25, 0.125)
 
 
 def centre(total: Tensor, seen: int, examples: int) -> Tensor:
-    """What the next difference is expected to be at most, if all `examples` add up to at most 0.
+    """The upper bound of the next difference's expectation, if all `examples` add up to at most 0.
 
     `-S_{t-1} / (N - t + 1)`: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
     betting" (JRSS B 86, 2024), section 5, with m = 0.
 
     Args:
         total: sums of the differences so far, of any shape.
-        seen: how many examples they are of, fewer than `examples`.
-        examples: in the whole set.
+        seen: number of examples in those sums, less than `examples`.
+        examples: number of examples in the whole set.
     """
     return -total / (examples - seen)
 
 
 def betting_gain(x: Tensor, expected: Tensor, span: float, stakes: Tensor) -> Tensor:
-    """The logarithm of what each stake's wealth is multiplied by: `1 + lambda (x - expected)`.
+    """The logarithm of the factor on each stake's wealth: `1 + lambda (x - expected)`.
 
     `lambda = stake / (span + expected)`, so that the worst difference, `-span`, leaves `1 - stake`. From the
     capital process of Waudby-Smith and Ramdas (2024), section 5.
@@ -58,8 +59,8 @@ def betting_gain(x: Tensor, expected: Tensor, span: float, stakes: Tensor) -> Te
 
     Returns: gains [stakes, *x.shape].
     """
-    room = (span + expected).clamp(min=1e-9 * span)
-    return torch.log1p((stakes.reshape(-1, *[1] * x.ndim) * ((x - expected) / room)).clamp(min=-1))
+    scale = (span + expected).clamp(min=1e-9 * span)
+    return torch.log1p((stakes.reshape(-1, *[1] * x.ndim) * ((x - expected) / scale)).clamp(min=-1))
 
 
 def bernstein_gain(x: Tensor, expected: Tensor, span: float, stakes: Tensor, mean: Tensor) -> Tensor:
@@ -99,9 +100,9 @@ class Race:
         """Start with all items in play.
 
         Args:
-            items: how many there are.
-            keep: how many of them are wanted.
-            examples: in the whole set, whose exact means are the truth.
+            items: number of items.
+            keep: number of items wanted.
+            examples: number of examples in the whole set, whose exact means are the truth.
             delta: the probability with which the result may differ from the exact one.
             span: the largest difference of two items' quantities on one example.
             bound: bets, or the empirical-Bernstein bound that is weaker and better known.

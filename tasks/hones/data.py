@@ -17,14 +17,14 @@ VARIABLE = "HONES_EVAL_DATA"
 
 
 class Entry(NamedTuple):
-    """One image with its annotations, and how messages call it."""
+    """One image with its annotations, and the name that messages use."""
 
     name: str
     content: dict[str, Any]
-    picture: Path
+    image: Path
 
     def need(self, *keys: str) -> Any:
-        """Give `content[key][key]...`; a missing or empty one is an error that names file and entry."""
+        """Give `content[key][key]...`; a missing or empty value is an error that names file and entry."""
         found: Any = self.content
         for depth, key in enumerate(keys, start=1):
             if not isinstance(found, dict) or found.get(key) in (None, "", []):
@@ -51,7 +51,7 @@ def entries(low: float = 0.0, high: float = 1.0) -> list[Entry]:
     """
     path = annotation_file()
     everything = [_entry(path, number, content) for number, content in enumerate(_content(path))]
-    kept = [entry for entry in everything if low <= place(entry.picture.name) < high]
+    kept = [entry for entry in everything if low <= place(entry.image.name) < high]
     if not kept:
         raise TaskError(
             f"{path} has {len(everything)} entries and none of them falls into this split "

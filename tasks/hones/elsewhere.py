@@ -14,7 +14,7 @@ from hones_eval.tasks.hones.data import Entry, named_by, read_json
 
 
 class DataSet(NamedTuple):
-    """What a data set's files are called, where its images lie, and how a file is read."""
+    """The names of a data set's files, the folders of its images, and the reader of a file."""
 
     variable: str
     files: Sequence[str]
@@ -30,8 +30,8 @@ def entries_elsewhere(name: str) -> tuple[Path, list[Entry]]:
     source = DATA_SETS[name]
     path = _annotation_file(source)
     found = [
-        Entry(f"{called} ({picture})", content, _picture(source, path, called, picture))
-        for called, picture, content in source.read(path)
+        Entry(f"{called} ({image})", content, _image_path(source, path, called, image))
+        for called, image, content in source.read(path)
     ]
     if not found:
         raise TaskError(f"{path} has no entry")
@@ -51,7 +51,7 @@ def _annotation_file(source: DataSet) -> Path:
     )
 
 
-def _picture(source: DataSet, path: Path, called: str, name: str) -> Path:
+def _image_path(source: DataSet, path: Path, called: str, name: str) -> Path:
     places = [parent / folder for parent in (path.parent, path.parent.parent) for folder in source.folders]
     for folder in (path.parent, *places):
         if (folder / name).is_file():
@@ -79,7 +79,7 @@ def _textvqa(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _flickr30k(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The test split of Karpathy's JSON, or all of the token file, `name.jpg#0<tab>caption` a line."""
+    """The test split of Karpathy's JSON, or all of the token file, `name.jpg#0<tab>caption` per line."""
     if path.suffix != ".json":
         yield from _tokens(path)
         return

@@ -35,8 +35,8 @@ def hard_negatives(
     chosen: list[list[int]] = []
     for start in range(0, len(positives), BLOCK):
         shared = np.asarray((asked_matrix[start : start + BLOCK] @ pool_matrix.T).todense())
-        for row, picture in zip(shared, range(start, start + BLOCK), strict=False):
-            wrong = (owner != picture) & (same_text != _plain(positives[picture]))
+        for row, image in zip(shared, range(start, start + BLOCK), strict=False):
+            wrong = (owner != image) & (same_text != _plain(positives[image]))
             order = np.argsort(-row, kind="stable")
             chosen.append([int(index) for index in order[wrong[order]][:NEGATIVES]])
     return chosen

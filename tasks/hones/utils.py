@@ -1,4 +1,4 @@
-"""What the YAML files of the HONES tasks call: documents, prompts, images and scores."""
+"""The functions that the YAML files of the HONES tasks call: documents, prompts, images and scores."""
 
 import re
 import statistics
@@ -27,7 +27,7 @@ BOX_WIDTH = 3
 
 
 def vqa_docs(split: Dataset) -> Dataset:
-    """One document an entry: question and answers."""
+    """One document per entry: question and answers."""
 
     def row(entry: Entry) -> dict[str, Any]:
         return {"question": entry.need("vqa", "question"), "answers": _answers(entry)}
@@ -36,7 +36,7 @@ def vqa_docs(split: Dataset) -> Dataset:
 
 
 def ocr_docs(split: Dataset) -> Dataset:
-    """One document an entry with a text region; entries without are counted in the log."""
+    """One document per entry with a text region; entries without are counted in the log."""
 
     def row(entry: Entry) -> dict[str, Any] | None:
         if not entry.content.get("ocr"):
@@ -47,17 +47,17 @@ def ocr_docs(split: Dataset) -> Dataset:
 
 
 def caption_docs(split: Dataset) -> Dataset:
-    """One document an entry: all captions of the image."""
+    """One document per entry: all captions of the image."""
     return _rows(split, lambda entry: {"references": _captions(entry)})
 
 
 def grounding_docs(split: Dataset) -> Dataset:
-    """One document an entry with a phrase and its box, as corners in shares of the image's sides."""
+    """One document per entry with a phrase and its box, as corners in shares of the image's sides."""
 
     def row(entry: Entry) -> dict[str, Any] | None:
         if not entry.content.get("grounding"):
             return None
-        with Image.open(entry.picture) as opened:
+        with Image.open(entry.image) as opened:
             sideways = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             size = (opened.height, opened.width) if sideways else opened.size
         corners = _corners(entry.need_box("grounding", "bbox"), *size)
@@ -67,7 +67,7 @@ def grounding_docs(split: Dataset) -> Dataset:
 
 
 def retrieval_docs(split: Dataset) -> Dataset:
-    """One document a candidate: each image's first caption, then the captions of others most like it."""
+    """One document per candidate: each image's first caption, then the captions of others most like it."""
     path, chosen = _chosen(split)
     captions = [_captions(entry) for entry in chosen]
     pool = [(text, owner) for owner, texts in enumerate(captions) for text in texts]
@@ -122,7 +122,7 @@ def _chosen(split: Dataset) -> tuple[Path, list[Entry]]:
 
 
 def _base(entry: Entry) -> dict[str, Any]:
-    return {"image_path": str(entry.picture), "entry": entry.name}
+    return {"image_path": str(entry.image), "entry": entry.name}
 
 
 def _answers(entry: Entry) -> list[str]:
@@ -148,7 +148,7 @@ def _captions(entry: Entry) -> list[str]:
 
 
 def picture(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """Give the image as it is seen; a cut one, which lmms-eval would fill with grey, is an error."""
+    """Give the image as it is seen; a truncated image, which lmms-eval would fill with grey, is an error."""
     try:
         with refuse_truncated_images(), Image.open(doc["image_path"]) as opened:
             return [as_displayed(opened)]
@@ -221,13 +221,13 @@ def vqa_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, flo
     Answers are normalized as on EvalAI (Antol et al. 2015, https://visualqa.org/evaluation.html).
     """
     normalize = EvalAIAnswerProcessor()
-    said = normalize(answers[0])
-    agrees = [normalize(answer) == said for answer in doc["answers"]]
+    given = normalize(answers[0])
+    agrees = [normalize(answer) == given for answer in doc["answers"]]
     return {"vqa_accuracy": statistics.mean(min(1.0, (sum(agrees) - match) / 3) for match in agrees)}
 
 
 def exact_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is the gold one, as for GQA, which has one; both normalized as on EvalAI."""
+    """Whether the answer equals the single gold answer, as for GQA; both normalized as on EvalAI."""
     normalize = EvalAIAnswerProcessor()
     return {"exact_match": float(normalize(answers[0]) == normalize(doc["answers"][0]))}
 
@@ -237,26 +237,26 @@ def ocr_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, flo
 
     Case and runs of spaces do not count (Biten et al. 2019, equation 1).
     """
-    gold, said = (" ".join(text.lower().split()) for text in (doc["text"], answers[0]))
-    similarity = 1 - levenshtein_distance(gold, said) / max(len(gold), len(said))
+    gold, given = (" ".join(text.lower().split()) for text in (doc["text"], answers[0]))
+    similarity = 1 - levenshtein_distance(gold, given) / max(len(gold), len(given))
     return {"anls": similarity if similarity >= 0.5 else 0.0}
 
 
 def caption_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What corpus BLEU takes of a document."""
+    """The answer and the references of a document, for corpus BLEU."""
     return {"bleu_4": {"said": answers[0], "references": list(doc["references"])}}
 
 
 def bleu_4(results: Sequence[Mapping[str, Any]]) -> float:
     """Corpus BLEU-4 in [0, 1] over all references, lower-cased, unsmoothed, by SacreBLEU's tokenizer 13a."""
-    said = [result["said"] for result in results]
+    texts = [result["said"] for result in results]
     return float(
-        sacre_bleu_score(said, [result["references"] for result in results], tokenize="13a", lowercase=True)
+        sacre_bleu_score(texts, [result["references"] for result in results], tokenize="13a", lowercase=True)
     )
 
 
 def retrieval_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What NDCG@5 takes of a candidate: the margin of Yes over No.
+    """The score of a candidate for NDCG@5: the margin of Yes over No.
 
     A model that answers in words, as lmms-eval's own wrappers do, is scored under another name: 1 for an
     answer that begins with the word Yes, else 0.
