@@ -40,7 +40,7 @@ def plain_race(values: list[list[float]], keep: int, delta: float, look: int, bo
     for seen in [*range(look, examples, look), examples]:
         while True:
             playing = [i for i in range(items) if result[i] is None]
-            free = keep - sum(one is not None and one[0] == "in" for one in result)
+            free = keep - sum(verdict is not None and verdict[0] == "in" for verdict in result)
             beaten = {
                 (a, b): sum(
                     plain_wealth([row[a] - row[b] for row in values[:seen]], examples, 1.0, stake, bound)
@@ -61,7 +61,7 @@ def plain_race(values: list[list[float]], keep: int, delta: float, look: int, bo
             if not out and not inside:
                 break
     playing = [i for i in range(items) if result[i] is None]
-    free = keep - sum(one is not None and one[0] == "in" for one in result)
+    free = keep - sum(verdict is not None and verdict[0] == "in" for verdict in result)
     ranked = sorted(playing, key=lambda i: (-sum(row[i] for row in values), i))
     for place, i in enumerate(ranked):
         result[i] = ("in" if place < free else "out", examples)
@@ -190,7 +190,7 @@ def test_a_race_goes_on_where_it_was_left() -> None:
         second.add(values[start : start + 6][:, second.in_play])
         second.look()
     assert whole.state().keys() == second.state().keys()
-    assert all(torch.equal(one, second.state()[name]) for name, one in whole.state().items())
+    assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
 
 
 def test_the_risk_is_kept_where_chance_could_mislead() -> None:
