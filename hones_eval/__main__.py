@@ -113,6 +113,8 @@ def _run(given: Sequence[str], as_json: bool) -> None:
         answer = command(call.name)(**call.arguments)
     if several := sys.modules.get("hones_eval.runs.processes"):
         several.wait_for_others()
+        if not several.is_first():
+            return  # the first process shows the answer for all of them
     if answer is not None:
         show(answer)
         if as_json:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hones_eval.core.artifact import read_json, write_bytes, write_json
 from hones_eval.core.files import clear_dead_files
+from hones_eval.core.lock import LOCK
 from hones_eval.editing import photographs
 from hones_eval.editing.editors import EDITORS, Edited, levels_of
 from hones_eval.editing.inpaint import Inpainter, Painting
@@ -155,7 +156,7 @@ def _claim(out: Path, settings: EditSettings) -> None:
             )
     for folder in (out, *(out / name for name in ("images", "masks", "rows"))):
         clear_dead_files(folder)
-    if not path.is_file() and out.exists() and any(out.iterdir()):
+    if not path.is_file() and out.exists() and any(file.name != LOCK for file in out.iterdir()):
         raise HonesError(f"{out} contains other files and no settings.json of edits; choose another --out")
     write_json(path, mine)
 

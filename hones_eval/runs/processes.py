@@ -10,6 +10,11 @@ def several() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is alone, or the first of several."""
+    return not several() or distributed.get_rank() == 0
+
+
 def wait_for_others() -> None:
     """Return when every process has reached this point, as at the end of a command.
 
