@@ -292,7 +292,7 @@ def test_own_tokens_leave_out_the_tokens_of_a_template() -> None:
         ),
         (
             {"doc_to_choice: options": 'doc_to_choice: ["red"]'},
-            "doc_id 0: it has one choice; a multiple-choice task needs",
+            r"own_choice.yaml: doc_to_choice: \['red'\] should be a list of at least two texts",
         ),
         ({"multiple_choice": "loglikelihood"}, "has output_type loglikelihood; only tasks with one answer"),
     ],

@@ -307,9 +307,9 @@ def test_both_commands_tell_it_in_one_line(
     says += "answer"
     rank, _, evaluate, *_ = (
         shlex.split(
-            line.replace("$MODEL", str(checkpoint_path())).replace(
-                "--include_path tasks", f"--include_path {path.parent}"
-            )
+            line.replace("$MODEL", str(checkpoint_path()))
+            .replace("--include_path tasks", f"--include_path {path.parent}")
+            .replace("--out runs/shapes", f"--out {tmp_path / 'shapes'}")
         )
         for line in WALK.splitlines()
     )

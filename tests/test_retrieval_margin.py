@@ -90,7 +90,7 @@ def visits(
     tmp_path_factory: pytest.TempPathFactory, llava_checkpoint: Path, qwen_checkpoint: Path
 ) -> dict[str, Visit]:
     folder = tmp_path_factory.mktemp("visits")
-    gemma = families.save_checkpoint("gemma3", folder / "gemma3_checkpoint")
+    gemma = families.save_checkpoint("gemma3", folder / "gemma3_checkpoint", seed=1)
     behind_a_colon, after_a_line = ("ĠYes", "ĠNo"), ("Yes", "No")
     return {
         "llava": Visit(
@@ -201,6 +201,7 @@ def test_lmms_eval_gives_the_same_margins_and_score(
         visits["qwen2_5_vl"],
         model="hones_hf",
         arguments=f"pretrained={qwen_checkpoint},dtype=float32,device=cpu",
+        folder=tmp_path / "qwen",
     )
     ours = {"hones_llava": visits["llava"], "hones_hf": visits["gemma3"], "vseam_hf": qwen}
     runs = [("stock", "llava_hf", visits["llava"].arguments + ",device=cpu,device_map=cpu")]

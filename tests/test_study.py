@@ -144,7 +144,7 @@ def test_a_task_can_have_its_own_limits(
     assert "entropy compares tasks, and --tasks own_a is one: leave it out" in said
     assert main(arguments(own, splits, tmp_path, "--limits", '{"own_c": 2}')) == 1
     said = own_answers.complaint(capsys.readouterr().err)
-    assert "--limits names own_c, which is none of --tasks own_a,own_b" in said
+    assert "--limits names own_c, which is not one of --tasks own_a,own_b" in said
 
 
 def test_a_task_without_a_helpful_head_is_named(own: own_answers.Prepared) -> None:

@@ -170,7 +170,7 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     assert main(["rank", "--method", "vseam", *flags, *few, "--limit", "2", "--out", str(ranking)]) == 0
     assert main(["verify", *flags, *later, *found, *few, "--out", str(tmp_path / "verify")]) == 0
     chosen = ["--how", "signed", "--strengths", "[1]", "--out", str(tmp_path / "scale")]
-    assert main(["scale", *flags, *later, *found, *chosen, "--metric", "balanced_accuracy"]) == 0
+    assert main(["scale", *flags, *later, *found, *chosen, "--metric", "balanced_accuracy"]) == 1
     one_answer = (
         "all 2 gold answers of vseam_animal are 'Yes', so any edit that makes a model always give this "
         "answer looks helpful: include other answers"
@@ -178,18 +178,16 @@ def test_the_commands_warn_of_one_answer_and_of_a_subset_that_is_empty(
     offered = f"{one_answer}, or --metric balanced_accuracy"
     nothing_to_lose = "the unmasked model already scores 0, so a zero drop is uninformative"
     no_positive = "no example is correct, so positive scores are not measured and are stored as 0"
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    printed = capsys.readouterr()
+    assert "no strength helped on development examples: nothing was written" in printed.err
+    said = [line for line in printed.out.splitlines() if line.startswith("warning: ")]
     reports = [
-        json.loads((tmp_path / name).read_text())
-        for name in ("ranking/ranking.json", "verify/verify.json", "scale/steering.json")
+        json.loads((tmp_path / name).read_text()) for name in ("ranking/ranking.json", "verify/verify.json")
     ]
-    warnings = [
-        reports[0]["report"]["warnings"], reports[1]["warnings"], reports[2]["settings"]["warnings"]
-    ]  # fmt: skip
+    warnings = [reports[0]["report"]["warnings"], reports[1]["warnings"]]
     assert warnings == [
         [no_positive, offered],
         ["no positive head has a score above 0, so none was masked", offered, nothing_to_lose],
-        [one_answer],
     ]
     assert {f"warning: {line}" for lines in warnings for line in lines} <= set(said)
 

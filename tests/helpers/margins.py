@@ -20,7 +20,7 @@ class Slow:
         self, model: str, arguments: str, task: str, words: tuple[str, str], limit: int, offset: int = 0
     ) -> None:
         """`words` are the tokens that begin Yes and No behind the task's prompt."""
-        lmm = loading.load_lmm(model, arguments)
+        lmm = loading.load_lmm(model, arguments, dtype=torch.float32)
         self.model = inner_model(lmm).float()
         examples = TaskExamples(lmm, task, model_name=model, limit=limit, offset=offset)
         self.tokens = [examples._tokenizer.convert_tokens_to_ids(word) for word in words]
