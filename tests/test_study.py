@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import families
 import own_answers
 import pytest
 
@@ -78,6 +79,11 @@ def test_a_study_matches_its_parts_and_a_second_run_reuses_them(
         assert main(arguments(own, splits, tmp_path, *other)) == 1
         said = own_answers.complaint(capsys.readouterr().err)
         assert f"{folder} was made with other examples or settings" in said
+    other_weights = families.save_checkpoint("llava", tmp_path / "model", seed=5)
+    replaced = own._replace(model_args=f"pretrained={other_weights}")
+    assert main(arguments(replaced, splits, tmp_path)) == 1
+    said = own_answers.complaint(capsys.readouterr().err)
+    assert "rankings/own_a/hones was made with another model" in said
 
 
 def _transfers_to_another_task(before: dict, own: own_answers.Prepared, splits: Path, folder: Path) -> None:

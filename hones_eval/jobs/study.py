@@ -153,6 +153,8 @@ def _ranked(study: Study, task: TaskSplits, method: Method) -> Ranking:
     if (folder / "ranking.json").exists():
         known = Ranking.load(folder)
         made, wanted = known.provenance, source
+        if made.weights is not None:  # rankings of older versions do not record them
+            _same(folder, made.weights, wanted.weights, "another model")
         _same(folder, [made.examples[0].hash, made.seed], [wanted.examples[0].hash, wanted.seed])
         _same(folder, made.settings, wanted.settings)
         return known
@@ -202,11 +204,9 @@ def _settings(study: Study, ranking: Ranking, how: str) -> dict[str, Any]:
     return wanted | learned_settings(study.fit, cast(HowNeurons, how)).recorded()
 
 
-def _same(folder: Path, found: object, wanted: object) -> None:
+def _same(folder: Path, found: object, wanted: object, differing: str = "other examples or settings") -> None:
     if found != wanted:
-        raise HonesError(
-            f"{folder} was made with other examples or settings: give another --out, or delete it"
-        )
+        raise HonesError(f"{folder} was made with {differing}: give another --out, or delete it")
 
 
 def _masks(study: Study, rankings: dict[str, Ranking]) -> dict[str, Steering]:
