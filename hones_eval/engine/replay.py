@@ -150,7 +150,7 @@ class Replay:
         return output
 
     def base_neurons(self) -> list[Tensor]:
-        """FFN activations [read, I] of the unedited pass, one a layer."""
+        """FFN activations [read, I] of the unedited pass, one per layer."""
         found = []
         for layer, call in enumerate(self._calls):
             z = call.neurons[:, self.read] if self.anatomy.has_plain_ffn(layer) else call.neurons

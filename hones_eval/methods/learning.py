@@ -191,8 +191,7 @@ class TargetLosses:
         """The losses of one example."""
         if example.index not in self.indices:
             return Measurement(self.zeros(), None)
-        self.decoder.learn_type(example.inputs, example.settings)
-        inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
+        inputs = self.decoder.append_answer(example.inputs, example.settings, example.target_ids[:-1])
         losses = [self._losses(inputs, [], example.target_ids)]
         names, length = list(self.steerings), int(inputs["input_ids"].shape[1])
         losses += self.limit.chunks(names, length, lambda cut: self._losses(inputs, cut, example.target_ids))

@@ -46,8 +46,7 @@ class LogProbabilityAnswers(AnswerKind):
 
     def under_steerings(self, run: SteeringRun, example: Example, names: Sequence[str]) -> list[RowAnswer]:
         """The target's log-probability after the prompt, and the logits where the target begins."""
-        run.decoder.learn_type(example.inputs, example.settings)
-        inputs = run.decoder.append(example.inputs, example.target_ids[:-1])
+        inputs = run.decoder.append_answer(example.inputs, example.settings, example.target_ids[:-1])
         logits = run.logits(inputs, names, len(example.target_ids))
         ids = torch.tensor(example.target_ids, device=logits.device)
         values = readouts.sequence_log_probability(logits, ids).tolist()
