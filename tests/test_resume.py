@@ -22,6 +22,7 @@ from hones_eval.runs.lightning import _Pass
 
 CAPTIONS = ["--tasks", "hones_caption", "--gen_kwargs", "max_new_tokens=3", "--heads", "4"]
 RACE = ["--tasks", "hones_vqa", "--gen_kwargs", "max_new_tokens=3", "--heads", "3", "--race", "0.9"]
+ATTRIBUTION = ["--method", "atp", "--tasks", "hones_vqa", "--gen_kwargs", "max_new_tokens=3", "--heads", "3"]
 SCREEN = ["--screen", "first_order", "--screen_share", "0.7"]
 TWO = ["--devices", "2"]
 
@@ -37,8 +38,17 @@ def rank_arguments(tmp_path: Path, llava_checkpoint: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("kills", "others"),
-    [(6, CAPTIONS), (5, [*CAPTIONS, *TWO]), (5, [*RACE, *SCREEN]), (4, [*RACE, *TWO])],
-    ids=["one process", "two processes", "race after a screen", "race of two processes"],
+    [
+        (6, CAPTIONS),
+        (5, [*CAPTIONS, *TWO]),
+        (5, [*RACE, *SCREEN]),
+        (4, [*RACE, *TWO]),
+        (2, [*ATTRIBUTION, "--confirm", "30", *TWO]),
+    ],
+    ids=[
+        *("one process", "two processes", "race after a screen", "race of two processes"),
+        "attribution patching of two processes, confirmed",
+    ],
 )
 def test_killed_runs_end_with_the_same_bytes(
     tmp_path: Path, rank_arguments: list[str], kills: int, others: list[str]
