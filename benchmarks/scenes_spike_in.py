@@ -2,8 +2,9 @@
 
     python benchmarks/scenes_spike_in.py --out leaderboards/scenes/spike_in --work runs/scenes_spike_in
 
-Per task three kinds of fault: the 21 neurons of the exhaustive ground truth damped to a quarter, the 21
-neurons of the `dvp` ranking damped to a quarter, and the 4 heads of the ground truth damped to a half. Each
+Per task three kinds of fault: the best neurons of the exhaustive ground truth, the best neurons of the `dvp`
+ranking, or the best heads of the ground truth are damped. The strength is the weakest of `FAULTS` that costs
+a tenth of the metric on the development images, since a fault that costs nothing cannot be repaired. Each
 cell runs `hones_eval.jobs.spike_in` with the default way of scaling (`tuned`), 64 development images and 5
 random controls per row. Cells stay in the work folder, and a second run continues from there: the table
 holds the cells that are done. One seed takes its own discovery, development and test images.
@@ -21,18 +22,32 @@ from typing import Any
 import torch
 
 from hones_eval import api
+from hones_eval.choices import Plant
 from hones_eval.core.artifact import read_json, write_json, write_text
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import top_heads
+from hones_eval.core.steering import Steering
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.jobs.spike_in import SpikeIn, spike_in
+from hones_eval.lmms.examples import TaskExamples
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import BASELINE, AnswersUnder, answered
 from hones_eval.reports import spike_in as spike_in_report
 from hones_eval.reports.comparison import markdown_table
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.ground_truth import load_ground_truth
 
-TASKS = ("vqa_relation", "ocr", "vqa_attribute", "vqa_object", "caption", "grounding", "retrieval_margin")
+TASKS = ("vqa_relation", "ocr", "vqa_attribute", "vqa_object", "caption", "grounding", "retrieval")
 KINDS = ("true neurons", "true heads", "dvp neurons")
-CANDIDATES = 5  # times as many examples for retrieval: ten candidates make one query
+FAULTS: dict[str, tuple[tuple[float, float], ...]] = {
+    "neurons": ((0.01, 0.25), (0.01, 0.1), (0.03, 0.1), (0.05, 0.05)),
+    "heads": ((4, 0.5), (4, 0.25), (8, 0.25), (8, 0.1)),
+}
+"""Faults from weak to strong: the share of the neurons or the number of heads, and their scale."""
+LOSS = 0.1
+"""The loss of the metric on the development images from which a fault is strong enough."""
+GOALS = {"neurons": 0.8, "heads": 0.9}
+"""The share of a fault that should be recovered."""
 
 
 def cell(model: api.Model, task: str, kind: str, seed: int, sizes: Sequence[int], work: Path) -> None:
@@ -41,8 +56,7 @@ def cell(model: api.Model, task: str, kind: str, seed: int, sizes: Sequence[int]
     if (folder / "spike_in.json").is_file():
         return
     began = time.process_time()
-    times = CANDIDATES if task.startswith("retrieval") else 1
-    choose, test = (times * size for size in sizes)
+    choose, test = sizes
     name = f"scenes_{task}"
     discovery = model.examples(f"{name}_discovery", limit=choose, offset=seed * choose)
     development = model.examples(f"{name}_development", limit=choose, offset=seed * choose)
@@ -51,13 +65,14 @@ def cell(model: api.Model, task: str, kind: str, seed: int, sizes: Sequence[int]
     if kind == "dvp neurons":
         ranking = discover(Discovery(model.replayer, discovery, model.loop, source, 4, 0.01))
     else:
-        truth = load_ground_truth().effects[task.removesuffix("_margin")]
+        truth = load_ground_truth().effects[task]
         ranking = Ranking(
             source,
             head_scores=truth["heads_by_zero"].log_probability,
             neuron_scores=truth["neurons"].log_probability,
         )
-    heads = kind == "true heads"
+    plant: Plant = "heads" if kind == "true heads" else "neurons"
+    amount, damp = fault(model, development, ranking, plant)
     report = spike_in(
         SpikeIn(
             ranking,
@@ -66,8 +81,10 @@ def cell(model: api.Model, task: str, kind: str, seed: int, sizes: Sequence[int]
             discovery,
             development,
             tested,
-            plant="heads" if heads else "neurons",
-            damp=0.5 if heads else 0.25,
+            plant=plant,
+            heads=int(amount) if plant == "heads" else 4,
+            neurons=amount if plant == "neurons" else 0.01,
+            damp=damp,
             method="dvp",
             chosen_on_random=False,
             seed=seed,
@@ -77,10 +94,32 @@ def cell(model: api.Model, task: str, kind: str, seed: int, sizes: Sequence[int]
     spike_in_report.write(report, folder)
 
 
+def fault(model: api.Model, development: TaskExamples, ranking: Ranking, plant: Plant) -> tuple[float, float]:
+    """The weakest fault that costs `LOSS` of the metric on the development images, else the strongest."""
+    steerings: dict[str, Steering] = {}
+    for amount, damp in FAULTS[plant]:
+        if plant == "heads":
+            assert ranking.head_scores is not None
+            bank = top_heads(ranking.head_scores, int(amount))
+            steering = scaling.scaled_heads(ranking, bank, damp, {})
+        else:
+            steering = scaling.scaled_neurons(ranking, ranking.neurons(amount), damp, {})
+        steerings[f"{amount:g}, {damp:g}"] = steering
+    totals = model.loop.run(development, AnswersUnder(model.replayer, development, steerings), "faults")
+    records = answered(totals)
+    values = [
+        development.aggregate([record.answers[name].result for record in records])
+        for name in (BASELINE, *steerings)
+    ]
+    sign = 1 if development.higher_is_better else -1
+    enough = [k for k, value in enumerate(values[1:]) if sign * (values[0] - value) >= LOSS]
+    return FAULTS[plant][enough[0] if enough else -1]
+
+
 def summary(work: Path) -> list[dict[str, Any]]:
     """One row per cell that is done, in the order of tasks, kinds and seeds."""
     found = [read_json(path) for path in work.glob("*/spike_in.json")]
-    found.sort(key=lambda one: (TASKS.index(one["task"]), KINDS.index(one["kind"]), one["seed"]))
+    found.sort(key=lambda cell: (KINDS.index(cell["kind"]), TASKS.index(cell["task"]), cell["seed"]))
     return [_row(report) for report in found]
 
 
@@ -93,6 +132,7 @@ def _row(report: dict[str, Any]) -> dict[str, Any]:
         "task": report["task"],
         "fault": report["kind"],
         "seed": report["seed"],
+        "damped": f"{len(report['planted'])} to {report['damp']:g}",
         "metric": report["metric"],
         "undamaged": f"{report['undamaged']:.3f}",
         "damaged": f"{report['damaged']:.3f}",
@@ -111,23 +151,15 @@ def write(work: Path, out: Path, command: str) -> None:
     """Write the table of all cells that are done."""
     rows = summary(work)
     reports = [read_json(path) for path in sorted(work.glob("*/spike_in.json"))]
-    repairable = [report for report in reports if report["repairable"]]
-    shares = [
-        next(row for row in report["rows"] if row["scales"] == "tuned")["recovered"]["value"]
-        for report in repairable
-    ]
-    better = sum(report["controls_called_better"] for report in reports)
-    controls = sum(len(report["controls"]) for report in reports)
     hours = sum(report["cpu_seconds"] for report in reports) / 3600
     lines = [
         "# Spike-ins on the embedded model\n",
-        f"Made by `{command}`: {len(rows)} of {len(TASKS) * len(KINDS)} cells per seed are done, in "
-        f"{hours:.2f} hours of one core. Default settings everywhere: `--how tuned`, 64 development images, "
-        "100 test images (retrieval: 32 and 50 queries of ten candidates).\n",
-        f"{len(repairable)} faults cost a clear part of the metric. Of these, "
-        f"{sum(share >= 0.8 for share in shares)} are recovered by 80 % or more. The same scales on random "
-        f"sites of the same layers are called better in {better} of {controls} controls, each tested alone "
-        "at p < 0.05.\n",
+        f"Made by `{command}`: {len(rows)} cells of task, kind of fault and seed are done, in {hours:.2f} "
+        "hours of one core. Default settings everywhere: `--how tuned`, 64 development images, 100 test "
+        "images. Controls are the same scales on random sites of the same layers, none of them planted, each "
+        "tested alone at p < 0.05.\n",
+        markdown_table([_kind_row(kind, reports) for kind in KINDS if _of(kind, reports)]),
+        "## Every fault\n",
         markdown_table(rows),
     ]
     write_text(out / "spike_in.md", "\n".join(lines))
@@ -137,6 +169,31 @@ def write(work: Path, out: Path, command: str) -> None:
     writer.writerows(rows)
     write_text(out / "spike_in.csv", table.getvalue())
     write_json(out / "spike_in.json", json.loads(json.dumps(reports)))
+
+
+def _of(kind: str, reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [report for report in reports if report["kind"] == kind]
+
+
+def _kind_row(kind: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How often faults of one kind are recovered, and random sites are called better."""
+    own = _of(kind, reports)
+    repairable = [report for report in own if report["repairable"]]
+    goal = GOALS["heads" if kind.endswith("heads") else "neurons"]
+    shares = [
+        next(row for row in report["rows"] if row["scales"] == "tuned")["recovered"]["value"]
+        for report in repairable
+    ]
+    enough = sum(share >= goal for share in shares)
+    return {
+        "fault": kind,
+        "cells": len(own),
+        "that cost a clear part of the metric": len(repairable),
+        "recovered, mean": f"{sum(shares) / len(shares):.2f}" if shares else "",
+        "recovered enough": f"{enough} of {len(shares)} (at least {goal:.0%})",
+        "random sites called better": f"{sum(report['controls_called_better'] for report in own)} of "
+        f"{sum(len(report['controls']) for report in own)}",
+    }
 
 
 def main() -> None:

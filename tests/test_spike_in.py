@@ -15,12 +15,13 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron, top_neurons
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
+from hones_eval.jobs.learn import fit
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.jobs.spike_in import SpikeIn, shuffled, spike_in, standing
-from hones_eval.jobs.tune import TuneSettings, split_by_image, tune
+from hones_eval.jobs.tune import TuneSettings, folds_by_image, tune
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
-from hones_eval.methods.learning import TargetLosses
+from hones_eval.methods.learning import Fold, TargetLosses
 
 
 @pytest.fixture(scope="module")
@@ -162,31 +163,46 @@ def test_the_command_writes_a_report_a_table_and_a_figure(
         assert message in own_answers.complaint(capsys.readouterr().err)
 
 
-def test_tuned_scales_have_the_smallest_held_out_loss_of_a_plain_loop(
+def test_tuned_scales_are_the_mean_of_folds_that_were_learned_apart(
     model: api.Model, own: own_answers.Prepared, ranking: Ranking
 ) -> None:
+    """The held-out loss is that of a plain loop over folds, and the steering the mean of their scales."""
     examples = part(model, own, 4, 8)
-    settings = TuneSettings(rates=(0.05, 0.2), epochs=2, sparsity=0.1)
+    settings = TuneSettings(rates=(0.05, 0.2), epochs=2, sparsity=0.1, folds=2)
     bank = [Neuron(layer, neuron) for layer in range(4) for neuron in range(20)]
     found = tune(ranking, model.replayer, examples, bank, settings, model.loop)
-    train, held_out = split_by_image(examples, settings.held_out, settings.seed)
-    assert sorted([*train, *held_out]) == list(range(8))
-    shown = [{image for i in some for image in examples[i].image_hashes} for some in (train, held_out)]
+    folds = folds_by_image(examples, 2, settings.seed)
+    assert sorted(index for fold in folds for index in fold) == list(range(8))
+    shown = [{image for i in fold for image in examples[i].image_hashes} for fold in folds]
     assert not shown[0] & shown[1]
     losses = found.report["held_out_loss_by_rate_and_epoch"]
     assert list(losses) == ["0.05, 1", "0.05, 2", "0.2, 1", "0.2, 2"]
     assert found.report["held_out_loss_without"] == pytest.approx(
-        plain_loss(model, examples, held_out, None), rel=1e-4
+        plain_loss(model, examples, list(range(8)), None), rel=1e-4
     )
-    if found.steering is None:
-        assert min(losses.values()) >= found.report["held_out_loss_without"]
-        return
-    assert found.report["held_out_loss"] == min(losses.values()) < found.report["held_out_loss_without"]
-    measured = plain_loss(model, examples, held_out, found.steering.neuron_scales)
-    assert found.report["held_out_loss"] == pytest.approx(measured, rel=1e-3)
+    assert found.steering is not None
+    best = min(losses, key=losses.__getitem__)
+    assert found.report["held_out_loss"] == losses[best] < found.report["held_out_loss_without"]
+    rate, epoch = best.split(", ")
+    learned = [
+        fit(
+            model.replayer,
+            examples,
+            bank,
+            settings.fit_settings(float(rate)),
+            model.loop,
+            [index for index in range(8) if index not in fold],
+        ).epochs[int(epoch) - 1][1]
+        for fold in folds
+    ]
+    measured = [
+        plain_loss(model, examples, fold, scales) for fold, scales in zip(folds, learned, strict=True)
+    ]
+    assert found.report["held_out_loss"] == pytest.approx(sum(measured) / 2, rel=1e-3)
+    torch.testing.assert_close(found.steering.neuron_scales, torch.stack(learned).mean(0))
     changed = {Neuron(*site) for site in (found.steering.neuron_scales != 1).nonzero().tolist()}
     assert changed <= set(bank)
-    assert found.report["scaled_sites"] == len(changed)
+    assert found.report["scaled_sites"] == len(changed) > 0
 
 
 def plain_loss(
@@ -218,7 +234,8 @@ def test_held_out_losses_of_many_steerings_are_those_of_one_at_a_time(
 ) -> None:
     examples = part(model, own, 4, 4)
     steerings = {str(factor): scaling.fixed(ranking, factor, 0.2) for factor in (0.0, 3.0, -2.0)}
-    totals = model.loop.run(examples, TargetLosses(model.replayer, steerings, [1, 3]), "losses")
+    losses = TargetLosses(model.replayer, [Fold(steerings, [1, 3])])
+    totals = model.loop.run(examples, losses, "losses")
     assert int(totals.sums["examples"]) == 2
     found = (totals.sums["losses"] / 2).tolist()
     scales = [None, *(steering.neuron_scales for steering in steerings.values())]
@@ -231,8 +248,8 @@ def test_a_strong_sparsity_keeps_every_scale_at_one_and_settings_are_checked(
 ) -> None:
     few = part(model, own, 4, 3)
     with pytest.raises(HonesError, match="3 development images are too few"):
-        split_by_image(few, 0.25, 0)
-    for wrong in ({"ceiling": 1.0}, {"sparsity": 1.0}, {"rates": ()}, {"epochs": 0}):
+        folds_by_image(few, 4, 0)
+    for wrong in ({"ceiling": 1.0}, {"sparsity": 1.0}, {"rates": ()}, {"epochs": 0}, {"folds": 1}):
         with pytest.raises(HonesError):
             TuneSettings(**wrong)
 
@@ -242,6 +259,10 @@ def test_controls_are_the_same_scales_on_other_sites_of_the_same_layers(ranking:
     control = shuffled(steering, 1)
     assert torch.equal((control.neuron_scales != 1).sum(1), (steering.neuron_scales != 1).sum(1))
     assert not torch.equal(control.neuron_scales, steering.neuron_scales)
+    planted = steering.neuron_scales == 4
+    apart = shuffled(steering, 1, [Neuron(*site) for site in planted.nonzero().tolist()]).neuron_scales
+    assert bool((apart[planted] == 1).all())
+    assert torch.equal((apart == 4).sum(1), planted.sum(1))
     assert isinstance(control, Steering)
     worst = top_neurons(-ranking.neuron_scores, 3)
     assert standing(ranking, worst)["found"] == 0

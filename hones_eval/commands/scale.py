@@ -78,7 +78,7 @@ def scale(
         learning_rate: learned and random: of AdamW; it falls to a tenth.
         epochs: learned and random: passes over the development examples.
         tuned_sites: tuned: heads, neurons, or all of both.
-        rates: tuned: the learning rates to try; by default 0.1 and 0.3.
+        rates: tuned: the learning rates to try; by default 0.2.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 (not at all) to below 1.
         model: for the ways that choose on development examples, as in lmms-eval --model.

@@ -62,7 +62,7 @@ class SpikeIn:
         method: how the damaged model is ranked.
         ways: how scales are chosen on the damaged model.
         factor: of the way `fixed`.
-        trials: random controls per way: the same scales on random sites of the same layers.
+        trials: random controls per way: the same scales on random other sites of the same layers.
         chosen_on_random: also choose scales on a random bank, layer-matched to the planted one.
         attach: how the damage is attached.
         tune: the settings of the way `tuned`.
@@ -196,22 +196,30 @@ def standing(ranking: Ranking, planted: Sequence[Head | Neuron]) -> dict[str, An
     }
 
 
-def shuffled(steering: Steering, seed: int) -> Steering:
-    """The same scales on random sites of the same layers."""
+def shuffled(steering: Steering, seed: int, planted: Sequence[Head | Neuron] = ()) -> Steering:
+    """The same scales on random sites of the same layers, and 1 on the planted sites.
+
+    A layer has fewer sites left than scales where some of its sites were planted: the scales nearest to 1 are
+    left out. Planted sites are no control, since scaling one of them repairs a part of the damage.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def shuffle(scales: Tensor, count: Callable[[int], int]) -> Tensor:
-        found = scales.clone()
+    def shuffle(scales: Tensor, count: Callable[[int], int], taken: set[Any]) -> Tensor:
+        found = torch.ones_like(scales)
         for layer, row in enumerate(scales):
-            sites = count(layer)
-            found[layer, :sites] = row[:sites][torch.randperm(sites, generator=generator)]
+            free = [site for site in range(count(layer)) if (layer, site) not in taken]
+            order = (row[: count(layer)] - 1).abs().argsort(descending=True, stable=True)
+            drawn = torch.randperm(len(free), generator=generator)
+            found[layer, torch.tensor(free, dtype=torch.long)[drawn]] = row[order[: len(free)]]
         return found
 
     shape = steering.provenance.shape
+    heads = {tuple(site) for site in planted if isinstance(site, Head)}
+    neurons = {tuple(site) for site in planted if isinstance(site, Neuron)}
     return replace(
         steering,
-        head_scales=shuffle(steering.head_scales, shape.heads_of),
-        neuron_scales=shuffle(steering.neuron_scales, shape.neurons_of),
+        head_scales=shuffle(steering.head_scales, shape.heads_of, heads),
+        neuron_scales=shuffle(steering.neuron_scales, shape.neurons_of, neurons),
     )
 
 
@@ -249,7 +257,7 @@ def _steerings(
     names: list[str] = [REPAIR, *job.ways]
     for name in names:
         for trial in range(job.trials):
-            found[f"random {trial + 1}: {name}"] = shuffled(found[name], job.seed + trial)
+            found[f"random {trial + 1}: {name}"] = shuffled(found[name], job.seed + trial, planted)
     return found, chosen
 
 

@@ -1,4 +1,11 @@
-"""Learn scales without hand-tuned settings: held-out loss chooses the learning rate and the epoch."""
+"""Learn scales without hand-tuned settings: held-out loss chooses the learning rate and the epoch.
+
+The development images are cut into folds. For each fold, scales are learned from the other folds, and the
+loss is measured on the fold itself. So every development image is held out once, and the settings are chosen
+by the loss on all of them. On a quarter of the images alone, a model that is hardly ever wrong may show
+nothing to learn. The result is the mean over the folds of the scales at the chosen rate and epoch. Each
+fold's scales follow the noise of its own images as well, and the mean keeps what the folds agree on.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +21,7 @@ from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings, fit
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
-from hones_eval.methods.learning import TargetLosses
+from hones_eval.methods.learning import Fold, TargetLosses
 from hones_eval.runs.lightning import Loop
 
 FEWEST_IMAGES = 8
@@ -31,22 +38,24 @@ class TuneSettings:
         sparsity: how strongly weak sites are held at 1 (`FitSettings.sparsity`).
         beta: the weight of KL(original || scaled), which keeps answers near the model's; 0 by default,
             because the held-out loss already guards against learning too much.
-        held_out: the share of the images that choose the rate and the epoch, and are not learned from.
+        folds: the number of parts that the images are cut into; each part is held out once.
         seed: of the split, of the order of the examples, and of the random bank.
     """
 
-    rates: tuple[float, ...] = (0.1, 0.3)
-    epochs: int = 8
+    rates: tuple[float, ...] = (0.2,)
+    epochs: int = 4
     ceiling: float = 4.0
     sparsity: float = 0.2
     beta: float = 0.0
-    held_out: float = 0.25
+    folds: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Reject settings that cannot be used."""
         if not self.rates or min(self.rates) <= 0 or self.epochs < 1:
             raise HonesError("tuning needs learning rates above 0 and at least one epoch")
+        if self.folds < 2:
+            raise HonesError(f"tuning with {self.folds} folds holds nothing out: use 2 or more")
         if self.ceiling <= 1:
             raise HonesError(f"--ceiling {self.ceiling:g}: the largest scale must be above 1")
         if not 0 <= self.sparsity < 1:
@@ -82,20 +91,20 @@ def tune(
 ) -> Tuned:
     """Learn one scale per site of a bank; every process gets the same.
 
-    The development images are split in two. Scales are learned on one part, once per learning rate. Then one
-    pass over the other part measures the loss of the target under the scales at the end of every epoch of
-    every rate, and without steering. The smallest held-out loss wins.
+    Scales are learned once per learning rate and fold. Then one pass measures, for every image, the loss of
+    the target without steering and under the scales of its own fold at the end of every epoch. The rate and
+    epoch with the smallest loss win, and the steering has the mean scales of their folds.
     """
-    train, held_out = split_by_image(examples, settings.held_out, settings.seed)
-    candidates: dict[str, Steering] = {}
-    for rate in settings.rates:
-        name = f"tune-{rate:g}"
-        fitted = fit(replayer, examples, bank, settings.fit_settings(rate), loop, train, name)
-        for epoch, (heads, neurons) in enumerate(fitted.epochs, start=1):
-            candidates[f"{rate:g}, {epoch}"] = scaling.of_sites(ranking, heads, neurons, {})
-    totals = loop.run(examples, TargetLosses(replayer, candidates, held_out), "tune-held-out")
+    held_out = folds_by_image(examples, settings.folds, settings.seed)
+    folds = []
+    for number, part in enumerate(held_out):
+        train = sorted({*range(len(examples))} - {*part})
+        folds.append(
+            Fold(_candidates(ranking, replayer, examples, bank, settings, loop, train, number), part)
+        )
+    totals = loop.run(examples, TargetLosses(replayer, folds), "tune-held-out")
     losses = (totals.sums["losses"] / totals.sums["examples"]).tolist()
-    by_name = dict(zip(candidates, losses[1:], strict=True))
+    by_name = dict(zip(folds[0].steerings, losses[1:], strict=True))
     best = min(by_name, key=by_name.__getitem__)
     report = {
         "rates": list(settings.rates),
@@ -104,16 +113,15 @@ def tune(
         "sparsity": settings.sparsity,
         "beta": settings.beta,
         "seed": settings.seed,
+        "folds": settings.folds,
         "sites": len(bank),
-        "learned_from": len(train),
-        "held_out": len(held_out),
         "held_out_loss_without": losses[0],
         "held_out_loss_by_rate_and_epoch": by_name,
     }
     if by_name[best] >= losses[0]:
         return Tuned(None, report)
     best_rate, best_epoch = best.split(", ")
-    chosen = candidates[best]
+    chosen = _mean(ranking, [fold.steerings[best] for fold in folds])
     changes = torch.cat([(chosen.head_scales - 1).flatten(), (chosen.neuron_scales - 1).flatten()]).abs()
     report |= {"learning_rate": float(best_rate), "best_epoch": int(best_epoch)}
     report |= {"held_out_loss": by_name[best]}
@@ -121,8 +129,35 @@ def tune(
     return Tuned(chosen, report)
 
 
-def split_by_image(examples: TaskExamples, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split examples into two parts that share no image: the second holds about `share` of the images.
+def _candidates(
+    ranking: Ranking,
+    replayer: Replayer,
+    examples: TaskExamples,
+    bank: Sequence[Head | Neuron],
+    settings: TuneSettings,
+    loop: Loop,
+    train: Sequence[int],
+    fold: int,
+) -> dict[str, Steering]:
+    """The scales that are learned without one fold, at the end of every epoch of every rate."""
+    found: dict[str, Steering] = {}
+    for rate in settings.rates:
+        name = f"tune-{rate:g}-{fold + 1}"
+        fitted = fit(replayer, examples, bank, settings.fit_settings(rate), loop, train, name)
+        for epoch, (heads, neurons) in enumerate(fitted.epochs, start=1):
+            found[f"{rate:g}, {epoch}"] = scaling.of_sites(ranking, heads, neurons, {})
+    return found
+
+
+def _mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:
+    """The steering with the mean scales of several."""
+    heads = torch.stack([steering.head_scales for steering in steerings]).mean(0)
+    neurons = torch.stack([steering.neuron_scales for steering in steerings]).mean(0)
+    return scaling.of_sites(ranking, heads, neurons, {})
+
+
+def folds_by_image(examples: TaskExamples, count: int, seed: int) -> list[list[int]]:
+    """Cut examples into `count` parts of about equal size that share no image.
 
     Raises: HonesError with fewer than eight images.
     """
@@ -137,9 +172,7 @@ def split_by_image(examples: TaskExamples, share: float, seed: int) -> tuple[lis
             f"{FEWEST_IMAGES} or more"
         )
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, round(share * len(groups)))
-    held_out = sorted(index for place in order[:count] for index in groups[place])
-    return sorted({*range(len(examples))} - {*held_out}), held_out
+    return [sorted(index for place in order[part::count] for index in groups[place]) for part in range(count)]
 
 
 def whole_bank(ranking: Ranking) -> list[Head | Neuron]:

@@ -168,41 +168,54 @@ def cosine(steps: int, last: float = 0.1) -> Callable[[int], float]:
     return lambda step: last + (1 - last) * (1 + curve[min(step, steps)]) / 2
 
 
+class Fold(NamedTuple):
+    """Steerings by name that were chosen without these examples, by which they are measured."""
+
+    steerings: Mapping[str, Steering]
+    indices: Sequence[int]
+
+
 class TargetLosses:
     """One pass: the mean cross-entropy of the target's tokens without steering and under several steerings.
 
-    Steerings are the rows of a batch. Only the examples in `indices` are measured; the others count as
-    nothing, so that a part of the development examples can be held out from learning.
+    Steerings are the rows of a batch. Every example is measured under the steerings of its own fold; the
+    steerings of all folds have the same names. Examples of no fold are not measured.
     """
 
-    def __init__(self, replayer: Replayer, steerings: Mapping[str, Steering], indices: Sequence[int]) -> None:
-        """Measure every one of `steerings`, and the model without steering, on the examples `indices`."""
+    def __init__(self, replayer: Replayer, folds: Sequence[Fold]) -> None:
+        """Measure the examples of every fold under the steerings of the fold, and without steering."""
         self.anatomy, self.limit, self.decoder = replayer.anatomy, replayer.limit, Decoder(replayer)
-        self.steerings, self.indices = dict(steerings), frozenset(indices)
+        self.names = list(folds[0].steerings)
+        self._of = {index: fold.steerings for fold in folds for index in fold.indices}
 
     def zeros(self) -> dict[str, Tensor]:
         """The sum of losses [1 + steerings], without steering first, and the count of examples."""
         return {
-            "losses": torch.zeros(1 + len(self.steerings), dtype=torch.float64),
+            "losses": torch.zeros(1 + len(self.names), dtype=torch.float64),
             "examples": torch.zeros((), dtype=torch.float64),
         }
 
     def measure(self, example: Example) -> Measurement:
         """The losses of one example."""
-        if example.index not in self.indices:
+        if example.index not in self._of:
             return Measurement(self.zeros(), None)
+        steerings = self._of[example.index]
         inputs = self.decoder.append_answer(example.inputs, example.settings, example.target_ids[:-1])
         losses = [self._losses(inputs, [], example.target_ids)]
-        names, length = list(self.steerings), int(inputs["input_ids"].shape[1])
-        losses += self.limit.chunks(names, length, lambda cut: self._losses(inputs, cut, example.target_ids))
+        length = int(inputs["input_ids"].shape[1])
+        losses += self.limit.chunks(
+            self.names,
+            length,
+            lambda cut: self._losses(inputs, [steerings[name] for name in cut], example.target_ids),
+        )
         sums = {"losses": torch.cat(losses), "examples": torch.ones((), dtype=torch.float64)}
         return Measurement(sums, None)
 
     @torch.no_grad()
-    def _losses(self, inputs: Mapping[str, Any], names: Sequence[str], ids: Sequence[int]) -> Tensor:
-        """Losses [rows] of the target under some steerings, or without steering for no names."""
-        rows = max(1, len(names))
-        with editing(_row_edits(self.anatomy, [self.steerings[name] for name in names])):
+    def _losses(self, inputs: Mapping[str, Any], chosen: Sequence[Steering], ids: Sequence[int]) -> Tensor:
+        """Losses [rows] of the target under some steerings, or of one row without steering for none."""
+        rows = max(1, len(chosen))
+        with editing(_row_edits(self.anatomy, chosen)):
             logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
         logits = logits[:, -len(ids) :].float()
         target = torch.tensor(ids, device=logits.device).expand(rows, -1)
