@@ -32,6 +32,9 @@ Neurons = float | Literal["all"]
 Plant = Literal["neurons", "heads", "random"]
 """The sites that a spike-in damps: a ranking's best neurons or heads, or random neurons."""
 
+Correction = Literal["holm", "benjamini_hochberg"]
+"""How p-values of rows that are reported together are corrected."""
+
 What = Literal["image", "text", "last", "attention", "ffn"]
 """Which activations are patched in causal tracing."""
 Pairs = Literal["all", "right"]

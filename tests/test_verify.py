@@ -24,6 +24,7 @@ from hones_eval.jobs.verify import Verification, verify
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.banks import few_trials, head_banks, neuron_banks
 from hones_eval.runs.lightning import Loop
+from hones_eval.stats import verdicts
 from hones_eval.stats.resampling import numbered, resample_means, resample_metric, resample_results
 
 WRAPPER = own_answers.MODEL
@@ -230,6 +231,31 @@ def test_bad_banks_are_rejected(lmm: Any, tasks: Path, rankings: Path) -> None:
     nothing = replace(ranking, head_scores=torch.zeros_like(ranking.head_scores))
     with pytest.raises(HonesError, match="no head of this ranking has a score above 0"):
         verify(job(lmm, tasks, nothing, sites="heads"))
+
+
+@pytest.mark.parametrize("correction", ["holm", "benjamini_hochberg"])
+def test_the_correction_of_a_report_is_the_one_asked_for(
+    correction: Any, lmm: Any, tasks: Path, rankings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the metric, the probability and the accuracy of every chosen bank together."""
+    monkeypatch.setattr(verdicts, "FEWEST_UNITS", 2)  # the held-out part has eight images
+    report = verify(job(lmm, tasks, Ranking.load(rankings / "vseam"), trials=2, correction=correction))
+    assert report["correction"] == correction
+    rows = [
+        bank[f"{what}_drop"]
+        for what in ("metric", "probability", "accuracy")
+        for name, bank in report["banks"].items()
+        if not name.startswith("random")
+    ]
+    tested = [row for row in rows if row["p"] is not None]
+    assert len(tested) > 2
+    p = [row["p"] for row in tested]
+    if correction == "holm":
+        expected = verdicts.holm(p)
+    else:
+        expected = stats.false_discovery_control(p, method="bh").tolist()
+    assert [row["p_adjusted"] for row in tested] == pytest.approx(expected)
+    assert [row["p_adjusted"] for row in tested] != pytest.approx(p)
 
 
 def test_weights_that_are_not_finite_are_named(lmm: Any, tasks: Path, rankings: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval.api.model import Model
-from hones_eval.choices import Sites
+from hones_eval.choices import Correction, Sites
 from hones_eval.core.artifact import write_json
 from hones_eval.core.ranking import Ranking
 from hones_eval.jobs.verify import Verification as Job
@@ -121,6 +121,7 @@ def verify(
     heads: int = 10,
     trials: int = 5,
     seed: int = 0,
+    correction: Correction = "holm",
     out: Path | None = None,
 ) -> Verification:
     """Mask the selected sites on held-out examples, and matched random sites for comparison.
@@ -140,6 +141,7 @@ def verify(
         heads: how many positive, negative and random heads to mask.
         trials: random banks to compare with, two or more.
         seed: for the random banks and the bootstrap.
+        correction: of p-values over the rows: `holm`, or `benjamini_hochberg` for the false discovery rate.
         out: the folder to write verify.json and verify.png to.
 
     Returns: the drops of the metric by masking, in its units, with paired 95 % intervals over images.
@@ -163,7 +165,7 @@ def verify(
         metric=metric,
         target=target,
     )
-    job = Job(ranking, model.replayer, examples, model.loop, sites, neurons, heads, trials, seed)
+    job = Job(ranking, model.replayer, examples, model.loop, sites, neurons, heads, trials, seed, correction)
     found = verify_banks(job) | {"settings": model.settings(examples, gen_kwargs=gen_kwargs)}
     verification = Verification(found)
     if out is not None and model.loop.is_first:

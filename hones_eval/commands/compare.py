@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval.api.task_names import limits_of, names_in
-from hones_eval.choices import DType, Rows
+from hones_eval.choices import Correction, DType, Rows
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
 
@@ -28,6 +28,7 @@ def compare(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    correction: Correction = "holm",
 ) -> Answer:
     """Compare rankings of one model: neurons per layer, shared groups, overlaps; with a model, cross-masking.
 
@@ -52,6 +53,8 @@ def compare(
         devices: processes on this node, one device each.
         num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: for the random banks, the bootstrap and the permutations of levels.
+        correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
+            discovery rate.
 
     Example:
         hones-eval compare runs/vqa/ranking runs/ocr/ranking --out runs/compare
@@ -87,7 +90,7 @@ def compare(
             )
             for name in names
         ]
-        crossings = cross(comparison, masked.replayer, examples, masked.loop, seed)
+        crossings = cross(comparison, masked.replayer, examples, masked.loop, seed, correction)
         first = masked.loop.is_first
     if not first:
         return Answer([])

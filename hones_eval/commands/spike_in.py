@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval.choices import DType, Plant, Rows, Way
+from hones_eval.choices import Correction, DType, Plant, Rows, Way
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
 from hones_eval.methods.registry import MethodName as Method
@@ -38,6 +38,7 @@ def spike_in(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    correction: Correction = "holm",
 ) -> Answer:
     """Would this pipeline find a gain here, if there was one? Damage the model and measure the repair.
 
@@ -74,6 +75,8 @@ def spike_in(
         devices: processes on this node, one device each.
         num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: for everything that is drawn at random.
+        correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
+            discovery rate.
 
     Example:
         hones-eval spike-in --ranking runs/vqa --model llava_hf --model_args pretrained=... \\
@@ -120,6 +123,7 @@ def spike_in(
         trials=trials,
         chosen_on_random=chosen_on_random,
         seed=seed,
+        correction=correction,
     )
     report = run(job)
     report["settings"] |= loaded.settings(job.test, gen_kwargs=gen_kwargs)

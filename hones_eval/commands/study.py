@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_eval.api.task_names import limits_of, names_in
-from hones_eval.choices import DType, Rows
+from hones_eval.choices import Correction, DType, Rows
 from hones_eval.commands.answer import Answer, say
 from hones_eval.errors import HonesError
 from hones_eval.methods.registry import METHODS as REGISTERED
@@ -39,6 +39,7 @@ def study(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    correction: Correction = "holm",
 ) -> Answer:
     """Make the paper's table: rank, scale in every way, and test on several tasks and on shifted ones.
 
@@ -74,6 +75,8 @@ def study(
         devices: processes on this node, one device each.
         num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: for everything that is drawn at random.
+        correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
+            discovery rate.
 
     Example:
         hones-eval study --model llava_hf --model_args pretrained=... --tasks hones_vqa,hones_ocr \\
@@ -122,6 +125,7 @@ def study(
         trials,
         seed,
         FitSettings(learning_rate=learning_rate, epochs=epochs, seed=seed),
+        correction,
     )
     report = run(plan)
     if not loaded.loop.is_first:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hones_eval.choices import DType, Rows, Sites
+from hones_eval.choices import Correction, DType, Rows, Sites
 from hones_eval.commands.answer import Answer
 
 
@@ -27,6 +27,7 @@ def verify(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 0,
+    correction: Correction = "holm",
 ) -> Answer:
     """Mask the sites that a ranking selects on held-out examples, and matched random sites for comparison.
 
@@ -51,6 +52,8 @@ def verify(
         devices: processes on this node, one device each.
         num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
         seed: for the random banks and the bootstrap.
+        correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
+            discovery rate.
 
     Example:
         hones-eval verify --ranking runs/vqa/ranking --model llava_hf --model_args pretrained=... \\
@@ -78,6 +81,7 @@ def verify(
         heads=heads,
         trials=trials,
         seed=seed,
+        correction=correction,
         out=out,
     )
     first, *others = found.lines()

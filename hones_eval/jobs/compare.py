@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from hones_eval.choices import Correction
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads
@@ -221,7 +222,12 @@ class Crossing(NamedTuple):
 
 
 def cross(
-    comparison: Comparison, replayer: Replayer, tasks: Sequence[TaskExamples], loop: Loop, seed: int = 0
+    comparison: Comparison,
+    replayer: Replayer,
+    tasks: Sequence[TaskExamples],
+    loop: Loop,
+    seed: int = 0,
+    correction: Correction = "holm",
 ) -> list[Crossing]:
     """Mask every bank on every task, with a matched random bank each: the cross-task matrix (HONES 3).
 
@@ -259,7 +265,10 @@ def cross(
                 )
             )
     # The verdicts are corrected over the whole matrix.
-    return [cell._replace(drop=as_drop(judged)) for cell, judged in zip(found, judge(contrasts), strict=True)]
+    return [
+        cell._replace(drop=as_drop(judged))
+        for cell, judged in zip(found, judge(contrasts, correction), strict=True)
+    ]
 
 
 def _random_like(bank: Sequence[Site], anatomy: Anatomy, seed: int) -> list[Head] | list[Neuron]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hones_eval.choices import HowHeads, HowNeurons, Plant, Way
+from hones_eval.choices import Correction, HowHeads, HowNeurons, Plant, Way
 from hones_eval.core.attach import AttachMode, steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads, top_neurons
@@ -67,6 +67,7 @@ class SpikeIn:
         attach: how the damage is attached.
         tune: the settings of the way `tuned`.
         seed: of everything that is drawn at random.
+        correction: of the p-values of the ways and the exact repair.
     """
 
     ranking: Ranking
@@ -87,6 +88,7 @@ class SpikeIn:
     attach: AttachMode = "hook"
     tune: TuneSettings = field(default_factory=TuneSettings)
     seed: int = 0
+    correction: Correction = "holm"
 
     def __post_init__(self) -> None:
         """Reject a fault that cannot be repaired, a ranking of another model, and sets that share images."""
@@ -174,6 +176,7 @@ def spike_in(job: SpikeIn) -> dict[str, Any]:
             "trials": job.trials,
             "seed": job.seed,
             "attach": job.attach,
+            "correction": job.correction,
         },
         "ranking": {"method": job.ranking.provenance.method, "digest": job.ranking.digest},
     }
@@ -298,7 +301,7 @@ def _rows(
     called better is then an upper bound of what a corrected report would show.
     """
     names = [name for name in steerings if not name.startswith("random")]
-    judged = dict(zip(names, judge(measured.contrasts(names)), strict=True))
+    judged = dict(zip(names, judge(measured.contrasts(names), job.correction), strict=True))
     rows = [_row(measured, name, judged[name], steerings[name]) for name in names]
     random = [name for name in steerings if name.startswith("random")]
     alone = [judge([contrast])[0] for contrast in measured.contrasts(random)]

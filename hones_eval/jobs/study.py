@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from hones_eval.choices import HowNeurons
+from hones_eval.choices import Correction, HowNeurons
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron
 from hones_eval.core.steering import Steering
@@ -57,6 +57,7 @@ class Study:
     trials: int = 5
     seed: int = 0
     fit: FitSettings = dataclasses.field(default_factory=FitSettings)
+    correction: Correction = "holm"
 
     def __post_init__(self) -> None:
         """Reject a study without HONES or with too few random banks, and test sets that show an image of any
@@ -106,8 +107,9 @@ def run(study: Study) -> dict[str, Any]:
         *fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks}),
     ]
     return {
-        "attribution": _judged(attribution, "drop", as_drop),
-        "steering": _judged(steering, "gain", Judged.to_json),
+        "attribution": _judged(attribution, "drop", as_drop, study.correction),
+        "steering": _judged(steering, "gain", Judged.to_json, study.correction),
+        "correction": study.correction,
         "examples": sizes,
         "notes": notes,
     }
@@ -121,10 +123,13 @@ class _Pending(NamedTuple):
 
 
 def _judged(
-    pending: Sequence[_Pending], name: str, as_json: Callable[[Judged], dict[str, Any]]
+    pending: Sequence[_Pending],
+    name: str,
+    as_json: Callable[[Judged], dict[str, Any]],
+    correction: Correction,
 ) -> list[dict[str, Any]]:
     """The rows of a table with their intervals and verdicts, corrected over the whole table."""
-    verdicts = iter(judge([one.contrast for one in pending if one.contrast is not None]))
+    verdicts = iter(judge([one.contrast for one in pending if one.contrast is not None], correction))
     rows = []
     for row, contrast in pending:
         if contrast is not None:

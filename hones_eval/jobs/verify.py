@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hones_eval.choices import Sites
+from hones_eval.choices import Correction, Sites
 from hones_eval.core.artifact import ExampleSet, Provenance
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron
@@ -37,6 +37,7 @@ class Verification:
     heads: int = 10
     trials: int = 5
     seed: int = 0
+    correction: Correction = "holm"
 
 
 def verify(job: Verification) -> dict[str, Any]:
@@ -63,12 +64,13 @@ def verify(job: Verification) -> dict[str, Any]:
         "higher_is_better": job.examples.higher_is_better,
         "sites": kind_of_sites(job),
         "seed": job.seed,
+        "correction": job.correction,
         "bank_sizes": {name: len(bank) for name, bank in banks.items()},
         "warnings": [
             *(f"no {name} head has a score above 0, so none was masked" for name in banks if not banks[name]),
             *filter(None, [few, job.examples.constant_answer_warning(), measured.nothing_to_lose()]),
         ],
-        **measured.report(),
+        **measured.report(job.correction),
     }
 
 
@@ -139,13 +141,13 @@ class Measured:
         }
         self.values = {"metric": metric, **resampled}
 
-    def report(self) -> dict[str, Any]:
+    def report(self, correction: Correction = "holm") -> dict[str, Any]:
         """The unmasked values, every bank's drops, the random banks' mean, and the drops beyond that mean."""
         chosen = [name for name in self.names[1:] if not name.startswith("random")]
         banks = {name: self.drops(name) for name in self.names[1:]}
         rows = [(name, what) for what in self.values for name in chosen]
         contrasts = [contrast for what in self.values for contrast in self.contrasts(chosen, what)]
-        for (name, what), judged in zip(rows, judge(contrasts), strict=True):
+        for (name, what), judged in zip(rows, judge(contrasts, correction), strict=True):
             banks[name][f"{what}_drop"] = as_drop(judged)
         return {
             BASELINE: {what: float(values.observed[0]) for what, values in self.values.items()},

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from hones_eval.core.artifact import write_json, write_text
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import markdown_table
+from hones_eval.stats.verdicts import CORRECTIONS
 
 Row = Mapping[str, Any]
 
@@ -49,7 +50,8 @@ def page(report: Mapping[str, Any]) -> str:
         f"{len(report['planted'])} sites ({report['plant']}) of the model were multiplied by "
         f"{report['damp']:g}. {_loss(report)} Measured on {tests['count']} examples of {tests['task']}.\n",
         markdown_table(table),
-        f"{_controls(report)} Verdicts of the table are corrected over its rows (Holm).\n",
+        f"{_controls(report)} Verdicts of the table are corrected over its rows "
+        f"({CORRECTIONS[report['settings'].get('correction', 'holm')]}).\n",
         "## Where the planted sites are in the rankings\n",
         markdown_table(_standings(report)),
     ]

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from hones_eval.choices import Correction
 from hones_eval.core.artifact import write_json, write_text
 from hones_eval.jobs.study import WAYS
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import csv_table, markdown_table, short_names
+from hones_eval.stats.verdicts import CORRECTIONS
 
 Row = Mapping[str, Any]
 VERDICTS = ("better", "worse", "no clear difference", "too few")
@@ -39,7 +41,11 @@ def _page(report: Mapping[str, Any]) -> str:
     for split, title in (("test", "In distribution" if has_shifted else "Test"), ("shifted", "Shifted")):
         rows = [row for row in own if row["split"] == split]
         if rows:
-            parts += [f"## {title}\n", markdown_table(_by_way(rows, tasks)), _conclusion(rows)]
+            parts += [
+                f"## {title}\n",
+                markdown_table(_by_way(rows, tasks)),
+                _conclusion(rows, report.get("correction", "holm")),
+            ]
     parts += ["## How far the scales are from 1\n", markdown_table(_moves(own, tasks))]
     if others:
         parts += [
@@ -68,7 +74,7 @@ def _gain(row: Row) -> str:
     return f"{row['steered']:.3f} ({row['gain']:+.3f}{interval})"
 
 
-def _conclusion(rows: Sequence[Row]) -> str:
+def _conclusion(rows: Sequence[Row], correction: Correction) -> str:
     lines = []
     for how in WAYS:
         verdicts = [row["verdict"] for row in rows if row["how"] == how]
@@ -82,7 +88,8 @@ def _conclusion(rows: Sequence[Row]) -> str:
         )
     else:
         lines.append("- Power: with so few examples no gain would be found with probability 0.8.")
-    return "Verdicts, corrected over the whole table (Holm):\n\n" + "\n".join(lines) + "\n"
+    title = f"Verdicts, corrected over the whole table ({CORRECTIONS[correction]}):\n\n"
+    return title + "\n".join(lines) + "\n"
 
 
 def _moves(rows: Sequence[Row], tasks: Sequence[str]) -> list[dict[str, str]]:

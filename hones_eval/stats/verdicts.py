@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hones_eval.choices import Correction
 from hones_eval.stats import power
 from hones_eval.stats.corpus import compare_corpus
 from hones_eval.stats.paired import (
@@ -34,7 +35,8 @@ from hones_eval.stats.paired import (
 
 ALPHA = 0.05
 FEWEST_UNITS = 10
-Correction = Literal["holm", "benjamini_hochberg"]
+CORRECTIONS: dict[Correction, str] = {"holm": "Holm", "benjamini_hochberg": "Benjamini-Hochberg"}
+"""The names of the corrections in reports."""
 Verdict = Literal["better", "worse", "no clear difference", "too few"]
 
 
