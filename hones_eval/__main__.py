@@ -16,6 +16,7 @@ from typing import Any
 from hones_eval.commands import ARTIFACTS, COMMANDS, command
 from hones_eval.commands.answer import print_as_json, show
 from hones_eval.errors import HonesError, UsageError, printable
+from hones_eval.notes import note
 from hones_eval.version import __version__
 
 
@@ -109,6 +110,8 @@ def _run(given: Sequence[str], as_json: bool) -> None:
     call = read(given)
     _check_numbers(call.arguments)
     _check_out(call.name, call.arguments, call.overwrite)
+    if "model_args" in call.arguments and "torch" not in sys.modules:
+        note(f"{call.name}: importing torch, transformers and lmms-eval")
     with _sole_writer(call.arguments.get("out")):
         answer = command(call.name)(**call.arguments)
     if several := sys.modules.get("hones_eval.runs.processes"):

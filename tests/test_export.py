@@ -1,5 +1,6 @@
 """Exported steerings need no hones-eval: plain transformers and plain PEFT give the steered logits."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,10 @@ from families import build
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hones_eval.__main__ import main
-from hones_eval.core import files
+from hones_eval.core import export, files
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.attach import steer
@@ -86,21 +87,28 @@ def test_a_missing_base_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["checkpoint", "ia3"])
 def test_a_full_disk_leaves_nothing_and_is_named(
-    steering_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    to: str,
+    steering_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """safetensors reports a full disk by an error of its own, without a path."""
+    """A full disk is an error of safetensors without a path, or one of copying without a name."""
 
-    def full(self: PreTrainedModel, folder: Path, **options: object) -> None:
-        (folder / "config.json").write_text("{}")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(*given: object, **options: object) -> None:
+        if to == "ia3":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     out = tmp_path / "new" / "exported"
-    arguments = ["export", "--steering", str(steering_folder), "--to", "checkpoint", "--out", str(out)]
+    arguments = ["export", "--steering", str(steering_folder), "--to", to, "--out", str(out)]
     assert main(arguments) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"hones-eval: {out} could not be written, and nothing was left there: ")
+    assert line.startswith(f"hones-eval: {out}")
     assert "No space left" in line
     assert not (tmp_path / "new").exists()
 

@@ -1,6 +1,6 @@
 """A model that is ready to be measured: its lmms-eval wrapper, its anatomy, and the loop over examples."""
 
-import sys
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,7 @@ from hones_eval.core.unwrapping import unwrapped
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.notes import duration, note
 from hones_eval.runs.lightning import Loop
 
 
@@ -51,7 +52,7 @@ class Model:
         """Measure an lmms-eval model that is already built."""
         anatomy = Anatomy.of(inner_model(lmm))
         accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.unembedding.is_cuda else "cpu"
-        loop = Loop(accelerator, devices, num_nodes, progress=sys.stderr.isatty())
+        loop = Loop(accelerator, devices, num_nodes)
         rows = None if batch_size == "auto" else batch_size
         return cls(name, model_args, lmm, anatomy, Replayer(anatomy, rows), loop)
 
@@ -82,6 +83,7 @@ class Model:
         """
         if "," in task:
             raise HonesError(f"--tasks {task}: give one task at a time, each in a run of its own")
+        note(f"reading the examples of {task}")
         examples = TaskExamples(
             self.lmm,
             task,
@@ -146,8 +148,13 @@ def load(
     """
     if isinstance(model, torch.nn.Module):
         return _live(unwrapped(model), model_args, dtype, batch_size, devices, num_nodes)
+    note(f"loading {model} ({model_args})")
+    began = time.monotonic()
     lmm = load_lmm(model, model_args, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    return Model.wrap(lmm, model, model_args, batch_size=batch_size, devices=devices, num_nodes=num_nodes)
+    loaded = Model.wrap(lmm, model, model_args, batch_size=batch_size, devices=devices, num_nodes=num_nodes)
+    taken = duration(time.monotonic() - began)
+    note(f"loaded in {taken}, on {loaded.anatomy.unembedding.device}: {loaded!r}")
+    return loaded
 
 
 def _live(

@@ -105,7 +105,7 @@ def report(config: "PreTrainedConfig", name: str, dtype: str | None = None) -> A
 
     from hones_eval.core.anatomy import Anatomy
 
-    model = _empty(config, name)
+    model = empty_model(config, name)
     kind = dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     item = getattr(torch, kind, None)
     if not isinstance(item, torch.dtype):
@@ -162,8 +162,11 @@ def _report(
     )
 
 
-def _empty(config: "PreTrainedConfig", name: str) -> "PreTrainedModel":
-    """A model without values for a configuration."""
+def empty_model(config: "PreTrainedConfig", name: str) -> "PreTrainedModel":
+    """Make the model of a configuration on the meta device, without values.
+
+    Raises: HonesError when there is no model class for it.
+    """
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

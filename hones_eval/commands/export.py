@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING
 
 from hones_eval.choices import Export
 from hones_eval.commands.answer import Answer
-from hones_eval.errors import HonesError
+from hones_eval.errors import HonesError, UnsupportedModelError
+from hones_eval.notes import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hones_eval.core.adapters import ModelSource
+    from hones_eval.core.steering import Steering
 
 
 def export(
@@ -20,6 +24,10 @@ def export(
     strength: float = 1.0,
 ) -> Answer:
     """Write a steering as steered weights or as a PEFT adapter; neither needs this package to run.
+
+    Steered weights are a copy of the model's files with a few columns multiplied: names, types, configuration
+    and processor stay byte for byte, and the model is not loaded. Where that is not possible (merged
+    adapters, stacked experts, weights that are not safetensors), the model is loaded and saved.
 
     Args:
         steering: a folder that scale wrote, or a Hugging Face hub id.
@@ -52,6 +60,8 @@ def export(
             f"an (IA)^3 adapter cannot be loaded on top of the adapter {adapter}: use --to checkpoint, which "
             "merges it"
         )
+    if to == "checkpoint" and adapter is None and _copied(base, loaded, out):
+        return _answer(out, base, adapter, to, strength)
     model = _model(base)
     if adapter is not None:
         load_adapter(model, adapter, revision=revision, merge=True)
@@ -61,11 +71,42 @@ def export(
         from transformers import AutoProcessor
 
         export_checkpoint(model, loaded, out, AutoProcessor.from_pretrained(base).save_pretrained)
+    return _answer(out, base, adapter, to, strength)
+
+
+def _answer(out: Path, base: str, adapter: str | None, to: str, strength: float) -> Answer:
     model_name = base if adapter is None else f"{base} with {adapter} merged"
     return Answer(
         [f"wrote {out}: {model_name} steered, as {to}"],
         {"out": str(out), "base_model": base, "adapter": adapter, "to": to, "strength": strength},
     )
+
+
+def _copied(base: str, steering: "Steering", out: Path) -> bool:
+    """Write the steered weights as a copy of the base model's files, without the model in memory.
+
+    Returns: whether that was possible; if not, a note says why the model is loaded and saved instead.
+    """
+    from transformers import AutoConfig
+
+    from hones_eval.api.model_anatomy import empty_model
+    from hones_eval.core.attach import warn_of_another_model
+    from hones_eval.core.checkpoint_copy import CannotCopyError, checkpoint_folder, copy_scaled
+    from hones_eval.core.export import write_folder
+
+    try:
+        empty = empty_model(AutoConfig.from_pretrained(base), base)
+        source = checkpoint_folder(base)
+    except (OSError, ValueError) as error:
+        raise _no_model(base, error) from None
+    here: ModelSource = {"base_model": base, "revision": None, "adapter": None, "adapter_revision": None}
+    try:
+        write_folder(out, lambda folder: copy_scaled(source, empty, steering, folder))
+    except (CannotCopyError, UnsupportedModelError) as reason:
+        note(f"loading the whole model, since its files cannot be copied with scaled weights: {reason}")
+        return False
+    warn_of_another_model(steering.provenance, here)
+    return True
 
 
 def _model(base: str) -> "PreTrainedModel":
@@ -74,9 +115,11 @@ def _model(base: str) -> "PreTrainedModel":
     try:
         model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HonesError(
-            f"no vision-language model at {base!r}: {reason}; name it with --pretrained"
-        ) from None
+        raise _no_model(base, error) from None
     model.eval()
     return model
+
+
+def _no_model(base: str, error: Exception) -> HonesError:
+    reason = " ".join(str(error).split())[:200]
+    return HonesError(f"no vision-language model at {base!r}: {reason}; name it with --pretrained")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.core import edits
-from hones_eval.core.adapters import model_source
+from hones_eval.core.adapters import ModelSource, model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.experts import NeuronTap
@@ -74,8 +74,10 @@ def attach_to_anatomy(
     """Attach a steering to a model whose anatomy is already known. See `attach_steering`."""
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     steering = steering.at_strength(strength)
-    _warn_of_rounding(anatomy, steering)
-    _warn_of_another_model(anatomy.model, steering.provenance)
+    warn_of_rounding(steering, anatomy.model.dtype)
+    here = model_source(anatomy.model)
+    if here["base_model"] != type(anatomy.model).__name__:  # built in memory, it has no name to compare
+        warn_of_another_model(steering.provenance, here, lambda: weights_digest(anatomy.model))
     scaled = scaled_sites(anatomy, steering)
     if how == "fold":
         return AttachedSteering(None, _fold(anatomy, scaled))
@@ -117,8 +119,8 @@ def scaled_sites(anatomy: Anatomy, steering: Steering) -> list[tuple[Site, Tenso
     return [(site, scales) for site, scales in everything if not bool((scales == 1).all())]
 
 
-def _warn_of_rounding(anatomy: Anatomy, steering: Steering) -> None:
-    dtype = anatomy.model.dtype
+def warn_of_rounding(steering: Steering, dtype: torch.dtype) -> None:
+    """Warn of scales so close to 1 that weights or activations of a type cannot show them."""
     lost = steering.rounded_away(dtype)
     if lost:
         scaled = int((steering.head_scales != 1).sum()) + int((steering.neuron_scales != 1).sum())
@@ -130,15 +132,20 @@ def _warn_of_rounding(anatomy: Anatomy, steering: Steering) -> None:
         )
 
 
-def _warn_of_another_model(model: PreTrainedModel, made_for: Provenance) -> None:
-    """Warn when a steering was made for other weights of the same shape, naming both."""
-    here = model_source(model)
-    if here["base_model"] == type(model).__name__:  # built in memory: it has no name to compare
-        return
+def warn_of_another_model(
+    made_for: Provenance, here: ModelSource, digest: Callable[[], str] | None = None
+) -> None:
+    """Warn when a steering was made for other weights of the same shape, naming both.
+
+    Args:
+        made_for: of the steering.
+        here: the model that it is used on.
+        digest: computes the digest of that model's weights, by which a renamed copy is recognized.
+    """
     same_adapter = _last_part(here["adapter"]) == _last_part(made_for.adapter)
     if _last_part(here["base_model"]) == _last_part(made_for.base_model) and same_adapter:
         return
-    if made_for.weights is not None and made_for.weights == weights_digest(model):
+    if digest is not None and made_for.weights is not None and made_for.weights == digest():
         return  # the same model under another name
     names = [
         base if adapter is None else f"{base} with the adapter {adapter}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hones_eval.core.sites import all_heads
+from hones_eval.core.sites import all_heads, top_heads
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.methods.head_replacement import HeadReplacement
@@ -34,6 +34,16 @@ class HeadLocalization(Ablation):
     def log_probability_scores(self, totals: Totals) -> Tensor:
         """Mean drop of the gold answer's log-probability [L, H]."""
         return self.by_layer(self.log_probability_drops(totals))
+
+    def cost(self) -> str:
+        """The passes per example, and the flags that take fewer."""
+        return f"{len(self.in_play)} head passes per example; --race 0.05 or --screen first_order take fewer"
+
+    def so_far(self, sums: dict[str, Tensor]) -> str:
+        """The heads whose replacement lowers the gold answer's log-probability most."""
+        scores = self.log_probability_scores(Totals(sums, {}))
+        best = top_heads(scores, min(5, len(self.heads)), self.replayer.anatomy.shape.head_mask())
+        return f"best heads so far {', '.join(f'{head.layer}.{head.head}' for head in best)}"
 
     def by_layer(self, drops: Tensor) -> Tensor:
         """One number per head, in the order of `heads`, as [L, H] float32; 0 for heads that a layer lacks."""

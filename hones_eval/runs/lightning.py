@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,7 @@ from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.runs.checkpoint import Partial, Progress
 from hones_eval.runs.measure import Measure, Staged, Totals
 from hones_eval.runs.processes import is_about_others, left_alone, several
+from hones_eval.runs.progress import ProgressLines
 
 # Lightning sets its own level when it is imported; its banners would hide the messages of a pass.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -48,7 +50,7 @@ class Loop:
             accelerator: where the model is.
             devices: processes on this node, one device each.
             num_nodes: nodes; torchrun or srun starts the same command on each.
-            progress: show a bar with a rate.
+            progress: say what a pass costs and how far it is: by a bar on a terminal, elsewhere by lines.
 
         Raises: HonesError when there are not that many devices, or a launcher has started another number of
             processes, or none on other nodes.
@@ -64,12 +66,19 @@ class Loop:
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=progress,
-            callbacks=[_Bar(leave=True)] if progress else [],
+            enable_progress_bar=progress and sys.stderr.isatty(),
+            callbacks=self._callbacks(progress),
             inference_mode=True,
             barebones=False,
         )
         self.partial: Partial | None = None
+
+    @staticmethod
+    def _callbacks(progress: bool) -> list[Callback]:
+        if not progress:
+            return []
+        is_terminal = sys.stderr.isatty()
+        return [ProgressLines(lines=not is_terminal), *([_Bar(leave=True)] if is_terminal else [])]
 
     def strategy(self) -> Any:
         """The `strategy` argument of a Lightning trainer on these processes."""
@@ -205,6 +214,8 @@ class _Pass(LightningModule):  # type: ignore[misc]
 
 class _StagedPass(LightningModule):  # type: ignore[misc]
     """One pass in stages; the first rank keeps what was measured so far, for all."""
+
+    unit = "stages of examples"
 
     def __init__(self, examples: TaskExamples, measure: Staged, name: str, partial: Partial | None) -> None:
         super().__init__()

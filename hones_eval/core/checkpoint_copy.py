@@ -1,0 +1,175 @@
+"""Steered weights as a copy of a checkpoint: every file as it is, except the columns that scales change.
+
+Loading a model and saving it again renames tensors, may change their type, and needs the model in memory. A
+copy keeps names, index, types, configuration and processor byte for byte, so that whatever reads the original
+(a serving engine, another version of transformers) reads the copy. It takes the time of copying the files.
+"""
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.attach import scaled_sites, warn_of_rounding
+from hones_eval.core.steering import Steering
+from hones_eval.errors import HonesError, first_line
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Weights in other formats beside the safetensors files would be unsteered copies of the model.
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".npz"}
+
+
+class CannotCopyError(Exception):
+    """A checkpoint whose tensors are not plainly the model's own: it has to be loaded and saved instead."""
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; one from the hub is downloaded, or found in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision))
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is stored: the file, the first byte, and how to read it."""
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder: Path) -> None:
+    """Copy the checkpoint `source` into `folder`, with the scales multiplied into its weights.
+
+    Args:
+        source: a folder with safetensors weights and everything beside them.
+        empty: the checkpoint's model on the meta device.
+        steering: what to fold in.
+        folder: where to copy to; it exists and is empty.
+
+    Raises:
+        CannotCopyError: with the reason, when a steered weight is not stored as a tensor of its own.
+        HonesError: when the weights are quantized.
+    """
+    _refuse_quantized(empty)
+    stored = _tensors(source)
+    names = _checkpoint_names(empty, list(stored))
+    changes = [
+        (_find(name, shape, names, stored), scales) for name, shape, scales in _columns(empty, steering)
+    ]
+    for dtype in {tensor.dtype for tensor, _ in changes}:
+        warn_of_rounding(steering, dtype)
+    used = {tensor.file for tensor in stored.values()}
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (path.name in used or path.suffix not in _OTHER_WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+    for tensor, scales in changes:
+        _multiply(folder / tensor.file, tensor, scales)
+
+
+def _refuse_quantized(empty: PreTrainedModel) -> None:
+    settings: Any = getattr(empty.config, "quantization_config", None)
+    if settings is not None:
+        kind = settings.get("quant_method") if isinstance(settings, Mapping) else type(settings).__name__
+        raise HonesError(
+            f"the weights are quantized ({kind}), so the model cannot be exported with the steering in them: "
+            "export the unquantized base model, or use the steering with attach=hook"
+        )
+
+
+def _columns(empty: PreTrainedModel, steering: Steering) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """The name and shape of each weight that changes, with a scale per column."""
+    anatomy = Anatomy.of(empty)
+    steering.check_fits(anatomy.shape, type(empty).__name__)
+    names = {module: name for name, module in empty.named_modules()}
+    for site, scales in scaled_sites(anatomy, steering):
+        module = site.module
+        if module not in names or not isinstance(module, nn.Linear):
+            raise CannotCopyError(f"{site.name} is not a linear layer of its own")
+        yield f"{names[module]}.weight", tuple(module.weight.shape), scales
+
+
+def _tensors(source: Path) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint by its stored name, from the headers of its files."""
+    if (source / INDEX).is_file():
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        files = sorted(set(index["weight_map"].values()))
+    elif (source / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise CannotCopyError("there are no safetensors weights")
+    return {name: tensor for file in files for name, tensor in _header(source / file)}
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Stored]]:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, size)))
+            ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise HonesError(f"{path} is not a safetensors file: {first_line(error)}") from None
+    if 8 + length + max(ends, default=0) != size:
+        raise HonesError(f"{path} is damaged: its header describes another size than its {size:,} bytes")
+    for name, about in header.items():
+        if name != "__metadata__" and about["dtype"] in _TYPES:
+            start = 8 + length + about["data_offsets"][0]
+            yield name, _Stored(path.name, start, _TYPES[about["dtype"]], tuple(about["shape"]))
+
+
+def _checkpoint_names(empty: PreTrainedModel, stored: list[str]) -> dict[str, list[str]]:
+    """The stored names of each parameter, by transformers' own rules for loading the checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(empty)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    parameters = empty.state_dict()
+    found: dict[str, list[str]] = {}
+    for name in stored:
+        target, converted = rename_source_key(
+            name, renamings, converters, empty.base_model_prefix, parameters
+        )
+        # A converted tensor (stacked, split, transposed) is not the parameter: it gets no name here.
+        if converted is None:
+            found.setdefault(target, []).append(name)
+    return found
+
+
+def _find(
+    name: str, shape: tuple[int, ...], names: dict[str, list[str]], stored: dict[str, _Stored]
+) -> _Stored:
+    candidates = names.get(name, [])
+    if len(candidates) != 1:
+        raise CannotCopyError(f"{len(candidates)} tensors of the checkpoint are {name}")
+    tensor = stored[candidates[0]]
+    if tensor.shape != shape:
+        raise CannotCopyError(f"{candidates[0]} has the shape {tensor.shape}, and {name} has {shape}")
+    return tensor
+
+
+def _multiply(path: Path, tensor: _Stored, scales: Tensor) -> None:
+    """Multiply columns of a stored matrix in its file; only their bytes are written."""
+    columns = torch.nonzero(scales != 1).flatten()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        rows, width = tensor.shape
+        weight = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=rows * width, offset=tensor.start
+        ).reshape(rows, width)
+        weight[:, columns] = (weight[:, columns].float() * scales[columns].float()).to(tensor.dtype)
+        del weight  # the map can only be closed when nothing uses it
+        memory.flush()
