@@ -2,6 +2,7 @@
 
 It serves families for which lmms-eval has no wrapper that works with current transformers: every model that
 `AutoModelForImageTextToText` loads and whose processor has a chat template. PaliGemma needs no template.
+Decoder-only language models that `AutoModelForCausalLM` loads answer the tasks that show no image.
 """
 
 import inspect
@@ -16,7 +17,12 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hones_eval.errors import HonesError
 
@@ -34,6 +40,7 @@ from .hf_requests import (
 )
 from .settings import until
 from .steered import Steered
+from .text_only import TextProcessor, load_processor, model_class
 
 WITHOUT_TEMPLATE = ("paligemma",)
 """Families that are prompted without a chat template: images, then the text."""
@@ -81,8 +88,12 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
         try:
-            model: Any = AutoModelForImageTextToText.from_pretrained(pretrained, **shared, **place)
-            self.processor = AutoProcessor.from_pretrained(pretrained, **shared)
+            cls = model_class(pretrained, revision, trust_remote_code)
+            model: Any = cls.from_pretrained(pretrained, **shared, **place)
+            reads_images = cls is AutoModelForImageTextToText
+            self.processor: Any = (AutoProcessor.from_pretrained if reads_images else load_processor)(
+                pretrained, **shared
+            )
         except (OSError, ValueError, ImportError) as error:
             raise HonesError(f"{pretrained} cannot be loaded: {' '.join(str(error).split())}") from error
         if not device_map:
@@ -100,7 +111,7 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         made = cls.__new__(cls)
         lmms.__init__(made)
         made.batch_size_per_gpu = 1
-        made.processor = processor
+        made.processor = TextProcessor(processor) if _is_tokenizer(processor) else processor
         made._model = model.eval()
         made._prepare_tokenizer()
         made._prompted_plainly = made._prompts_plainly(str(model.config.name_or_path), None)
@@ -201,6 +212,8 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def _plain_inputs(self, conversations: Sequence[Messages]) -> Any:
         """One image token per image, then all texts; the processor does the rest."""
+        if isinstance(self.processor, TextProcessor):
+            return self.processor.plain_inputs(conversations)
         shown = [images(messages) for messages in conversations]
         if not all(shown):
             raise HonesError(f"{type(self._model).__name__} needs an image with every question")
@@ -232,7 +245,7 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             self.processor.chat_template = path.read_text(encoding="utf-8")
         if self.processor.chat_template is not None:
             return False
-        if self._model.config.model_type in WITHOUT_TEMPLATE:
+        if isinstance(self.processor, TextProcessor) or self._model.config.model_type in WITHOUT_TEMPLATE:
             return True
         raise HonesError(
             f"{pretrained} ({self._model.config.model_type}) has no chat template: give chat_template=<a "
@@ -266,6 +279,10 @@ def _one_turn(text: str, shown: Sequence[Any] | None) -> Messages:
     """One turn of a chat: images, then the text."""
     content = [as_part(visual_part(visual)) for visual in shown or []]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def _is_tokenizer(processor: Any) -> bool:
+    return isinstance(processor, PreTrainedTokenizerBase)
 
 
 def _own_device(device: str | None) -> torch.device:

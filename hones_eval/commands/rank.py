@@ -168,6 +168,7 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
         lines.append(f"top heads, as layer.head with the {unit}: {shown}")
     if ranking.neuron_scores is not None:
         lines.append(_neuron_line(ranking))
+        lines += _unmeasured_lines(report)
     lines += [f"warning: {warning}" for warning in _warnings(ranking)]
     return Answer(lines, _data(ranking, out))
 
@@ -219,6 +220,16 @@ def _neuron_line(ranking: "Ranking") -> str:
         counts[neuron.layer] = counts.get(neuron.layer, 0) + 1
     by_layer = ", ".join(f"{layer}: {counts[layer]}" for layer in sorted(counts))
     return f"{_count(len(bank), 'neuron')} selected, by layer {by_layer}"
+
+
+def _unmeasured_lines(report: dict[str, Any]) -> list[str]:
+    """The neurons of experts that no example was routed to."""
+    if not report.get("neurons_not_measured"):
+        return []
+    return [
+        f"not measured: {report['neurons_not_measured']} neurons of {report['experts_never_routed_to']} of "
+        f"the {report['experts']} experts, to which no example was routed; they are never selected"
+    ]
 
 
 def _warnings(ranking: "Ranking") -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hones_eval.core import edits
 from hones_eval.core.adapters import effective_weight, has_adapter
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.experts import NeuronTap
@@ -314,6 +315,7 @@ def _shape(
         neurons=[0 if group is None else group.site.width for group in neurons],
         experts=[0 if group is None else group.experts for group in neurons],
         expert_widths=[0 if group is None else group.expert_width for group in neurons],
+        groups=[[list(sizes) for sizes in group.several] if group else [] for group in neurons],
         hidden=hidden,
         vocabulary=vocabulary,
     )
@@ -531,7 +533,7 @@ def _prove_experts(anatomy: Anatomy, probe: _Probe, name: str) -> None:
     if not taps:
         return
     try:
-        with editing([(site, lambda x: x) for site in taps]):
+        with editing([(site, edits.Scaling(torch.ones(site.width))) for site in taps]):
             shown = probe.run()
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
@@ -560,7 +562,9 @@ def _prove_edits(anatomy: Anatomy, probe: _Probe, name: str) -> None:
         for layer in {there[0], there[-1]}:
             site = sites[layer]
             part = slice(0, anatomy.shape.head_width_of(layer)) if kind == "heads" else slice(None)
-            with editing([(site, lambda x, part=part: _without(x, part))]):  # type: ignore[misc]
+            kept = torch.ones(site.width)
+            kept[part] = 0
+            with editing([(site, edits.Scaling(kept))]):
                 changed = last_logits(probe.run())
             if torch.equal(base, changed):
                 raise UnsupportedModelError(
@@ -570,12 +574,6 @@ def _prove_edits(anatomy: Anatomy, probe: _Probe, name: str) -> None:
 
 def _heads(anatomy: Anatomy, layer: int) -> int:
     return anatomy.shape.heads_of(layer)
-
-
-def _without(x: Tensor, part: slice) -> Tensor:
-    edited = x.clone()
-    edited[..., part] = 0
-    return edited
 
 
 def _prove_logits(anatomy: Anatomy, probe: _Probe) -> None:

@@ -58,6 +58,10 @@ Heads = Annotated[int, Field(strict=True, ge=1, le=limits.HEADS)]
 Width = Annotated[int, Field(strict=True, ge=1, le=limits.WIDTH)]
 Integer = Annotated[int, Field(strict=True, ge=0, le=limits.INTEGER)]
 PerLayer = Annotated[list[Integer], Field(max_length=limits.LAYERS)]
+Group = Annotated[list[Integer], Field(min_length=2, max_length=2)]
+Groups = Annotated[
+    list[Annotated[list[Group], Field(max_length=limits.LAYERS)]], Field(max_length=limits.LAYERS)
+]
 Name = Annotated[str, Field(strict=True, max_length=limits.NAME)]
 
 
@@ -85,6 +89,10 @@ class ModelShape:
     layer_neurons: PerLayer | None = None
     layer_experts: PerLayer | None = None
     layer_expert_widths: PerLayer | None = None
+    layer_expert_groups: Groups | None = None
+    """Only where a layer has several groups of experts (of text and of image tokens in ERNIE 4.5 VL): per
+    layer the number of experts and the neurons of each, `[experts, width]`, of every group. Its experts are
+    numbered through all groups, and `layer_experts` and `layer_expert_widths` are 0 there."""
 
     def __post_init__(self) -> None:
         """Check that every list has a number for each layer, and none above the largest that is stated."""
@@ -99,6 +107,14 @@ class ModelShape:
             numbers = getattr(self, name)
             if numbers is not None and (len(numbers) != self.layers or max(numbers) > largest):
                 raise ValueError(f"{name} needs {self.layers} numbers of at most {largest}")
+        groups = self.layer_expert_groups
+        if groups is not None and (
+            len(groups) != self.layers
+            or any(sum(count * width for count, width in layer) > self.neurons for layer in groups)
+        ):
+            raise ValueError(
+                f"layer_expert_groups needs groups of at most {self.neurons} neurons for {self.layers} layers"
+            )
 
     @classmethod
     def of_layers(
@@ -111,6 +127,7 @@ class ModelShape:
         expert_widths: list[int],
         hidden: int,
         vocabulary: int,
+        groups: list[list[list[int]]] | None = None,
     ) -> Self:
         """The shape of layers with these numbers of heads and neurons; lists only where layers differ."""
 
@@ -129,6 +146,7 @@ class ModelShape:
             layer_neurons=differing(neurons),
             layer_experts=experts if any(experts) else None,
             layer_expert_widths=expert_widths if any(experts) else None,
+            layer_expert_groups=groups if any(groups or []) else None,
         )
 
     def differences(self, other: "ModelShape") -> list[str]:
@@ -145,7 +163,10 @@ class ModelShape:
             "layer_neurons": "neurons per layer",
             "layer_experts": "experts per layer",
             "layer_expert_widths": "neurons per expert",
+            "layer_expert_groups": "groups of experts",
         }
+        if self.layer_expert_groups is None or other.layer_expert_groups is None:
+            del lists["layer_expert_groups"]  # older artifacts do not state them
         return found or [
             f"{text} differ" for name, text in lists.items() if getattr(self, name) != getattr(other, name)
         ]
@@ -162,12 +183,65 @@ class ModelShape:
         """The number of neurons of a layer."""
         return self.neurons if self.layer_neurons is None else self.layer_neurons[layer]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return self.layer_experts is not None or self.layer_expert_groups is not None
+
+    def expert_groups(self, layer: int) -> list[tuple[int, int]]:
+        """The number of routed experts and the neurons of each, of every group of experts of a layer."""
+        if self.layer_expert_groups is not None and self.layer_expert_groups[layer]:
+            return [(count, width) for count, width in self.layer_expert_groups[layer]]
+        if self.layer_experts is None or self.layer_expert_widths is None or not self.layer_experts[layer]:
+            return []
+        return [(self.layer_experts[layer], self.layer_expert_widths[layer])]
+
     def expert_of(self, layer: int, neuron: int) -> tuple[int, int] | None:
         """The routed expert of a neuron and its number there; None in dense layers and shared experts."""
-        if self.layer_experts is None or self.layer_expert_widths is None:
-            return None
-        experts, width = self.layer_experts[layer], self.layer_expert_widths[layer]
-        return divmod(neuron, width) if neuron < experts * width else None
+        start = experts = 0
+        for count, width in self.expert_groups(layer):
+            if neuron < start + count * width:
+                expert, i = divmod(neuron - start, width)
+                return experts + expert, i
+            start, experts = start + count * width, experts + count
+        return None
+
+    def alike(self, layer: int, neuron: int) -> range:
+        """The neurons that are routed to as often as one: those of its expert, or all that always are active.
+
+        Always active are the neurons of dense layers and of shared experts.
+        """
+        start = 0
+        for count, width in self.expert_groups(layer):
+            if neuron < start + count * width:
+                first = neuron - (neuron - start) % width
+                return range(first, first + width)
+            start += count * width
+        return range(start, self.neurons_of(layer))
+
+    def routed_alike(self, layer: int) -> list[range]:
+        """The neurons of a layer in groups that are routed to alike: each expert, and all always active."""
+        found, start = [], 0
+        for count, width in self.expert_groups(layer):
+            found += [range(start + i * width, start + (i + 1) * width) for i in range(count)]
+            start += count * width
+        return [*found, range(start, self.neurons_of(layer))]
+
+    def routed(self, layer: int, activations: Tensor) -> Tensor:
+        """Whether each neuron could be active [..., I], given the activations of a layer [..., I].
+
+        The neurons of an expert could if any of them is not 0: tokens that are not routed to it have zeros
+        there. All other neurons that exist always could.
+        """
+        found = torch.zeros(activations.shape, dtype=torch.bool, device=activations.device)
+        found[..., : self.neurons_of(layer)] = True
+        start = 0
+        for count, width in self.expert_groups(layer):
+            part = slice(start, start + count * width)
+            active = (activations[..., part].unflatten(-1, (count, width)) != 0).any(-1)
+            found[..., part] = active.repeat_interleave(width, dim=-1)
+            start = part.stop
+        return found
 
     def head_mask(self) -> Tensor:
         """Which entries of a tensor [L, H] are heads that exist."""
@@ -203,6 +277,15 @@ class ExampleSet:
     image_hashes: Annotated[list[Name], Field(strict=True, max_length=limits.EXAMPLES)] = field(
         default_factory=list
     )
+
+    text_hashes: Annotated[list[Name], Field(strict=True, max_length=limits.EXAMPLES)] = field(
+        default_factory=list
+    )
+    """Of the questions that show no image."""
+
+    def shared_texts(self, other: "ExampleSet") -> set[str]:
+        """Hashes of the questions without an image that both sets contain."""
+        return set(self.text_hashes) & set(other.text_hashes)
 
     def shared_images(self, other: "ExampleSet") -> set[str]:
         """Hashes of the images that both sets contain."""

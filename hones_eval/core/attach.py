@@ -166,7 +166,7 @@ def _last_part(path: str | None) -> str | None:
     return None if path is None else path.rstrip("/").rpartition("/")[2]
 
 
-class _Scaling:
+class _Scaling(edits.Scaling):
     """The edit of one site: multiplies its input by the scales, on whichever device the input is."""
 
     def __init__(self, site: Site, scales: Tensor) -> None:
@@ -174,13 +174,18 @@ class _Scaling:
         # The weight of an offloaded layer is on the meta device until the layer is called.
         if isinstance(weight, Tensor) and not weight.is_meta:
             scales = scales.to(weight.device)
-        self._scales = scales
+        super().__init__(scales)
+        self._kept = scales
+
+    def scales(self, like: Tensor) -> Tensor:
+        """The scales, which are moved once."""
+        if self._kept.device != like.device:
+            self._kept = self._kept.to(like.device)
+        return self._kept
 
     def __call__(self, x: Tensor) -> Tensor:
-        scales = self._scales
-        if scales.device != x.device:
-            scales = self._scales = scales.to(x.device)
-        return edits.scale(x, scales)
+        """Scale the input of a linear layer; runs at every generated token."""
+        return edits.scale(x, self.scales(x))
 
 
 def linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:

@@ -1,7 +1,11 @@
 """Pure tensor edits: no hooks and no models. Inputs are never changed in place."""
 
+from collections.abc import Callable
+
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hones_eval.core.experts import Routed
 
 
 def mean_of_others(x: Float[Tensor, "*batch heads width"]) -> Float[Tensor, "*batch heads width"]:
@@ -62,7 +66,9 @@ def zero_neurons_in_rows(
     return edited
 
 
-def scale(x: Float[Tensor, "*batch sites"], scales: Float[Tensor, " sites"]) -> Float[Tensor, "*batch sites"]:
+def scale(
+    x: Float[Tensor, "*batch sites"], scales: Float[Tensor, "*#batch sites"]
+) -> Float[Tensor, "*batch sites"]:
     """Multiply every feature by its scale (HONES 4, V-SEAM 4). A scale of zero masks the feature.
 
     The product is computed in the wider of the two dtypes and then rounded to the dtype of `x`. Rounding the
@@ -70,6 +76,29 @@ def scale(x: Float[Tensor, "*batch sites"], scales: Float[Tensor, " sites"]) -> 
     """
     product = x * scales
     return product if product.dtype == x.dtype else product.to(x.dtype)
+
+
+class Scaling:
+    """An edit that multiplies every feature by its scale, also where only routed neurons are computed."""
+
+    def __init__(self, scales: Tensor | Callable[[], Tensor]) -> None:
+        """Scale by `scales` [features], by a row of its own for each row of the batch [rows, features], or by
+        what a function gives when the edit runs."""
+        self._scales = scales
+
+    def scales(self, like: Tensor) -> Tensor:
+        """The scales, on the device of a tensor."""
+        found = self._scales if isinstance(self._scales, Tensor) else self._scales()
+        return found.to(like.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale the input [rows, tokens, features] of a linear layer."""
+        scales = self.scales(x)
+        return scale(x, scales if scales.ndim == 1 else scales[:, None])
+
+    def routed(self, part: Routed) -> Tensor:
+        """Scale the activations of routed tokens."""
+        return scale(part.values, part.of_pairs(self.scales(part.values)))
 
 
 def patch_positions(

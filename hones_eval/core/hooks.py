@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hones_eval.core.experts import NeuronTap, Routed
 from hones_eval.errors import EditError
 
 Edit = Callable[[Tensor], Tensor]
@@ -43,7 +44,7 @@ class AttachedEdits:
         if compiled:
             guard_hooks()
         self._hooks = [_EditHook(site, edit) for site, edit in edits]
-        self._handles = [hook.site.module.register_forward_pre_hook(hook.__call__) for hook in self._hooks]
+        self._handles = [hook.register() for hook in self._hooks]
 
     @property
     def runs(self) -> dict[str, int]:
@@ -94,7 +95,17 @@ class _EditHook:
         x = args[0] if len(args) == 1 else None
         if not isinstance(x, Tensor) or x.shape[-1] != site.width:
             x = input_of(site, args)
-        edited = self.edit(x)
+        return self._checked(x, self.edit(x))
+
+    def register(self) -> Any:
+        """Register the hook; an edit of routed activations sees no others. Returns what removes it."""
+        module, edit = self.site.module, getattr(self.edit, "routed", None)
+        if not isinstance(module, NeuronTap) or edit is None:
+            return module.register_forward_pre_hook(self.__call__)
+        return module.register_routed_hook(lambda part: self._checked(part.values, edit(part)))
+
+    def _checked(self, x: Tensor, edited: Tensor) -> Tensor:
+        site = self.site
         if edited.shape != x.shape or edited.dtype != x.dtype:
             raise EditError(
                 f"the edit at {site.name} turned {tuple(x.shape)} {x.dtype} into "
@@ -141,8 +152,16 @@ def recording(sites: Sequence[Site], positions: slice | None = None) -> Iterator
 
         return hook
 
+    def register(site: Site) -> Any:
+        if not isinstance(site.module, NeuronTap):
+            return site.module.register_forward_pre_hook(record(site))
+        recorder = _RoutedRecorder(site, positions)
+        return site.module.register_routed_hook(
+            lambda part: recorded.__setitem__(site.name, recorder.add(part))
+        )
+
     with uncompiled():
-        handles = [site.module.register_forward_pre_hook(record(site)) for site in sites]
+        handles = [register(site) for site in sites]
         try:
             yield recorded
             missing = [site.name for site in sites if site.name not in recorded]
@@ -151,6 +170,51 @@ def recording(sites: Sequence[Site], positions: slice | None = None) -> Iterator
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def recording_calls(site: Site, positions: slice, kept: list[Tensor]) -> Iterator[None]:
+    """Append the input [rows, positions, width] of every call of a site's module to `kept`."""
+    if isinstance(site.module, NeuronTap):
+        recorder = _RoutedRecorder(site, positions)
+
+        def add(part: Routed) -> None:
+            x = recorder.add(part)
+            if not kept or kept[-1] is not x:
+                kept.append(x)
+
+        handle: Any = site.module.register_routed_hook(add)
+    else:
+        handle = site.module.register_forward_pre_hook(
+            lambda module, args: kept.append(args[0][:, positions])
+        )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _RoutedRecorder:
+    """Records the neurons of a mixture of experts at some positions only, as [rows, positions, neurons]."""
+
+    def __init__(self, site: Site, positions: slice | None) -> None:
+        self._site, self._positions = site, slice(None) if positions is None else positions
+        self._call: object = None
+        self._kept = torch.empty(0)
+
+    def add(self, part: Routed) -> Tensor:
+        """Add the activations of one part of a layer; returns what is recorded of this call so far."""
+        rows, length = part.size
+        start, stop, _ = self._positions.indices(length)
+        if part.call is not self._call:
+            self._call = part.call
+            self._kept = part.values.new_zeros(rows, max(stop - start, 0), self._site.width)
+        width = part.values.shape[-1]
+        own = self._kept[..., part.start : part.start + part.count * width].unflatten(-1, (part.count, width))
+        chosen = torch.nonzero((part.positions >= start) & (part.positions < stop)).flatten()
+        where = (part.rows[chosen], part.positions[chosen] - start, part.experts[chosen])
+        own[where] = part.values.detach()[chosen]
+        return self._kept
 
 
 def input_of(site: Site, args: tuple[Any, ...]) -> Tensor:

@@ -33,7 +33,8 @@ class Ranking:
     `head_positive`, `head_negative`: V-SEAM only. `head_examples`: on how many examples each head was
     measured, if heads were raced or screened; a head that was not measured (0) has the score 0.
     `neuron_scores`: importance, when asked for. `neuron_examples`: the same for neurons, if only the best
-    were measured (`--confirm`); `head_estimate`, `neuron_estimate`: the estimates that chose them.
+    were measured (`--confirm`), and in a mixture of experts, where an example only measures the experts that
+    it was routed to; `head_estimate`, `neuron_estimate`: the estimates that chose them.
     `head_direction`, `neuron_direction`: attribution patching, the signed mean of the estimates.
     `report`: counts and figures that a reader of the ranking should see.
     """
@@ -84,15 +85,17 @@ class Ranking:
             raise HonesError(
                 f"this ranking's settings give no fraction of neurons, but {share!r}: pass --neurons"
             )
-        there = self.provenance.shape.neuron_mask()  # where layers differ: choose none that a layer lacks
-        count = neuron_count(self.neuron_scores[there], share)
-        if self.neuron_examples is not None:
-            there &= self.neuron_examples > 0
-            if count > int(there.sum()):
-                raise HonesError(
-                    f"cannot choose {count} of the {int(there.sum())} neurons that were measured"
-                )
-        return top_neurons(self.neuron_scores.masked_fill(~there, -torch.inf), count)
+        shape = self.provenance.shape
+        count = neuron_count(self.neuron_scores[shape.neuron_mask()], share)
+        measured = self.measured_neurons()
+        if count > int(measured.sum()):
+            raise HonesError(f"cannot choose {count} of the {int(measured.sum())} neurons that were measured")
+        return top_neurons(self.neuron_scores.masked_fill(~measured, -torch.inf), count)
+
+    def measured_neurons(self) -> Tensor:
+        """Which neurons [L, I] have a score: those that exist, and of which an example was measured."""
+        there = self.provenance.shape.neuron_mask()
+        return there if self.neuron_examples is None else there & (self.neuron_examples > 0)
 
     @property
     def measured_heads(self) -> int:
@@ -117,8 +120,11 @@ class Ranking:
         """
         if self.neuron_scores is None:
             raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
-        scores = self.neuron_scores
-        return [(neuron, float(scores[neuron])) for neuron in top_neurons(scores, count)]
+        scores, measured = self.neuron_scores, self.measured_neurons()
+        if count > int(measured.sum()):
+            raise HonesError(f"cannot choose {count} of the {int(measured.sum())} neurons that were measured")
+        best = top_neurons(scores.masked_fill(~measured, -torch.inf), count)
+        return [(neuron, float(scores[neuron])) for neuron in best]
 
     def to_pandas(self) -> Any:
         """Every head as a row of a pandas.DataFrame: layer, head, and each of its scores.

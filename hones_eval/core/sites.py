@@ -82,16 +82,9 @@ def matched_random(bank: list[Neuron], width: int | Sequence[int] | ModelShape, 
 
 def _group(neuron: Neuron, width: int | Sequence[int] | ModelShape) -> range:
     """The neurons that may replace one: those of its layer, or of its expert."""
-    layer, index = neuron
-    if not isinstance(width, ModelShape):
-        return range(width if isinstance(width, int) else width[layer])
-    expert = width.expert_of(layer, index)
-    if width.layer_experts is None or width.layer_expert_widths is None:
-        return range(width.neurons_of(layer))
-    each = width.layer_expert_widths[layer]
-    if expert is None:
-        return range(width.layer_experts[layer] * each, width.neurons_of(layer))
-    return range(expert[0] * each, (expert[0] + 1) * each)
+    if isinstance(width, ModelShape):
+        return width.alike(*neuron)
+    return range(width if isinstance(width, int) else width[neuron.layer])
 
 
 def all_heads(shape: ModelShape) -> list[Head]:

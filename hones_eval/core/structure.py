@@ -63,12 +63,17 @@ class HeadGroup(NamedTuple):
 
 
 class NeuronGroup(NamedTuple):
-    """Where the neurons of a layer are; `experts` and `expert_width` are 0 without routed experts."""
+    """Where the neurons of a layer are; `experts` and `expert_width` are 0 without routed experts.
+
+    Where a layer has several groups of experts they are 0 too, and `several` has the number of experts and
+    the width of each of every group.
+    """
 
     site: Site
     ffn: nn.Module
     experts: int
     expert_width: int
+    several: Sequence[Sequence[int]] = ()
 
 
 def layer_parts(
@@ -240,8 +245,10 @@ def _neuron_group(
     if not routed:  # one FFN that gets the tokens of all rows in one list (OPT)
         inner, module = beside[0]
         return NeuronGroup(Site(f"{path}.{inner}", tap, start), layer, 0, 0)
-    count, each = expert_sizes(routed[0][1]) if len(routed) == 1 else (0, 0)
-    return NeuronGroup(Site(f"{name} (experts)", tap, start), block, count, each)
+    groups = [expert_sizes(module) for _, module in routed]
+    count, each = groups[0] if len(groups) == 1 else (0, 0)
+    several = [list(group) for group in groups] if len(groups) > 1 else []
+    return NeuronGroup(Site(f"{name} (experts)", tap, start), block, count, each, several)
 
 
 def _common_block(layer: nn.Module, inners: Sequence[str]) -> tuple[str, nn.Module]:

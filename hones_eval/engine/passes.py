@@ -6,7 +6,6 @@ is checked against `FullPasses`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from hones_eval.core import edits
 from hones_eval.core.anatomy import ROUNDING as ROUNDING
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.experts import Routed
 from hones_eval.core.head_edits import head_edit, replace_heads_in_rows
 from hones_eval.core.hooks import Edit, Site, editing, recording
 from hones_eval.core.sites import Head, Neuron
@@ -99,18 +99,21 @@ def check_finite(passes: Passes, where: str) -> None:
     """
     if bool(torch.isfinite(passes.base_logits).all()):
         return
-    _refuse(passes.base_neurons(), where)
+    _refuse(dict(enumerate(passes.base_neurons())), where)
 
 
 def refuse_not_finite(anatomy: Anatomy, inputs: Mapping[str, Any], where: str) -> NoReturn:
     """Run one pass of the model as it is now, and raise HonesError as `check_finite` does."""
-    with recording(anatomy.neurons_in) as kept, torch.no_grad():
+    sites = present(anatomy.neurons_in)
+    with recording(sites) as kept, torch.no_grad():
         anatomy.model(**inputs, use_cache=False)
-    _refuse([kept[site.name] for site in anatomy.neurons_in], where)
+    layers = {site.name: layer for layer, site in enumerate(anatomy.neurons_in)}
+    _refuse({layers[site.name]: kept[site.name] for site in sites}, where)
 
 
-def _refuse(neurons: Sequence[Tensor], where: str) -> NoReturn:
-    for layer, z in enumerate(neurons):
+def _refuse(neurons: Mapping[int, Tensor], where: str) -> NoReturn:
+    """Raise HonesError with the first layer, of activations by layer, that is not finite."""
+    for layer, z in neurons.items():
         if not bool(torch.isfinite(z).all()):
             raise HonesError(f"{where}: the FFN activations of layer {layer} are not finite")
     raise HonesError(f"{where}: the model's logits are not finite")
@@ -171,7 +174,33 @@ def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Si
     for layer, is_head in places:
         here = [(i, e) for i, e in enumerate(edits) if (e.site.layer, e.is_head) == (layer, is_head)]
         site = (anatomy.heads_in if is_head else anatomy.neurons_in)[layer]
-        yield site, partial(edit_rows, chosen=here, anatomy=anatomy)
+        yield site, RowEdits(here, anatomy)
+
+
+class RowEdits:
+    """The edits of one linear layer's input, each in its own row of the batch."""
+
+    def __init__(self, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> None:
+        """Make the edits `chosen`, as (row, edit), all of one layer and of one kind of site."""
+        self._chosen, self._anatomy = list(chosen), anatomy
+        if chosen[0][1].how == "mask":
+            self.routed = self._masked
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `edit_rows`."""
+        return edit_rows(x, self._chosen, self._anatomy)
+
+    def _masked(self, part: Routed) -> Tensor:
+        """Set masked neurons to zero where their row's tokens are routed to their expert."""
+        width = part.values.shape[-1]
+        wanted = [(row, edit.site[1] - part.start) for row, edit in self._chosen]
+        here = [(row, *divmod(number, width)) for row, number in wanted if 0 <= number < part.count * width]
+        if not here:
+            return part.values
+        rows, experts, columns = torch.tensor(here, device=part.values.device).T[..., None]
+        hit = (part.rows == rows) & (part.experts == experts)  # [edits, pairs]
+        edit, pair = torch.nonzero(hit).T
+        return part.values.index_put((pair, columns[edit, 0]), part.values.new_zeros(()))
 
 
 def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatomy) -> Tensor:

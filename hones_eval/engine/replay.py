@@ -18,7 +18,6 @@ That all of this is exact is not assumed: `Replayer` compares the first example 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
-from hones_eval.core.hooks import editing, recording, replaced_forward
+from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
 from hones_eval.engine.passes import (
@@ -34,6 +33,7 @@ from hones_eval.engine.passes import (
     FullPasses,
     NeuronReader,
     Passes,
+    RowEdits,
     RowLimit,
     Rows,
     SiteEdit,
@@ -100,10 +100,12 @@ def _tokens_at_once(anatomy: Anatomy) -> int:
         return 1024
     free, _ = torch.cuda.mem_get_info(weight.device)
     shape = anatomy.shape
-    # Per token: three tensors as wide as the FFN, a dozen as wide as the residual stream, and the keys and
-    # values that every layer keeps for decoding (at most as many as there are query heads).
+    neurons = max([getattr(site.module, "width_per_token", site.width) for site in anatomy.neurons_in])
+    # Per token: three tensors as wide as the FFN (or as the experts that it is routed to), a dozen as wide as
+    # the residual stream, and the keys and values that every layer keeps for decoding (at most as many as
+    # there are query heads).
     kept = 2 * shape.layers * shape.heads * shape.head_width
-    per_token = (3 * shape.neurons + 12 * shape.hidden + kept) * weight.element_size()
+    per_token = (3 * neurons + 12 * shape.hidden + kept) * weight.element_size()
     return max(1, int(0.5 * free) // per_token)
 
 
@@ -253,7 +255,7 @@ class Replay:
         """The layer's output with edited neurons of experts: all but its attention runs again."""
         call, attention = self._calls[layer], self.anatomy.attentions[layer]
         site = self.anatomy.neurons_in[layer]
-        rows = partial(edit_rows, chosen=self._by_row(edits), anatomy=self.anatomy)
+        rows = RowEdits(self._by_row(edits), self.anatomy)
         with ExitStack() as stack:
             if self.anatomy.heads_in[layer].width:
                 mixed = self._rows(tensor_of(call.attended), len(edits))
@@ -334,15 +336,8 @@ class Replay:
             on_neurons(layer, torch.tensor(list(rows)), zeros)
             return
         parts: list[Tensor] = []  # edited heads and edited neurons pass through a layer in separate calls
-
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            parts.append(args[0][:, self.read])
-
-        handle = self.anatomy.neurons_in[layer].module.register_forward_pre_hook(keep)
-        try:
+        with recording_calls(self.anatomy.neurons_in[layer], self.read, parts):
             yield
-        finally:
-            handle.remove()
         on_neurons(layer, torch.tensor(list(rows)), self.anatomy.padded(torch.cat(parts)))
 
     def _added_after(self, layer: int) -> Tensor | None:

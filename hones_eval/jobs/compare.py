@@ -102,7 +102,18 @@ class Comparison:
             "groups": {group_name(names): len(bank) for names, bank in self.groups().items()},
             "neuron_overlaps": [overlap._asdict() for overlap in found["neurons"]],
             "head_overlaps": [overlap._asdict() for overlap in found["heads"]],
+            "not_measured": self.not_measured(),
         }
+
+    def not_measured(self) -> list[dict[str, Any]]:
+        """Per ranking of a mixture of experts, the neurons and experts that no example was routed to."""
+        keys = ("neurons_not_measured", "experts_never_routed_to", "experts")
+        reports = {name: ranking.report or {} for name, ranking in self.rankings.items()}
+        return [
+            {"ranking": name, **{key: report[key] for key in keys}}
+            for name, report in reports.items()
+            if report.get("neurons_not_measured")
+        ]
 
     def groups(self) -> dict[tuple[str, ...], list[Neuron]]:
         """For every combination of rankings, the neurons that exactly these select (possibly none)."""
@@ -129,7 +140,7 @@ class Comparison:
         provenance = dataclasses.replace(
             source,
             method="group",
-            settings={"neurons": len(bank) / scores.numel(), "group": list(names)},
+            settings={"neurons": len(bank) / int(source.shape.neuron_mask().sum()), "group": list(names)},
             examples=list(sets.values()),
             ranking={"method": "group", "digests": made_from},
         )

@@ -188,6 +188,9 @@ def standing(ranking: Ranking, planted: Sequence[Head | Neuron]) -> dict[str, An
     scores = ranking.head_scores if heads else ranking.neuron_scores
     if scores is None:
         return None
+    shape = ranking.provenance.shape
+    measured = shape.head_mask() if heads else ranking.measured_neurons()
+    scores = scores.masked_fill(~measured, -torch.inf)  # last, and so never found
     top = top_heads(scores, scores.numel()) if heads else top_neurons(scores, scores.numel())
     ranks = {site: rank for rank, site in enumerate(top, start=1)}
     own = sorted(ranks[site] for site in planted)
@@ -195,25 +198,28 @@ def standing(ranking: Ranking, planted: Sequence[Head | Neuron]) -> dict[str, An
         "found": sum(rank <= len(planted) for rank in own),
         "of": len(planted),
         "median_rank": own[len(own) // 2],
-        "sites": scores.numel(),
+        "sites": int((shape.head_mask() if heads else shape.neuron_mask()).sum()),
     }
 
 
 def shuffled(steering: Steering, seed: int, planted: Sequence[Head | Neuron] = ()) -> Steering:
     """The same scales on random sites of the same layers, and 1 on the planted sites.
 
-    A layer has fewer sites left than scales where some of its sites were planted: the scales nearest to 1 are
-    left out. Planted sites are no control, since scaling one of them repairs a part of the damage.
+    In a mixture of experts the scales of each expert's neurons stay within it, where they act equally often. A
+    layer or expert has fewer sites left than scales where some of its sites were planted: the scales nearest
+    to 1 are left out. Planted sites are no control, since scaling one of them repairs a part of the damage.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def shuffle(scales: Tensor, count: Callable[[int], int], taken: set[Any]) -> Tensor:
+    def shuffle(scales: Tensor, groups: Callable[[int], list[range]], taken: set[Any]) -> Tensor:
         found = torch.ones_like(scales)
         for layer, row in enumerate(scales):
-            free = [site for site in range(count(layer)) if (layer, site) not in taken]
-            order = (row[: count(layer)] - 1).abs().argsort(descending=True, stable=True)
-            drawn = torch.randperm(len(free), generator=generator)
-            found[layer, torch.tensor(free, dtype=torch.long)[drawn]] = row[order[: len(free)]]
+            for members in groups(layer):
+                own = row[members.start : members.stop]
+                free = [site for site in members if (layer, site) not in taken]
+                order = (own - 1).abs().argsort(descending=True, stable=True)
+                drawn = torch.randperm(len(free), generator=generator)
+                found[layer, torch.tensor(free, dtype=torch.long)[drawn]] = own[order[: len(free)]]
         return found
 
     shape = steering.provenance.shape
@@ -221,8 +227,8 @@ def shuffled(steering: Steering, seed: int, planted: Sequence[Head | Neuron] = (
     neurons = {tuple(site) for site in planted if isinstance(site, Neuron)}
     return replace(
         steering,
-        head_scales=shuffle(steering.head_scales, shape.heads_of, heads),
-        neuron_scales=shuffle(steering.neuron_scales, shape.neurons_of, neurons),
+        head_scales=shuffle(steering.head_scales, lambda layer: [range(shape.heads_of(layer))], heads),
+        neuron_scales=shuffle(steering.neuron_scales, shape.routed_alike, neurons),
     )
 
 

@@ -105,6 +105,7 @@ def run(study: Study) -> dict[str, Any]:
     notes = [
         *filter(None, [few_trials(study.trials)]),
         *fallbacks({task.name: rankings[task.name]["hones"] for task in study.tasks}),
+        *_unmeasured({task.name: rankings[task.name]["hones"] for task in study.tasks}),
     ]
     return {
         "attribution": _judged(attribution, "drop", as_drop, study.correction),
@@ -148,6 +149,17 @@ def fallbacks(rankings: Mapping[str, Ranking]) -> list[str]:
     return [
         f"{name}: replacing a head never lowers the metric, so neurons are ranked by contribution alone"
         for name in without
+    ]
+
+
+def _unmeasured(rankings: Mapping[str, Ranking]) -> list[str]:
+    """Notes on neurons of experts that no discovery example was routed to."""
+    reports = {name: ranking.report or {} for name, ranking in rankings.items()}
+    return [
+        f"{name}: {report['neurons_not_measured']} neurons of {report['experts_never_routed_to']} of the "
+        f"{report['experts']} experts were not measured, because no discovery example was routed to them"
+        for name, report in reports.items()
+        if report.get("neurons_not_measured")
     ]
 
 

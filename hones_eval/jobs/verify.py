@@ -100,7 +100,10 @@ def masked(ranking: Ranking, bank: Sequence[Head | Neuron]) -> Steering:
 
 
 def refuse_shared_images(source: Provenance, held_out: ExampleSet, purpose: str) -> None:
-    """Raise HonesError, with the count, when examples show images that `source` was made from."""
+    """Raise HonesError, with the count, for examples with images or questions that `source` was made from.
+
+    Questions are compared only where they show no image.
+    """
     for chosen in source.examples:
         shared = chosen.shared_images(held_out)
         if shared:
@@ -108,6 +111,13 @@ def refuse_shared_images(source: Provenance, held_out: ExampleSet, purpose: str)
                 f"{len(shared)} of the {len(held_out.image_hashes)} images of {held_out.task} "
                 f"({held_out.split}) were also used to make the ranking ({chosen.task}, {chosen.split}): "
                 f"{purpose} needs other images; choose another split, or set --offset and --limit"
+            )
+        texts = chosen.shared_texts(held_out)
+        if texts:
+            raise HonesError(
+                f"{len(texts)} of the {held_out.count} questions of {held_out.task} ({held_out.split}) were "
+                f"also used to make the ranking ({chosen.task}, {chosen.split}): {purpose} needs other "
+                "questions; choose another split, or set --offset and --limit"
             )
 
 

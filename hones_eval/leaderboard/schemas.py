@@ -100,6 +100,7 @@ class ExampleSetRecord(_Lenient):
     offset: Integer = 0
     doc_ids: Annotated[list[Integer], Field(max_length=limits.EXAMPLES)] = []
     image_hashes: Annotated[list[Name], Field(max_length=limits.EXAMPLES)] = []
+    text_hashes: Annotated[list[Name], Field(max_length=limits.EXAMPLES)] = []
 
 
 class ProvenanceRecord(_Lenient):

@@ -32,6 +32,11 @@ class Example:
     """Whether the example is a candidate that is not the right answer of its query."""
 
     @property
+    def content(self) -> list[str]:
+        """What tells examples with other content: the hashes of the images, or of the text without any."""
+        return self.image_hashes or [self.text_hash]
+
+    @property
     def where(self) -> str:
         """The example's task and document, as error messages name them."""
         return f"{self.task}, doc_id {self.doc_id}"

@@ -1,12 +1,13 @@
 """Answers of one model to the same examples, unsteered and under several steerings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
+from hones_eval.core.edits import Scaling
 from hones_eval.core.hooks import Edit, Site, editing
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
@@ -134,7 +135,7 @@ class AnswersUnder:
                 neurons = torch.stack([steering.neuron_scales[layer] for steering in chosen])
                 neurons = self.anatomy.neuron_features(neurons, layer)
                 sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
-                edits += [(site, _scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
+                edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
             self._edits[names] = edits
         return self._edits[names]
 
@@ -149,15 +150,6 @@ class AnswersUnder:
 
     def _config(self, name: str) -> Any:
         return getattr(self.anatomy.model.generation_config, name, None)
-
-
-def _scaling(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """Scale row `i` of a batch [rows, tokens, features] by `rows[i]`."""
-
-    def scale(x: Tensor) -> Tensor:
-        return (x * rows[:, None].to(x.device)).to(x.dtype)  # in float32, as `edits.scale`
-
-    return scale
 
 
 def answered(totals: Totals) -> list[Answered]:

@@ -8,6 +8,7 @@ from hones_eval.core.sites import top_heads
 from hones_eval.engine.decoding import Decoder
 from hones_eval.methods.attribution import Attribution
 from hones_eval.methods.discovery import Discovery
+from hones_eval.methods.routing import unmeasured_report
 
 
 def rank(job: Discovery) -> Ranking:
@@ -17,6 +18,7 @@ def rank(job: Discovery) -> Ranking:
     lowers the objective, to first order.
     """
     job.check_counts()
+    shape = job.provenance.shape
     attribution = Attribution(
         job.replayer.anatomy,
         Decoder(job.replayer).append_answer,
@@ -32,7 +34,7 @@ def rank(job: Discovery) -> Ranking:
         **asdict(job.attribution),
         "heads": [
             {"head": list(head), "score": float(head_scores[head])}
-            for head in top_heads(head_scores, job.heads)
+            for head in top_heads(head_scores, job.heads, shape.head_mask())
         ],
     }
     return Ranking(
@@ -41,5 +43,6 @@ def rank(job: Discovery) -> Ranking:
         neuron_scores=Attribution.scores(totals, "neurons"),
         head_direction=Attribution.scores(totals, "heads", signed=True),
         neuron_direction=Attribution.scores(totals, "neurons", signed=True),
-        report=report,
+        neuron_examples=totals.sums.get("routed"),
+        report=report | unmeasured_report(totals, shape),
     )

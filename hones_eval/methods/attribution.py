@@ -11,12 +11,15 @@ example and hurts on the next, and signed means cancel. The signed mean is kept 
 
 Integrated gradients replace `g` by its average along the straight line from `r` to `z`. That takes one pass
 per layer, kind of site and step, because the line changes one layer's activations at a time.
+
+In a mixture of experts only the activations of routed tokens are recorded and get gradients. The neurons of
+an expert that no token of an example is routed to are not measured on that example.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +27,8 @@ from torch import Tensor, nn
 from hones_eval.choices import Absolute, Estimate, Objective
 from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.experts import NeuronTap, Routed
 from hones_eval.core.hooks import Site, input_of
-from hones_eval.engine.passes import present
 from hones_eval.errors import HonesError, TaskError, first_line
 from hones_eval.lmms.answers.margin import Margin
 from hones_eval.lmms.examples import Example
@@ -92,6 +95,8 @@ class Attribution:
         shape = self.anatomy.shape
         widths = {"heads": shape.heads, "neurons": shape.neurons}
         names = [(name, widths[kind]) for kind in self.kinds for name in (kind, f"{kind}_signed")]
+        if "neurons" in self.kinds and shape.has_experts:
+            names.append(("routed", shape.neurons))
         sums = {name: torch.zeros(shape.layers, width, dtype=torch.float64) for name, width in names}
         return sums | {"examples": torch.zeros((), dtype=torch.float64)}
 
@@ -110,11 +115,9 @@ class Attribution:
             sums["examples"] += 1
             inputs = _copied(self.append(example.inputs, example.settings, example.target_ids[:-1]))
             estimated = self._first_order if self.settings.estimate == "first_order" else self._integrated
-            for kind, layers in estimated(example, inputs).items():
-                for layer, found in layers.items():
-                    absolute, signed = self._drops(example, kind, layer, *found)
-                    sums[kind][layer, : len(absolute)] = absolute
-                    sums[f"{kind}_signed"][layer, : len(signed)] = signed
+            for (kind, layer), pieces in estimated(example, inputs).items():
+                for piece in pieces:
+                    self._add(sums, kind, layer, piece, self._drops(example, kind, layer, piece))
         return Measurement(sums)
 
     @staticmethod
@@ -122,44 +125,47 @@ class Attribution:
         """Mean absolute estimate, or mean signed estimate, per site: [L, H] or [L, I]."""
         return (totals.sums[f"{kind}_signed" if signed else kind] / totals.sums["examples"]).float()
 
-    def _first_order(
-        self, example: Example, inputs: Mapping[str, Any]
-    ) -> dict[Kind, dict[int, tuple[Tensor, Tensor]]]:
-        """Per kind and layer, the activations of a site [1, tokens, width] and their gradient."""
-        sites = present([site for kind in self.kinds for site in self.sites[kind]])
-        with _graph_from(sites) as kept:
+    def _layers(self, kind: Kind) -> list[int]:
+        """The layers that have sites of a kind. A short convolution has no heads."""
+        shape = self.anatomy.shape
+        count = shape.heads_of if kind == "heads" else shape.neurons_of
+        return [layer for layer, site in enumerate(self.sites[kind]) if site.width and count(layer)]
+
+    def _first_order(self, example: Example, inputs: Mapping[str, Any]) -> "Pieces":
+        """The activations of every site, with their gradients, by kind and layer."""
+        places = [(kind, layer) for kind in self.kinds for layer in self._layers(kind)]
+        with _graph_from([self.sites[kind][layer] for kind, layer in places]) as kept:
             value = self._value(example, inputs)
-        found = [kept[site.name] for site in sites]
-        gradients = _gradients(value, found, example)
-        pairs = iter(zip(found, gradients, strict=True))
+        found = {place: kept[self.sites[place[0]][place[1]].name] for place in places}
+        pieces = [piece for of_site in found.values() for piece in of_site]
+        gradients = iter(_gradients(value, [piece.x for piece in pieces], example))
         return {
-            kind: {layer: next(pairs) for layer, site in enumerate(self.sites[kind]) if site.width}
-            for kind in self.kinds
+            place: [piece._replace(gradient=next(gradients)) for piece in of_site]
+            for place, of_site in found.items()
         }
 
-    def _integrated(
-        self, example: Example, inputs: Mapping[str, Any]
-    ) -> dict[Kind, dict[int, tuple[Tensor, Tensor]]]:
+    def _integrated(self, example: Example, inputs: Mapping[str, Any]) -> "Pieces":
         """The same with each gradient averaged over the line from the replacement to the activations."""
-        sites = present([site for kind in self.kinds for site in self.sites[kind]])
-        with _graph_from(sites) as kept, torch.no_grad():
+        places = [(kind, layer) for kind in self.kinds for layer in self._layers(kind)]
+        with _graph_from([self.sites[kind][layer] for kind, layer in places]) as kept, torch.no_grad():
             self._value(example, inputs)
         steps = self.settings.steps
-        result: dict[Kind, dict[int, tuple[Tensor, Tensor]]] = {}
-        for kind in self.kinds:
-            result[kind] = {}
-            for layer, site in enumerate(self.sites[kind]):
-                if not site.width:
-                    continue
-                x = kept[site.name].detach()
-                removed = self._removed(kind, layer, x)
-                total = torch.zeros_like(x)
-                for step in range(steps):
-                    point = removed + (step + 0.5) / steps * (x - removed)
-                    with _graph_from([site], {site.name: point}) as at:
-                        value = self._value(example, inputs)
-                    total += _gradients(value, [at[site.name]], example)[0]
-                result[kind][layer] = (x, total / steps)
+        result: Pieces = {}
+        for kind, layer in places:
+            site = self.sites[kind][layer]
+            pieces = [piece._replace(x=piece.x.detach()) for piece in kept[site.name]]
+            removed = [self._removed(kind, layer, piece.x) for piece in pieces]
+            totals = [torch.zeros_like(piece.x) for piece in pieces]
+            for step in range(steps):
+                share = (step + 0.5) / steps
+                points = [r + share * (piece.x - r) for r, piece in zip(removed, pieces, strict=True)]
+                with _graph_from([site], {site.name: points}) as at:
+                    value = self._value(example, inputs)
+                found = _gradients(value, [piece.x for piece in at[site.name]], example)
+                totals = [total + one for total, one in zip(totals, found, strict=True)]
+            result[kind, layer] = [
+                piece._replace(gradient=total / steps) for piece, total in zip(pieces, totals, strict=True)
+            ]
         return result
 
     def _value(self, example: Example, inputs: Mapping[str, Any]) -> Tensor:
@@ -181,24 +187,52 @@ class Attribution:
         split = x.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1))
         return self.replacement.replacement(layer, split).flatten(-2)
 
-    def _drops(
-        self, example: Example, kind: Kind, layer: int, x: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Absolute and signed estimates of the drop per site of one layer [sites], float64."""
-        if not bool(torch.isfinite(gradient).all()):
+    def _drops(self, example: Example, kind: Kind, layer: int, piece: "_Piece") -> Tensor:
+        """Estimates of the drop per token and site of one layer: [1, tokens, sites] or [pairs, width]."""
+        assert piece.gradient is not None
+        if not bool(torch.isfinite(piece.gradient).all()):
             raise HonesError(
                 f"{example.where}: the gradient at the {kind} of layer {layer} is not finite; run with "
                 f"--dtype float32 or bfloat16, or {WAY_OUT}"
             )
-        x, gradient = x.detach().float(), gradient.float()
+        x, gradient = piece.x.detach().float(), piece.gradient.float()
         by_feature = gradient * (x - self._removed(kind, layer, x))
-        if kind == "heads":
-            by_site = by_feature.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1)).sum(-1)
-        else:
-            by_site = by_feature
-        signed = by_site.sum((0, 1))
-        absolute = signed.abs() if self.settings.absolute == "example" else by_site.abs().sum((0, 1))
-        return absolute.double().cpu(), signed.double().cpu()
+        if kind == "neurons":
+            return by_feature
+        return by_feature.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1)).sum(-1)
+
+    def _add(
+        self, sums: Mapping[str, Tensor], kind: Kind, layer: int, piece: "_Piece", drops: Tensor
+    ) -> None:
+        """Add one layer's estimates to the sums of its sites."""
+        signed = piece.by_site(drops)
+        absolute = signed.abs() if self.settings.absolute == "example" else piece.by_site(drops.abs())
+        start = piece.part.start if piece.part is not None else 0
+        here = slice(start, start + len(signed))
+        sums[kind][layer, here] += absolute.cpu()
+        sums[f"{kind}_signed"][layer, here] += signed.cpu()
+        if kind == "neurons" and "routed" in sums:
+            sums["routed"][layer, here] += (piece.by_site(torch.ones_like(drops)) > 0).cpu()
+
+
+class _Piece(NamedTuple):
+    """Activations of a site with their gradient. Those of experts come in several pieces, by their part."""
+
+    x: Tensor
+    """[1, tokens, width], or [pairs, width] of routed tokens."""
+    part: Routed | None = None
+    gradient: Tensor | None = None
+
+    def by_site(self, values: Tensor) -> Tensor:
+        """Sums over tokens of [1, tokens, sites] or [pairs, width], one per site, float64."""
+        if self.part is None:
+            return values.sum((0, 1)).double()
+        sums = values.new_zeros(self.part.count, values.shape[-1], dtype=torch.float64)
+        return sums.index_add(0, self.part.experts, values.double()).flatten()
+
+
+Pieces = dict[tuple[Kind, int], list[_Piece]]
+"""The activations of sites by kind and layer."""
 
 
 def _gradients(value: Tensor, of: Sequence[Tensor], example: Example) -> tuple[Tensor, ...]:
@@ -240,25 +274,31 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _graph_from(
-    sites: Sequence[Site], instead: Mapping[str, Tensor] | None = None
-) -> Iterator[dict[str, Tensor]]:
+    sites: Sequence[Site], instead: Mapping[str, Sequence[Tensor]] | None = None
+) -> Iterator[dict[str, list[_Piece]]]:
     """Record the inputs of sites with their position in the graph, which starts at the first of them.
 
     Weights are frozen, so nothing before the first site needs a gradient: its input becomes a leaf, and the
-    inputs of all later sites depend on it. `instead` replaces the inputs of sites by name.
+    inputs of all later sites depend on it. `instead` replaces the inputs of sites by name, piece by piece.
     """
-    kept: dict[str, Tensor] = {}
-    given = instead or {}
+    kept: dict[str, list[_Piece]] = {}
+    given = {name: iter(points) for name, points in (instead or {}).items()}
 
-    def record(site: Site) -> Callable[..., Tensor]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
-            x = given.get(site.name, input_of(site, args))
-            kept[site.name] = x if x.requires_grad else x.detach().requires_grad_(True)
-            return kept[site.name]
+    def keep(site: Site, x: Tensor, part: Routed | None = None) -> Tensor:
+        x = next(given[site.name]) if site.name in given else x
+        x = x if x.requires_grad else x.detach().requires_grad_(True)
+        kept.setdefault(site.name, []).append(_Piece(x, part))
+        return x
 
-        return keep
+    def register(site: Site) -> Any:
+        if isinstance(site.module, NeuronTap):
+            # Without routed tokens there is nothing that the objective could depend on.
+            return site.module.register_routed_hook(
+                lambda part: keep(site, part.values, part) if len(part.values) else None
+            )
+        return site.module.register_forward_pre_hook(lambda module, args: keep(site, input_of(site, args)))
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(site.module.register_forward_pre_hook(record(site)).remove)
+            stack.callback(register(site).remove)
         yield kept

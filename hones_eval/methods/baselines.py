@@ -17,6 +17,7 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
 from hones_eval.methods.discovery import Discovery
 from hones_eval.methods.projection import check_finite_neurons, write_gains
+from hones_eval.methods.routing import add_routed, routed_zeros
 from hones_eval.runs.measure import Measurement, Totals
 
 
@@ -28,18 +29,21 @@ def rank_random(job: Discovery) -> Ranking:
 
 def rank_activation(job: Discovery) -> Ranking:
     """Rank neurons by `activation`."""
-    return job.neuron_ranking(activation(_activity(job)))
+    totals = _activity(job)
+    return job.neuron_ranking(activation(totals), totals)
 
 
 def rank_write_norm(job: Discovery) -> Ranking:
     """Rank neurons by `write_norm`."""
-    return job.neuron_ranking(write_norm(_activity(job), job.replayer.anatomy))
+    totals = _activity(job)
+    return job.neuron_ranking(write_norm(totals, job.replayer.anatomy), totals)
 
 
 def rank_dvp(job: Discovery) -> Ranking:
     """Rank neurons by `dvp`."""
     activity = NeuronActivity(job.replayer.anatomy, projected=True, token_weights=job.token_weights())
-    return job.neuron_ranking(dvp(job.loop.run(job.examples, activity, "neurons")))
+    totals = job.loop.run(job.examples, activity, "neurons")
+    return job.neuron_ranking(dvp(totals), totals)
 
 
 def rank_entropy(job: Discovery) -> Ranking:
@@ -51,7 +55,7 @@ def rank_entropy(job: Discovery) -> Ranking:
         totals.append(job.loop.run(examples, NeuronActivity(job.replayer.anatomy), examples.task))
     sets = [*job.provenance.examples, *(examples.example_set() for examples in job.others)]
     compared = dataclasses.replace(job, provenance=dataclasses.replace(job.provenance, examples=sets))
-    return compared.neuron_ranking(entropy(totals))
+    return compared.neuron_ranking(entropy(totals), totals[0])
 
 
 def _activity(job: Discovery) -> Totals:
@@ -78,7 +82,7 @@ class NeuronActivity:
         shape = self.anatomy.shape
         names = ("magnitude", "active", "contribution")
         sums = {name: torch.zeros(shape.layers, shape.neurons, dtype=torch.float64) for name in names}
-        return sums | {"examples": torch.zeros((), dtype=torch.float64)}
+        return sums | {"examples": torch.zeros((), dtype=torch.float64)} | routed_zeros(shape)
 
     @torch.no_grad()
     def measure(self, example: Example) -> Measurement:
@@ -92,6 +96,7 @@ class NeuronActivity:
         layers = range(self.anatomy.shape.layers)
         activations = [recorded_neurons(self.anatomy, layer, kept, 1)[0, 0].float() for layer in layers]
         check_finite_neurons(activations, example)
+        add_routed(sums, self.anatomy.shape, activations)
         for layer, z in enumerate(activations):
             sums["magnitude"][layer] = z.abs().double().cpu()
             sums["active"][layer] = (z > 0).double().cpu()

@@ -132,7 +132,7 @@ def _candidates(ranking: Ranking, kind: Literal["heads", "neurons"], count: int,
     scores = ranking.head_scores if kind == "heads" else ranking.neuron_scores
     assert scores is not None
     shape = ranking.provenance.shape
-    there = shape.head_mask() if kind == "heads" else shape.neuron_mask()
+    there = shape.head_mask() if kind == "heads" else ranking.measured_neurons()
     count = min(count, int(there.sum()))
     best: list[Any] = (top_heads if kind == "heads" else top_neurons)(
         scores.masked_fill(~there, -torch.inf), count
@@ -167,8 +167,8 @@ def _scored(
         scores[site], measured[site] = drop, count
     best = len(group.best)
     shape = job.provenance.shape
-    there = shape.head_mask() if name == "head" else shape.neuron_mask()
-    wanted = job.heads if name == "head" else neuron_count(estimate[there], job.neurons)
+    there = shape.head_mask() if name == "head" else ranking.measured_neurons()
+    wanted = job.heads if name == "head" else neuron_count(estimate[shape.neuron_mask()], job.neurons)
     last = float(drops[:best].sort(descending=True).values[wanted - 1])
     about = {
         "candidates": best,

@@ -17,6 +17,7 @@ from hones_eval.methods.attribution import AttributionSettings
 from hones_eval.methods.head_replacement import HeadReplacement
 from hones_eval.methods.head_search import Savings
 from hones_eval.methods.projection import inverse_document_frequency
+from hones_eval.methods.routing import unmeasured_report
 from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Totals
 
@@ -68,14 +69,29 @@ class Discovery:
             return None
         return inverse_document_frequency(references, self.provenance.shape.vocabulary)
 
-    def neuron_ranking(self, scores: Tensor, head_scores: Tensor | None = None) -> Ranking:
-        """The ranking of a method that only scores neurons, or that scores heads without a report."""
+    def neuron_ranking(
+        self, scores: Tensor, totals: Totals | None = None, head_scores: Tensor | None = None
+    ) -> Ranking:
+        """The ranking of a method that only scores neurons, or that scores heads without a report.
+
+        `totals` are the sums that the scores were made of, which tell the neurons that were never routed to.
+        """
         neuron_count(scores, self.neurons)  # refuses an impossible fraction
         report = {
             "examples": len(self.examples),
             "told_apart_from": [examples.task for examples in self.others],
         }
-        return Ranking(self.provenance, head_scores=head_scores, neuron_scores=scores, report=report)
+        routed = None
+        if totals is not None:
+            routed = totals.sums.get("routed")
+            report |= unmeasured_report(totals, self.provenance.shape)
+        return Ranking(
+            self.provenance,
+            head_scores=head_scores,
+            neuron_scores=scores,
+            neuron_examples=routed,
+            report=report,
+        )
 
 
 def sharing_report(sharing: SharedReplayer, totals: Totals) -> dict[str, Any]:

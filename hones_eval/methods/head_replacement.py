@@ -49,7 +49,7 @@ class HeadReplacement:
 
     def prepare(self, example: Example) -> None:
         """Get what the edit needs for an example. Does nothing for edits that need no other example."""
-        if self.other is None or self._prepared == example.image_hashes:
+        if self.other is None or self._prepared == example.content:
             return
         other = self.donor(example)
         with recording(present(self.anatomy.heads_in), slice(-1, None)) as kept, torch.no_grad():
@@ -58,19 +58,19 @@ class HeadReplacement:
         for layer, heads in enumerate(self.other.heads):
             if not bool(torch.isfinite(heads).all()):
                 raise HonesError(f"{other.where}: the head outputs of layer {layer} are not finite")
-        self._prepared = list(example.image_hashes)
+        self._prepared = list(example.content)
 
     def replacement(self, layer: int, x: Tensor) -> Tensor:
         """The replacements [..., heads, width] of the head outputs `x` of a layer."""
         return self.edit.replacement(x, None if self.other is None else self.other.heads[layer])
 
     def donor(self, example: Example) -> Example:
-        """A random example that shows other images; if all show the same images, a random other example."""
-        seed = int(hash_of([str(self.seed), *example.image_hashes])[:8], 16)
+        """A random example with other images (other text, if it has none), or else any other example."""
+        seed = int(hash_of([str(self.seed), *example.content])[:8], 16)
         order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed)).tolist()
         for index in order:
             other = self.examples[index]
-            if other.image_hashes != example.image_hashes:
+            if other.content != example.content:
                 return other
         return next(self.examples[index] for index in order if index != example.index)
 

@@ -20,6 +20,7 @@ from hones_eval.methods.head_replacement import HeadReplacement
 from hones_eval.methods.head_search import Located, localize
 from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.projection import check_finite_neurons, write_gains
+from hones_eval.methods.routing import add_routed, routed_zeros, unmeasured_report
 from hones_eval.runs.measure import Measurement, Totals
 
 
@@ -48,7 +49,8 @@ def rank(job: Discovery) -> Ranking:
         head_log_probability=located.log_probability,
         head_examples=located.measured,
         neuron_scores=attribution.importance(totals, weights),
-        report=report | located.report,
+        neuron_examples=totals.sums.get("routed"),
+        report=report | located.report | unmeasured_report(totals, shape),
     )
 
 
@@ -91,7 +93,7 @@ class NeuronAttribution:
             "contribution": torch.zeros(shape.layers, shape.neurons, dtype=torch.float64),
             "drop": torch.zeros(len(self.heads), shape.layers, shape.neurons, dtype=torch.float64),
             "examples": torch.zeros((), dtype=torch.float64),
-        }
+        } | routed_zeros(shape)
 
     def measure(self, example: Example) -> Measurement:
         """Contributions and drops of one example, for its own target."""
@@ -103,6 +105,7 @@ class NeuronAttribution:
         check_finite_neurons(base, example)
         sums = self.zeros()
         sums["contribution"] += torch.stack([c.double().cpu() for c in base])
+        add_routed(sums, self.anatomy.shape, [z[0] for z in passes.base_neurons()])
         sums["examples"] += 1
 
         def add(layer: int, rows: Tensor, activations: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.edits import Scaling
 from hones_eval.core.hooks import Edit, Site, editing
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
@@ -64,23 +65,19 @@ class LearnedScales(nn.Module):
         edits: list[tuple[Site, Edit]] = []
         for (heads, layer), places in sorted(members.items()):
             numbers = torch.tensor([self.bank[place][1] for place in places])
-            if heads:
-                width = self.anatomy.shape.head_width_of(layer)
-                edits.append((self.anatomy.heads_in[layer], self._edit(places, numbers, width)))
-            else:
-                edits.append((self.anatomy.neurons_in[layer], self._edit(places, numbers, 1)))
+            site = (self.anatomy.heads_in if heads else self.anatomy.neurons_in)[layer]
+            width = self.anatomy.shape.head_width_of(layer) if heads else 1
+            edits.append((site, self._edit(places, numbers, width, site.width // width)))
         return edits
 
-    def _edit(self, places: Sequence[int], numbers: Tensor, width: int) -> Edit:
-        """Scale the sites `numbers` of one layer, each `width` features wide, by `1 + a[places]`."""
+    def _edit(self, places: Sequence[int], numbers: Tensor, width: int, count: int) -> Edit:
+        """Scale sites of a layer that has `count` of them, each `width` features wide, by `1 + a[places]`."""
 
-        def scale(x: Tensor) -> Tensor:
-            ones = torch.ones(x.shape[-1] // width, device=x.device)
-            scales = ones.index_put((numbers.to(x.device),), 1 + self.a[places].to(x.device))
-            # Computed in float32: a bfloat16 scale near 1 would lose small steps.
-            return (x.float() * scales.repeat_interleave(width)).to(x.dtype)
+        def scales() -> Tensor:
+            ones = torch.ones(count, device=self.a.device)
+            return ones.index_put((numbers.to(self.a.device),), 1 + self.a[places]).repeat_interleave(width)
 
-        return scale
+        return Scaling(scales)  # computed in float32: a bfloat16 scale near 1 would lose small steps
 
 
 class Loss(NamedTuple):
@@ -232,10 +229,5 @@ def _row_edits(anatomy: Anatomy, steerings: Sequence[Steering]) -> list[tuple[Si
         neurons = torch.stack([steering.neuron_scales[layer] for steering in steerings])
         neurons = anatomy.neuron_features(neurons, layer)
         sites = (anatomy.heads_in[layer], heads), (anatomy.neurons_in[layer], neurons)
-        edits += [(site, _scale_rows(rows)) for site, rows in sites if not bool((rows == 1).all())]
+        edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
     return edits
-
-
-def _scale_rows(rows: Tensor) -> Edit:
-    """Scale row `i` of an input [rows, tokens, features] by `rows[i]`, in float32."""
-    return lambda x: (x.float() * rows[:, None].to(x.device)).to(x.dtype)

@@ -50,6 +50,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     tables["groups"] = [{"group": name, "neurons": size} for name, size in report["groups"].items()]
     tables["neuron_overlaps"] = list(report["neuron_overlaps"])
     tables["head_overlaps"] = list(report["head_overlaps"])
+    tables["not_measured"] = list(report["not_measured"])
     tables["levels"] = list(report["levels"])
     tables["cross_task"] = [
         {

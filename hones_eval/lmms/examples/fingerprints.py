@@ -62,7 +62,8 @@ class Fingerprints:
         for doc_id, (text_hash, image_hashes) in zip(doc_ids, prints, strict=True):
             parts += [str(doc_id), text_hash, *image_hashes]
         images = list(dict.fromkeys(image for _, hashes in prints for image in hashes))
-        return ExampleSet(task, split, self.count, offset, hash_of(parts), doc_ids, images)
+        texts = list(dict.fromkeys(text for text, hashes in prints if not hashes))
+        return ExampleSet(task, split, self.count, offset, hash_of(parts), doc_ids, images, texts)
 
     def _repeats(self, index: int) -> bool:
         """Whether an example shows the same images as the one before it, and at least one."""
