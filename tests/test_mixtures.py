@@ -1,24 +1,34 @@
 """Neurons of mixtures of experts, compared with a plain loop over tokens and experts written here."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import census
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Lfm2VlForConditionalGeneration, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance
 from hones_eval.core.attach import steer
+from hones_eval.core.edits import Scaling
 from hones_eval.core.experts import NeuronTap
+from hones_eval.core.export import export_checkpoint, export_ia3
+from hones_eval.core.hooks import editing, recording
 from hones_eval.core.readouts import write_gain, write_in
 from hones_eval.core.sites import Head, Neuron, matched_random
 from hones_eval.core.steering import Steering
 from hones_eval.engine.passes import FullPasses, SiteEdit
 from hones_eval.engine.replay import Replayer
+from hones_eval.errors import HonesError, MisfitError, UnsupportedModelError
+from hones_eval.lmms.example import Example
+from hones_eval.methods.attribution import Attribution, AttributionSettings
 
 NAMES = ("qwen3_vl_moe", "llama4", "glm4v_moe", "qwen3_5_moe")
 IDS = torch.tensor([[7, 21, 33, 50, 64, 71, 80, 90]])
@@ -237,3 +247,282 @@ def test_random_banks_are_matched_within_experts() -> None:
         assert drawn[0].neuron < 96
         assert 96 <= drawn[3].neuron < 120
         assert not set(drawn) & set(bank)
+
+
+IMAGE_LIKE = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 0]])
+"""Kinds of the tokens of `IDS`, for experts that read images alone."""
+
+
+@pytest.fixture(scope="module")
+def ernie() -> tuple[PreTrainedModel, Anatomy]:
+    model = census.build("ernie4_5_vl_moe")
+    return model, Anatomy.of(model)
+
+
+def test_groups_of_experts_for_text_and_for_images(ernie: tuple[PreTrainedModel, Anatomy]) -> None:
+    model, anatomy = ernie
+    shape = anatomy.shape
+    layer = shape.layers - 1
+    assert shape.expert_groups(layer) == [(EXPERTS, 24), (EXPERTS, 24)]
+    assert shape.expert_of(layer, 24 * EXPERTS + 24 + 5) == (EXPERTS + 1, 5)
+    assert shape.alike(layer, 24 * EXPERTS + 24 + 5) == range(24 * (EXPERTS + 1), 24 * (EXPERTS + 2))
+    given = INPUTS | {"moe_mm_token_type_ids": IMAGE_LIKE.int(), "mm_token_type_ids": IMAGE_LIKE.int()}
+    seen: dict[str, Tensor] = {}
+    block = model.model.language_model.layers[layer].mlp
+    handles = [
+        getattr(block, name).experts.register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, args[1])
+        )
+        for name in ("text_moe", "vision_moe")
+    ]
+    base = model(**given, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    with recording([anatomy.neurons_in[layer]]) as kept:
+        torch.testing.assert_close(model(**given, use_cache=False).logits, base, atol=1e-4, rtol=1e-4)
+    z = kept[anatomy.neurons_in[layer].name][0]
+    active = z[:, : 24 * 2 * EXPERTS].unflatten(-1, (2 * EXPERTS, 24)).abs().sum(-1) > 0
+    expected = torch.zeros(IDS.shape[1], 2 * EXPERTS, dtype=torch.bool)
+    for name, kind, first in (("text_moe", 0, 0), ("vision_moe", 1, EXPERTS)):
+        places = torch.nonzero(IMAGE_LIKE[0] == kind).flatten()
+        for place, experts in zip(places.tolist(), seen[name].tolist(), strict=True):
+            expected[place, [first + expert for expert in experts]] = True
+    assert torch.equal(active, expected)
+    assert int(shape.routed(layer, z)[-1].sum()) == shape.neurons_of(layer) - (2 * EXPERTS - 2) * 24
+
+
+def test_replay_of_groups_of_experts_is_exact(ernie: tuple[PreTrainedModel, Anatomy]) -> None:
+    _, anatomy = ernie
+    given = INPUTS | {"moe_mm_token_type_ids": IMAGE_LIKE, "mm_token_type_ids": IMAGE_LIKE}
+    edits = [SiteEdit(Head(layer, 1)) for layer in range(4)]
+    edits += [SiteEdit(Neuron(3, i), "mask") for i in range(0, anatomy.shape.neurons_of(3), 11)]
+    replayer = Replayer(anatomy, rows=8)
+    replayed = {e: x for rows in replayer.record(given, 1).edited(edits) for e, x in zip(*rows, strict=True)}
+    assert replayer.inexact is None
+    plain = {rows.edits[0]: rows.logits[0] for rows in FullPasses(anatomy, given, 1).edited(edits)}
+    worst = max(float((replayed[edit] - plain[edit]).abs().max()) for edit in edits)
+    assert worst <= 1e-4 * max(float(x.abs().max()) for x in plain.values())
+
+
+def test_hooks_on_routed_tokens_and_on_all_neurons_agree(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    """A plain hook gets the tensor that a linear layer would read; what is recorded is the same."""
+    _, model, anatomy = mixture
+    site = anatomy.neurons_in[-1]
+    scales = torch.rand(site.width, generator=torch.Generator().manual_seed(2)) * 2
+    seen: list[Tensor] = []
+    handle = site.module.register_forward_pre_hook(lambda module, args: args[0] * scales)
+    after = site.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    plain = logits(model)
+    handle.remove()
+    after.remove()
+    with (
+        editing([(site, Scaling(scales))]),
+        recording([site]) as kept,
+        recording([site], slice(-2, None)) as few,
+    ):
+        routed = logits(model)
+    torch.testing.assert_close(routed, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kept[site.name], seen[-1], atol=1e-6, rtol=1e-6)
+    assert torch.equal(few[site.name], kept[site.name][:, -2:])
+    assert "forward" not in vars(experts_of(model, anatomy.shape.layers - 1))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements of a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and not output._is_view():
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+def test_memory_grows_with_routed_tokens_and_not_with_experts() -> None:
+    tokens, top, width, found = 64, 2, 24, {}
+    for experts in (8, 64):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+        routing = {"num_experts": experts, "num_experts_per_tok": top, "moe_intermediate_size": width}
+        config = Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=16, intermediate_size=64, **routing)
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config).eval()
+        anatomy = Anatomy.of(model)
+        shape = anatomy.shape
+        scales = torch.full((shape.layers, shape.neurons), 1.5)
+        source = Provenance("tiny", None, shape, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+        ids = torch.arange(tokens)[None] % 32
+        steering = Steering(torch.ones(shape.layers, shape.heads), scales, source)
+        kept = recording(anatomy.neurons_in, slice(-1, None))
+        with steer(model, steering), kept, torch.no_grad(), _Largest() as largest:
+            model(ids, use_cache=False)
+        found[experts] = largest.elements
+    assert found[64] == found[8]
+    assert found[64] < tokens * 64 * width  # the activations of all experts
+
+
+def test_attribution_of_experts_is_the_gradient_times_the_activation(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    """Compared with the slope of the target's log-probability when one neuron is scaled a little."""
+    name, single, _ = mixture
+    model = copy.deepcopy(single).double()
+    model.set_experts_implementation("eager")  # transformers' default has no float64
+    anatomy = Anatomy.of(model)
+    target, step = [11, 12], 1e-4
+
+    def append(inputs: Any, settings: Any, ids: list[int]) -> dict[str, Tensor]:
+        longer = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
+        return {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+
+    example = Example(0, "t", "s", 0, INPUTS, {}, "a", ["a"], target, [], "x")
+    settings = AttributionSettings("first_order", "log_probability", "example")
+    attribution = Attribution(anatomy, append, None, settings, ("heads", "neurons"))
+    sums = attribution.measure(example).sums
+    layer, width = anatomy.shape.layers - 1, WIDTH[name]
+    inputs = append(INPUTS, {}, target[:-1])
+
+    def value(number: int, factor: float) -> float:
+        scaled = torch.ones(EXPERTS * width)
+        scaled[number] = factor
+        change = plain_experts(experts_of(model, layer), lambda e, z: z * scaled[e * width : (e + 1) * width])
+        with change, torch.no_grad():
+            rows = model(**inputs, use_cache=False).logits[0, -len(target) :].log_softmax(-1)
+        return sum(float(row[token]) for row, token in zip(rows, target, strict=True))
+
+    for number in sums["neurons"][layer, : EXPERTS * width].topk(3).indices.tolist():
+        slope = (value(number, 1 + step) - value(number, 1 - step)) / (2 * step)
+        assert float(sums["neurons_signed"][layer, number]) == pytest.approx(slope, rel=1e-3)
+    routed = sums["routed"][layer, : EXPERTS * width].reshape(EXPERTS, width)
+    assert bool(((routed == 0) | (routed == 1)).all())
+    assert not bool(sums["neurons"][layer, : EXPERTS * width].reshape(EXPERTS, width)[routed == 0].any())
+    integrated = AttributionSettings("ig", "log_probability", "example", steps=2)
+    estimated = Attribution(anatomy, append, None, integrated, ("neurons",)).measure(example).sums
+    assert torch.equal(estimated["routed"], sums["routed"])
+    assert bool(torch.isfinite(estimated["neurons"]).all())
+
+
+def test_attribution_skips_layers_without_heads() -> None:
+    """LFM2-VL has short convolutions, whose output projection holds no heads."""
+    config = census.tiny_config("lfm2_vl")
+    config.text_config.layer_types = ["conv", "full_attention"] * 2
+    torch.manual_seed(0)
+    anatomy = Anatomy.of(Lfm2VlForConditionalGeneration(config).eval())
+    shape = anatomy.shape
+    assert shape.layer_heads == [0, 4, 0, 4]
+    example = Example(0, "t", "s", 0, INPUTS, {}, "a", ["a"], [11], [], "x")
+    attribution = Attribution(anatomy, lambda inputs, settings, ids: dict(inputs), kinds=("heads", "neurons"))
+    sums = attribution.measure(example).sums
+    assert torch.equal(sums["heads"] > 0, shape.head_mask())
+    assert bool(sums["neurons"][shape.neuron_mask()].any())
+
+
+def test_rows_of_several_lengths_are_steered_as_each_alone(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    """Two prompts in one batch, the shorter one padded on the left; bfloat16 agrees within its rounding."""
+    _, model, anatomy = mixture
+    shape = anatomy.shape
+    generator = torch.Generator().manual_seed(4)
+    scales = torch.rand(shape.layers, shape.neurons, generator=generator) + 0.5
+    heads = torch.rand(shape.layers, shape.heads, generator=generator) + 0.5
+    source = Provenance("tiny", None, shape, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+    steering = Steering(heads, scales, source)
+    short = {"input_ids": IDS[:, 3:], "attention_mask": torch.ones_like(IDS[:, 3:])}
+    both = {
+        "input_ids": torch.cat([IDS, torch.nn.functional.pad(IDS[:, 3:], (3, 0), value=2)]),
+        "attention_mask": torch.tensor([[1] * 8, [0] * 3 + [1] * 5]),
+    }
+    with torch.no_grad(), steer(model, steering):
+        alone = [model(**inputs).logits[0, -1] for inputs in (INPUTS, short)]
+        together = model(**both).logits[:, -1]
+    for row, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(row, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_scales_of_experts_export_into_the_checkpoint(
+    mixture: tuple[str, PreTrainedModel, Anatomy], tmp_path: Path
+) -> None:
+    name, model, anatomy = mixture
+    shape, generator = anatomy.shape, torch.Generator().manual_seed(5)
+    source = Provenance("tiny", None, shape, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+    scales = torch.rand(shape.layers, shape.neurons, generator=generator) + 0.5
+    steering = Steering(torch.ones(shape.layers, shape.heads), scales, source)
+    with steer(model, steering):
+        expected = logits(model)
+    base = logits(model)
+    export_checkpoint(model, steering, tmp_path / name)
+    assert torch.equal(logits(model), base)
+    found = logits(type(model).from_pretrained(tmp_path / name).eval())
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    with pytest.raises(HonesError, match="do not fit into an IA3 adapter; use --to checkpoint"):
+        export_ia3(model, steering, tmp_path / "ia3")
+
+
+def test_a_steering_for_other_experts_is_refused_by_name(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    _, model, anatomy = mixture
+    shape = anatomy.shape
+    assert shape.layer_experts is not None
+    assert shape.layer_expert_widths is not None
+    halves = [2 * count for count in shape.layer_experts], [width // 2 for width in shape.layer_expert_widths]
+    other = dataclasses.replace(shape, layer_experts=halves[0], layer_expert_widths=halves[1])
+    source = Provenance("other", None, other, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+    ones = torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons)
+    with pytest.raises(MisfitError, match="experts per layer differ"), steer(model, Steering(*ones, source)):
+        pass
+
+
+def test_experts_that_a_fused_kernel_computes_are_refused_with_the_setting_that_can() -> None:
+    model = census.build("qwen3_vl_moe")
+    block: Any = model.model.language_model.layers[1].mlp
+
+    def fused(hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, index = block.gate(flat)
+        return type(block.experts).forward(block.experts, flat, index, weights).reshape(hidden.shape)
+
+    block.forward = fused
+    with pytest.raises(
+        UnsupportedModelError, match="load it with use_kernels=False and experts_implem"
+    ) as it:
+        Anatomy.of(model)
+    assert "\n" not in str(it.value)
+
+
+def test_experts_of_quantized_weights_are_refused_with_the_setting_that_can() -> None:
+    model = census.build("qwen3_vl_moe")
+    for layer in range(4):
+        experts: Any = experts_of(model, layer)
+        experts.forward = copy.deepcopy(experts).forward  # kernels of their own read the quantized weights
+        for name in ("gate_up_proj", "down_proj"):
+            quantized = getattr(experts, name).data.to(torch.float8_e4m3fn)
+            setattr(experts, name, nn.Parameter(quantized, requires_grad=False))
+    with pytest.raises(UnsupportedModelError, match=r"cannot be computed one by one .*: load it unquantized"):
+        Anatomy.of(model)
+
+
+def test_hooks_of_two_anatomies_of_one_model_act_together(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    _, model, anatomy = mixture
+    other = Anatomy.of(model)
+    layer = anatomy.shape.layers - 1
+    first, second = anatomy.neurons_in[layer], other.neurons_in[layer]
+    assert first.module is not second.module
+    with editing([(first, Scaling(torch.full((first.width,), 3.0)))]):
+        expected = logits(model)
+    half, sixfold = torch.full((first.width,), 0.5), torch.full((first.width,), 6.0)
+    with (
+        editing([(first, Scaling(half))]),
+        editing([(second, Scaling(sixfold))]),
+        recording([second]) as kept,
+    ):
+        found = logits(model)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert bool(kept[second.name].any())

@@ -535,9 +535,15 @@ def _prove_experts(anatomy: Anatomy, probe: _Probe, name: str) -> None:
     try:
         with editing([(site, edits.Scaling(torch.ones(site.width))) for site in taps]):
             shown = probe.run()
+    except EditError as error:
+        raise UnsupportedModelError(
+            f"{name}: a forward pass does not call the experts of {taps[0].name}, as with fused kernels "
+            f"({first_line(error)}): load it with use_kernels=False and experts_implementation='eager'"
+        ) from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{name}: the experts of {taps[0].name} cannot be computed one by one ({first_line(error)})"
+            f"{name}: the experts of {taps[0].name} cannot be computed one by one ({first_line(error)}): "
+            "load it unquantized, with experts_implementation='eager'"
         ) from None
     if bool(torch.isfinite(probe.last).all()) and not _close(shown, probe.last):
         worst = float((shown - probe.last).abs().max() / probe.last.abs().max())

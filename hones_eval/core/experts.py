@@ -48,7 +48,7 @@ class Routed(NamedTuple):
     """The number of each pair's expert among those of this part [pairs]."""
     start: int
     """The number of the first neuron of this part in the layer."""
-    count: int
+    expert_count: int
     """The number of experts of this part."""
     size: tuple[int, int]
     """The numbers of rows and of tokens per row."""
@@ -58,9 +58,10 @@ class Routed(NamedTuple):
     def of_pairs(self, by_neuron: Tensor) -> Tensor:
         """One number per neuron of the layer, [neurons] or [rows, neurons], as one per activation."""
         width = self.values.shape[-1]
-        own = by_neuron[..., self.start : self.start + self.count * width].to(self.values.device)
-        split = own.unflatten(-1, (self.count, width))
-        return split[self.experts] if split.ndim == 2 else split[self.rows, self.experts]
+        own = by_neuron[..., self.start : self.start + self.expert_count * width].to(self.values.device)
+        split = own.unflatten(-1, (self.expert_count, width))
+        found: Tensor = split[self.experts] if split.ndim == 2 else split[self.rows, self.experts]
+        return found
 
 
 Show = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -167,11 +168,21 @@ class NeuronTap(nn.Module):
         return self._register(hook, True)
 
     def _register(self, hook: Callable[..., Any], routed: bool) -> "TapHandle":
+        if (active := self._active()) is not self:
+            return active._register(hook, routed)
         if not self._hooks:
             self._install()
         self._made += 1
         self._hooks[self._made] = (routed, hook)
         return TapHandle(self, self._made)
+
+    def _active(self) -> "NeuronTap":
+        """The tap that the experts run through now, which may be that of another anatomy of the same model.
+
+        Its hooks and ours act one after the other. Two replacements of one forward would hide the first.
+        """
+        replaced = (vars(part.module).get("forward") for part in self.parts if part.experts)
+        return next((forward.tap for forward in replaced if isinstance(forward, _Replaced)), self)
 
     def remove(self, number: int) -> None:
         """Remove a hook by its number; after the last one the model runs its own code again."""
@@ -184,7 +195,7 @@ class NeuronTap(nn.Module):
         self._undo.append(block.register_forward_hook(self._end).remove)
         for number, part in enumerate(parts):
             if part.experts:
-                self._undo.append(_replaced(part.module, self._experts(number)))
+                self._undo.append(_replaced(part.module, _Replaced(self, self._experts(number))))
             else:
                 handle = part.module.register_forward_pre_hook(self._linear(number))
                 self._undo.append(handle.remove)
@@ -284,9 +295,19 @@ class NeuronTap(nn.Module):
         if edited is None:
             return None
         width = routed.values.shape[-1]
-        own = edited[..., routed.start : routed.start + routed.count * width]
-        split: Tensor = own.unflatten(-1, (routed.count, width))
+        own = edited[..., routed.start : routed.start + routed.expert_count * width]
+        split: Tensor = own.unflatten(-1, (routed.expert_count, width))
         return split[routed.rows, routed.positions, routed.experts]
+
+
+class _Replaced(NamedTuple):
+    """The forward of experts while a tap has hooks."""
+
+    tap: NeuronTap
+    forward: Callable[..., Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(*args, **kwargs)
 
 
 class TapHandle:
@@ -304,9 +325,9 @@ class TapHandle:
 def _dense(routed: Routed) -> Tensor:
     """The activations of one part [rows, tokens, its neurons], with zeros where a token is not routed."""
     width = routed.values.shape[-1]
-    if routed.count == 1 and len(routed.values) == routed.size[0] * routed.size[1]:
+    if routed.expert_count == 1 and len(routed.values) == routed.size[0] * routed.size[1]:
         return routed.values.reshape(*routed.size, width)
-    dense = routed.values.new_zeros(*routed.size, routed.count, width)
+    dense = routed.values.new_zeros(*routed.size, routed.expert_count, width)
     places = (routed.rows, routed.positions, routed.experts)
     return dense.index_put(places, routed.values).flatten(-2)
 

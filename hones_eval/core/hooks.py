@@ -210,7 +210,9 @@ class _RoutedRecorder:
             self._call = part.call
             self._kept = part.values.new_zeros(rows, max(stop - start, 0), self._site.width)
         width = part.values.shape[-1]
-        own = self._kept[..., part.start : part.start + part.count * width].unflatten(-1, (part.count, width))
+        own = self._kept[..., part.start : part.start + part.expert_count * width].unflatten(
+            -1, (part.expert_count, width)
+        )
         chosen = torch.nonzero((part.positions >= start) & (part.positions < stop)).flatten()
         where = (part.rows[chosen], part.positions[chosen] - start, part.experts[chosen])
         own[where] = part.values.detach()[chosen]

@@ -194,7 +194,9 @@ class RowEdits:
         """Set masked neurons to zero where their row's tokens are routed to their expert."""
         width = part.values.shape[-1]
         wanted = [(row, edit.site[1] - part.start) for row, edit in self._chosen]
-        here = [(row, *divmod(number, width)) for row, number in wanted if 0 <= number < part.count * width]
+        here = [
+            (row, *divmod(number, width)) for row, number in wanted if 0 <= number < part.expert_count * width
+        ]
         if not here:
             return part.values
         rows, experts, columns = torch.tensor(here, device=part.values.device).T[..., None]

@@ -291,24 +291,21 @@ class Replay:
         read. `attending` is false where the attention's output is replaced.
         """
         call = self._calls[layer]
-        kwargs = {name: self._argument(value, len(hidden)) for name, value in call.kwargs.items()}
+        kwargs = {name: self._argument(name, value, len(hidden)) for name, value in call.kwargs.items()}
         with ExitStack() as stack:
             if narrow and layer == len(self._calls) - 1:
                 for module in self._narrow_modules(layer, attending):
                     stack.enter_context(self._narrowed(module))
             return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
 
-    def _argument(self, value: Any, rows: int) -> Any:
+    def _argument(self, name: str, value: Any, rows: int) -> Any:
         """A recorded argument of a layer, expanded to a number of rows."""
         if is_cache(value):
             return self.cache
-        # The masks of flash attention are [batch, tokens], which do not broadcast over rows as 4-D masks do.
-        if (
-            isinstance(value, Tensor)
-            and value.ndim == 2
-            and value.shape[0] == 1
-            and value.dtype != torch.long
-        ):
+        # The masks of flash attention are [batch, tokens], which do not broadcast over rows as 4-D masks do;
+        # nor do the kinds of tokens, by which ERNIE 4.5 VL chooses experts.
+        by_token = isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == 1
+        if by_token and (value.dtype != torch.long or "token_type" in name):
             return value.expand(rows, -1)
         return value
 

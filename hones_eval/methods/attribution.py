@@ -196,10 +196,10 @@ class Attribution:
                 f"--dtype float32 or bfloat16, or {WAY_OUT}"
             )
         x, gradient = piece.x.detach().float(), piece.gradient.float()
-        by_feature = gradient * (x - self._removed(kind, layer, x))
-        if kind == "neurons":
-            return by_feature
-        return by_feature.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1)).sum(-1)
+        drops = gradient * (x - self._removed(kind, layer, x))
+        if kind == "heads":
+            drops = drops.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1)).sum(-1)
+        return drops
 
     def _add(
         self, sums: Mapping[str, Tensor], kind: Kind, layer: int, piece: "_Piece", drops: Tensor
@@ -227,7 +227,7 @@ class _Piece(NamedTuple):
         """Sums over tokens of [1, tokens, sites] or [pairs, width], one per site, float64."""
         if self.part is None:
             return values.sum((0, 1)).double()
-        sums = values.new_zeros(self.part.count, values.shape[-1], dtype=torch.float64)
+        sums = values.new_zeros(self.part.expert_count, values.shape[-1], dtype=torch.float64)
         return sums.index_add(0, self.part.experts, values.double()).flatten()
 
 

@@ -65,9 +65,9 @@ class LearnedScales(nn.Module):
         edits: list[tuple[Site, Edit]] = []
         for (heads, layer), places in sorted(members.items()):
             numbers = torch.tensor([self.bank[place][1] for place in places])
-            site = (self.anatomy.heads_in if heads else self.anatomy.neurons_in)[layer]
+            where = (self.anatomy.heads_in if heads else self.anatomy.neurons_in)[layer]
             width = self.anatomy.shape.head_width_of(layer) if heads else 1
-            edits.append((site, self._edit(places, numbers, width, site.width // width)))
+            edits.append((where, self._edit(places, numbers, width, where.width // width)))
         return edits
 
     def _edit(self, places: Sequence[int], numbers: Tensor, width: int, count: int) -> Edit:
