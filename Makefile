@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/patching.py --pretrained hones_eval/toy/checkpoint
 	$(BIN)/python benchmarks/growth.py --memory 50 100 200 500
 	$(BIN)/python benchmarks/steered.py
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/racing.py --tasks vqa_relation --examples 1000 --timed 1000
 	$(BIN)/python benchmarks/screening.py
 
