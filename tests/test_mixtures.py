@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import census
+import family_doors
+import family_moe
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from hones_eval.engine.passes import FullPasses, SiteEdit
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError, UnsupportedModelError
 from hones_eval.lmms.example import Example
+from hones_eval.lmms.models import inner_model, load_lmm
 from hones_eval.methods.attribution import Attribution, AttributionSettings
 
 NAMES = ("qwen3_vl_moe", "llama4", "glm4v_moe", "qwen3_5_moe")
@@ -526,3 +529,47 @@ def test_hooks_of_two_anatomies_of_one_model_act_together(
         found = logits(model)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert bool(kept[second.name].any())
+
+
+@pytest.mark.slow
+def test_two_images_in_a_batch_padded_on_the_left_through_the_wrapper(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE with real prompts: replay, steering and batches agree with single hooked passes."""
+    checkpoint = family_moe.save_checkpoint(tmp_path / "qwen3_vl_moe")
+    lmm = load_lmm("hones_hf", f"pretrained={checkpoint},dtype=float32")
+    questions = [family_doors.BOTH, family_doors.QUESTIONS[1]]
+    chats = [family_moe.chat(question) for question in questions]
+    model = inner_model(lmm)
+    anatomy = Anatomy.of(model)
+    shape = anatomy.shape
+    assert shape.layer_experts is not None
+    steering = family_moe.steering(anatomy)
+    alone = [lmm.inputs_of([chat]) for chat in chats]
+    together = lmm.inputs_of(chats)
+    assert bool((together["attention_mask"] == 0).any())
+    edits = [SiteEdit(Head(1, 2)), SiteEdit(Neuron(3, 30), "mask"), SiteEdit(Neuron(2, 90), "mask")]
+    for inputs in alone:
+        replayer = Replayer(anatomy)
+        replayed = torch.cat([rows.logits for rows in replayer.record(inputs, 1).edited(edits)])
+        assert replayer.inexact is None
+        plain = {rows.edits[0]: rows.logits for rows in FullPasses(anatomy, inputs, 1).edited(edits)}
+        order = [edit for rows in replayer.record(inputs, 1).edited(edits) for edit in rows.edits]
+        expected = torch.cat([plain[edit] for edit in order])
+        assert float((replayed - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    with torch.no_grad():
+        with steer(model, steering):
+            single = [model(**inputs, use_cache=False).logits[0, -1] for inputs in alone]
+            batch = model(**together, use_cache=False).logits[:, -1]
+        unsteered = model(**alone[0], use_cache=False).logits[0, -1]
+        rounded = copy.deepcopy(model).bfloat16()
+        with steer(rounded, steering):
+            coarse = rounded(**lmm_cast(alone[0]), use_cache=False).logits[0, -1].float()
+    largest = float(single[0].abs().max())
+    for row, expected in zip(batch, single, strict=True):
+        assert float((row - expected).abs().max()) <= 1e-4 * largest
+    assert float((single[0] - unsteered).abs().max()) > 1e-2 * largest
+    assert float((coarse - single[0]).abs().max()) <= 0.08 * largest
+
+
+def lmm_cast(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs with images in bfloat16."""
+    return {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}

@@ -140,7 +140,6 @@ def _report(
     layers = range(shape.layers)
     heads, widths = [shape.heads_of(i) for i in layers], [shape.head_width_of(i) for i in layers]
     neurons = [shape.neurons_of(i) for i in layers]
-    nothing = [0] * shape.layers
     # Per token a recorded layer keeps its input, its output, its attention's output, its heads and, where the
     # FFN is dense, its neurons.
     plain = [n if found.has_plain_ffn(i) else 0 for i, n in enumerate(neurons)]
@@ -152,8 +151,8 @@ def _report(
         heads,
         widths,
         neurons,
-        shape.layer_experts or nothing,
-        shape.layer_expert_widths or nothing,
+        [sum(count for count, _ in shape.expert_groups(i)) for i in layers],
+        [max((width for _, width in shape.expert_groups(i)), default=0) for i in layers],
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         recorded_bytes=kept * itemsize,
