@@ -29,6 +29,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.engine.passes import FullPasses, SiteEdit
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError, UnsupportedModelError
+from hones_eval.jobs.spike_in import shuffled
 from hones_eval.lmms.example import Example
 from hones_eval.lmms.models import inner_model, load_lmm
 from hones_eval.methods.attribution import Attribution, AttributionSettings
@@ -529,6 +530,24 @@ def test_hooks_of_two_anatomies_of_one_model_act_together(
         found = logits(model)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert bool(kept[second.name].any())
+
+
+def test_random_controls_of_a_spike_in_stay_within_their_expert(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    name, _, anatomy = mixture
+    shape, width, layer = anatomy.shape, WIDTH[name], anatomy.shape.layers - 1
+    scales = torch.ones(shape.layers, shape.neurons)
+    scales[layer, width : width + 3] = torch.tensor([2.0, 3.0, 4.0])  # of expert 1
+    planted = [Neuron(layer, width), Neuron(layer, width + 5)]
+    source = Provenance("tiny", None, shape, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+    steering = Steering(torch.ones(shape.layers, shape.heads), scales, source)
+    for seed in range(5):
+        found = shuffled(steering, seed, planted).neuron_scales
+        own = found[layer, width : 2 * width]
+        assert sorted(own[own != 1].tolist()) == [2.0, 3.0, 4.0]
+        assert int((found != 1).sum()) == 3
+        assert all(found[neuron] == 1 for neuron in planted)
 
 
 @pytest.mark.slow

@@ -205,9 +205,10 @@ def standing(ranking: Ranking, planted: Sequence[Head | Neuron]) -> dict[str, An
 def shuffled(steering: Steering, seed: int, planted: Sequence[Head | Neuron] = ()) -> Steering:
     """The same scales on random sites of the same layers, and 1 on the planted sites.
 
-    In a mixture of experts the scales of each expert's neurons stay within it, where they act equally often. A
-    layer or expert has fewer sites left than scales where some of its sites were planted: the scales nearest
-    to 1 are left out. Planted sites are no control, since scaling one of them repairs a part of the damage.
+    In a mixture of experts the scales of each expert's neurons stay within it, where they act equally often.
+    A layer or expert has fewer sites left than scales where some of its sites were planted: the scales
+    nearest to 1 are left out. Planted sites are no control, since scaling one of them repairs a part of the
+    damage.
     """
     generator = torch.Generator().manual_seed(seed)
 
