@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hones_eval.core.adapters import apply_adapter, without_adapter
+from hones_eval.core.adapters import apply_adapter, model_source, without_adapter
 from hones_eval.core.attach import AttachedSteering, AttachMode, attach_steering
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
@@ -115,9 +115,11 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the weights, and of the scales if there are any: the key of cached answers."""
-        steering = self.record.steering
-        return self.record.weights if steering is None else f"{self.record.weights}-{steering.digest}"
+        """The key of cached answers: the digest of the weights, the hub's commits, and the scales' digest."""
+        steering, source = self.record.steering, model_source(self._inner)
+        commits = [commit for commit in (source["revision"], source["adapter_revision"]) if commit]
+        scales = [] if steering is None else [steering.digest]
+        return "-".join([self.record.weights, *commits, *scales])
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
         """The output of `generate` that the base wrapper decodes; a family may change it here."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
 from hones_eval.lmms.models import _own_device
+from hones_eval.runs.lightning import _Pass
 
 COUNT = 5
 LAUNCHED = Path(__file__).parent / "helpers" / "launched.py"
@@ -31,7 +33,7 @@ def doc_to_visual(doc):
     return [Image.open(doc["image"]).convert("RGB")]
 """
 ALONE = (
-    "stopped because another process ended; see that process's error. If it was killed and printed none, run "
+    "stopped because process {} ended; see the error of that process. If it was killed and printed none, run "
     "the same command again, with --resume where it has that flag"
 )
 REASON = "hones-eval: the camera fell into the sea"
@@ -102,7 +104,7 @@ def test_a_node_of_srun_that_fails_ends_all_and_resume_goes_on(
     assert all(os.waitstatus_to_exitcode(status) == 1 for status in failed), err
     assert resumed == [0, 0], err
     lines = [line for line in err.splitlines() if line.startswith("hones-eval:")]
-    assert sorted(lines) == sorted([REASON, f"hones-eval: process 0 of 2 {ALONE}"])
+    assert sorted(lines) == sorted([REASON, f"hones-eval: process 0 of 2 {ALONE.format(1)}"])
     assert "Traceback" not in err
     assert_same_ranking(one, Ranking.load(out))
     assert not (out / "partial").exists()
@@ -117,6 +119,41 @@ def test_a_first_process_that_fails_takes_its_others_along(
     assert status == 1, err
     assert complaint(err) == REASON
     assert not (tmp_path / "two" / "ranking.json").exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_is_named_and_one_process_goes_on(
+    killed: int,
+    tasks: Path,
+    model_args: str,
+    one: Ranking,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGKILL in the second example; the other process is in its own second one, for an hour."""
+    out = tmp_path / "two"
+    status, _, err = ended(
+        start(tmp_path, LAUNCHED, "killed", killed, *rank(tasks, model_args, out, "--devices", "2"))
+    )
+    assert status == (1 if killed else -signal.SIGKILL), err
+    assert complaint(err) == f"hones-eval: process {1 - killed} of 2 {ALONE.format(killed)}"
+    assert {path.name[-18:] for path in (out / "partial").iterdir()} == {
+        "0-of-2.safetensors",
+        "1-of-2.safetensors",
+    }
+    measured = []
+    step = _Pass.predict_step
+
+    def counting(self: _Pass, batch: Any, batch_idx: int) -> None:
+        measured.append((self.name, batch.index))
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(_Pass, "predict_step", counting)
+    assert main(rank(tasks, model_args, out, "--resume")) == 0
+    first = [index for name, index in measured if name == measured[0][0]]
+    assert first == [2, 3, 4], "what two processes had measured is not measured again"
+    assert_same_ranking(one, Ranking.load(out))
+    assert not (out / "partial").exists()
 
 
 def test_lmms_eval_steered_on_two_processes(

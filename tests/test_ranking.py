@@ -313,8 +313,30 @@ def test_a_changed_header_is_refused_and_version_1_is_read(saved: Path) -> None:
     write_json(saved / "ranking.json", header)
     with pytest.raises(HonesError, match="was changed after it was written"):
         Ranking.load(saved)
+    newer = ("weights", "adapter", "adapter_revision")
+    for name in newer:  # a file of version 2 whose number was changed
+        old = {key: value for key, value in header.items() if key not in newer or key == name}
+        write_json(saved / "ranking.json", old | {"format_version": 1})
+        with pytest.raises(HonesError, match=f"it says format 1, which has no '{name}'"):
+            Ranking.load(saved)
+    old = {key: value for key, value in header.items() if key not in newer}
+    write_json(saved / "ranking.json", old | {"format_version": 1})
+    with pytest.warns(UserWarning, match="digest does not cover settings, examples and image hashes"):
+        assert Ranking.load(saved).provenance == PROVENANCE
+
+
+def test_the_scores_of_version_1_are_covered(saved: Path) -> None:
+    """What an old artifact promises: its numbers were not changed. Nothing covers its provenance."""
+    header = json.loads((saved / "ranking.json").read_text())
+    for name in artifact.NOT_IN_VERSION_1:
+        del header[name]
     write_json(saved / "ranking.json", header | {"format_version": 1})
-    assert Ranking.load(saved).provenance == PROVENANCE
+    save_file({"head_scores": torch.ones(2, 3)}, saved / "ranking.safetensors")
+    with (
+        pytest.warns(UserWarning, match="has format 1"),
+        pytest.raises(HonesError, match=r"ranking\.safetensors is not the file that"),
+    ):
+        Ranking.load(saved)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from hones_eval.core.adapters import model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance, write_json, write_text
 from hones_eval.core.attach import steer
+from hones_eval.core.files import matching, staged_folder
+from hones_eval.core.lock import writes_to_out
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.engine import tokens
@@ -41,6 +43,7 @@ def other_steering(against: str | None, strength: float) -> Steering | None:
     return steering
 
 
+@writes_to_out
 def lens(
     model: Model,
     tasks: str,
@@ -118,7 +121,6 @@ def _write(
     )
     by_view = {name: dict(zip(VIEWS, mean.tolist(), strict=True)) for name, mean in means.items()}
     report = {"format": "hones-eval lens", "package_version": __version__, "means": by_view}
-    write_json(out / "lens.json", report | provenance.to_json())
     texts = _Texts(tokenizer)
     rows = [row for example in seen for row in _rows(example, texts)]
     tops = [
@@ -126,11 +128,13 @@ def _write(
         for rank in range(seen[0].readout.top_ids.shape[-1])
         for what in ("token", "probability")
     ]
-    write_text(out / "lens.csv", csv_text([*HEADER, *tops], rows))
     drawn = {name: mean.numpy() for name, mean in means.items()}
-    figures.save(lens_figures.mean_figure(drawn, int(count)), out / "means.png")
-    for example in seen[:figures_of]:
-        _draw(out, job.anatomy, examples, example, texts, tokenizer)
+    with staged_folder(out, last=("lens.json",), stale=matching("example[0-9]*.png")) as folder:
+        write_json(folder / "lens.json", report | provenance.to_json())
+        write_text(folder / "lens.csv", csv_text([*HEADER, *tops], rows))
+        figures.save(lens_figures.mean_figure(drawn, int(count)), folder / "means.png")
+        for example in seen[:figures_of]:
+            _draw(folder, job.anatomy, examples, example, texts, tokenizer)
     return [
         f"wrote {out / 'lens.json'}, lens.csv and {min(figures_of, len(seen))} figures: "
         f"{int(count)} examples",

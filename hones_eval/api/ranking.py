@@ -10,6 +10,7 @@ from hones_eval.api.task_names import names_in
 from hones_eval.choices import Absolute, Bound, Estimate, Objective, Screen
 from hones_eval.core.artifact import ModelShape, hash_of
 from hones_eval.core.head_edits import HeadEditName, head_edit
+from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
 from hones_eval.jobs.rank import Discovery, discover, provenance
@@ -25,6 +26,7 @@ PAPER_HEADS, PAPER_TOTAL = 30, 32 * 32
 """HONES conditions neurons on 30 of the 1024 heads of LLaVA-1.5-7B."""
 
 
+@writes_to_out
 def rank(
     model: Model,
     tasks: str,

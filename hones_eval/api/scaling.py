@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hones_eval.choices import How, Neurons, TunedSites
+from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import hash_of
+from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
@@ -26,6 +28,7 @@ DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned")
 """Ways that choose on development examples without a score of heads."""
 
 
+@writes_to_out
 def scale(
     ranking: Ranking,
     how: How = "fixed",
@@ -160,22 +163,24 @@ def scale(
     if out is not None:
         pinned = [ranking.digest, development.example_set.hash, *map(str, (how, *settings))]
         pinned.append(json.dumps(model.settings(examples, gen_kwargs=gen_kwargs), sort_keys=True))
-        pinned.append(weights_digest(model.anatomy.model))
+        # The ranking's provenance too: its settings choose the neurons where --neurons does not.
+        pinned.append(json.dumps(ranking.provenance.to_json(), sort_keys=True))
+        pinned += [weights_digest(model.anatomy.model), json.dumps(model_source(model.anatomy.model))]
         partial = Partial(Path(out) / "partial", hash_of([__version__, *pinned]), resume)
     model.loop.partial = partial
     try:
         steering = choose(development, how)
     finally:
         model.loop.partial = None
-    if partial is not None and model.loop.is_first:
-        partial.clear()
+    if out is not None and partial is not None and model.loop.is_first:
+        if not steering.is_noop:
+            steering.save(out)
+        partial.clear()  # after the result is written, so that a kill in between loses nothing
     if steering.is_noop:
         raise HonesError(
             "no strength helped on development examples: nothing was written; the best is the model without "
             f"steering ({summary(steering.provenance.settings)})"
         )
-    if out is not None and model.loop.is_first:
-        steering.save(out)
     return steering
 
 

@@ -12,6 +12,8 @@ from hones_eval.choices import Pairs as WhichPairs
 from hones_eval.choices import Rows, What
 from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import Provenance, write_json, write_text
+from hones_eval.core.files import matching, staged_folder
+from hones_eval.core.lock import writes_to_out
 from hones_eval.core.weights import weights_digest
 from hones_eval.engine.tokens import Roles
 from hones_eval.errors import HonesError, TaskError
@@ -23,6 +25,10 @@ from hones_eval.runs.lightning import Loop
 
 # Columns of this package's tasks that say which words of a question play a role.
 ROLE_COLUMNS = {"object": "objects", "attribute": "attributes", "relation": "relations"}
+
+
+OWN = ("layers.csv", "layers.png", "tokens.csv", "roles.csv", "*_roles.png", "*_pair[0-9]*.png")
+"""Patterns of the files of a trace; those of an earlier one in the same folder are deleted."""
 
 
 class Plan(NamedTuple):
@@ -44,6 +50,7 @@ def plan(clean: str, edited: str, what: str, roles: str, only: WhichPairs, examp
     return Plan(tasks, _whats(what), _role_reader(roles), roles, only, examples)
 
 
+@writes_to_out
 def trace(
     model: Model,
     wanted: Plan,
@@ -182,10 +189,11 @@ def _write(
             _category(name, category) | found[name] for name, category in zip(names, categories, strict=True)
         ],
     }
-    write_json(out / "trace.json", report | provenance.to_json())
     whats: list[What] = settings["what"]
-    _write_tables(out, names, categories, whats, examples)
-    _write_figures(out, names, categories, whats, examples)
+    with staged_folder(out, last=("trace.json",), stale=matching(*OWN)) as folder:
+        write_json(folder / "trace.json", report | provenance.to_json())
+        _write_tables(folder, names, categories, whats, examples)
+        _write_figures(folder, names, categories, whats, examples)
     lines = [f"wrote {out / 'trace.json'} with its tables and figures; replay {replay}"]
     return lines + [line for category in categories for line in _lines(category)]
 

@@ -7,6 +7,8 @@ from typing import Any
 from hones_eval.api.model import Model
 from hones_eval.choices import Correction, Sites
 from hones_eval.core.artifact import write_json
+from hones_eval.core.files import staged_folder
+from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
 from hones_eval.jobs.verify import Verification as Job
 from hones_eval.jobs.verify import verify as verify_banks
@@ -105,6 +107,7 @@ def _verdict(bank: str, drop: Mapping[str, Any]) -> list[str]:
     return [f"{bank}: {drop['verdict']}{p}; {units} find {power} with probability 0.8"]
 
 
+@writes_to_out
 def verify(
     ranking: Ranking,
     model: Model,
@@ -171,8 +174,9 @@ def verify(
     if out is not None and model.loop.is_first:
         from hones_eval.reports import figures
 
-        write_json(Path(out) / "verify.json", found)
-        figures.save(verification.plot(), Path(out) / "verify.png")
+        with staged_folder(Path(out), last=("verify.json",)) as folder:
+            write_json(folder / "verify.json", found)
+            figures.save(verification.plot(), folder / "verify.png")
     return verification
 
 

@@ -7,12 +7,14 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hones_eval import limits
 from hones_eval.errors import HonesError
+
+LOCK = ".hones-eval.lock"  # of a folder that a command writes to: see core/lock.py
 
 _PLAIN_LIST = re.compile(r'\[(?:\s*(?:"[^"\\\s]*"|[-+.\w]+),?)*\s*\]')
 # .<name>.<host>-<pid>-<random>.tmp: the owner can be told from the name alone.
@@ -92,15 +94,22 @@ def temporary_prefix(name: str) -> str:
     return f".{name[:100]}.{socket.gethostname()}-{os.getpid()}-"
 
 
-def clear_dead_files(folder: Path) -> list[Path]:
-    """Delete temporary files in a folder that killed processes of this host left there.
+def clear_dead_files(folder: Path, name: str = "") -> list[Path]:
+    """Delete temporary files and folders that killed processes of this host left in a folder.
 
-    Files of living processes and of other hosts stay, and so do all files with other names.
+    Those of living processes and of other hosts stay, and so do all files with other names.
+
+    Args:
+        folder: where to look.
+        name: delete only temporary forms of this name; by default of every name.
 
     Returns: the deleted paths.
     """
     deleted = []
-    for path in sorted(folder.glob(".*.tmp")) if folder.is_dir() else []:
+    start = f".{name[:100]}." if name else "."
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.name.startswith(start):
+            continue
         owner = _TEMPORARY.fullmatch(path.name)
         if owner is None or owner["host"] != socket.gethostname() or is_alive(int(owner["pid"])):
             continue
@@ -135,44 +144,117 @@ def is_alive(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
+def nothing_stale(folder: Path) -> Iterable[Path]:
+    """The default of `staged_folder`: no file of an earlier run has to go."""
+    return ()
+
+
+def matching(*patterns: str) -> Callable[[Path], Iterable[Path]]:
+    """For `staged_folder`: the files of a folder that match one of these glob patterns."""
+
+    def found(folder: Path) -> Iterable[Path]:
+        return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+    return found
+
+
 @contextlib.contextmanager
-def staged_folder(out: Path, last: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary folder next to `out`, whose files are moved to `out` when all of them are written.
+def staged_folder(
+    out: Path,
+    last: Sequence[str] = (),
+    stale: Callable[[Path], Iterable[Path]] = nothing_stale,
+) -> Iterator[Path]:
+    """A temporary folder whose files get to `out` when all of them are written and flushed to disk.
+
+    A new `out` appears whole, by one rename. In a folder that already holds files, those named by `last` are
+    deleted first and renamed last: a folder without them holds no result.
 
     Args:
         out: the final folder; it may exist.
-        last: names of files that are moved last, since without them nothing loads.
+        last: names of the files without which nothing is loaded or read.
+        stale: the files of an earlier result in `out`; those that are not written again are deleted.
 
     Raises: OSError that names `out` when writing fails, e.g. on a full disk; nothing is left then.
     """
-    import shutil
-
-    out = out.absolute()
+    out = out.resolve()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    clear_dead_files(out.parent)
-    prefix = temporary_prefix(out.name)
+    beside = os.access(out.parent, os.W_OK) and out.parent.stat().st_dev == out.stat().st_dev
+    home = out.parent if beside else out
+    clear_dead_files(home)
     with named_errors(out):
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix, suffix=".tmp"))
+        prefix = temporary_prefix(out.name)
+        temporary = Path(tempfile.mkdtemp(dir=home, prefix=prefix, suffix=".tmp"))
     try:
         with named_errors(out):
             yield temporary
             for path in sorted(temporary.rglob("*")):
-                if path.is_file():
-                    _flush(path)
-            for path in sorted(temporary.iterdir(), key=lambda path: (path.name in last, path.name)):
-                shutil.move(path, out / path.name)
-            sync_folder(out)
+                _flush(path)
+            if not (beside and _appear(temporary, out)):
+                _move_files(temporary, out, last, stale)
+            sync_folder(out.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _delete_folder(temporary)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    temporary.rmdir()
+    _delete_folder(temporary)
+
+
+def _appear(temporary: Path, out: Path) -> bool:
+    """Give the temporary folder the name `out`, which so far holds nothing but a lock.
+
+    The lock's file is linked into the folder first, so that it is held all the time.
+
+    Returns: whether that was possible. It is not when `out` holds files, is the working directory, or is on
+        a file system without hard links.
+    """
+    held = [path.name for path in out.iterdir()]
+    if out == Path.cwd() or any(name != LOCK for name in held):
+        return False
+    temporary.chmod(out.stat().st_mode & 0o777)
+    try:
+        for name in held:
+            os.link(out / name, temporary / name)
+            (out / name).unlink()
+        os.rename(temporary, out)  # replaces an empty folder, and no other
+    except OSError:
+        for name in held:
+            if (temporary / name).exists() and not (out / name).exists():
+                os.link(temporary / name, out / name)
+            (temporary / name).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _move_files(
+    temporary: Path, out: Path, last: Sequence[str], stale: Callable[[Path], Iterable[Path]]
+) -> None:
+    """Move files one by one into a folder that holds others; see `staged_folder`."""
+    names = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
+    names.sort(key=lambda name: str(name) in last)
+    for final in last:
+        (out / final).unlink(missing_ok=True)
+    for old in stale(out):
+        if old.relative_to(out) not in names:
+            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are in its folder
+                old.parent.rmdir()
+    folders = sorted({(out / name).parent for name in names})
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        os.replace(temporary / name, out / name)
+    for folder in folders:
+        sync_folder(folder)
 
 
 def _flush(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    if path.is_dir():
+        sync_folder(path)
+        return
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

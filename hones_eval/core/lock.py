@@ -5,16 +5,23 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import wraps
+from inspect import signature
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-from hones_eval.core.files import clear_dead_files
+from hones_eval.core.files import LOCK, clear_dead_files
 from hones_eval.errors import HonesError
 
-LOCK = ".hones-eval.lock"
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-MOST_FOLDERS = 10_000  # looked through for dead temporary files
+MOST_FOLDERS, DEEPEST = 10_000, 6  # looked through for dead temporary files; levels below the folder
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_held: dict[Path, int] = {}  # folders that this process has locked, and the thread that did
 
 
 @contextlib.contextmanager
@@ -23,28 +30,48 @@ def only_writer(out: Path, environment: Mapping[str, str] = os.environ) -> Itera
 
     The lock is `out/.hones-eval.lock`, locked by the operating system and naming its owner. A killed owner
     loses the system's lock, so its file is recognized as stale. Of a run's several processes only the first
-    takes the lock. A folder that was made for the lock and stays empty is removed again.
+    takes the lock. The thread that holds a lock may take it again, as a command and the job inside it do. A
+    folder that was made for the lock and stays empty is removed again.
 
     Raises: HonesError that names the owner, when another command writes to the folder.
     """
     if any(environment.get(name, "0") not in ("", "0") for name in RANKS):
         yield
         return
+    place = out.resolve()
+    if _held.get(place) == threading.get_ident():
+        yield
+        return
     made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     handle = _take(out)
+    _held[place] = threading.get_ident()
     try:
+        clear_dead_files(place.parent, place.name)
         for folder in _folders(out):
             clear_dead_files(folder)
         yield
     finally:
-        (out / LOCK).unlink(
-            missing_ok=True
-        )  # before the system's lock goes, so that nobody takes a dead file
+        del _held[place]
+        # Before the system's lock goes, so that nobody takes a dead file.
+        (out / LOCK).unlink(missing_ok=True)
         os.close(handle)
         for folder in made:
             with contextlib.suppress(OSError):  # it is not empty: there is a result
                 folder.rmdir()
+
+
+def writes_to_out(job: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a job hold the lock of its argument `out` while it runs; without that argument it takes none."""
+    parameters = signature(job)
+
+    @wraps(job)
+    def locked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        out = parameters.bind(*args, **kwargs).arguments.get("out")
+        with contextlib.nullcontext() if out is None else only_writer(Path(out)):
+            return job(*args, **kwargs)
+
+    return locked
 
 
 def _take(out: Path) -> int:
@@ -100,9 +127,9 @@ def _refusal(out: Path, owner: Mapping[str, object]) -> HonesError:
 
 
 def _folders(out: Path) -> Iterator[Path]:
-    """The folder and those up to two levels below it."""
+    """The folder and those up to `DEEPEST` levels below it; a study writes four levels deep."""
     level, seen = [out], 0
-    for _ in range(3):
+    for _ in range(DEEPEST + 1):
         below = []
         for folder in level:
             seen += 1

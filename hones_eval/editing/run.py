@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from hones_eval.core.artifact import read_json, write_bytes, write_json
-from hones_eval.core.files import clear_dead_files
-from hones_eval.core.lock import LOCK
+from hones_eval.core.files import LOCK, clear_dead_files
 from hones_eval.editing import photographs
 from hones_eval.editing.editors import EDITORS, Edited, levels_of
 from hones_eval.editing.inpaint import Inpainter, Painting

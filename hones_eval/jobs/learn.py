@@ -17,7 +17,7 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
 from hones_eval.runs.checkpoint import Progress
-from hones_eval.runs.lightning import Loop, one_fails_all_fail
+from hones_eval.runs.lightning import Loop, Meeting, one_fails_all_fail
 from hones_eval.runs.progress import ProgressLines
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps per parameter
@@ -135,7 +135,9 @@ def _trainer(settings: FitSettings, loop: Loop, cuda: bool) -> Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=loop.trainer.progress_bar_callback is not None,
-        callbacks=[callback for callback in loop.trainer.callbacks if isinstance(callback, ProgressLines)],
+        callbacks=[
+            callback for callback in loop.trainer.callbacks if isinstance(callback, ProgressLines | Meeting)
+        ],
     )
 
 

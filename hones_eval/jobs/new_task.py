@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from hones_eval.choices import TaskKind
-from hones_eval.core.files import write_text
+from hones_eval.core.files import staged_folder, write_text
 from hones_eval.core.images import refuse_truncated_images
 from hones_eval.errors import TaskError
 
@@ -84,12 +84,12 @@ def new_task(
     column = _image_column(table, rows)
     documents = _documents(table, rows, images, column, found, prompt or PROMPTS[found])
     splits = _splits(documents)
-    for suffix, chosen in {"": documents, **splits}.items():
-        _write_split(out, f"{name}{suffix and '_'}{suffix}", found, chosen)
-    write_text(out / "utils.py", UTILS)
-    counts = {
-        f"{name}{suffix and '_'}{suffix}": len(chosen) for suffix, chosen in {"": documents, **splits}.items()
-    }
+    tasks = {f"{name}{suffix and '_'}{suffix}": part for suffix, part in {"": documents, **splits}.items()}
+    with staged_folder(out, last=[f"{task}.yaml" for task in tasks]) as folder:
+        for task, chosen in tasks.items():
+            _write_split(folder, out, task, found, chosen)
+        write_text(folder / "utils.py", UTILS)
+    counts = {task: len(chosen) for task, chosen in tasks.items()}
     return NewTask(
         name,
         found,
@@ -288,11 +288,11 @@ def _splits(documents: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return {name: chosen for name, chosen in splits.items() if chosen}
 
 
-def _write_split(out: Path, task: str, kind: str, documents: Sequence[dict[str, Any]]) -> None:
+def _write_split(folder: Path, out: Path, task: str, kind: str, documents: Sequence[dict[str, Any]]) -> None:
+    """Write a split's table and task file into `folder`; the task file names the table in `out`."""
     lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-    table = out / f"{task}.jsonl"
-    write_text(table, lines)
-    write_text(out / f"{task}.yaml", task_file(task, kind, table.resolve()))
+    write_text(folder / f"{task}.jsonl", lines)
+    write_text(folder / f"{task}.yaml", task_file(task, kind, (out / f"{task}.jsonl").resolve()))
 
 
 def task_file(task: str, kind: str, table: Path) -> str:

@@ -1,10 +1,11 @@
 """Boards from lmms-eval output folders: did steering help, with paired statistics, as tables and pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hones_eval.core.files import write_text
+from hones_eval.core.files import staged_folder, write_text
+from hones_eval.core.lock import writes_to_out
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.board import Board, build_board
 from hones_eval.leaderboard.lmms_tasks import TaskImages
@@ -19,6 +20,7 @@ __all__ = ["Board", "Row", "build_board", "make_board"]
 MADE_BY_US = '<meta name="generator" content="hones-eval'
 
 
+@writes_to_out
 def make_board(
     logs: Sequence[Path],
     out: Path,
@@ -55,24 +57,24 @@ def make_board(
     board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
     views = row_views(board, with_pages(board.rows, pages))
     thumbnails = Thumbnails(TaskImages(include_path) if images else None)
-    written = []
-    for name, page in comparison_pages(board, views, thumbnails):
-        written.append(_write(out / "comparisons" / name, page))
-    _remove_old(out / "comparisons", keep={path.name for path in written})
-    written.append(_write(out / "leaderboard.csv", csv_table(board, views)))
-    written.append(_write(out / "leaderboard.md", markdown_table(board, views)))
-    written.append(_write(out / "leaderboard.svg", readme_image(board, views)))
-    written.append(_write(out / "index.html", index_page(board, views, title)))
+    written: list[Path] = []
+
+    def write(name: str, text: str) -> None:
+        write_text(folder / name, text)
+        written.append(out / name)
+
+    with staged_folder(out, last=("index.html",), stale=_old_pages) as folder:
+        for name, page in comparison_pages(board, views, thumbnails):
+            write(f"comparisons/{name}", page)
+        write("leaderboard.csv", csv_table(board, views))
+        write("leaderboard.md", markdown_table(board, views))
+        write("leaderboard.svg", readme_image(board, views))
+        write("index.html", index_page(board, views, title))
     return replace(board, written=tuple(reversed(written)))
 
 
-def _remove_old(folder: Path, keep: set[str]) -> None:
-    """Delete comparison pages of an earlier board that this one did not write; leave other files alone."""
-    for path in folder.glob("*.html"):
-        if path.name not in keep and MADE_BY_US in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-            path.unlink()
-
-
-def _write(path: Path, text: str) -> Path:
-    write_text(path, text)
-    return path
+def _old_pages(out: Path) -> Iterator[Path]:
+    """Comparison pages that an earlier board has made; other files are left alone."""
+    for path in sorted((out / "comparisons").glob("*.html")):
+        if MADE_BY_US in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+            yield path

@@ -9,15 +9,30 @@ from typing import Any
 import numpy as np
 
 from hones_eval.core.artifact import write_json, write_text
+from hones_eval.core.files import matching, staged_folder
 from hones_eval.jobs.compare import Comparison, Crossing, group_name
 from hones_eval.jobs.compare_levels import Sharing
 from hones_eval.reports import figures
+
+OWN = (
+    *("*_by_layer.csv", "*_by_layer.png", "*_overlaps.csv", "*_overlaps.png", "groups.csv", "groups.png"),
+    *("levels.csv", "cross_task.csv", "cross_task.png", "heads.png", "heads_positive.png"),
+    *("heads_negative.png", "groups/*/ranking.json", "groups/*/ranking.safetensors"),
+)
+"""Patterns of the files of a comparison; those of an earlier one in the same folder are deleted."""
 
 
 def write(
     comparison: Comparison, crossings: Sequence[Crossing], levels: Sequence[Sharing], out: Path
 ) -> dict[str, Any]:
-    """Write everything and return what `compare.json` holds."""
+    """Write everything, whole or not at all, and return what `compare.json` holds."""
+    with staged_folder(out, last=("compare.json",), stale=matching(*OWN)) as folder:
+        return _write(comparison, crossings, levels, folder)
+
+
+def _write(
+    comparison: Comparison, crossings: Sequence[Crossing], levels: Sequence[Sharing], out: Path
+) -> dict[str, Any]:
     report = comparison.report() | {
         "levels": [level._asdict() for level in levels],
         "cross_task": [crossing._asdict() for crossing in crossings],

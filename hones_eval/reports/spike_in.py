@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hones_eval.core.artifact import write_json, write_text
+from hones_eval.core.files import staged_folder
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import markdown_table
 from hones_eval.stats.verdicts import CORRECTIONS
@@ -15,10 +16,11 @@ Row = Mapping[str, Any]
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
-    """Write `spike_in.json`, `spike_in.md` and `spike_in.png`."""
-    write_json(out / "spike_in.json", report)
-    write_text(out / "spike_in.md", page(report))
-    figures.save(figure(report), out / "spike_in.png")
+    """Write `spike_in.json`, `spike_in.md` and `spike_in.png`, whole or not at all."""
+    with staged_folder(out, last=("spike_in.json",)) as folder:
+        write_json(folder / "spike_in.json", report)
+        write_text(folder / "spike_in.md", page(report))
+        figures.save(figure(report), folder / "spike_in.png")
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:

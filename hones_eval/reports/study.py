@@ -8,6 +8,7 @@ import numpy as np
 
 from hones_eval.choices import Correction
 from hones_eval.core.artifact import write_json, write_text
+from hones_eval.core.files import staged_folder
 from hones_eval.jobs.study import WAYS
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import csv_table, markdown_table, short_names
@@ -18,12 +19,16 @@ VERDICTS = ("better", "worse", "no clear difference", "too few")
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
-    """Write `study.json`, `steering.csv`, `attribution.csv`, `study.md`, and figures of the gains."""
-    write_json(out / "study.json", report)
-    write_text(out / "steering.csv", csv_table(report["steering"]))
-    write_text(out / "attribution.csv", csv_table(report["attribution"]))
-    write_text(out / "study.md", _page(report))
-    _draw(report, out)
+    """Write `study.json`, `steering.csv`, `attribution.csv`, `study.md`, and figures of the gains.
+
+    `study.json` appears last. Rankings and steerings that the folder holds stay.
+    """
+    with staged_folder(out, last=("study.json",)) as folder:
+        write_json(folder / "study.json", report)
+        write_text(folder / "steering.csv", csv_table(report["steering"]))
+        write_text(folder / "attribution.csv", csv_table(report["attribution"]))
+        write_text(folder / "study.md", _page(report))
+        _draw(report, folder)
 
 
 def _page(report: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Resumable progress of a pass over examples: a killed run continues from its last checkpoint."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,8 +66,20 @@ class Partial:
         self._written = time.monotonic()
         _Stop.running, _Stop.requested = True, False
         path = self._path(name, rank, ranks)
-        if not self.resume or not path.is_file():
-            return None
+        return self._read(path) if self.resume and path.is_file() else None
+
+    def load_others(self, name: str, rank: int, ranks: int) -> dict[str, Progress]:
+        """The progress of a pass that a killed run with another number of processes left, by file name.
+
+        Raises: HonesError as `load` does.
+        """
+        if not self.resume or not self.folder.is_dir():
+            return {}
+        own = re.compile(re.escape(_stem(name)) + r"-\d+-of-(\d+)\.safetensors")
+        found = {path: own.fullmatch(path.name) for path in sorted(self.folder.iterdir())}
+        return {path.name: self._read(path) for path, of in found.items() if of and int(of[1]) != ranks}
+
+    def _read(self, path: Path) -> Progress:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
@@ -107,7 +120,11 @@ class Partial:
             self.folder.rmdir()
 
     def _path(self, name: str, rank: int, ranks: int) -> Path:
-        return self.folder / f"{name.replace('/', '_')}-{rank}-of-{ranks}.safetensors"
+        return self.folder / f"{_stem(name)}-{rank}-of-{ranks}.safetensors"
+
+
+def _stem(name: str) -> str:
+    return name.replace("/", "_")
 
 
 def _metadata(about: Mapping[str, Any]) -> dict[str, str]:

@@ -5,15 +5,17 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Subset
@@ -23,7 +25,14 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.runs.checkpoint import Partial, Progress
 from hones_eval.runs.measure import Measure, Staged, Totals
-from hones_eval.runs.processes import is_about_others, left_alone, several
+from hones_eval.runs.processes import (
+    ended_ranks,
+    ends_with_others,
+    is_about_others,
+    left_alone,
+    meet_others,
+    several,
+)
 from hones_eval.runs.progress import ProgressLines
 
 # Lightning sets its own level when it is imported; its banners would hide the messages of a pass.
@@ -76,13 +85,13 @@ class Loop:
     @staticmethod
     def _callbacks(progress: bool) -> list[Callback]:
         if not progress:
-            return []
+            return [Meeting()]
         is_terminal = sys.stderr.isatty()
-        return [ProgressLines(lines=not is_terminal), *([_Bar(leave=True)] if is_terminal else [])]
+        return [Meeting(), ProgressLines(lines=not is_terminal), *([_Bar(leave=True)] if is_terminal else [])]
 
     def strategy(self) -> Any:
         """The `strategy` argument of a Lightning trainer on these processes."""
-        return DDPStrategy(timeout=PATIENCE) if self.world_size > 1 else "auto"
+        return _Strategy(timeout=PATIENCE) if self.world_size > 1 else "auto"
 
     @property
     def is_first(self) -> bool:
@@ -121,18 +130,51 @@ class Loop:
         return Totals({key: value.cpu() for key, value in module.totals.sums().items()}, module.records)
 
 
+class Meeting(Callback):  # type: ignore[misc]
+    """Lets the processes of a run exchange their process ids when their group has been made."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Exchange process ids."""
+        meet_others()
+
+
+class _Strategy(DDPStrategy):  # type: ignore[misc]
+    """DDP whose launcher leaves it to `one_fails_all_fail` to notice a dead process.
+
+    Lightning's own observer kills the first process by SIGKILL, before that can say which one has died.
+    """
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class _Launcher(_SubprocessScriptLauncher):  # type: ignore[misc]
+    def launch(self, function: Any, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def one_fails_all_fail(trainer: Trainer) -> Iterator[None]:
     """A block in which processes wait for each other; when one fails, the others stop instead of waiting.
 
     Raises: HonesError in the processes that stop; the failed process reports the reason.
     """
-    try:
-        yield
-    except BaseException as error:
+
+    def end_started() -> None:
         # Those that Lightning started itself end here; those of a launcher are ended by their launcher.
         if trainer.strategy.launcher is not None and hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)
+
+    try:
+        with ends_with_others(end_started) if trainer.world_size > 1 else nullcontext():
+            yield
+    except BaseException as error:
+        end_started()
         if is_about_others(error):
             raise left_alone(error) from error
         raise
@@ -177,36 +219,69 @@ class _Pass(LightningModule):  # type: ignore[misc]
         self.partial = partial
         self.totals = SumOverRanks(measure.zeros())
         self.records: dict[int, Any] = {}
-        self.mine: list[int] = []
-        self.done = 0
+        self.inherited: list[Progress] = []
+        self.left = 0
         # A rank of a run that goes on may have measured all of its share when another has not.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[Example]:
-        mine = self.mine = self.examples.share(self.global_rank, self.trainer.world_size)
+        done: set[int] = set()
         if self.partial is not None:
-            self._go_on(self.partial.load(*self._place))
+            done = self._go_on(self.partial)
+        mine = self.examples.share(self.global_rank, self.trainer.world_size)
+        left = [index for index in mine if index not in done]
+        self.left = len(left)
         # batch_size=None hands over examples one by one: heads, not examples, fill the batch.
-        return DataLoader(Subset(self.examples, mine[self.done :]), batch_size=None, shuffle=False)
+        return DataLoader(Subset(self.examples, left), batch_size=None, shuffle=False)
 
     def predict_step(self, batch: Example, batch_idx: int) -> None:
         measured = self.measure.measure(batch)
         self.totals.update(measured.sums)
         self.records[batch.index] = measured.record
-        self.done += 1
+        self.left -= 1
+        alone = ended_ranks()
         if self.partial is not None:
-            last = self.done == len(self.mine)
-            self.partial.save(*self._place, Progress(self.done, self.totals.sums(), self.records), last)
+            progress = Progress(self.done, self.totals.sums(), self.records)
+            self.partial.save(*self._place, progress, last=self.left == 0 or bool(alone))
+        if alone:
+            raise left_alone()
+
+    @property
+    def done(self) -> int:
+        """How many examples this process has measured, before and after a resume."""
+        return len(self.records)
+
+    def on_predict_end(self) -> None:
+        """Add what was inherited. It is not part of this process's own file."""
+        for progress in self.inherited:
+            self.totals.update(progress.sums)
+            self.records |= progress.records
 
     @property
     def _place(self) -> tuple[str, int, int]:
         return f"{self.name}-{self.examples.task}", self.global_rank, self.trainer.world_size
 
-    def _go_on(self, progress: Progress | None) -> None:
-        if progress is not None:
-            self.totals.update(progress.sums)
-            self.records = dict(progress.records)
-            self.done = progress.done
+    def _go_on(self, partial: Partial) -> set[int]:
+        """Continue from this process's own file, and from those of a run with another number of processes.
+
+        Such a file is inherited by the first process that can read it: nodes need not share a disk. It stays
+        as it is, so that a run that is killed again finds it again.
+
+        Returns: the examples that are done.
+        """
+        own = partial.load(*self._place)
+        if own is not None:
+            self.totals.update(own.sums)
+            self.records = dict(own.records)
+        others = partial.load_others(*self._place)
+        heirs: dict[str, int] = {}
+        done = set(self.records)
+        for rank, files in enumerate(_from_all({name: list(of.records) for name, of in others.items()})):
+            for name, indices in files.items():
+                heirs.setdefault(name, rank)
+                done.update(indices)
+        self.inherited = [of for name, of in others.items() if heirs[name] == self.global_rank]
+        return done
 
     def transfer_batch_to_device(self, batch: Example, device: torch.device, dataloader_idx: int) -> Example:
         return batch  # the wrapper has already put the inputs where its model wants them
@@ -288,12 +363,20 @@ class _Bar(TQDMProgressBar):  # type: ignore[misc]
         return str(self.trainer.lightning_module.name)
 
 
+def _from_all(own: Any) -> list[Any]:
+    """An object of every rank, on every rank."""
+    if not several():
+        return [own]
+    shared = [own] * distributed.get_world_size()
+    distributed.all_gather_object(shared, own)
+    return shared
+
+
 def _gather(records: dict[int, Any]) -> dict[int, Any]:
     """The records of all ranks; an index that two ranks measured is an error."""
     if not several():
         return records
-    shares: list[dict[int, Any]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(shares, records)
+    shares: list[dict[int, Any]] = _from_all(records)
     together: dict[int, Any] = {}
     for share in shares:
         twice = together.keys() & share.keys()

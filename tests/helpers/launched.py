@@ -1,16 +1,19 @@
 """Processes of `hones-eval` of which one fails, or as srun would start them: see `test_processes.py`.
 
     python launched.py fails RANK rank --method ... --devices 2
+    python launched.py killed RANK rank --method ... --devices 2
     python launched.py srun PORT rank --method ...
 
-The first fails on that rank at its second example, where the others fall asleep. The second starts the
-command on two nodes, so that the second node fails at its second example, and then once more with --resume,
-and prints the exit statuses as two lists. The nodes are forks, so that all is imported once.
+The first fails on that rank at its second example, where the others fall asleep; in the second form that rank
+is killed there. The third starts the command on two nodes, so that the second node fails at its second
+example, and then once more with --resume, and prints the exit statuses as two lists. The nodes are forks, so
+that all is imported once.
 """
 
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from hones_eval.commands import command
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.lmms.examples.tasks import _index
-from hones_eval.runs import checkpoint
+from hones_eval.runs import checkpoint, processes
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "discovery", "SLURM_NNODES": "2", "SLURM_NTASKS": "2"}
 JOB |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0"}
@@ -29,6 +32,12 @@ JOB |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCA
 
 def fail() -> NoReturn:
     raise HonesError("the camera fell into the sea")
+
+
+def die() -> NoReturn:
+    time.sleep(2)  # the other rank has written its first example
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def sleep() -> None:
@@ -65,9 +74,11 @@ def on_nodes(arguments: list[str], port: int, failing: int | None) -> list[int]:
 if __name__ == "__main__":
     checkpoint.SECONDS = 0.0  # write after every example
     how, *rest = sys.argv[1:]
-    if how == "fails":
+    if how in ("fails", "killed"):
         failing, *rest = rest
-        at_second_example(fail if failing == os.environ.get("LOCAL_RANK", "0") else sleep)
+        processes.GRACE = 2.0
+        act = fail if how == "fails" else die
+        at_second_example(act if failing == os.environ.get("LOCAL_RANK", "0") else sleep)
         sys.exit(main(rest))
     command("rank")  # imports once what every fork then has
     _index()
