@@ -57,6 +57,8 @@ def test_the_command_shows_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["anatomy", "--pretrained", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "heads: 4 per layer, of width 16 per layer" in text
+    assert f"{found['parameters'] / 1e6:.1f} million parameters, " in text
+    assert f"{found['weight_bytes'] / 2**20:.1f} MiB" in text
     assert repr(he.anatomy(str(folder))) in text
 
 

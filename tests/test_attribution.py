@@ -306,7 +306,7 @@ def test_options_of_other_methods_are_refused(
 ) -> None:
     for flags, says in (
         (["--method", "dvp", "--estimate", "ig"], "--estimate only applies to --method atp, not to dvp"),
-        (["--method", "dvp", "--edit", "zero"], "--edit only applies to --method hones and vseam and atp"),
+        (["--method", "dvp", "--edit", "zero"], "--edit only applies to --method hones, vseam and atp"),
         (["--method", "atp", "--race", "0.1"], "only apply to --method hones, not to atp"),
     ):
         assert main(own.command("rank", *flags, "--out", tmp_path / "new")) == 1

@@ -789,3 +789,26 @@ def test_the_csv_has_every_row_and_no_formula(tmp_path: Path) -> None:
     assert float(rows[0]["difference"]) == pytest.approx(board.rows[0].comparison.difference)
     assert not any(value.startswith(("=", "@")) for row in rows for value in row.values())
     assert rows[0]["interval_method"] == "Bonett-Price"
+
+
+def test_short_forms_of_a_board_for_notebooks(tmp_path: Path) -> None:
+    """Text from logs stays text in the HTML, and every form has the answer."""
+    steered = Steered(path="steerings/<b>x<|b>")
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, AFTER, date=DATE, steered=steered)
+    board = build_board([tmp_path])
+    (row,) = board.rows
+    assert board.answer.startswith("Did it help? ")
+    assert repr(board) == f"<hones_eval.Board of 1 rows from 2 runs. {board.answer}>"
+    page = board._repr_html_()
+    assert html.escape(board.answer) in page
+    assert page.count("<tr>") == 2
+    assert "<b>" not in page
+    (record,) = board.to_pandas().to_dict("records")
+    assert record["difference"] == row.comparison.difference
+    assert record["verdict"] == row.verdict
+    (axes,) = board.plot().axes
+    assert " ".join(axes.get_title().split()) == board.answer
+    interval = row.comparison.interval
+    assert interval is not None
+    assert axes.lines[0].get_xdata().tolist() == [interval.low, interval.high]

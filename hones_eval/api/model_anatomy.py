@@ -41,11 +41,13 @@ class AnatomyReport:
 
     def lines(self) -> list[str]:
         """The report as text, one line per finding."""
-        weights = f"{self.weight_bytes / GIB:.1f} GiB"
-        size = f"{self.parameters / 1e9:.1f} billion parameters, {weights} in {self.dtype}"
+        weights = _size(self.weight_bytes)
+        count = self.parameters
+        parameters = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+        size = f"{parameters} parameters, {weights} in {self.dtype}"
         if self.unsupported is not None:
             return [f"{self.model}: {size}", f"not supported: {self.unsupported}"]
-        kept = self.recorded_bytes * 1000 / GIB
+        kept = _size(self.recorded_bytes * 1000)
         image = "none: tracing and tasks with images are not available"
         return [
             f"{self.model}: {size}",
@@ -60,7 +62,7 @@ class AnatomyReport:
             *([f"without heads: layers {_numbers(self.heads)}"] if 0 in self.heads else []),
             *([f"without neurons: layers {_numbers(self.neurons)}"] if 0 in self.neurons else []),
             f"image token: {image if self.image_token is None else self.image_token}",
-            f"memory for rank: {weights} of weights and {kept:.2f} GiB per 1,000 prompt tokens",
+            f"memory for rank: {weights} of weights and {kept} per 1,000 prompt tokens",
             "replay: compared with hooked passes on the first example; full passes where it is not exact",
         ]
 
@@ -188,6 +190,11 @@ def empty_model(config: "PreTrainedConfig", name: str) -> "PreTrainedModel":
             return model
         reasons.append(f"{type(model).__name__} gives no tokens")
     raise HonesError(f"no model can be made from the configuration of {name}: {reasons[0]}")
+
+
+def _size(count: int) -> str:
+    """Bytes in GiB, or in MiB where there are few."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _runs(numbers: list[int]) -> str:

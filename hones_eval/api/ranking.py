@@ -216,7 +216,8 @@ _DEFAULTS = asdict(AttributionSettings())
 
 def _having(feature: str) -> str:
     """The names of the methods that have a feature."""
-    return " and ".join(name for name, row in METHODS.items() if getattr(row, feature))
+    *others, last = (name for name, row in METHODS.items() if getattr(row, feature))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def default_heads(shape: ModelShape) -> int:

@@ -1,7 +1,7 @@
 """`hones-eval leaderboard`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hones_eval.commands.answer import Answer, show
 from hones_eval.errors import HonesError
@@ -50,42 +50,9 @@ def answer_of(board: "Board", out: Path) -> Answer:
     """A table of the rows, and whether steering helped in one sentence."""
     lines = [f"warning: {warning}" for warning in board.warnings]
     lines += _table([_cells(row) for row in board.rows])
-    lines.append(summary(board))
+    lines.append(board.answer)
     lines.append(f"wrote {out / 'index.html'} and leaderboard.csv, .md and .svg")
-    return Answer(
-        lines, {"out": str(out), "answer": summary(board), "rows": [_data(row) for row in board.rows]}
-    )
-
-
-def summary(board: "Board") -> str:
-    """Whether steering helped: counts of verdicts, and how small a difference could have been missed."""
-    counts = dict.fromkeys(("better", "worse", "no clear difference", "not judged"), 0)
-    for row in board.rows:
-        counts[row.verdict] += 1
-    if not board.rows:
-        return "There is nothing to compare."
-    helped = "Yes" if counts["better"] and not counts["worse"] else "In part" if counts["better"] else "No"
-    text = f"Did it help? {helped}: {counts['better']} better, {counts['worse']} worse, "
-    text += f"{counts['no clear difference']} unclear, {counts['not judged']} not judged"
-    missed = [found for row in board.rows if (found := detectable(row)) is not None]
-    if missed and not counts["better"]:
-        low, high = min(missed), max(missed)
-        size = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
-        text += (
-            f"; differences below about {size} would mostly have been missed (80 % power, before correction)"
-        )
-    return f"{text}."
-
-
-def detectable(row: "Row") -> float | None:
-    """The difference that a test of this size finds in 4 of 5 cases, from the width of the 95 % interval.
-
-    A 95 % interval is 2 * 1.96 standard errors wide; 80 % power needs a difference of 1.96 + 0.84 of them.
-    """
-    interval = row.comparison.interval
-    if interval is None or interval.low is None or interval.high is None or interval.high <= interval.low:
-        return None
-    return (interval.high - interval.low) / (2 * 1.96) * (1.96 + 0.84)
+    return Answer(lines, {"out": str(out), "answer": board.answer, "rows": board.records()})
 
 
 def _cells(row: "Row") -> list[str]:
@@ -110,18 +77,3 @@ def _table(rows: list[list[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (HEADER, *printable)
     ]
-
-
-def _data(row: "Row") -> dict[str, Any]:
-    interval = row.comparison.interval
-    return {
-        "task": row.pair.steered.task,
-        "metric": row.metric.name,
-        "steering": row.pair.steered.steering.label if row.pair.steered.steering else None,
-        "baseline": row.baseline,
-        "steered": row.steered,
-        "difference": row.comparison.difference,
-        "interval": None if interval is None else [interval.low, interval.high],
-        "p_holm": row.p_holm,
-        "verdict": row.verdict,
-    }

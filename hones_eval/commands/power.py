@@ -78,7 +78,8 @@ def power(
         found = {f"{share:g}": detectable_right_wrong(used, share, alpha, target_power) for share in shares}
         by_task[name] = {"examples": used, "detectable_by_share": found}
         smallest = ", ".join(
-            f"{'none' if least is None else f'{least:.3f}'} ({float(share):.0%} change)"
+            f"{'none' if least is None else f'{least:.3f}'} "
+            f"({f'{float(share):.0%} change' if float(share) else 'gains alone'})"
             for share, least in found.items()
         )
         lines.append(f"{name}: {used:,} examples; the smallest difference found: {smallest}")

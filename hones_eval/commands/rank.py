@@ -7,7 +7,7 @@ from hones_eval.choices import Absolute, Bound, DType, Estimate, Objective, Rows
 from hones_eval.commands.answer import Answer
 from hones_eval.commands.registered import with_help
 from hones_eval.core import head_edits
-from hones_eval.core.head_edits import HeadEditName
+from hones_eval.core.head_edits import HEAD_EDITS, HeadEditName
 from hones_eval.methods import registry
 from hones_eval.methods.registry import MethodName
 
@@ -148,13 +148,16 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
     """Which heads and neurons a ranking names."""
     report = ranking.report or {}
     method = ranking.provenance.method
-    exactness = f", replay {report['replay']}" if "replay" in report else f", neurons by {method}"
+    exactness = f", replay {report['replay']}" if "replay" in report else f", ranked by {method}"
+    edit = ranking.provenance.settings.get("edit")
+    if edit is not None:
+        exactness += f", heads replaced by {HEAD_EDITS[edit].help}"
     lines = [f"wrote {out}: {_count(report['examples'], 'example')}{exactness}"]
     if not explicit_heads and method in HEAD_UNITS:
         shape, chosen = ranking.provenance.shape, ranking.provenance.settings["heads"]
         lines.append(
-            f"--heads is {chosen} for the {shape.layers * shape.heads} heads of this model, the paper's "
-            "share (30 of 1024)"
+            f"chose {chosen} of {shape.layers * shape.heads} heads, the paper's share (30 of 1024); --heads "
+            "changes that"
         )
     if method == "hones":
         lines += _hones_lines(report)

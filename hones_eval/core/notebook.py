@@ -45,7 +45,37 @@ def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> An
     return figure
 
 
+def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """A matplotlib.figure.Figure of differences with their intervals, by task, metric and steering.
+
+    Args:
+        rows: mappings with `task`, `metric`, `steering`, `difference` and `interval`.
+        title: the finding, in a sentence.
+    """
+    from textwrap import fill
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.35 * max(len(rows), 1)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        color = "#0072b2" if row["difference"] > 0 else "#d55e00" if row["difference"] < 0 else "#666666"
+        low, high = row["interval"] or (row["difference"], row["difference"])
+        axes.plot([low, high], [place, place], color=color)
+        axes.plot([row["difference"]], [place], "o", color=color)
+    axes.axvline(0, color="#666666", linewidth=0.8)
+    axes.set_yticks(
+        range(len(rows)), [f"{row['task']}, {row['metric']}: {row['steering'] or 'steered'}" for row in rows]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("steered minus baseline, 95 % interval")
+    axes.set_title(fill(title, 80), fontsize=9)
+    return figure
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

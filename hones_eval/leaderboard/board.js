@@ -24,7 +24,8 @@
         row.hidden = !kept;
         seen += kept;
       }
-      count.textContent = seen === rows.length ? `${rows.length} rows` : `${seen} of ${rows.length} rows`;
+      const all = `${rows.length} row${rows.length === 1 ? "" : "s"}`;
+      count.textContent = seen === rows.length ? all : `${seen} of ${all}`;
     };
     search.addEventListener("input", filter);
     selects.forEach((one) => one.addEventListener("change", filter));

@@ -1,12 +1,14 @@
 """A board from lmms-eval output folders: rows with paired statistics, and the runs left out."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hones_eval.core.notebook import data_frame, html_table, interval_plot
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.pairing import MADE_FOR, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Run, read_logs
@@ -20,7 +22,7 @@ NONE_STEERED = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Board:
     """Everything that a leaderboard shows, and the files that were written for it."""
 
@@ -32,6 +34,44 @@ class Board:
     resamples: int
     written: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def answer(self) -> str:
+        """Whether steering helped: counts of verdicts, and how small a difference could have been missed."""
+        if not self.rows:
+            return "There is nothing to compare."
+        counts = Counter(row.verdict for row in self.rows)
+        helped = "No"
+        if counts["better"]:
+            helped = "In part" if counts["worse"] else "Yes"
+        text = f"Did it help? {helped}: {counts['better']} better, {counts['worse']} worse, "
+        text += f"{counts['no clear difference']} unclear, {counts['not judged']} not judged"
+        missed = [row.detectable for row in self.rows if row.detectable is not None]
+        if missed and not counts["better"]:
+            low, high = f"{min(missed):.2g}", f"{max(missed):.2g}"
+            size = low if low == high else f"{low} to {high}"
+            text += f"; differences below about {size} would mostly have been missed "
+            text += "(80 % power, before correction)"
+        return f"{text}."
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every row as a JSON-ready mapping."""
+        return [row.record() for row in self.rows]
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas.DataFrame. Raises: HonesError where pandas is not installed."""
+        return data_frame(self.records())
+
+    def plot(self) -> Any:
+        """A matplotlib.figure.Figure: each row's difference with its 95 % interval, gains in blue."""
+        return interval_plot(self.records(), self.answer)
+
+    def __repr__(self) -> str:
+        """The answer, in short."""
+        return f"<hones_eval.Board of {len(self.rows)} rows from {self.runs} runs. {self.answer}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.records(), self.answer)
 
 
 def build_board(
