@@ -19,7 +19,7 @@ from hones_eval.core.artifact import Provenance
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
 from hones_eval.core.steering import Steering
-from hones_eval.core.weights import weights_digest
+from hones_eval.core.weights import weights_digest, weights_written
 from hones_eval.errors import HonesError
 
 AttachMode = Literal["hook", "fold"]
@@ -273,6 +273,7 @@ class _FoldedWeight:
     def _weight(self) -> Tensor:
         module = self._module()
         assert module is not None
+        weights_written()
         weight: Tensor = module.weight.data  # type: ignore[assignment]
         return weight
 

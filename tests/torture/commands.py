@@ -131,23 +131,23 @@ def commands(folder: Path) -> dict[str, Command]:
     traced = f"--clean own_a --edited own_edited {model_of} --limit 2 --examples 1 --what image,ffn"
     learned = f"--how learned {model_of} --tasks own_a_development --epochs 1 --learning_rate 0.05 --resume"
     return {
-        "rank": Command(rank, kills=16),
-        "scale": Command(f"scale --ranking {first} --how fixed --factor 2", kills=20),
-        "verify": Command(f"verify --ranking {first} {model_of} --tasks own_a_test --trials 2", kills=12),
-        "compare": Command(f"compare {first} {second}", kills=10),
-        "lens": Command(f"lens {model_of} --tasks own_a --limit 2 --figures_of 1", kills=8),
-        "trace": Command(f"trace {traced}", kills=8),
-        "export ia3": Command(f"export --steering {steering} --to ia3", kills=16),
-        "export checkpoint": Command(f"export --steering {steering} --to checkpoint", kills=16),
-        "leaderboard": Command(f"leaderboard {folder / 'logs'} --resamples 99", kills=12),
-        "edit": Command(f"edit --questions {questions} --editor recolor", kills=16),
-        "task new": Command(f"task new --csv {table} --images {table.parent}", kills=20),
-        "scale learned": Command(f"scale --ranking {first} {learned}", kills=10),
-        "rank, two processes": Command(f"{rank} --devices 2", processes=2, kills=10),
+        "rank": Command(rank, kills=7),
+        "scale": Command(f"scale --ranking {first} --how fixed --factor 2", kills=16),
+        "verify": Command(f"verify --ranking {first} {model_of} --tasks own_a_test --trials 2", kills=4),
+        "compare": Command(f"compare {first} {second}", kills=4),
+        "lens": Command(f"lens {model_of} --tasks own_a --limit 2 --figures_of 1", kills=2),
+        "trace": Command(f"trace {traced}", kills=3),
+        "export ia3": Command(f"export --steering {steering} --to ia3", kills=12),
+        "export checkpoint": Command(f"export --steering {steering} --to checkpoint", kills=12),
+        "leaderboard": Command(f"leaderboard {folder / 'logs'} --resamples 99", kills=9),
+        "edit": Command(f"edit --questions {questions} --editor recolor", kills=12),
+        "task new": Command(f"task new --csv {table} --images {table.parent}", kills=16),
+        "scale learned": Command(f"scale --ranking {first} {learned}", kills=4),
+        "rank, two processes": Command(f"{rank} --devices 2", processes=2, kills=5),
         "spike-in": Command(
-            f"spike-in --ranking {first} {model_of} --tasks own_a --how FIXED {few}", kills=8
+            f"spike-in --ranking {first} {model_of} --tasks own_a --how FIXED {few}", kills=2
         ),
-        "study": Command(study, seconds=120, kills=5),
+        "study": Command(study, seconds=120, kills=2),
     }
 
 
@@ -158,7 +158,7 @@ def demo_without_programs() -> Command:
     """
     demo_command.subprocess.run = lmms_eval_in_a_fork  # type: ignore[assignment]
     made = ("ranking", "verify", "steering")
-    return Command("demo --examples 2", seconds=300, compared=lambda path: path.parts[0] in made, kills=2)
+    return Command("demo --examples 2", seconds=300, compared=lambda path: path.parts[0] in made, kills=1)
 
 
 def lmms_eval_in_a_fork(command: list[str], **options: Any) -> Any:

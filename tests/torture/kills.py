@@ -5,16 +5,14 @@ The second run has to give the files of a run that was never killed, to the byte
 
 import os
 import random
-import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sandbox
 from commands import Command, remove
-from sandbox import DIED, Ended, child, finish
+from sandbox import DIED, Ended, finish
 
 from hones_eval.__main__ import main
 from hones_eval.commands import ARTIFACTS
@@ -24,7 +22,7 @@ RENAMES = ("replace", "rename")
 
 
 class Whole(NamedTuple):
-    """A run that was not killed: its files, how often it renames, and its seconds."""
+    """A run that was not killed: its files, how often it renames, and its seconds of processor time."""
 
     files: dict[str, bytes]
     renames: int
@@ -32,7 +30,7 @@ class Whole(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """Kill process `rank` just before its rename of that number, or after some seconds."""
+    """Kill process `rank` just before its rename of that number, or after seconds of processor time."""
 
     rank: int
     rename: int | None
@@ -78,36 +76,32 @@ def dying(arguments: list[str], out: Path, rename: int | None) -> str:
 
 
 def measured(arguments: list[str], out: Path) -> str:
-    """Run and count the renames. Returns: the count after the status."""
+    """Run and count the renames. Returns: the count and the seconds of processor time after the status."""
     last = [-1]
     counted(lambda number: last.__setitem__(0, number))
-    return f"{status(arguments, out)} {last[0] + 1}"
+    return f"{status(arguments, out)} {last[0] + 1} {os.times().user}"
 
 
 def run(given: Command, out: Path, kill: Kill | None = None) -> list[Ended]:
-    """Run a command in as many forks as it has processes; where one dies the others are killed too."""
-    if given.processes == 1:
-        after = None if kill is None or kill.rename is not None else kill.after
-        rename = None if kill is None else kill.rename
-        work = (lambda: measured(given.arguments, out)) if kill is None else (
-            lambda: dying(given.arguments, out, rename)
-        )  # fmt: skip
-        return [child(work, seconds=given.seconds, kill_after=after)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    address |= {"NODE_RANK": "0", "WORLD_SIZE": str(given.processes)}
+    """Run a command in as many forks as it has processes."""
+    address: dict[str, str] = {}
+    if given.processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        address |= {"NODE_RANK": "0", "WORLD_SIZE": str(given.processes)}
     started = []
     for rank in range(given.processes):
-        mine = kill is not None and kill.rank == rank
-        rename = kill.rename if kill is not None and mine else None
-        work = (lambda: measured(given.arguments, out)) if kill is None else (
-            lambda rename=rename: dying(given.arguments, out, rename)
-        )  # fmt: skip
-        started.append(sandbox.start(work, given.seconds, address | {"LOCAL_RANK": str(rank)}))
-    if kill is not None and kill.rename is None:
-        time.sleep(kill.after)
-        os.kill(started[kill.rank][0], signal.SIGKILL)
+        mine = kill if kill is not None and kill.rank == rank else None
+
+        def work(mine: Kill | None = mine) -> str:
+            if kill is None:
+                return measured(given.arguments, out)
+            return dying(given.arguments, out, None if mine is None else mine.rename)
+
+        local = {"LOCAL_RANK": str(rank)} if address else {}
+        after = None if mine is None or mine.rename is not None else mine.after
+        started.append(sandbox.start(work, given.seconds, address | local, after))
     return [finish(*each) for each in started]
 
 
@@ -123,12 +117,11 @@ class Killing:
         """The run that was not killed; made once."""
         if self._whole is None:
             remove(self.out.parent)
-            began = time.monotonic()
             ended = run(self.given, self.out)
-            seconds = time.monotonic() - began
             assert all(each.result.startswith("exit 0") for each in ended), (self.name, ended)
-            renames = [int(each.result.split()[-1]) for each in ended]
-            self._whole = Whole(content(self.out, self.given), sum(renames), seconds)
+            renames, seconds = zip(*(each.result.split()[-2:] for each in ended), strict=True)
+            found = content(self.out, self.given)
+            self._whole = Whole(found, sum(map(int, renames)), max(map(float, seconds)))
             remove(self.out.parent)
         return self._whole
 

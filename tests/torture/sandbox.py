@@ -5,7 +5,6 @@ import io
 import os
 import resource
 import signal
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +36,20 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
-def start(work: Callable[[], str], seconds: float, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Run `work` in a fork under the limits. Returns: the process, and a pipe with its result."""
+def start(
+    work: Callable[[], str], seconds: float, environment: Mapping[str, str], dies_after: float | None = None
+) -> tuple[int, int]:
+    """Run `work` in a fork under the limits.
+
+    Args:
+        work: what to run; its result is sent back.
+        seconds: of processor time that it may take.
+        environment: variables of the child.
+        dies_after: seconds of its own processor time after which the system ends it, as SIGKILL does. Times
+            on the clock would depend on the load of the machine.
+
+    Returns: the process, and a pipe with its result.
+    """
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -48,6 +59,9 @@ def start(work: Callable[[], str], seconds: float, environment: Mapping[str, str
     os.environ |= environment
     limit_memory()
     limit_time(seconds)
+    if dies_after is not None:
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, max(dies_after, 1e-4))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
@@ -64,16 +78,11 @@ def finish(process: int, reading: int) -> Ended:
     with os.fdopen(reading, "rb") as file:
         result, _, printed = file.read().decode("utf-8", "replace").partition("\0")
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    known = {DIED: "died", -signal.SIGKILL: "died"}
+    known = {DIED: "died", -signal.SIGKILL: "died", -signal.SIGVTALRM: "died"}
     known |= {-signal.SIGALRM: "took too long", -signal.SIGPROF: "took too long"}
     return Ended(result if status == 0 else known.get(status, f"ended {status}"), printed)
 
 
-def child(work: Callable[[], str], *, seconds: float = SECONDS, kill_after: float | None = None) -> Ended:
-    """Run `work` in a child under the limits, and kill it after some seconds if asked to."""
-    process, reading = start(work, seconds, {})
-    if kill_after is not None:
-        time.sleep(kill_after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    return finish(process, reading)
+def child(work: Callable[[], str], *, seconds: float = SECONDS) -> Ended:
+    """Run `work` in a child under the limits, and wait for it."""
+    return finish(*start(work, seconds, {}))
