@@ -21,7 +21,8 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# 200 kills, 3,000 damaged artifacts and 200 hostile logs. Goes on where it was stopped; torture.jsonl keeps it.
+# Kills, 3,000 calls on damaged inputs, hostile logs, and the determinism matrix; docs/reliability.md has results.
+# Goes on where it was stopped: torture.jsonl keeps what is done.
 torture: $(READY)
 	$(BIN)/python tests/torture/run.py
 

@@ -1,4 +1,4 @@
-"""Kills, damaged inputs and hostile logs, in numbers: `make torture`.
+"""Kills, damaged inputs, hostile logs and the determinism matrix, in numbers: `make torture`.
 
 Every case runs in a forked process with at most 2 GB of memory beyond what the imports take, and 30 seconds
 of processor time per call. Finished cases are kept in the output file, so that a run that was stopped goes on
@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from boards import boards  # noqa: E402
 from commands import commands, demo_without_programs  # noqa: E402
 from kills import kills  # noqa: E402
+from matrix import matrix  # noqa: E402
 from mutations import calls, references  # noqa: E402
 
 from hones_eval.commands import COMMANDS, command  # noqa: E402
@@ -47,6 +48,8 @@ def parts_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, C
     if options.calls:
         references(folder)
         yield "calls", calls(options.calls, folder)
+    if options.matrix:
+        yield "matrix", matrix(listed, folder)
     if options.only:
         listed = {name: given for name, given in listed.items() if name in options.only}
     if not options.only:
@@ -65,6 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=float, default=1.0, help="share of the kills in commands.py, or 0")
     parser.add_argument("--calls", type=int, default=3000)
     parser.add_argument("--logs", type=int, default=210)
+    parser.add_argument("--matrix", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", nargs="*", help="kill only these commands")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop after so long; run it again"
