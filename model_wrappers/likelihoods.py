@@ -13,6 +13,7 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hones_eval.core.scope import answer_follows
 from hones_eval.engine.prompts import appended
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.tokens import answer_tokens
@@ -47,7 +48,8 @@ def likelihood(
     inputs = appended(prompt, ids, int(model.config.model_type in BIDIRECTIONAL))
     labels = inputs["input_ids"].clone()
     labels[:, : -len(ids)] = -100  # the prompt has no loss
-    logits = model(**inputs, labels=labels).logits[0, -len(ids) - 1 : -1].float()
+    with answer_follows(model, len(ids)):
+        logits = model(**inputs, labels=labels).logits[0, -len(ids) - 1 : -1].float()
     target = labels[0, -len(ids) :].to(logits.device)
     return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
 

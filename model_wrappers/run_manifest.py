@@ -114,6 +114,7 @@ class RunRecord:
             "digest": self.steering.digest,
             "strength": self._settings["strength"],
             "attach": self._settings["attach"],
+            "scope": self._settings["scope"],
             "provenance": {
                 "scaled_heads": int((self.steering.head_scales != 1).sum()),
                 "scaled_neurons": int((self.steering.neuron_scales != 1).sum()),

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import apply_adapter, model_source, without_adapter
 from hones_eval.core.attach import AttachedSteering, AttachMode, attach_steering
+from hones_eval.core.scope import Scope
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
@@ -51,6 +52,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         steering: str | None = None,
         strength: float = 1.0,
         attach: AttachMode = "hook",
+        scope: str = "all",
         allow_noop: bool = False,
         peft: str | None = None,
         **kwargs: Any,
@@ -61,6 +63,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             steering: a folder or a hub id; None is the baseline.
             strength: a scale `s` becomes `1 + strength * (s - 1)`.
             attach: `hook` (works with quantized and shared weights) or `fold` (no cost at run time).
+            scope: the tokens that the steering acts on: all, prompt, image, text, last, generated, or several
+                joined by +, as in image+last.
             allow_noop: run a steering that changes no logit of the first input.
             peft: the folder or hub id of a PEFT adapter, such as a LoRA, to load onto the base model. With
                 attach=fold it is merged into the weights first.
@@ -74,6 +78,9 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
                 "steering= is empty: give a folder or a hub id, or leave it out for the baseline"
             )
         _check_settings(strength, attach, allow_noop)
+        self._scope = Scope.parse(scope)
+        if steering is None and not self._scope.is_all:
+            raise HonesError(f"scope={scope} says where a steering acts: give steering= too")
         check_arguments(type(self), kwargs, self.base_wrapper)
         loaded = None if steering is None else _load(str(steering))
         base = _class_after(Steered, type(self))
@@ -85,12 +92,14 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         weights = weights_digest(self._inner)  # before a steering is folded in
         attached = None
         if loaded is not None:
-            attached = _attached(self._inner, loaded, attach, float(strength))
-        must_act = loaded is not None and strength != 0 and not allow_noop
+            attached = _attached(self._inner, loaded, attach, float(strength), self._scope)
+        must_act = loaded is not None and strength != 0 and not allow_noop and self._scope.acts_on_prompt
         self._watched = WatchedGenerate(
             self._inner,
             attached,
-            reattach=lambda: attach_steering(self._inner, cast(Steering, loaded), attach, float(strength)),
+            reattach=lambda: attach_steering(
+                self._inner, cast(Steering, loaded), attach, float(strength), self._scope
+            ),
             finish=self.generated,
             must_act=must_act,
         )
@@ -101,7 +110,12 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             model=self._inner,
             model_args=kwargs,
             steering=loaded,
-            settings={"path": steering, "strength": float(strength), "attach": attach},
+            settings={
+                "path": steering,
+                "strength": float(strength),
+                "attach": attach,
+                "scope": "all" if self._scope.is_all else str(self._scope),
+            },
             weights=weights,
         )
         self.record.generation = self._watched.reached
@@ -208,7 +222,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return as_results(answers)
 
     def _likelihoods(self, requests: list[Instance]) -> list[Any]:
-        if self.own_likelihoods:
+        if self.own_likelihoods and self._scope.is_all:
             with suppress(NotImplementedError):
                 return self._through("loglikelihood", requests)
         bar = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
@@ -310,12 +324,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _attached(
-    model: PreTrainedModel, steering: Steering, attach: AttachMode, strength: float
+    model: PreTrainedModel, steering: Steering, attach: AttachMode, strength: float, scope: Scope
 ) -> AttachedSteering:
     """Attach a steering and log its warnings: many wrappers switch Python's warnings off on import."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attached = attach_steering(model, steering, attach, strength)
+        attached = attach_steering(model, steering, attach, strength, scope)
     for warning in caught:
         logger.warning(str(warning.message))
     return attached

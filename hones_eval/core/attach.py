@@ -16,11 +16,12 @@ from hones_eval.core import edits
 from hones_eval.core.adapters import ModelSource, model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
-from hones_eval.core.experts import NeuronTap
+from hones_eval.core.experts import NeuronTap, Routed
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
+from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest, weights_written
-from hones_eval.errors import HonesError
+from hones_eval.errors import EditError, HonesError
 
 AttachMode = Literal["hook", "fold"]
 
@@ -49,7 +50,11 @@ class AttachedSteering:
 
 
 def attach_steering(
-    model: nn.Module, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+    model: nn.Module,
+    steering: Steering,
+    how: AttachMode = "hook",
+    strength: float = 1.0,
+    scope: str | Scope = "all",
 ) -> AttachedSteering:
     """Scale heads and neurons of `model` until the returned object is detached.
 
@@ -60,18 +65,25 @@ def attach_steering(
         how: `hook` multiplies activations on every call, and also works with quantized or shared weights;
             `fold` multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run time.
         strength: a scale `s` becomes `1 + strength * (s - 1)`.
+        scope: the tokens that it acts on: `all`, `prompt`, `image`, `text`, `last`, `generated`, several
+            joined by `+`, or a `Scope` with positions or texts.
 
     Raises:
         MisfitError: the steering was made for a model of another shape.
-        HonesError: `fold` on weights that cannot be folded.
+        HonesError: `fold` on weights that cannot be folded, or with a scope other than `all`.
     """
-    return attach_to_anatomy(Anatomy.of(model), steering, how, strength)
+    return attach_to_anatomy(Anatomy.of(model), steering, how, strength, scope)
 
 
 def attach_to_anatomy(
-    anatomy: Anatomy, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+    anatomy: Anatomy,
+    steering: Steering,
+    how: AttachMode = "hook",
+    strength: float = 1.0,
+    scope: str | Scope = "all",
 ) -> AttachedSteering:
     """Attach a steering to a model whose anatomy is already known. See `attach_steering`."""
+    scope = Scope.parse(scope)
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     steering = steering.at_strength(strength)
     warn_of_rounding(steering, anatomy.model.dtype)
@@ -80,22 +92,37 @@ def attach_to_anatomy(
         warn_of_another_model(steering.provenance, here, lambda: weights_digest(anatomy.model))
     scaled = scaled_sites(anatomy, steering)
     if how == "fold":
+        if not scope.is_all:
+            raise HonesError(f"attach=fold scales every token, so scope={scope} needs attach=hook")
         return AttachedSteering(None, _fold(anatomy, scaled))
     if how != "hook":
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
-    attached = AttachedEdits([(site, _Scaling(site, scales)) for site, scales in scaled])
-    return AttachedSteering(attached, attached.detach)
+    if scope.is_all:
+        attached = AttachedEdits([(site, _Scaling(site, scales)) for site, scales in scaled])
+        return AttachedSteering(attached, attached.detach)
+    tracker = ScopeTracker(anatomy, scope).attach()
+    attached = AttachedEdits([(site, _ScopedScaling(site, scales, tracker)) for site, scales in scaled])
+
+    def detach() -> None:
+        attached.detach()
+        tracker.detach()
+
+    return AttachedSteering(attached, detach)
 
 
 @contextmanager
 def steer(
-    model: nn.Module, steering: Steering, how: AttachMode = "hook", strength: float = 1.0
+    model: nn.Module,
+    steering: Steering,
+    how: AttachMode = "hook",
+    strength: float = 1.0,
+    scope: str | Scope = "all",
 ) -> Iterator[AttachedSteering]:
     """Steer a model for the length of a `with` block. See `attach_steering` for the arguments.
 
     Raises: EditError at the end of the block when a hook never ran in it, so that nothing was steered.
     """
-    attached = attach_steering(model, steering, how, strength)
+    attached = attach_steering(model, steering, how, strength, scope)
     try:
         yield attached
         attached.check_ever_ran()
@@ -186,6 +213,36 @@ class _Scaling(edits.Scaling):
     def __call__(self, x: Tensor) -> Tensor:
         """Scale the input of a linear layer; runs at every generated token."""
         return edits.scale(x, self.scales(x))
+
+
+class _ScopedScaling(_Scaling):
+    """The same for the tokens in a scope alone."""
+
+    def __init__(self, site: Site, scales: Tensor, tracker: ScopeTracker) -> None:
+        super().__init__(site, scales)
+        self._site, self._tracker = site, tracker
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale the tokens in the scope."""
+        acting = self._tracker.acting
+        if isinstance(acting, bool):
+            return super().__call__(x) if acting else x
+        if acting.numel() != x.shape[:-1].numel():
+            raise EditError(
+                f"{self._site.name} was called on {x.shape[:-1].numel()} tokens, where the model's pass has "
+                f"{acting.numel()}, so scope={self._tracker.scope} cannot be applied"
+            )
+        inside = acting.to(x.device).reshape(*x.shape[:-1], 1)
+        return torch.where(inside, super().__call__(x), x)
+
+    def routed(self, part: Routed) -> Tensor:
+        """Scale the activations of routed tokens in the scope."""
+        acting = self._tracker.acting
+        if isinstance(acting, bool):
+            return super().routed(part) if acting else part.values
+        inside = acting.to(part.values.device)[part.rows, part.positions, None]
+        return torch.where(inside, super().routed(part), part.values)
 
 
 def linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:

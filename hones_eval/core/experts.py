@@ -300,14 +300,14 @@ class NeuronTap(nn.Module):
         return split[routed.rows, routed.positions, routed.experts]
 
 
-class _Replaced(NamedTuple):
+class _Replaced:
     """The forward of experts while a tap has hooks."""
 
-    tap: NeuronTap
-    forward: Callable[..., Tensor]
+    def __init__(self, tap: NeuronTap, forward: Callable[..., Tensor]) -> None:
+        self.tap, self._forward = tap, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
 
 class TapHandle:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Model arguments that select a steering or a device and do not change the base model.
-STEERING_KEYS = frozenset({"steering", "strength", "attach", "allow_noop"})
+STEERING_KEYS = frozenset({"steering", "strength", "attach", "scope", "allow_noop"})
 PLACE_KEYS = frozenset({"device", "device_map", "batch_size"})
 MODEL_KEYS = ("pretrained", "model", "model_version", "model_name", "model_id", "path")
 PREFIXES = ("hones_", "vseam_")
@@ -50,11 +50,12 @@ class SteeringRef:
     strength: float
     attach: str
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    scope: str = "all"
 
     @property
-    def identity(self) -> tuple[str, float, str]:
+    def identity(self) -> tuple[str, float, str, str]:
         """Equal for two runs with the same steering: by digest if known, else by path."""
-        return (self.digest or self.path, self.strength, self.attach)
+        return (self.digest or self.path, self.strength, self.attach, self.scope)
 
     @property
     def chosen_for(self) -> tuple[str, ...]:
@@ -91,6 +92,8 @@ class SteeringRef:
             words += f" for {'+'.join(self.meant_for)}"
         if self.strength != 1.0:
             words += f" ×{self.strength:g}"
+        if self.scope != "all":
+            words += f" on {self.scope}"
         return words
 
 
@@ -151,4 +154,7 @@ def steering_from_arguments(arguments: Mapping[str, str]) -> SteeringRef | None:
         factor = float(strength)
     except ValueError:
         factor = float("nan")
-    return SteeringRef(str(path), None, factor, arguments.get("attach", "hook"))
+    scope = arguments.get("scope", "all")
+    if "all" in scope.split("+") or {"generated", "prompt"} <= {*scope.split("+")}:
+        scope = "all"
+    return SteeringRef(str(path), None, factor, arguments.get("attach", "hook"), scope=scope)

@@ -182,6 +182,7 @@ def _steering(content: SteeringRecord) -> SteeringRef:
         digest=content.digest,
         strength=content.strength,
         attach=content.attach,
+        scope=content.scope,
         provenance=content.provenance.model_dump(exclude_none=True),
     )
 

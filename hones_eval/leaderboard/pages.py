@@ -168,6 +168,7 @@ def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
         "Digest": steering.digest or "unknown: the run has no manifest",
         "Strength": f"{steering.strength:g}",
         "Attached": steering.attach,
+        "Tokens": steering.scope,
         "Method": provenance.get("method"),
         "Settings": _listed(provenance.get("settings")),
         "Chosen on": "; ".join(sets),

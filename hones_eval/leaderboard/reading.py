@@ -188,7 +188,8 @@ def _started(content: ResultsFile) -> datetime:
 def _same_steering(recorded: SteeringRef | None, named: SteeringRef | None) -> bool:
     if recorded is None or named is None:
         return recorded is named
-    return recorded.path == named.path and recorded.strength == named.strength
+    same = recorded.path == named.path and recorded.scope == named.scope
+    return same and recorded.strength == named.strength
 
 
 def _run(

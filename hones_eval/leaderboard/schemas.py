@@ -120,6 +120,7 @@ class SteeringRecord(_Lenient):
     digest: Name
     strength: Finite
     attach: Name
+    scope: Name = "all"
     provenance: Annotated[ProvenanceRecord, BeforeValidator(lambda value: value or {})] = ProvenanceRecord()
 
 

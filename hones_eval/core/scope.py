@@ -1,0 +1,312 @@
+"""The scope of a steering: the tokens whose activations it scales.
+
+`all` needs nothing: scales act wherever the model computes. For narrower scopes a `ScopeTracker` finds out,
+once per forward pass, which tokens the scope names, and edits leave the other tokens as they are. What it has
+to know comes from three places: the token ids from the model's own call or, where images enter as embeddings,
+from that of the embedding; the number of tokens from the decoder's call; and whether they are the prompt or a
+generated token from the key-value cache. A cache that holds tokens already means that the new token was
+generated.
+
+Answers that are scored and not generated follow their prompt within one pass. `answer_follows` says how many
+of the last tokens are the answer: these count as generated.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.errors import EditError, HonesError
+
+NAMES = ("all", "prompt", "image", "text", "last", "generated")
+EVERYTHING = ({"prompt", "generated"}, {"image", "text", "generated"})
+"""Scopes that name every token."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tokens a steering acts on.
+
+    Attributes:
+        names: any of `all`; `prompt`, all tokens of the prompt; `image`, its image tokens; `text`, its other
+            tokens; `last`, its last token; `generated`, the tokens that the model generates.
+        positions: tokens of the prompt by position, from 0, without padding; from the end if negative.
+        token_ids: sequences of token ids; every occurrence in the prompt is in the scope.
+
+    Several are joined: a token is in the scope if any of them names it.
+
+    Example:
+        >>> Scope.parse("image+last")
+        Scope(names=('image', 'last'), positions=(), token_ids=())
+    """
+
+    names: tuple[str, ...] = ("all",)
+    positions: tuple[int, ...] = ()
+    token_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise HonesError for a name that does not exist, or a scope of nothing."""
+        for name in self.names:
+            if name not in NAMES:
+                near = get_close_matches(name, NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"use {', '.join(NAMES)}, or several with +"
+                raise HonesError(f"scope={name!r} is unknown: {hint}")
+        if not (self.names or self.positions or self.token_ids):
+            raise HonesError(f"the scope is empty: use {', '.join(NAMES)}, or several with +")
+
+    @classmethod
+    def parse(cls, text: "str | Scope") -> "Scope":
+        """The scope of a text such as `image+last`. Raises: HonesError for an unknown name."""
+        if isinstance(text, Scope):
+            return text
+        if not isinstance(text, str):
+            raise HonesError(f"scope={text!r} should be one of {', '.join(NAMES)}, or several with +")
+        return cls(tuple(dict.fromkeys(part.strip() for part in text.split("+"))))
+
+    @classmethod
+    def at(cls, *positions: int) -> Self:
+        """Tokens of the prompt by position, from 0 without padding; from the end if negative."""
+        return cls((), tuple(positions))
+
+    @classmethod
+    def of_text(cls, text: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Every occurrence in the prompt of the tokens of a text, encoded alone without special tokens."""
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise HonesError(f"the scope's text {text!r} has no tokens")
+        return cls((), (), (tuple(ids),))
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every token is in the scope."""
+        return "all" in self.names or any(names <= set(self.names) for names in EVERYTHING)
+
+    @property
+    def acts_on_prompt(self) -> bool:
+        """Whether tokens of the prompt can be in the scope."""
+        return self != Scope(("generated",))
+
+    def __str__(self) -> str:
+        """As in `scope=`, with positions and token ids in brackets."""
+        others = [str(list(part)) for part in ([self.positions] if self.positions else [])]
+        return "+".join([*self.names, *others, *(f"tokens {list(ids)}" for ids in self.token_ids)])
+
+
+_ANSWERS: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+
+
+@contextmanager
+def answer_follows(model: nn.Module, count: int) -> Iterator[None]:
+    """Count the last `count` tokens of forward passes within the block as generated."""
+    before = _ANSWERS.get(model, 0)
+    _ANSWERS[model] = count
+    try:
+        yield
+    finally:
+        _ANSWERS[model] = before
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a forward pass of a model was given: token ids and attention mask, [rows, tokens] or None."""
+
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class ScopeTracker:
+    """Follows a model's forward passes, and knows which of their tokens are in a scope."""
+
+    def __init__(self, anatomy: Anatomy, scope: Scope) -> None:
+        """Track `scope` in the model of `anatomy` from `attach` to `detach`."""
+        self._model, self._decoder, self.scope = anatomy.model, anatomy.decoder, scope
+        self._undo: list[Callable[[], object]] = []
+        self._given = _Call()
+        self._embedded: Tensor | None = None
+        self._prepared: Any = None
+        """The attention mask as `generate` has it, before it becomes the masks of a static cache."""
+        self._acting: Tensor | bool | None = None
+
+    @property
+    def acting(self) -> Tensor | bool:
+        """The tokens of the current pass in the scope: bool [rows, tokens], or one value for all of them.
+
+        Raises: EditError outside of a forward pass of the model.
+        """
+        if self._acting is None:
+            raise EditError(f"scope={self.scope}: a layer was called outside of the model's forward pass")
+        return self._acting
+
+    def attach(self) -> Self:
+        """Start to follow the model."""
+        model, decoder = self._model, self._decoder
+        embedding = model.get_input_embeddings()
+        handles = [
+            model.register_forward_pre_hook(self._called, with_kwargs=True),
+            model.register_forward_hook(self._returned, always_call=True),
+            embedding.register_forward_pre_hook(self._embeds),
+            decoder.register_forward_pre_hook(self._decodes, with_kwargs=True),
+            decoder.register_forward_hook(self._decoded, always_call=True),
+        ]
+        self._undo = [handle.remove for handle in handles]
+        generating = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
+        self._undo += [self._watch_generation(module) for module in generating]
+        return self
+
+    def detach(self) -> None:
+        """Stop following the model. Safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+        self._given = _Call()
+        self._decoded()
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = _arguments(module, args, kwargs)
+        self._given = _Call(given.get("input_ids"), given.get("attention_mask"))
+
+    def _returned(self, *_: Any) -> None:
+        self._given, self._embedded = _Call(), None
+
+    def _embeds(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # The first embedding of a pass is the prompt's; some models embed single tokens after it.
+        if self._embedded is None and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
+            self._embedded = args[0]
+
+    def _decodes(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = _arguments(module, args, kwargs)
+        tokens = given.get("inputs_embeds")
+        tokens = given.get("input_ids") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            raise EditError(f"scope={self.scope}: {type(module).__name__} was called without tokens")
+        size = (int(tokens.shape[0]), int(tokens.shape[1]))
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past:
+            self._acting = self._generated(size[1], past)
+            return
+        ids = _first((self._given.ids, self._embedded, given.get("input_ids")), size)
+        mask = _first((self._given.mask, self._prepared, given.get("attention_mask")), size)
+        attended = torch.ones(size, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        answer = _ANSWERS.get(self._model, 0)
+        prompt = attended.clone()
+        prompt[:, size[1] - answer :] = False
+        found = self._in_prompt(prompt, None if ids is None else ids.cpu())
+        if "generated" in self.scope.names:
+            found = found | (attended & ~prompt)
+        self._acting = found.to(tokens.device) if bool(found.any()) else False
+
+    def _decoded(self, *_: Any) -> None:
+        self._acting = self._embedded = self._prepared = None
+
+    def _generated(self, tokens: int, past: int) -> bool:
+        """Whether tokens that follow a cache of `past` tokens are in the scope."""
+        if tokens > 1:
+            raise HonesError(
+                f"scope={self.scope}: {tokens} tokens were given after a cache of {past}, so prompt and "
+                "answer are not known apart: generate without prefill chunks or an assistant model"
+            )
+        return "generated" in self.scope.names
+
+    def _in_prompt(self, prompt: Tensor, ids: Tensor | None) -> Tensor:
+        """The tokens of a prompt in the scope, bool [rows, tokens], given which tokens are the prompt's."""
+        scope, found = self.scope, torch.zeros_like(prompt)
+        place = prompt.long().cumsum(1) - 1
+        count = prompt.long().sum(1, keepdim=True)
+        for name in scope.names:
+            if name == "prompt":
+                found |= prompt
+            elif name == "last":
+                found |= prompt & (place == count - 1)
+            elif name in ("image", "text"):
+                image = self._images(prompt, ids, needed=name == "image")
+                found |= prompt & (image if name == "image" else ~image)
+        for position in scope.positions:
+            if not -int(count.min()) <= position < int(count.min()):
+                raise HonesError(f"scope: there is no token {position} in a prompt of {int(count.min())}")
+            found |= prompt & (place == (position if position >= 0 else count + position))
+        for sequence in scope.token_ids:
+            found |= prompt & _occurrences(self._known(ids), sequence)
+        return found
+
+    def _images(self, prompt: Tensor, ids: Tensor | None, *, needed: bool) -> Tensor:
+        """The image tokens of a prompt. Raises: HonesError where a row has none and they are needed."""
+        config = self._model.config
+        tokens = [getattr(config, key, None) for key in ("image_token_id", "image_token_index")]
+        token = next((token for token in tokens if token is not None), None)
+        if token is None:
+            if needed:
+                raise HonesError(f"scope=image: {type(self._model).__name__} reads no image tokens")
+            return torch.zeros_like(prompt)
+        image: Tensor = (self._known(ids) == token) & prompt
+        missing = (~image.any(1)).nonzero().flatten().tolist()
+        if needed and missing:
+            raise HonesError(
+                f"scope=image: row {missing[0]} of {len(prompt)} has no image: use scope=text or prompt, or "
+                "leave questions without images out"
+            )
+        return image
+
+    def _known(self, ids: Tensor | None) -> Tensor:
+        if ids is None:
+            raise HonesError(
+                f"scope={self.scope}: the token ids of this pass are unknown, as the model was called with "
+                "embeddings alone; use scope=prompt, last, generated or all"
+            )
+        return ids
+
+    def _watch_generation(self, model: PreTrainedModel) -> Callable[[], object]:
+        """Keep masks, and refuse generation without a cache, where every step looks like a prompt."""
+        own = vars(model).get("prepare_inputs_for_generation")
+        prepare: Callable[..., Any] = model.prepare_inputs_for_generation
+
+        @wraps(prepare)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("use_cache") is False:
+                raise HonesError(f"scope={self.scope} needs the key-value cache: use_cache=True")
+            self._prepared = kwargs.get("attention_mask")
+            return prepare(*args, **kwargs)
+
+        vars(model)["prepare_inputs_for_generation"] = checked
+
+        def undo() -> None:
+            if own is None:
+                vars(model).pop("prepare_inputs_for_generation", None)
+            else:
+                vars(model)["prepare_inputs_for_generation"] = own
+
+        return undo
+
+
+def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call's arguments by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _first(tensors: Sequence[Any], size: tuple[int, int]) -> Tensor | None:
+    """The first tensor [rows, tokens] of a size, repeated where every row became several beams."""
+    for x in tensors:
+        if isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] == size[1] and size[0] % len(x) == 0:
+            return x.repeat_interleave(size[0] // len(x), dim=0)
+    return None
+
+
+def _occurrences(ids: Tensor, sequence: Sequence[int]) -> Tensor:
+    """Where a sequence of tokens occurs in rows of ids, bool [rows, tokens]."""
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    length = len(sequence)
+    for start in range(ids.shape[1] - length + 1):
+        here = (ids[:, start : start + length] == torch.tensor(sequence)).all(1)
+        found[here, start : start + length] = True
+    return found
