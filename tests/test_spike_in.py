@@ -12,7 +12,7 @@ from hones_eval import api
 from hones_eval.__main__ import main
 from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.sites import Neuron, top_neurons
+from hones_eval.core.sites import Head, Neuron, top_neurons
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import fit
@@ -169,56 +169,70 @@ def test_tuned_scales_are_the_mean_of_folds_that_were_learned_apart(
     """The held-out loss is that of a plain loop over folds, and the steering the mean of their scales."""
     examples = part(model, own, 4, 8)
     settings = TuneSettings(rates=(0.05, 0.2), epochs=2, sparsity=0.1, folds=2)
-    bank = [Neuron(layer, neuron) for layer in range(4) for neuron in range(20)]
-    found = tune(ranking, model.replayer, examples, bank, settings, model.loop)
+    banks = {
+        "heads": [Head(layer, head) for layer in range(4) for head in range(2)],
+        "neurons": [Neuron(layer, neuron) for layer in range(4) for neuron in range(20)],
+    }
+    found = tune(
+        ranking, model.replayer, examples, [*banks["heads"], *banks["neurons"]], settings, model.loop
+    )
     folds = folds_by_image(examples, 2, settings.seed)
     assert sorted(index for fold in folds for index in fold) == list(range(8))
     shown = [{image for i in fold for image in examples[i].image_hashes} for fold in folds]
     assert not shown[0] & shown[1]
-    losses = found.report["held_out_loss_by_rate_and_epoch"]
-    assert list(losses) == ["0.05, 1", "0.05, 2", "0.2, 1", "0.2, 2"]
+    losses = found.report["held_out_loss_by_kind_rate_and_epoch"]
+    settled = [f"{kind}, {rate}" for kind in ("heads", "neurons") for rate in ("0.05", "0.2")]
+    assert list(losses) == [f"{name}, {epoch}" for name in settled for epoch in (1, 2)]
     assert found.report["held_out_loss_without"] == pytest.approx(
         plain_loss(model, examples, list(range(8)), None), rel=1e-4
     )
     assert found.steering is not None
     best = min(losses, key=losses.__getitem__)
     assert found.report["held_out_loss"] == losses[best] < found.report["held_out_loss_without"]
-    rate, epoch = best.split(", ")
+    kind, rate, epoch = best.split(", ")
     learned = [
         fit(
             model.replayer,
             examples,
-            bank,
+            banks[kind],
             settings.fit_settings(float(rate)),
             model.loop,
             [index for index in range(8) if index not in fold],
-        ).epochs[int(epoch) - 1][1]
+        ).epochs[int(epoch) - 1]
         for fold in folds
     ]
     measured = [
-        plain_loss(model, examples, fold, scales) for fold, scales in zip(folds, learned, strict=True)
+        plain_loss(model, examples, fold, neurons, heads)
+        for fold, (heads, neurons) in zip(folds, learned, strict=True)
     ]
     assert found.report["held_out_loss"] == pytest.approx(sum(measured) / 2, rel=1e-3)
-    torch.testing.assert_close(found.steering.neuron_scales, torch.stack(learned).mean(0))
-    changed = {Neuron(*site) for site in (found.steering.neuron_scales != 1).nonzero().tolist()}
-    assert changed <= set(bank)
-    assert found.report["scaled_sites"] == len(changed) > 0
+    heads, neurons = (torch.stack(scales).mean(0) for scales in zip(*learned, strict=True))
+    torch.testing.assert_close(found.steering.head_scales, heads)
+    torch.testing.assert_close(found.steering.neuron_scales, neurons)
+    assert found.report["kind"] == kind
+    changed = int((heads != 1).sum()), int((neurons != 1).sum())
+    assert changed[kind == "heads"] == 0, "only the chosen kind is scaled"
+    assert found.report["scaled_sites"] == sum(changed) > 0
 
 
 def plain_loss(
-    model: api.Model, examples: TaskExamples, indices: list[int], scales: torch.Tensor | None
+    model: api.Model,
+    examples: TaskExamples,
+    indices: list[int],
+    neurons: torch.Tensor | None,
+    heads: torch.Tensor | None = None,
 ) -> float:
     """The mean cross-entropy of the targets' tokens, by independent hooks."""
     total = 0.0
     for index in indices:
         example = examples[index]
         handles = []
-        if scales is not None:
-            for block, row in zip(plain.layers(model.model), scales, strict=True):
-                hook = block.mlp.down_proj.register_forward_pre_hook(
-                    lambda _, args, row=row: (args[0] * row,)
-                )
-                handles.append(hook)
+        for layer, block in enumerate(plain.layers(model.model)):
+            for module, scales in ((block.self_attn.o_proj, heads), (block.mlp.down_proj, neurons)):
+                if scales is not None:
+                    row = scales[layer].repeat_interleave(module.in_features // scales.shape[1])
+                    hook = module.register_forward_pre_hook(lambda _, args, row=row: (args[0] * row,))
+                    handles.append(hook)
         longer = plain.with_answer(model.model, example.inputs, example.target_ids)
         start = example.inputs["input_ids"].shape[1]
         with torch.no_grad():

@@ -57,8 +57,8 @@ def scale(
         how: the way to choose the scales. Neurons: fixed (one given factor), or on development examples grid
             (the best factor), search (a factor for each of a few groups of layers), learned (one scale per
             neuron, with the paper's settings), learned_no_kl (without the KL term), random (learned, for a
-            random bank). Heads and neurons: tuned (one scale each; held-out loss chooses the learning rate
-            and the epoch, so that scales move as far as they help). Heads: signed
+            random bank). Heads and neurons: tuned (one scale each; held-out loss chooses heads or
+            neurons, the learning rate and the epoch, so that scales move as far as they help). Heads: signed
             (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
             1 - suppress), with given strengths or, with --model and --tasks, the best of a grid.
         out: the folder to write steering.json and steering.safetensors to.

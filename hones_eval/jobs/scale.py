@@ -133,7 +133,7 @@ def _hardly_moved(job: Development, steering: Steering) -> str | None:
 
 
 def tuned(job: Development) -> Steering:
-    """Learn the scales of heads and neurons with a learning rate and an epoch that held-out loss chooses.
+    """Learn the scales of heads or neurons; held-out loss chooses the kind, the learning rate and the epoch.
 
     The chosen scales must not lower the metric on the development examples. If they do, or if no scales lower
     the held-out loss, the result is the steering that changes nothing.
@@ -330,8 +330,9 @@ def _summary_of_tuned(settings: Mapping[str, Any]) -> str:
     if "held_out_loss" not in settings:
         return f"no learned scales lower the held-out loss of {before:.4g}"
     return (
-        f"held-out loss {before:.4g} without steering, {settings['held_out_loss']:.4g} with it (learning "
-        f"rate {settings['learning_rate']:g}, epoch {settings['best_epoch']}); on development examples "
+        f"held-out loss {before:.4g} without steering, {settings['held_out_loss']:.4g} with it "
+        f"({settings['kind']}, learning rate {settings['learning_rate']:g}, epoch "
+        f"{settings['best_epoch']}); on development examples "
         f"{settings['metric']} {settings['baseline']:.4g} without steering, {settings['best']:.4g} with it; "
         f"{settings['scaled_sites']} of {settings['sites']} sites are scaled, by at most "
         f"{settings['largest_change']:.2g}"
