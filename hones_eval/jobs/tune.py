@@ -7,7 +7,8 @@ nothing to learn. The result is the mean over the folds of the scales at the cho
 fold's scales follow the noise of its own images as well, and the mean keeps what the folds agree on.
 
 Where a bank has heads and neurons, the scales of each kind are learned apart, and the held-out loss also
-chooses the kind. Learned together they fit the noise of a few dozen images better, and a fault in one of them worse.
+chooses the kind. Learned together they fit the noise of a few dozen images better, and a fault in one of them
+worse.
 """
 
 from collections.abc import Sequence
