@@ -33,3 +33,6 @@ IMAGE_PIXELS = 64_000_000  # width times height
 # Charts
 CHART_HEADS = 40_000  # cells of a chart of head scales; a larger one is not drawn
 CHART_LAYERS = 4096  # bars of a chart of neurons
+
+LARGEST_SCALE = 1e4
+"""Largest absolute scale of a steering at its strength. Products beyond this overflow in float16."""

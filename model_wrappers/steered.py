@@ -60,7 +60,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         """Build the base wrapper, then attach the steering to the Hugging Face model inside it.
 
         Args:
-            steering: a folder or a hub id; None is the baseline.
+            steering: a folder or a hub id; None is the baseline. Several joined by +, each with a strength
+                after a colon, act at once, as in runs/a:0.5+runs/b.
             strength: a scale `s` becomes `1 + strength * (s - 1)`.
             attach: `hook` (works with quantized and shared weights) or `fold` (no cost at run time).
             scope: the tokens that the steering acts on: all, prompt, image, text, last, generated, or several
@@ -92,6 +93,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         weights = weights_digest(self._inner)  # before a steering is folded in
         attached = None
         if loaded is not None:
+            _tell_of_overlap(loaded)
             attached = _attached(self._inner, loaded, attach, float(strength), self._scope)
         must_act = loaded is not None and strength != 0 and not allow_noop and self._scope.acts_on_prompt
         self._watched = WatchedGenerate(
@@ -298,6 +300,17 @@ def _load(path: str) -> Steering:
             "--out DIR"
         )
     return Steering.load(path)
+
+
+def _tell_of_overlap(steering: Steering) -> None:
+    """Log how many sites more than one of several steerings scales."""
+    settings = steering.provenance.settings
+    counts = [settings.get(f"{kind}_scaled_by_several", 0) for kind in ("heads", "neurons")]
+    if any(counts):
+        logger.warning(
+            f"{counts[0]} heads and {counts[1]} neurons are scaled by more than one of "
+            f"{', '.join(settings['parts'])}: their scales are multiplied"
+        )
 
 
 def inner_model(wrapper: lmms) -> PreTrainedModel:

@@ -347,3 +347,23 @@ def test_the_wrapper_takes_a_scope_and_records_it(llava_checkpoint: Path, tmp_pa
     assert loss == pytest.approx(-sum(float(read[i, t]) for i, t in enumerate(ids)) / len(ids), rel=1e-3)
     with pytest.raises(HonesError, match="scope=last says where a steering acts: give steering= too"):
         get_model("hones_hf").create_from_arg_string(f"pretrained={llava_checkpoint},scope=last", {})
+
+
+def test_the_wrapper_takes_several_steerings(llava_checkpoint: Path, tmp_path: Path) -> None:
+    family = families.build("llava")
+    first = steering_of(Anatomy.of(family.model))
+    second = Steering(first.head_scales.flip(0), first.neuron_scales.flip(0), first.provenance)
+    first.save(tmp_path / "first")
+    second.save(tmp_path / "second")
+    text = (
+        f"pretrained={llava_checkpoint},dtype=float32,steering={tmp_path / 'first'}:0.5+{tmp_path / 'second'}"
+    )
+    lm = get_model("hones_hf").create_from_arg_string(text, {"batch_size": 1})
+    question = family_doors.QUESTIONS[0]
+    found = family_doors.ask(lm, [question])
+    inputs = family.inputs(question.text, list(question.pictures))
+    with steer(family.model, first, strength=0.5), steer(family.model, second):
+        new = family.model.generate(**inputs, max_new_tokens=5, min_new_tokens=2, do_sample=False)
+    expected = family.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == [expected.strip()]
+    assert lm.record.steering.digest == Steering.combine([(first, 0.5), (second, 1)]).digest

@@ -83,6 +83,49 @@ def test_composing_multiplies_the_scales_and_records_both_sources() -> None:
     assert both.provenance.examples == EXAMPLES * 2
 
 
+def test_several_steerings_are_multiplied_each_at_its_strength(tmp_path: Path) -> None:
+    first, second = make(1), make(2)
+    second = replace(second, provenance=replace(second.provenance, base_model="org/model1"))
+    both = Steering.combine([(first, 0.5), (second, 2)])
+    for name in ("head_scales", "neuron_scales"):
+        a, b = getattr(first, name).double(), getattr(second, name).double()
+        expected = (1 + 0.5 * (a - 1)) * (1 + 2 * (b - 1))
+        torch.testing.assert_close(getattr(both, name).double(), expected)
+    settings = both.provenance.settings
+    assert settings["digests"] == [first.digest, second.digest]
+    assert [part.rpartition(" ")[2] for part in settings["parts"]] == ["x0.5", "x2"]
+    scaled = [(part.head_scales != 1) for part in (first, second)]
+    assert settings["heads_scaled_by_several"] == int((scaled[0] & scaled[1]).sum())
+    assert both.provenance.examples == EXAMPLES
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, steering in zip(folders, (first, second), strict=True):
+        steering.save(folder)
+    loaded = Steering.load(f"{folders[0]}:0.5+{folders[1]}:2")
+    assert loaded.digest == both.digest
+    assert loaded.provenance.settings["parts"] == [f"{folders[0]} x0.5", f"{folders[1]} x2"]
+    loaded.save(tmp_path / "both")
+    assert Steering.load(tmp_path / "both").digest == both.digest
+    assert torch.equal(Steering.load(f"{folders[0]}:0").head_scales, torch.ones_like(first.head_scales))
+
+
+def test_steerings_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
+    make(1).save(tmp_path / "one")
+    with pytest.raises(HonesError, match="there is nothing to combine"):
+        Steering.combine([])
+    with pytest.raises(HonesError, match="a part has no folder"):
+        Steering.load(f"{tmp_path / 'one'}+")
+    with pytest.raises(HonesError, match="no steering at"):
+        Steering.load(f"{tmp_path / 'one'}+{tmp_path / 'two'}")
+    other = make(shape=replace(SHAPE, hidden=77))
+    with pytest.raises(MisfitError, match=r"\(hidden: 77 here, \d+ there\)"):
+        Steering.combine([(make(1), 1), (other, 1)])
+    high = replace(make(1), head_scales=torch.full_like(make(1).head_scales, 5e3))
+    with pytest.raises(HonesError, match="together these steerings make a scale of"):
+        Steering.combine([(high, 1), (high, 1)])
+    with pytest.warns(UserWarning, match="was made for org/model1, but .* for org/model2"):
+        Steering.combine([(make(1), 1), (make(2), 1)])
+
+
 @pytest.mark.parametrize("field", ["layers", "heads", "head_width", "neurons", "hidden"])
 def test_a_steering_for_another_shape_names_both_sides(field: str) -> None:
     other = replace(SHAPE, **{field: 77})

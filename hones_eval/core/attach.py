@@ -222,7 +222,7 @@ class _ScopedScaling(_Scaling):
         super().__init__(site, scales)
         self._site, self._tracker = site, tracker
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Tensor:
         """Scale the tokens in the scope."""
         acting = self._tracker.acting

@@ -266,7 +266,7 @@ class ScopeTracker:
     def _watch_generation(self, model: PreTrainedModel) -> Callable[[], object]:
         """Keep masks, and refuse generation without a cache, where every step looks like a prompt."""
         own = vars(model).get("prepare_inputs_for_generation")
-        prepare: Callable[..., Any] = model.prepare_inputs_for_generation
+        prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
 
         @wraps(prepare)
         def checked(*args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,12 @@
 """A steering: a scale for every head and every neuron, with its provenance."""
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -13,16 +14,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
+from hones_eval.core.combining import Part, parts_of
 from hones_eval.errors import HonesError, MisfitError, first_line
+from hones_eval.limits import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
 
     from hones_eval.core.anatomy import Anatomy
-
-LARGEST_SCALE = 1e4
-"""Largest absolute scale that `at_strength` may give. Products beyond this overflow in float16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +155,19 @@ class Steering:
             ),
         )
 
+    @classmethod
+    def combine(cls, parts: Sequence[tuple[Self, float]]) -> Self:
+        """Combine steerings of one model: the product of their scales, each at its own strength.
+
+        The provenance lists all parts, how many sites more than one of them scales, and the examples of all.
+
+        Args:
+            parts: steerings with their strengths, as in `[(a, 0.5), (b, 1)]`.
+
+        Raises: HonesError for no parts; MisfitError for parts of models of different shapes.
+        """
+        return _combined(parts)
+
     def check_fits(self, shape: ModelShape, name: str) -> None:
         """Raise MisfitError, naming both sides, when the model called `name` has another shape."""
         differing = self.provenance.shape.differences(shape)
@@ -211,16 +224,27 @@ class Steering:
         """Read a folder written by `save`, or a Hugging Face hub repository written by `push`.
 
         Args:
-            path: the folder, or a hub id such as `org/name`.
+            path: the folder, or a hub id such as `org/name`; several joined by `+` are combined, each with a
+                strength after a colon, as in `runs/a:0.5+runs/b`.
             revision: a branch, tag or commit of the hub repository.
         """
         folder = Path(path)
+        if not folder.exists() and parts_of(str(path)) != [Part(str(path), 1.0)]:
+            return cls._load_parts(parts_of(str(path)), revision)
         if not folder.exists():
             folder = _download(str(path), revision)
         _, provenance, tensors = load_artifact(folder, "steering")
         if set(tensors) != {"head_scales", "neuron_scales"}:
             raise HonesError(f"{path}: a steering holds head_scales and neuron_scales, not {sorted(tensors)}")
         return cls(provenance=provenance, **tensors)
+
+    @classmethod
+    def _load_parts(cls, parts: Sequence[Part], revision: str | None) -> Self:
+        """The steering of several folders or hub ids."""
+        loaded = [(cls.load(part.path, revision), part.strength) for part in parts]
+        if len(loaded) == 1:
+            return loaded[0][0].at_strength(loaded[0][1])
+        return _combined(loaded, [part.path for part in parts])
 
     def push(self, repo_id: str, *, private: bool = True) -> None:
         """Upload the two files to a Hugging Face hub model repository; create it when it does not exist."""
@@ -231,6 +255,66 @@ class Steering:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+S = TypeVar("S", bound=Steering)
+
+
+def _combined(parts: Sequence[tuple[S, float]], names: Sequence[str] | None = None) -> S:
+    """Combine steerings of one model: the product of their scales.
+
+    Args:
+        parts: steerings with their strengths.
+        names: what to call them in the provenance; by default method and digest.
+
+    Returns: a steering whose provenance lists all parts, how many sites more than one of them scales, and the
+        examples of all.
+    Raises: HonesError for no parts; MisfitError for parts of models of different shapes.
+    """
+    if not parts:
+        raise HonesError("there is nothing to combine: give one or more steerings")
+    called = names or [f"{part.provenance.method} {part.digest[:12]}" for part, _ in parts]
+    scaled = [part.at_strength(strength) for part, strength in parts]
+    first = scaled[0]
+    for other, name in zip(scaled[1:], called[1:], strict=True):
+        other.check_fits(first.provenance.shape, f"the model of {called[0]}")
+        if other.provenance.base_model != first.provenance.base_model:
+            warnings.warn(
+                f"{called[0]} was made for {first.provenance.base_model}, but {name} for "
+                f"{other.provenance.base_model}, which has the same shape",
+                stacklevel=3,
+            )
+    heads = torch.stack([part.head_scales for part in scaled])
+    neurons = torch.stack([part.neuron_scales for part in scaled])
+    examples = {used.hash: used for part in scaled for used in part.provenance.examples}
+    settings = {
+        "how": "combined",
+        "parts": [f"{name} x{strength:g}" for name, (_, strength) in zip(called, parts, strict=True)],
+        "digests": [part.digest for part, _ in parts],
+        "heads_scaled_by_several": int(((heads != 1).sum(0) > 1).sum()),
+        "neurons_scaled_by_several": int(((neurons != 1).sum(0) > 1).sum()),
+    }
+    methods = dict.fromkeys(part.provenance.method for part in scaled)
+    provenance = replace(
+        first.provenance,
+        method="+".join(methods),
+        settings=settings,
+        examples=list(examples.values()),
+        ranking={"method": "combined", "digests": [_ranking_of(part) for part in scaled]},
+    )
+    scales = {"head_scales": heads.prod(0), "neuron_scales": neurons.prod(0)}
+    largest = max(float(tensor.abs().max()) for tensor in scales.values())
+    if largest > LARGEST_SCALE:
+        raise HonesError(
+            f"together these steerings make a scale of {largest:.3g}; scales above {LARGEST_SCALE:g} would "
+            "overflow the activations: use smaller strengths"
+        )
+    return replace(first, **scales, provenance=provenance)
+
+
+def _ranking_of(part: Steering) -> str:
+    """The digest of the ranking that a steering was made from; empty for none."""
+    return str((part.provenance.ranking or {}).get("digest", ""))
 
 
 def _scales_by_site(given: Mapping[tuple[int, int], float], kind: str, layers: int, width: int) -> Tensor:
