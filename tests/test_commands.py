@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import plain
 import pytest
 import torch
 from drawn_data import write_folder
@@ -376,12 +377,13 @@ def test_a_task_without_targets(
 def test_a_model_whose_anatomy_is_refused(
     rank: Callable[..., list[str]], complains: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
-    """An InstructBLIP on T5, as its own stock wrapper loads it."""
-    folder = families.save_checkpoint("instructblip", tmp_path / "t5")
-    model = families.build_refused("instructblip_t5")
+    """A LLaVA whose last attention writes nothing, as its own stock wrapper loads it."""
+    folder = families.save_checkpoint("llava", tmp_path / "silent")
+    model = families.build("llava").model
+    plain.layers(model)[-1].self_attn.o_proj.weight.data.zero_()
     model.save_pretrained(folder)
-    line = complains(rank(tmp_path / "out", model="instructblip", model_args=f"pretrained={folder}"))
-    assert "InstructBlipForConditionalGeneration has an encoder-decoder language model" in line
+    line = complains(rank(tmp_path / "out", model_args=f"pretrained={folder}"))
+    assert "LlavaForConditionalGeneration: zeroing layers.3.self_attn.o_proj changes no logit" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -6,10 +6,9 @@ anything relies on it: what holds heads must depend on other tokens and what hol
 of every kind of site must change the logits, and logits computed from hidden states must be the model's own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,19 @@ from hones_eval.core import edits
 from hones_eval.core.adapters import effective_weight, has_adapter
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.experts import NeuronTap
-from hones_eval.core.hooks import Site, editing, recording, replaced_forward
-from hones_eval.core.structure import Call, HeadGroup, NeuronGroup, calls_by_registration, layer_parts
+from hones_eval.core.hooks import Site, editing, recording
+from hones_eval.core.last_step import ROUNDING as ROUNDING
+from hones_eval.core.last_step import LastStep, Stack, close, prove_last_step
+from hones_eval.core.probing import LayerAt, Probe, decoder_layers, is_offloaded
+from hones_eval.core.structure import (
+    HeadGroup,
+    LayerParts,
+    NeuronGroup,
+    calls_by_registration,
+    layer_parts,
+)
 from hones_eval.core.unwrapping import unwrapped
 from hones_eval.errors import EditError, HonesError, UnsupportedModelError, first_line
-
-# Errors by which a model refuses a pass over text alone, or a layer a call that it does not expect.
-REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-# Largest difference, relative to the largest value, that rounding explains.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-TOKENS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +43,19 @@ class Anatomy:
     FFN's down projection (`down_proj`) or, in a mixture of experts, a `NeuronTap`. A layer without heads or
     neurons has a site of width 0 there; `shape` says how many each layer has.
 
+    A decoder layer that attends twice counts as two layers: one has the heads of its self-attention, the next
+    one those of its cross-attention, and the neurons. `layers` then has the decoder layer twice. This is so
+    in encoder-decoders, where all layers are of the decoder.
+
     `attentions` and `ffns` are modules whose outputs are what these write. Where FFN and experts are no
     module of their own, `ffns` has the layer itself.
+
+    Where `one_stream` is false the hidden states that layers pass on are several residual streams, or the
+    last layer's output is merged with earlier ones before the final norm. `token_dim` is their dimension of
+    tokens.
+
+    `reads_states` is true where the decoder attends to states that are not in its own sequence, those of an
+    encoder or an image.
     """
 
     model: PreTrainedModel
@@ -56,7 +69,10 @@ class Anatomy:
     unembed: nn.Linear
     soft_cap: float | None
     shape: ModelShape
-    _last_step: "_LastStep" = field(default_factory=lambda: _LastStep())
+    reads_states: bool = False
+    token_dim: int = 1
+    one_stream: bool = True
+    _last_step: LastStep = field(default_factory=LastStep)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Anatomy":
@@ -73,44 +89,65 @@ class Anatomy:
         model = _answering(model)
         decoder = _decoder(model, name)
         config: Any = decoder.config
-        layers, path = _layers(decoder, config, name)
+        layers = decoder_layers(decoder, config, name)
         unembed = unembedding_of(model)
         if unembed is None:
             raise UnsupportedModelError(f"{name} has no unembedding (get_output_embeddings() gives None)")
         vocabulary, hidden = (int(size) for size in unembed.weight.shape)
-        empty = unembed.weight.is_meta and not _is_offloaded(model)
-        probe, final_norm = None, nn.Module()
-        if empty:
-            calls, width = calls_by_registration(layers), hidden
+        probe, final_norm, width, token_dim, one_stream = None, nn.Module(), hidden, 1, True
+        if unembed.weight.is_meta and not is_offloaded(model):
+            calls = calls_by_registration([layer.module for layer in layers])
         else:
-            probe = _Probe(decoder, layers, decoder.get_submodule(path.rpartition(".")[0]), hidden, name)
-            calls, final_norm, width = probe.first_pass()
+            probe = Probe(decoder, layers, unembed, hidden, name)
+            layers, calls, final_norm, width, token_dim, one_stream = probe.first_pass()
             decoder = probe.decoder
-        parts = [
-            layer_parts(layer, f"{path}.{i}".lstrip("."), width, calls, _of_layer(config, i), name)
+        found = [
+            layer_parts(layer.module, layer.path.lstrip("."), width, calls, _of_layer(config, i), name)
             for i, layer in enumerate(layers)
         ]
-        heads, neurons = [pair[0] for pair in parts], [pair[1] for pair in parts]
-        _check_alike(layers, heads, neurons, path, name)
+        _check_alike(layers, found, name)
+        slots = [
+            _Slot(at.module, *parts) for at, several in zip(layers, found, strict=True) for parts in several
+        ]
+        heads, neurons = [slot.heads for slot in slots], [slot.neurons for slot in slots]
         if not any(heads) or not any(neurons):
             kind = "heads" if not any(heads) else "neurons"
+            path = layers[-1].path.rpartition(".")[0]
             raise UnsupportedModelError(f"{name}: no layer of {path} has {kind} that could be found")
         anatomy = cls(
             model=model,
             decoder=decoder,
-            layers=layers,
+            layers=[slot.layer for slot in slots],
             heads_in=[NOTHING if group is None else group.site for group in heads],
             neurons_in=[NOTHING if group is None else group.site for group in neurons],
-            attentions=[layers[i] if group is None else group.attention for i, group in enumerate(heads)],
-            ffns=[layers[i] if group is None else group.ffn for i, group in enumerate(neurons)],
+            attentions=[slot.layer if slot.heads is None else slot.heads.attention for slot in slots],
+            ffns=[slot.layer if slot.neurons is None else slot.neurons.ffn for slot in slots],
             final_norm=final_norm,
             unembed=unembed,
             soft_cap=getattr(config, "final_logit_softcapping", None),
             shape=_shape(heads, neurons, width, vocabulary),
+            reads_states=len(slots) > len(layers) if probe is None else probe.attends_to_states(),
+            token_dim=token_dim,
+            one_stream=one_stream,
         )
         if probe is not None:
             _prove(anatomy, probe, name)
         return anatomy
+
+    @property
+    def stages(self) -> list[range]:
+        """The layers of the anatomy by decoder layer: more than one where a decoder layer attends twice."""
+        stages: list[range] = []
+        for i, layer in enumerate(self.layers):
+            if i and layer is self.layers[i - 1]:
+                stages[-1] = range(stages[-1].start, i + 1)
+            else:
+                stages.append(range(i, i + 1))
+        return stages
+
+    def stage_of(self, layer: int) -> range:
+        """The layers of the anatomy that belong to the same decoder layer as `layer`."""
+        return next(stage for stage in self.stages if layer in stage)
 
     @property
     def unembedding(self) -> Tensor:
@@ -176,11 +213,38 @@ class Anatomy:
         logits: Tensor = self.unembed(self.final_norm(hidden))
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
+    def last_logits(self, hidden: Tensor, read: slice) -> Tensor:
+        """Logits [rows, read, vocabulary] of some positions of the last layer's output.
+
+        Raises: HonesError when the model merges its residual streams in a way that cannot be repeated.
+        """
+        if self.one_stream:
+            return self.logits(hidden[:, read])
+        if self._last_step.merged is None:
+            raise HonesError("the last layer's output alone does not give its logits")
+        return self._last_step.merged(hidden[(slice(None),) * self.token_dim + (read,)])
+
+    def check_plain_streams(self) -> None:
+        """Raise HonesError when the decoder reads images by cross-attention, or has several streams."""
+        if not self.one_stream:
+            raise HonesError(
+                f"{type(self.model).__name__} has several residual streams, or mixes earlier layers into the "
+                "last one: tracing and lens read one stream per layer and do not work with it"
+            )
+        if self.reads_states:
+            raise HonesError(
+                f"{type(self.model).__name__} reads images by cross-attention, so no token of its decoder is "
+                "an image token: tracing, lens and other methods by image positions do not work with it"
+            )
+
     def image_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Whether each position is an image token: bool [batch, tokens], by the image token id.
 
-        Raises: HonesError when the configuration names no image token, or none is in the input.
+        Raises: HonesError when images are read by cross-attention, when the configuration names no image
+            token, or when none is in the input.
         """
+        if self.reads_states:
+            self.check_plain_streams()
         config = self.model.config
         ids = [getattr(config, key, None) for key in ("image_token_id", "image_token_index")]
         known = [i for i in ids if i is not None]
@@ -196,12 +260,12 @@ NOTHING = Site("nothing", nn.Module(), 0)
 """The site of a layer that has no heads, or no neurons."""
 
 
-@dataclass
-class _LastStep:
-    """How logits come from hidden states, once that is proven."""
+class _Slot(NamedTuple):
+    """One layer of the anatomy: a decoder layer, and the heads and neurons of it that belong here."""
 
-    own: Callable[[Tensor], Tensor] | None = None
-    refused: str | None = None
+    layer: nn.Module
+    heads: HeadGroup | None
+    neurons: NeuronGroup | None
 
 
 def _answering(model: PreTrainedModel) -> PreTrainedModel:
@@ -224,12 +288,6 @@ def unembedding_of(model: PreTrainedModel) -> Any:
 
 
 def _decoder(model: PreTrainedModel, name: str) -> nn.Module:
-    text = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or text.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{name} has an encoder-decoder language model ({text.model_type}): its answers also depend on "
-            "cross-attention, which heads and neurons of one decoder stack do not describe"
-        )
     decoder = model.get_decoder()
     if decoder is None or not hasattr(decoder, "config"):
         raise UnsupportedModelError(f"{name}: get_decoder() gives no language model")
@@ -239,70 +297,26 @@ def _decoder(model: PreTrainedModel, name: str) -> nn.Module:
     return decoder  # type: ignore[no-any-return]
 
 
-def _layers(decoder: nn.Module, config: Any, name: str) -> tuple[list[nn.Module], str]:
-    try:
-        count = int(config.num_hidden_layers)
-    except AttributeError:
-        raise UnsupportedModelError(
-            f"{name}: the configuration of {type(decoder).__name__} ({config.model_type}) states no number "
-            "of layers, so it is not one decoder stack that answers token by token"
-        ) from None
-    stacks = [
-        (path, module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and not _inside_layers(path)
-    ]
-    if len(stacks) != 1:
-        raise UnsupportedModelError(
-            f"{name}: looked in {type(decoder).__name__} for one list of {count} layers, found {len(stacks)}"
-        )
-    path, stack = stacks[0]
-    crossed = [
-        i
-        for i, layer in enumerate(stack)
-        if _has_part(layer, "cross_attn") or _has_part(layer, "crossattention")
-    ]
-    if crossed:
-        raise UnsupportedModelError(
-            f"{name}: layers {crossed} attend to the image by cross-attention; only language models that "
-            "read image tokens in their own sequence are served"
-        )
-    return list(stack), path
-
-
-def _inside_layers(path: str) -> bool:
-    return any(part.isdigit() for part in path.split("."))
-
-
-def _has_part(module: nn.Module, part: str) -> bool:
-    return any(part in path for path, _ in module.named_modules())
-
-
 def _of_layer(config: Any, layer: int) -> Any:
     """The configuration of one layer, in families whose layers have settings of their own."""
     views = getattr(config, "per_layer_config", None)
-    return config if views is None else views[layer]
+    return config if views is None or layer >= len(views) else views[layer]
 
 
-def _check_alike(
-    layers: Sequence[nn.Module],
-    heads: Sequence[HeadGroup | None],
-    neurons: Sequence[NeuronGroup | None],
-    path: str,
-    name: str,
-) -> None:
+def _check_alike(layers: Sequence[LayerAt], found: Sequence[Sequence[LayerParts]], name: str) -> None:
     """Layers with the same children must have the same kinds of sites: otherwise one was overlooked."""
     alike: dict[tuple[str, ...], int] = {}
-    for i, layer in enumerate(layers):
+    for i, (path, layer) in enumerate(layers):
         children = tuple(child for child, _ in layer.named_children())
         if len(children) < 3:  # a layer of one block may be of any kind
             continue
         first = alike.setdefault(children, i)
-        for kind, groups in (("heads", heads), ("neurons", neurons)):
-            if (groups[i] is None) != (groups[first] is None):
-                lacking, other = (i, first) if groups[i] is None else (first, i)
+        for kind in ("heads", "neurons"):
+            here, there = (sum(getattr(p, kind) is not None for p in found[j]) for j in (i, first))
+            if here != there:
+                lacking, other = (path, layers[first].path) if here < there else (layers[first].path, path)
                 raise UnsupportedModelError(
-                    f"{name}: no {kind} were found in {path}.{lacking}, though {path}.{other} has them"
+                    f"{name}: no {kind} were found in {lacking}, though {other} has them"
                 )
 
 
@@ -321,151 +335,26 @@ def _shape(
     )
 
 
-class _Probe:
-    """Passes of a few tokens through the decoder, by which the anatomy is found and proven."""
-
-    def __init__(
-        self, decoder: nn.Module, layers: list[nn.Module], owner: nn.Module, hidden: int, name: str
-    ) -> None:
-        self.decoder, self.layers, self.hidden, self.name = decoder, layers, hidden, name
-        self._owner = owner
-        self.ids = _ids(decoder)
-        self._way: Callable[[], Tensor] | None = None
-        self.last: Tensor = torch.empty(0)
-        self._inputs: list[Tensor] = []
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        """The decoder's output [1, tokens, hidden] of the probing tokens.
-
-        The first pass finds out how the decoder can be called: with token ids or, where it has no embedding,
-        with what an embedding would give; and in some families one module further in.
-        """
-        if self._way is not None:
-            return self._way()
-        weight = next(p for p in self.layers[0].parameters() if p.is_floating_point())
-        noise = torch.randn(1, TOKENS, self.hidden, generator=torch.Generator().manual_seed(0))
-        embeddings = noise.to(self.ids.device, weight.dtype)
-        errors: list[Exception] = []
-        for decoder in (self.decoder, self._owner):
-            for inputs in ({"input_ids": self.ids}, {"inputs_embeds": embeddings}):
-
-                def way(decoder: Any = decoder, inputs: dict[str, Tensor] = inputs) -> Tensor:
-                    hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-                    return hidden
-
-                try:
-                    output = way()
-                except REFUSALS as error:
-                    errors.append(error)
-                    continue
-                self._way, self.decoder = way, decoder
-                return output
-        raise errors[0]
-
-    def first_pass(self) -> tuple[dict[nn.Module, Call], nn.Module, int]:
-        """Run the probing pass.
-
-        Returns: the calls of the layers' modules, the module called after the last layer, and the width of
-            the residual stream.
-        """
-        calls: dict[nn.Module, Call] = {}
-        order: list[nn.Module] = []
-        inputs: dict[nn.Module, Tensor] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            order.append(module)
-            first = output[0] if isinstance(output, tuple | list) and output else output
-            if isinstance(first, Tensor):
-                calls[module] = Call(len(order), first)
-            if module in stack:
-                inputs[module] = _first_tensor(args, kwargs)
-
-        try:
-            self.run()  # find out which module can be called
-        except REFUSALS as error:
-            raise UnsupportedModelError(
-                f"{self.name}: its language model cannot be run on a few tokens alone ({first_line(error)})"
-            ) from None
-        stack = set(self.layers)
-        inner = [module for layer in self.layers for module in layer.modules()]
-        outer = [m for m in self.decoder.children() if not _holds(m, self.layers[-1])]
-        handles = [m.register_forward_hook(note, with_kwargs=True) for m in {*inner, *outer}]
-        try:
-            self.last = self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        ran = [module for module in order if module in stack]
-        if ran != self.layers:
-            raise UnsupportedModelError(
-                f"{self.name}: its {len(self.layers)} layers did not run once each, in order"
-            )
-        self._inputs = [inputs[layer] for layer in self.layers]
-        last_layer = max(i for i, module in enumerate(order) if module is self.layers[-1])
-        after = [m for m in order[last_layer + 1 :] if m in set(outer)]
-        width = int(calls[self.layers[-1]].output.shape[-1])
-        if len(after) > 1 or self.last.shape[-1] != self.hidden:
-            raise UnsupportedModelError(
-                f"{self.name}: expected one final norm after the last layer, saw {len(after)}"
-            )
-        return calls, after[0] if after else nn.Identity(), width
-
-    @contextmanager
-    def scrambled(self, seed: int, held: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-        """Add noise to every layer's input at all positions but the last, while some outputs are held."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def scramble(number: int) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                x = self._inputs[number].clone()
-                noise = torch.randn(x[..., :-1, :].shape, generator=generator).to(x)
-                x[..., :-1, :] += noise * x.abs().mean()
-                if args:
-                    return (x, *args[1:]), kwargs
-                return args, kwargs | {"hidden_states": x}
-
-            return hook
-
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                handle = layer.register_forward_pre_hook(scramble(number), with_kwargs=True)
-                stack.callback(handle.remove)
-            for module, output in held.items():
-                handle = module.register_forward_hook(lambda *_, output=output: output)
-                stack.callback(handle.remove)
-            yield
-
-
-def _ids(decoder: nn.Module) -> Tensor:
-    """Token ids [1, tokens] that stand for no image, as far as the configuration says."""
-    model: Any = decoder
-    embedding: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    size = int(getattr(embedding, "num_embeddings", 100))
-    device = _device(decoder)
-    return ((torch.arange(TOKENS, device=device) * 7 + 5) % size)[None]
-
-
-def _holds(module: nn.Module, part: nn.Module) -> bool:
-    return any(inner is part for inner in module.modules())
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    x: Tensor = args[0] if args else kwargs["hidden_states"]
-    return x
-
-
-def _prove(anatomy: Anatomy, probe: _Probe, name: str) -> None:
+def _prove(anatomy: Anatomy, probe: Probe, name: str) -> None:
     try:
         _prove_experts(anatomy, probe, name)
         _prove_mixing(anatomy, probe, name)
         _prove_edits(anatomy, probe, name)
     except EditError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None
-    _prove_logits(anatomy, probe)
+    stack = Stack(
+        anatomy.model,
+        anatomy.layers,
+        anatomy.final_norm,
+        anatomy.unembed,
+        anatomy._direct_logits,
+        anatomy.token_dim,
+        anatomy.one_stream,
+    )
+    vars(anatomy._last_step).update(vars(prove_last_step(stack, probe)))
 
 
-def _prove_mixing(anatomy: Anatomy, probe: _Probe, name: str) -> None:
+def _prove_mixing(anatomy: Anatomy, probe: Probe, name: str) -> None:
     """The input of what holds heads depends on other tokens; that of what holds neurons does not.
 
     Every layer reads what it read before, but with two kinds of noise at all positions except the last. What
@@ -504,30 +393,7 @@ def _prove_mixing(anatomy: Anatomy, probe: _Probe, name: str) -> None:
             )
 
 
-def _device(module: nn.Module) -> torch.device:
-    """The device that a module's inputs belong on; the meta device for a model without values."""
-    device = next(module.parameters()).device
-    return _execution_device(module) if device.type == "meta" and _is_offloaded(module) else device
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate loads a module's weights when it is called."""
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
-
-
-def _execution_device(module: nn.Module) -> torch.device:
-    """The device that accelerate runs an offloaded module on, whose weights are on the meta device."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), "cpu"))
-
-
-def _close(first: Tensor, other: Tensor) -> bool:
-    scale = float(first.abs().max())
-    return float((first - other).abs().max()) <= ROUNDING[first.dtype] * max(scale, 1e-12)
-
-
-def _prove_experts(anatomy: Anatomy, probe: _Probe, name: str) -> None:
+def _prove_experts(anatomy: Anatomy, probe: Probe, name: str) -> None:
     """Experts computed with their activations shown give what the model's own computation gives."""
     taps = [site for site in anatomy.neurons_in if isinstance(site.module, NeuronTap)]
     if not taps:
@@ -545,7 +411,7 @@ def _prove_experts(anatomy: Anatomy, probe: _Probe, name: str) -> None:
             f"{name}: the experts of {taps[0].name} cannot be computed one by one ({first_line(error)}): "
             "load it unquantized, with experts_implementation='eager'"
         ) from None
-    if bool(torch.isfinite(probe.last).all()) and not _close(shown, probe.last):
+    if bool(torch.isfinite(probe.last).all()) and not close(shown, probe.last):
         worst = float((shown - probe.last).abs().max() / probe.last.abs().max())
         raise UnsupportedModelError(
             f"{name}: its experts computed one by one differ from the model's own by {worst:.1e} of the "
@@ -553,7 +419,7 @@ def _prove_experts(anatomy: Anatomy, probe: _Probe, name: str) -> None:
         )
 
 
-def _prove_edits(anatomy: Anatomy, probe: _Probe, name: str) -> None:
+def _prove_edits(anatomy: Anatomy, probe: Probe, name: str) -> None:
     """Changing a head, and changing the neurons, of the first and last layer must change the logits."""
 
     def last_logits(hidden: Tensor) -> Tensor:
@@ -580,89 +446,3 @@ def _prove_edits(anatomy: Anatomy, probe: _Probe, name: str) -> None:
 
 def _heads(anatomy: Anatomy, layer: int) -> int:
     return anatomy.shape.heads_of(layer)
-
-
-def _prove_logits(anatomy: Anatomy, probe: _Probe) -> None:
-    """Compare final norm, unembedding and soft cap with the model's own logits, and choose the last step.
-
-    A model that cannot be run on text alone is not compared here. Replay, patching and the lens compare the
-    logits of their first example.
-    """
-    read: list[Tensor] = []
-    module = anatomy.layers[-1] if isinstance(anatomy.final_norm, nn.Identity) else anatomy.final_norm
-    outputs: list[Any] = [None] * len(anatomy.layers)
-    handles = [_keep_read(module, read, anatomy.layers[-1])]
-    for i, layer in enumerate(anatomy.layers):
-        handles.append(layer.register_forward_hook(lambda m, a, o, i=i: outputs.__setitem__(i, o)))
-    try:
-        with torch.no_grad():
-            logits: Tensor = anatomy.model(
-                input_ids=probe.ids, attention_mask=torch.ones_like(probe.ids), use_cache=False
-            ).logits
-            if not bool(torch.isfinite(logits).all()):
-                return  # nothing can be compared; the first pass names the layer that is not finite
-            if _close(logits, anatomy._direct_logits(read[-1])):
-                return
-    except REFUSALS:
-        return
-    finally:
-        for handle in handles:
-            handle.remove()
-    step = anatomy._last_step
-    try:
-        own = _own_last_step(anatomy, outputs, int(probe.ids[0, 0]))
-        with torch.no_grad():
-            found = own(read[-1])
-        if _close(logits, found):
-            step.own = own
-            return
-        reason = "logits computed by its own last step differ"
-    except REFUSALS as error:
-        reason = first_line(error)
-    step.refused = (
-        f"{type(anatomy.model).__name__} scales or masks its logits in a way that cannot be repeated for "
-        f"other hidden states ({reason})"
-    )
-
-
-def _keep_read(module: nn.Module, read: list[Tensor], last: nn.Module) -> Any:
-    if module is last:
-        return module.register_forward_hook(
-            lambda m, args, output: read.append(output[0] if isinstance(output, tuple) else output)
-        )
-    return module.register_forward_pre_hook(
-        lambda m, args, kwargs: read.append(_first_tensor(args, kwargs)), with_kwargs=True
-    )
-
-
-def _own_last_step(anatomy: Anatomy, outputs: Sequence[Any], token: int) -> Callable[[Tensor], Tensor]:
-    """Logits by the model's own forward, in which every layer passes on its input and hidden states are ours.
-
-    Each hidden state is a prompt of one token. This costs an embedding and L calls that do nothing.
-    """
-
-    def stub(output: Any) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            x = _first_tensor(args, kwargs)
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        return forward
-
-    def own(hidden: Tensor) -> Tensor:
-        flat = hidden.reshape(-1, 1, hidden.shape[-1])
-        ids = torch.full((len(flat), 1), token, device=flat.device)
-
-        def ours(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((flat, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": flat})
-
-        with ExitStack() as stack:
-            for layer, output in zip(anatomy.layers, outputs, strict=True):
-                stack.enter_context(replaced_forward(layer, stub(output)))
-            handle = anatomy.final_norm.register_forward_pre_hook(ours, with_kwargs=True)
-            stack.callback(handle.remove)
-            logits: Tensor = anatomy.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-    return own

@@ -362,8 +362,8 @@ def is_transposed(module: Any) -> bool:
     if stated is not None:
         return bool(stated)
     down, up = module.down_proj, getattr(module, "gate_up_proj", None)
-    if up is None:
-        return bool(module.up_proj.shape[2] == down.shape[1])
+    if up is None:  # without a gate both layouts have the same shapes: take that of linear layers
+        return False
     # Of a gated FFN the first projection is twice as wide as the second reads.
     return bool(up.shape[2] == 2 * down.shape[1])
 
@@ -380,6 +380,7 @@ def experts_forward(
     hidden: Tensor,
     index: Tensor | None = None,
     weights: Tensor | None = None,
+    gammas: Tensor | None = None,
 ) -> Tensor:
     """Compute stacked experts as their own forward does, and show their activations on the way.
 
@@ -391,8 +392,13 @@ def experts_forward(
             (Llama 4).
         index: the experts [tokens, k] that each token is routed to.
         weights: their routing weights [tokens, k].
+        gammas: instead of these, the weight [tokens, experts] of every expert for every token.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if gammas is not None:
+        count = expert_sizes(module)[0]
+        index = torch.arange(count, device=hidden.device).expand(len(flat), -1)
+        weights = gammas.reshape(-1, count)
     if index is None:
         return _scaled_before(module, show, flat)
     assert weights is not None
@@ -451,6 +457,9 @@ def _none(module: nn.Module, like: Tensor) -> Tensor:
 
 def _activate(module: Any, x: Tensor, expert: int) -> Tensor:
     """The activations [tokens, width] of one expert."""
+    if isinstance(getattr(module, "gate_proj", None), Tensor):
+        gate = _linear(module, "gate_proj", x, expert)
+        return module.act_fn(gate) * _linear(module, "up_proj", x, expert)  # type: ignore[no-any-return]
     gated = hasattr(module, "gate_up_proj")
     read = _linear(module, "gate_up_proj" if gated else "up_proj", x, expert)
     if hasattr(module, "_apply_gate") and gated:

@@ -5,6 +5,10 @@ A block that mixes tokens (attention, a recurrent mixer, a convolution) writes t
 layer, whose input holds the heads. An FFN writes through its down projection, whose input holds the neurons,
 or through the stacked weights of experts. `hones_eval.core.anatomy` runs the model once to learn the order of
 calls, and proves the result by experiments.
+
+A decoder layer may mix tokens more than once: in an encoder-decoder its self-attention reads the answer so
+far, and its cross-attention reads the encoder's output. `layer_parts` then returns one entry per mixer, in
+the order of calls, and the last one has the neurons.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,10 +80,17 @@ class NeuronGroup(NamedTuple):
     several: Sequence[Sequence[int]] = ()
 
 
+class LayerParts(NamedTuple):
+    """The heads of one mixer of a decoder layer, and the neurons after its last mixer; None for none."""
+
+    heads: HeadGroup | None
+    neurons: NeuronGroup | None
+
+
 def layer_parts(
     layer: nn.Module, path: str, hidden: int, calls: dict[nn.Module, Call], config: Any, name: str
-) -> tuple[HeadGroup | None, NeuronGroup | None]:
-    """Find the heads and the neurons of one decoder layer; None for a kind that it does not have.
+) -> list[LayerParts]:
+    """Find the heads and the neurons of one decoder layer, with one entry per block that mixes tokens.
 
     Args:
         layer: the decoder layer.
@@ -91,9 +102,9 @@ def layer_parts(
 
     Raises: UnsupportedModelError.
     """
-    mixers: list[tuple[str, nn.Module]] = []
+    mixers: list[tuple[str, str, nn.Module]] = []
     parts: list[tuple[str, nn.Module]] = []
-    for child_name, child in layer.named_children():
+    for child_name, child in _blocks(layer):
         found = [(f"{child_name}.{inner}".rstrip("."), m) for inner, m in _writers(child, hidden, calls)]
         experts = [
             (f"{child_name}.{inner}".rstrip("."), m)
@@ -102,18 +113,27 @@ def layer_parts(
         ]
         if not found and not experts:
             continue
-        if not experts and _mixes(child):
-            mixers.append(max(found, key=lambda writer: calls[writer[1]].order))
+        if not experts and mixes_tokens(child):
+            mixers.append((child_name, *max(found, key=lambda writer: calls[writer[1]].order)))
         else:
             parts += [*experts, *_last_of_each_block(child, child_name, found, calls)]
-    if len(mixers) > 1:
-        several = " and ".join(inner for inner, _ in mixers)
-        raise UnsupportedModelError(
-            f"{name}: {path} mixes tokens more than once ({several}): layers with cross-attention beside "
-            "self-attention are not supported"
-        )
-    heads = _head_group(layer, path, mixers[0], calls, config, name) if mixers else None
-    return heads, _neuron_group(layer, path, parts, calls, hidden) if parts else None
+    mixers.sort(key=lambda mixer: calls[mixer[2]].order)
+    heads = [_head_group(layer, path, mixer, calls, config, name) for mixer in mixers]
+    if any(group.heads for group in heads):  # a convolution beside an attention has no heads to offer
+        heads = [group for group in heads if group.heads]
+    neurons = _neuron_group(layer, path, parts, calls, hidden) if parts else None
+    if not heads:
+        return [LayerParts(None, neurons)]
+    return [*(LayerParts(group, None) for group in heads[:-1]), LayerParts(heads[-1], neurons)]
+
+
+def _blocks(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a layer; the members of a list count as children (T5 keeps its blocks in one)."""
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{inner}", member) for inner, member in _blocks(child))
+        else:
+            yield name, child
 
 
 def _writers(block: nn.Module, hidden: int, calls: dict[nn.Module, Call]) -> Iterator[tuple[str, nn.Module]]:
@@ -132,7 +152,7 @@ def _writers(block: nn.Module, hidden: int, calls: dict[nn.Module, Call]) -> Ite
                 yield path, module
 
 
-def _mixes(block: nn.Module) -> bool:
+def mixes_tokens(block: nn.Module) -> bool:
     """Whether a block mixes tokens: it states heads, or has a convolution."""
     heads = any(_stated(module, (*WIDTHS, *COUNTS)) for module in block.modules())
     return heads or any(isinstance(module, nn.Conv1d) for module in block.modules())
@@ -158,15 +178,14 @@ def _last_of_each_block(
 def _head_group(
     layer: nn.Module,
     path: str,
-    writer: tuple[str, nn.Module],
+    mixer: tuple[str, str, nn.Module],
     calls: dict[nn.Module, Call],
     config: Any,
     name: str,
 ) -> HeadGroup:
-    inner, module = writer
+    block, inner, module = mixer
     site = Site(f"{path}.{inner}", module, int(module.in_features))  # type: ignore[arg-type]
-    block = getattr(layer, inner.split(".")[0])
-    heads, width = _head_sizes(block, site, config, name)
+    heads, width = _head_sizes(layer.get_submodule(block), site, config, name)
     return HeadGroup(site, heads, width, outermost(layer, inner, module, calls))
 
 

@@ -40,7 +40,11 @@ class Activations:
 
 @torch.no_grad()
 def activations(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Activations:
-    """Run the model once and keep its residual streams and block outputs."""
+    """Run the model once and keep its residual streams and block outputs.
+
+    Raises: HonesError when the decoder reads images by cross-attention, or has several residual streams.
+    """
+    anatomy.check_plain_streams()
     with (
         inputs_of([*anatomy.layers, anatomy.final_norm]) as streams,
         outputs_of(anatomy.attentions) as attention,
@@ -56,8 +60,10 @@ class LayerViews(Replay):
     def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any]) -> None:
         """Run and record the pass over one example.
 
-        Raises: HonesError when re-running a layer with its recorded parts does not give its recorded output.
+        Raises: HonesError when re-running a layer with its recorded parts does not give its recorded output,
+            or the decoder reads images by cross-attention or has several residual streams.
         """
+        anatomy.check_plain_streams()
         with outputs_of(anatomy.ffns) as written:
             super().__init__(anatomy, inputs, 1, RowLimit(1, 1))
         self._written = complete(written)

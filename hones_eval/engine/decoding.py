@@ -38,7 +38,7 @@ from hones_eval.engine.continuation import (
     waiting_rows,
 )
 from hones_eval.engine.passes import ROUNDING, FullPasses, Passes, RowLimit, Rows, SiteEdit, site_edits
-from hones_eval.engine.prompts import appended
+from hones_eval.engine.prompts import appended, own_tokens, started
 from hones_eval.engine.replay import Replay, Replayer
 from hones_eval.errors import HonesError, first_line
 
@@ -60,6 +60,7 @@ class Decoder:
     @torch.no_grad()
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
         """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers."""
+        inputs = started(self.anatomy.model, inputs)
         plan = _plan(self.anatomy, inputs, settings)
         output = _generate(
             self.anatomy, **inputs, **settings, return_dict_in_generate=True, output_logits=True
@@ -89,7 +90,7 @@ class Decoder:
 
     def append(self, inputs: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         """See `prompts.appended`; answers have the token type of this family."""
-        return appended(inputs, tokens, self.answer_type)
+        return appended(started(self.anatomy.model, inputs), tokens, self.answer_type)
 
 
 class _Plan(NamedTuple):
@@ -197,8 +198,7 @@ class GreedyExample:
 
     @property
     def _length(self) -> int:
-        length: int = self._inputs["input_ids"].shape[1]
-        return length
+        return own_tokens(self._inputs).shape[1]
 
     def _can_continue(self, passes: Passes) -> TypeGuard[Replay]:
         """Whether there are keys and values to continue from, where the model expects them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.caches import KeptByLayer
 from hones_eval.engine.passes import SiteEdit
-from hones_eval.engine.replay import Replay
+from hones_eval.engine.replay import WAYS, Replay
 
 
 class PrefixSegment(Replay):
@@ -32,6 +32,7 @@ class PrefixSegment(Replay):
         Of a sequence that is shorter than `read`, the first token is repeated in front.
         """
         self.anatomy = anatomy
+        self.ways = WAYS[0]
         self.sequences = len(lengths)
         self.tokens = self.sequences * (padded or lengths[0])
         self.hidden: Tensor | None = None

@@ -132,7 +132,8 @@ def shared_length(group: Sequence[Inputs], anatomy: Anatomy, reads: Sequence[int
     first = group[0]
     same = all(_same_images(first, other) for other in group[1:])
     whole = all(bool(inputs.get("attention_mask", torch.ones(1)).all()) for inputs in group)
-    if len(group) < 2 or not same or not whole:
+    # Cross-attention reads states that a cache does not hold in the way that prefixes need.
+    if len(group) < 2 or not same or not whole or anatomy.reads_states:
         return 0
     length = min(inputs["input_ids"].shape[1] - read for inputs, read in zip(group, reads, strict=True))
     for name in ALONG_THE_PROMPT & first.keys():

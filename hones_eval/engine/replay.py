@@ -12,13 +12,15 @@ positions that are not read.
 Replay knows nothing about a family's layers. A layer is called with the arguments that it had in the recorded
 pass. Whatever the model adds to the residual stream between two layers, such as deep-stack features, is the
 recorded input of the upper layer minus the recorded output of the lower one, and is added to every row.
+A decoder layer with cross-attention counts as two layers of the anatomy, and is still called once per walk:
+rows that are edited in its first half and rows that are edited in its second half join after the same call.
 That all of this is exact is not assumed: `Replayer` compares the first example with plain hooked forwards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward
+from hones_eval.core.probing import STATES
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
 from hones_eval.engine.passes import (
@@ -41,7 +44,8 @@ from hones_eval.engine.passes import (
     present,
     replaced_by_mean,
 )
-from hones_eval.errors import EditError, HonesError, first_line
+from hones_eval.engine.prompts import own_tokens
+from hones_eval.errors import HonesError, first_line
 
 # Called per layer with the rows that passed through its attention: layer, numbers of rows, keys and values.
 KeyReader = Callable[[int, Sequence[int], KeysValues], None]
@@ -56,6 +60,7 @@ class Replayer:
         self.limit = RowLimit(rows, _tokens_at_once(anatomy))
         self.inexact: str | None = None
         self._proven = False
+        self._ways: Ways = WAYS[0]
 
     def unproven(self) -> "Replayer":
         """Another replayer of the same model, which proves itself again on its first example.
@@ -81,16 +86,45 @@ class Replayer:
 
         Raises: HonesError for a batch of more than one example.
         """
-        if inputs["input_ids"].shape[0] != 1:
+        if own_tokens(inputs).shape[0] != 1:
             raise HonesError("replay takes one example at a time, because the rows of its batch are edits")
         if self.inexact is None:
             replay = Replay(self.anatomy, inputs, read, self.limit, keep)
             if not self._proven:
-                self.inexact = _difference(replay, FullPasses(self.anatomy, inputs, read))
-                self._proven = True
+                self._prove(replay, FullPasses(self.anatomy, inputs, read))
+            replay.ways = self._ways
             if self.inexact is None:
                 return replay
         return FullPasses(self.anatomy, inputs, read)
+
+    def _prove(self, replay: "Replay", full: FullPasses) -> None:
+        """Find the first of `WAYS` that is exact; `inexact` is what the first one lacks if none is."""
+        reasons: list[str] = []
+        for ways in WAYS:
+            replay.ways = ways
+            reason = _difference(replay, full)
+            if reason is None:
+                self._ways, self._proven = ways, True
+                return
+            reasons.append(reason)
+        self.inexact, self._proven = reasons[0], True
+
+
+class Ways(NamedTuple):
+    """How layers are called again.
+
+    `narrow`: in the last layer the output projections compute only the positions that are read. This is not
+    exact where something mixes tokens after them, as a convolution after the attention.
+    `broadcast`: attention masks and position embeddings of one row are passed as they are. Some sparse
+    attentions look them up by row instead, and need them once per row.
+    """
+
+    narrow: bool
+    broadcast: bool
+
+
+WAYS = [Ways(True, True), Ways(True, False), Ways(False, False)]
+"""What is tried in order, from the cheapest."""
 
 
 def _tokens_at_once(anatomy: Anatomy) -> int:
@@ -117,6 +151,7 @@ class _LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    returned: Any
     heads: Tensor
     neurons: Tensor
     attended: Any
@@ -133,10 +168,12 @@ class Replay:
         With `keep`, `keys_values` are its keys and values by layer; otherwise None.
         """
         self.anatomy = anatomy
+        self.ways = WAYS[0]
         self.read = slice(-read, None)
         self.limit = limit
-        self.length = int(inputs["input_ids"].shape[-1])
-        cache = RecordedCache(anatomy.decoder.config) if keep else None
+        self.length = own_tokens(inputs).shape[-1]
+        # Models with cross-attention have caches of two kinds; their answers are decoded from the start.
+        cache = RecordedCache(anatomy.decoder.config) if keep and not anatomy.reads_states else None
         cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         output = self._record(lambda: anatomy.model(**inputs, **cached))
         self.keys_values = None if cache is None else cache.of_layers(len(self._calls))
@@ -144,6 +181,8 @@ class Replay:
 
     def _record(self, run: Callable[[], Any]) -> Any:
         """Run the model once, and keep every layer's call and what is added between layers."""
+        # What the layers of one stage of a walk returned, and for how many rows; None outside of walks.
+        self._returned: list[tuple[Any, int]] | None = None
         self.cache: Any = KeptByLayer()  # replaces the model's cache, where the recorded pass had one
         with _recording_calls(self.anatomy, getattr(self, "read", None)) as calls:
             output = run()
@@ -201,24 +240,49 @@ class Replay:
             on_keys: see `edited`. Up to the layer a row starts at, its keys and values are the recorded ones.
         """
         hidden: Tensor | None = None
+        carried: dict[int, Tensor] = {}
         joined = 0
-        for layer in range(layers[0], len(self._calls)):
+        for stage in self.anatomy.stages:
+            if stage[-1] < layers[0]:
+                continue
             parts = []
+            self._returned = []
             if hidden is not None:
-                with self._reading(layer, numbers[:joined], on_neurons):
-                    parts.append(self.call(layer, hidden))
+                with self._reading(stage, numbers[:joined], on_neurons):
+                    parts.append(self.call(stage[-1], hidden, carried=carried))
                 if on_keys is not None:
-                    on_keys(layer, numbers[:joined], self.cache.kept)
-            members = [i for i, start in enumerate(layers) if start == layer]
-            if members:
-                with self._reading(layer, [numbers[i] for i in members], on_neurons):
-                    parts.append(enter(layer, members))
-                joined += len(members)
-            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if layer < len(self._between) and (added := self._between[layer]) is not None:
+                    on_keys(stage[-1], numbers[:joined], self.cache.kept)
+            for layer in stage:
+                members = [i for i, start in enumerate(layers) if start == layer]
+                if members:
+                    above = range(layer, stage.stop)
+                    with self._reading(above, [numbers[i] for i in members], on_neurons):
+                        parts.append(enter(layer, members))
+                    joined += len(members)
+            hidden = self._joined(parts)
+            carried = self._carried(stage[-1])
+            if stage[-1] < len(self._between) and (added := self._between[stage[-1]]) is not None:
                 hidden = hidden + added
+        self._returned = None
         assert hidden is not None  # the walk starts at the layer of the first row
-        return self.anatomy.logits(hidden[:, self.read])
+        return self.anatomy.last_logits(hidden, self.read)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Hidden states of several groups of rows as one batch."""
+        return torch.cat(list(parts), dim=self.anatomy.token_dim - 1) if len(parts) > 1 else parts[0]
+
+    def _carried(self, layer: int) -> dict[int, Tensor]:
+        """What a layer returned beside its hidden states in the calls of this stage, as one batch.
+
+        A few models hand such a tensor to the next layer, for example the tokens that sparse attention has
+        chosen. By the `id` of the recorded tensor that it replaces.
+        """
+        recorded, calls = self._calls[layer].returned, self._returned or []
+        found: dict[int, Tensor] = {}
+        for i, item in enumerate(recorded[1:] if isinstance(recorded, tuple) else (), 1):
+            if isinstance(item, Tensor) and all(len(output[i]) == rows for output, rows in calls):
+                found[id(item)] = torch.cat([output[i] for output, _ in calls])
+        return found
 
     def _enter(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The output of a layer for the rows that are edited in it: heads first, then neurons."""
@@ -226,14 +290,18 @@ class Replay:
         neurons = [edit for edit in edits if not edit.is_head]
         parts = [self._enter_heads(layer, heads)] if heads else []
         parts += [self._enter_neurons(layer, neurons)] if neurons else []
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self._joined(parts)
 
     def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's output with edited heads: only its output projection and the FFN run again."""
         call, site = self._calls[layer], self.anatomy.heads_in[layer]
         edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
         mixed = self._on_read(layer, site.module, edited)
-        with replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)):
+        below = range(self.anatomy.stage_of(layer).start, layer)
+        with (
+            self._attending_as_recorded(below, len(edits)),
+            replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)),
+        ):
             return self.call(layer, self._rows(call.x, len(edits)), attending=False)
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
@@ -243,29 +311,39 @@ class Replay:
             return self._enter_experts(layer, edits)
         edited = edit_rows(self._rows(call.neurons, len(edits)), self._by_row(edits), self.anatomy)
         written = self._on_read(layer, site.module, edited)
-        attended = call.attended[0] if isinstance(call.attended, tuple) else call.attended
-        mixed = self._rows(attended, len(edits))
         with (
-            replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)),
+            self._attending_as_recorded(self.anatomy.stage_of(layer), len(edits)),
             replaced_forward(self.anatomy.ffns[layer], lambda *_, **__: written),
         ):
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
 
     def _enter_experts(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's output with edited neurons of experts: all but its attention runs again."""
-        call, attention = self._calls[layer], self.anatomy.attentions[layer]
-        site = self.anatomy.neurons_in[layer]
+        call, site = self._calls[layer], self.anatomy.neurons_in[layer]
         rows = RowEdits(self._by_row(edits), self.anatomy)
-        with ExitStack() as stack:
-            if self.anatomy.heads_in[layer].width:
-                mixed = self._rows(tensor_of(call.attended), len(edits))
-                stack.enter_context(replaced_forward(attention, returning(call.attended, mixed)))
-            stack.enter_context(editing([(site, rows)]))
+        stage = self.anatomy.stage_of(layer)
+        with self._attending_as_recorded(stage, len(edits)), editing([(site, rows)]):
             return self.call(layer, self._rows(call.x, len(edits)), narrow=False)
 
+    @contextmanager
+    def _attending_as_recorded(self, layers: Sequence[int], count: int) -> Iterator[None]:
+        """Replace the attention of some layers by its recorded output, repeated for `count` edits."""
+        with ExitStack() as stack:
+            for layer in layers:
+                if not self.anatomy.heads_in[layer].width:
+                    continue
+                recorded = self._calls[layer].attended
+                mixed = self._rows(tensor_of(recorded), count)
+                stack.enter_context(
+                    replaced_forward(self.anatomy.attentions[layer], returning(recorded, mixed))
+                )
+            yield
+
     def _rows(self, recorded: Tensor, count: int) -> Tensor:
-        """A recorded tensor [1, tokens, width], repeated for `count` edits."""
-        return recorded.expand(count, -1, -1)
+        """A recorded tensor [1, tokens, width], or several streams, repeated for `count` edits."""
+        sizes = [-1] * recorded.ndim
+        sizes[0 if recorded.ndim == 3 else self.anatomy.token_dim - 1] = count
+        return recorded.expand(sizes)
 
     def _by_row(self, edits: Sequence[SiteEdit]) -> list[tuple[int, SiteEdit]]:
         """The edit of each row."""
@@ -273,7 +351,7 @@ class Replay:
 
     def _on_read(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
         """Apply a position-wise module; in the last layer, only to the positions that are read."""
-        if layer < len(self._calls) - 1:
+        if layer < len(self._calls) - 1 or not self.ways.narrow:
             return tensor_of(module(x))
         return self._only_read(module, x)
 
@@ -284,30 +362,55 @@ class Replay:
         wide[:, self.read] = narrow
         return wide
 
-    def call(self, layer: int, hidden: Tensor, narrow: bool = True, attending: bool = True) -> Tensor:
+    def call(
+        self,
+        layer: int,
+        hidden: Tensor,
+        narrow: bool = True,
+        attending: bool = True,
+        carried: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
         """Call a decoder layer on hidden states [rows, tokens, hidden] with its recorded arguments.
+
+        Recorded arguments whose `id` is in `carried` are replaced; see `_carried`.
 
         In the last layer, with `narrow`, the FFN and the attention's output projection compute only what is
         read. `attending` is false where the attention's output is replaced.
         """
         call = self._calls[layer]
-        kwargs = {name: self._argument(name, value, len(hidden)) for name, value in call.kwargs.items()}
+        rows, instead = hidden.shape[self.anatomy.token_dim - 1], carried or {}
+        args = [instead.get(id(value), self._argument(value, rows)) for value in call.args]
+        kwargs = {
+            name: instead.get(id(value), self._argument(value, rows, name))
+            for name, value in call.kwargs.items()
+        }
         with ExitStack() as stack:
-            if narrow and layer == len(self._calls) - 1:
+            if narrow and self.ways.narrow and layer == len(self._calls) - 1:
                 for module in self._narrow_modules(layer, attending):
                     stack.enter_context(self._narrowed(module))
-            return tensor_of(self.anatomy.layers[layer](hidden, *call.args, **kwargs))
+            output = self.anatomy.layers[layer](hidden, *args, **kwargs)
+        if self._returned is not None:
+            self._returned.append((output, rows))
+        return tensor_of(output)
 
-    def _argument(self, name: str, value: Any, rows: int) -> Any:
+    def _argument(self, value: Any, rows: int, name: str = "") -> Any:
         """A recorded argument of a layer, expanded to a number of rows."""
         if is_cache(value):
             return self.cache
+        if isinstance(value, tuple) and not self.ways.broadcast:
+            return tuple(self._argument(part, rows) for part in value)
+        if name in STATES and isinstance(value, Tensor):  # several images may come one after the other
+            value = value.reshape(1, -1, value.shape[-1])
+        if not isinstance(value, Tensor) or value.shape[:1] != (1,):
+            return value
         # The masks of flash attention are [batch, tokens], which do not broadcast over rows as 4-D masks do;
-        # nor do the kinds of tokens, by which ERNIE 4.5 VL chooses experts.
-        by_token = isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == 1
-        if by_token and (value.dtype != torch.long or "token_type" in name):
-            return value.expand(rows, -1)
-        return value
+        # nor do token ids, and the kinds of tokens, by which ERNIE 4.5 VL chooses experts.
+        by_row = value.dtype != torch.long or "token_type" in name or name.endswith("input_ids")
+        is_mask = value.ndim == 2 and by_row
+        # The states [batch, tokens, width] that cross-attention reads are cut into heads for every row.
+        is_states = value.ndim == 3
+        is_masks = value.ndim == 4 and not self.ways.broadcast
+        return value.expand(rows, *value.shape[1:]) if is_mask or is_states or is_masks else value
 
     def _narrow_modules(self, layer: int, attending: bool) -> list[nn.Module]:
         """The position-wise modules of a layer that may compute the positions that are read alone."""
@@ -323,10 +426,17 @@ class Replay:
             yield
 
     @contextmanager
-    def _reading(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader | None) -> Iterator[None]:
-        if on_neurons is None:
+    def _reading(
+        self, layers: Sequence[int], rows: Sequence[int], on_neurons: NeuronReader | None
+    ) -> Iterator[None]:
+        """Pass the neurons of layers of one decoder layer, which is called in the block, to `on_neurons`."""
+        with ExitStack() as stack:
+            for layer in layers if on_neurons is not None else ():
+                stack.enter_context(self._reading_layer(layer, rows, on_neurons))  # type: ignore[arg-type]
             yield
-            return
+
+    @contextmanager
+    def _reading_layer(self, layer: int, rows: Sequence[int], on_neurons: NeuronReader) -> Iterator[None]:
         if not self.anatomy.neurons_in[layer].width:
             yield
             zeros = self.base_logits.new_zeros(len(rows), len(self.base_logits), self.anatomy.shape.neurons)
@@ -338,6 +448,8 @@ class Replay:
         on_neurons(layer, torch.tensor(list(rows)), self.anatomy.padded(torch.cat(parts)))
 
     def _added_after(self, layer: int) -> Tensor | None:
+        if self.anatomy.layers[layer] is self.anatomy.layers[layer + 1]:
+            return None
         before, after = self._calls[layer].output, self._calls[layer + 1].x
         if before is after or torch.equal(before, after.to(before.device)):
             return None
@@ -354,7 +466,7 @@ def _difference(replay: Replay, full: FullPasses) -> str | None:
     expected = torch.cat([rows.logits for rows in full.edited(trial)])
     try:
         found = torch.cat([rows.logits for rows in replay.edited(trial)])
-    except (AttributeError, EditError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, HonesError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
@@ -391,6 +503,8 @@ def _recording_calls(anatomy: Anatomy, read: slice | None) -> Iterator[list[dict
     def returned(i: int, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[i][name] = tensor_of(output) if name == "output" else output
+            if name == "output":
+                calls[i]["returned"] = output
 
         return keep
 

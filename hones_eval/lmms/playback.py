@@ -17,6 +17,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from transformers import PreTrainedModel
 
+from hones_eval.engine.prompts import started
 from hones_eval.errors import HonesError, TaskError, one_line
 from hones_eval.lmms.answers.registry import plain_settings
 from hones_eval.lmms.call_capture import Call, CountedForward, StandInForForward, StandInForGenerate, replaced
@@ -47,7 +48,7 @@ class Playback:
         arguments, _ = self._through(instance, self._end(), with_prompt=True)
         call = Call.of(self.model, arguments)
         _must_be_greedy(self.model, call.settings, instance)
-        return call
+        return call._replace(inputs=started(self.model, call.inputs))
 
     def decode(self, instance: Instance, token_ids: Sequence[int]) -> str:
         """The answer that the wrapper makes of generated tokens.

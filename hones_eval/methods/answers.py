@@ -12,6 +12,7 @@ from hones_eval.core.hooks import Edit, Site, editing
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
+from hones_eval.engine.prompts import own_tokens
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.kind import RowAnswer
@@ -70,7 +71,7 @@ class AnswersUnder:
         """Answer and score one example; its record is an `Answered`."""
         kind, names = self.examples.kind, list(self.steerings)
         answers = dict(zip([BASELINE], kind.under_steerings(self, example, []), strict=True))
-        length = int(example.inputs["input_ids"].shape[1])
+        length = own_tokens(example.inputs).shape[1]
         if self._ends_by_token(example):
             for chunk, rows in self.limit.chunks(
                 names, length, lambda chunk: (chunk, kind.under_steerings(self, example, chunk))

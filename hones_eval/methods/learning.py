@@ -17,6 +17,7 @@ from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
+from hones_eval.engine.prompts import own_tokens
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
@@ -199,7 +200,7 @@ class TargetLosses:
         steerings = self._of[example.index]
         inputs = self.decoder.append_answer(example.inputs, example.settings, example.target_ids[:-1])
         losses = [self._losses(inputs, [], example.target_ids)]
-        length = int(inputs["input_ids"].shape[1])
+        length = own_tokens(inputs).shape[1]
         losses += self.limit.chunks(
             self.names,
             length,

@@ -1,17 +1,23 @@
 """Tiny random models of every image-text-to-text type, to count those that are served.
 
 A model is built from its type's default configuration with the language model's sizes made small and every
-other stack cut to two layers. Images are not shown to these models: the families of `families.py` cover that.
+other stack cut to two layers. Only models that cannot run without an image are shown one, of noise: the
+families of `families.py` cover the rest.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from hones_eval.engine.prompts import started
 
 # Types whose generating class is not in that mapping.
 OTHERS = {
@@ -22,11 +28,13 @@ OTHERS = {
 # Not vision-language models: one reads proteins, the other moves robots.
 NOT_OURS = {"evolla", "pi0"}
 VOCABULARY = 128
+BLOCK = 100_003
 
 # Sizes of language models by their names in configurations. 4 heads in most.
 SIZES = {
     "hidden_size": 64,
     "d_model": 64,
+    "embed_dim": 64,
     "n_embd": 64,
     "word_embed_proj_dim": 64,
     "intermediate_size": 96,
@@ -122,20 +130,30 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(name)
     found = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **OTHERS}[name]
     kind = getattr(hf, found if isinstance(found, str) else found[0])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), no_init_weights():
         torch.manual_seed(seed)
         model: PreTrainedModel = kind(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(BLOCK, generator=generator)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = _noise(parameter, block, generator)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * 1.5 / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise * (1.5 / parameter[0].numel() ** 0.5))
             elif label.endswith("bias"):
                 parameter.copy_(noise * 0.1)
-            else:
-                parameter.add_(noise * 0.1)
+            else:  # norm gains
+                parameter.copy_(1 + noise * 0.1)
     return model
+
+
+def _noise(parameter: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of a parameter's shape; large ones, of stacks that are not tested, repeat one block of it."""
+    size = parameter.numel()
+    if size <= len(block):
+        return torch.randn(parameter.shape, generator=generator)
+    start = int(torch.randint(len(block), (1,), generator=generator))
+    return block.roll(start).repeat(-(-size // len(block)))[:size].view(parameter.shape)
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
@@ -180,6 +198,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config.num_attention_heads": 16},
     "chameleon": {"vocabulary_map": {"<image>": 100, "<s>": 1}},
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}},
+    **{name: {"image_token_index": 100} for name in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": 100},
+    **{name: {"decoder_start_token_id": 0} for name in ("udop", "vision-encoder-decoder")},
+    "florence2": {"vision_config.projection_dim": 64},
+    "pp_formulanet": {"vision_config.decoder_hidden_size": 64},
+    "pix2struct": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
+    "mllama": {
+        "vision_config.image_size": 56,
+        "vision_config.num_global_layers": 1,
+        "vision_config.max_num_tiles": 1,
+        "vision_config.supported_aspect_ratios": [[1, 1]],
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.vision_output_dim": 2560,
+    },
     "cosmos3_edge": {
         "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
     },
@@ -252,6 +284,122 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.indexer_compress_ratio": 4,
         "text_config.hc_lowrank": 8,
     },
+}
+
+
+def inputs(name: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Nine tokens of text for a model, with an image of noise where it needs one."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (1, 9), generator=generator)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    needs = NEED_IMAGES.get(name)
+    return started(model, given if needs is None else needs(model, given, generator))
+
+
+def _pixels(model: PreTrainedModel, generator: torch.Generator, *before: int) -> Tensor:
+    config: Any = getattr(model.config, "vision_config", None) or model.config.encoder
+    size = getattr(config, "image_size", 64)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.randn(*before, 3, height, width, generator=generator)
+
+
+def _image(model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    return given | {"pixel_values": _pixels(model, generator, 1)}
+
+
+def _image_alone(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return {"pixel_values": _pixels(model, generator, 1)}
+
+
+def _queries(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """An image, or a video of two frames, whose queries are the image tokens at the start of the text."""
+    config: Any = model.config
+    frames = 2 if "video" in config.model_type else 1
+    token = getattr(config, "video_token_index", None) if frames == 2 else config.image_token_index
+    image = torch.full((1, frames * config.num_query_tokens), token)
+    ids = torch.cat([image, given["input_ids"]], dim=1)
+    pixels = _pixels(model, generator, *((1, frames) if frames == 2 else (1,)))
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if config.model_type.startswith("instructblip"):
+        found["qformer_input_ids"] = given["input_ids"]
+    return found
+
+
+def _florence(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    pixels = torch.randn(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        features = model.get_image_features(pixels).pooler_output
+    image = torch.full((1, features.shape[-2]), model.config.image_token_id)
+    ids = torch.cat([image, given["input_ids"]], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def _kosmos(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    config: Any = model.config
+    image = torch.full((1, config.latent_query_num), 3)
+    ids = torch.cat([given["input_ids"][:, :1], image, given["input_ids"][:, 1:]], dim=1)
+    places = torch.zeros_like(ids)
+    places[:, 1 : 1 + config.latent_query_num] = 1
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_embeds_position_mask": places}
+    if config.model_type == "kosmos-2":
+        return found | {"pixel_values": _pixels(model, generator, 1)}
+    return found | _patches(model, given, generator) | {"width": torch.ones(1), "height": torch.ones(1)}
+
+
+def _patches(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Four patches with their row and column, as Pix2Struct's processor gives them."""
+    width = next(m.in_features for path, m in model.named_modules() if path.endswith("patch_projection"))
+    patches = torch.randn(1, 4, width, generator=generator)
+    places = torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 2.0]])[None]
+    return {"flattened_patches": torch.cat([places, patches], dim=2)}
+
+
+def _boxes(model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    return given | {"bbox": torch.rand(1, 9, 4, generator=generator)}
+
+
+def _crossed(
+    model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return given | {
+        "pixel_values": _pixels(model, generator, 1, 1),
+        "image_attention_mask": torch.ones(1, 9, 1, dtype=torch.long),
+    }
+
+
+def _tiles(model: PreTrainedModel, given: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    tiles = model.config.vision_config.max_num_tiles
+    ones = torch.ones(1, 1, dtype=torch.long)
+    return given | {
+        "pixel_values": _pixels(model, generator, 1, 1, tiles),
+        "aspect_ratio_ids": ones,
+        "aspect_ratio_mask": ones[..., None].expand(1, 1, tiles),
+        "cross_attention_mask": torch.ones(1, 9, 1, tiles, dtype=torch.long),
+    }
+
+
+Needs = Callable[[PreTrainedModel, dict[str, Tensor], torch.Generator], dict[str, Tensor]]
+# Types whose forward pass needs an image, or the places of words in one.
+NEED_IMAGES: dict[str, Needs] = {
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _queries),
+    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), _kosmos),
+    **dict.fromkeys(("pp_formulanet", "vision-encoder-decoder"), _image_alone),
+    "blip": _image,
+    "florence2": _florence,
+    "idefics": _crossed,
+    "mllama": _tiles,
+    "pix2struct": _patches,
+    "udop": _boxes,
 }
 
 

@@ -1,8 +1,9 @@
-"""Small models of families whose layout is not served: an anatomy of them has to be refused by name."""
+"""Small models without a processor: of a family that is refused by name, and of families that are served."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import census
 import transformers as hf
 from family_parts import VISION
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -117,6 +118,11 @@ def mllama() -> Refused:
     return Refused(hf.MllamaForConditionalGeneration, config)
 
 
+def diffusion_gemma() -> Refused:
+    """It writes a block of tokens at once, and has no decoder that answers token by token."""
+    return Refused(hf.DiffusionGemmaForBlockDiffusion, census.tiny_config("diffusion_gemma"))
+
+
 def _llama_like() -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
@@ -131,10 +137,9 @@ def _llama_like() -> dict[str, Any]:
     }
 
 
-REFUSED: dict[str, Callable[[], Refused]] = {
-    recipe.__name__: recipe for recipe in (instructblip_t5, florence2, mllama)
-}
+REFUSED: dict[str, Callable[[], Refused]] = {recipe.__name__: recipe for recipe in (diffusion_gemma,)}
 # Served, but built here without a processor.
 SERVED: dict[str, Callable[[], Refused]] = {
-    recipe.__name__: recipe for recipe in (instructblip_opt, blip2_opt, aria)
+    recipe.__name__: recipe
+    for recipe in (instructblip_opt, instructblip_t5, blip2_opt, florence2, aria, mllama)
 }

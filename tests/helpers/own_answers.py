@@ -15,6 +15,7 @@ from lmms_runs import parquet, picture
 
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
+from hones_eval.engine.prompts import own_tokens
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 
 YAML = """\
@@ -107,7 +108,7 @@ def _write(folder: Path, name: str, golds: list[str]) -> None:
 def _answer(lmm: Any, examples: TaskExamples, index: int) -> str:
     example = examples[index]
     output = inner_model(lmm).generate(**example.inputs, **example.settings)
-    return examples.decode(index, output[0, example.inputs["input_ids"].shape[1] :].tolist()).strip()
+    return examples.decode(index, output[0, own_tokens(example.inputs).shape[1] :].tolist()).strip()
 
 
 def write_splits(

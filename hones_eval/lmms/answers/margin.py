@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hones_eval.engine.prompts import own_tokens
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.lmms.answers.kind import NextTokenReader, RecordedTask, Recorder, Recording
 from hones_eval.lmms.answers.next_token import NextTokenKind, as_text
@@ -89,7 +90,7 @@ class MarginRecorder(Recorder):
         request = self.task.requests[index][0]
         inputs, settings = self.task.calls.record(request)
         try:
-            margin = margin_after(self.task.tokenizer, inputs["input_ids"][0].tolist(), self.words)
+            margin = margin_after(self.task.tokenizer, own_tokens(inputs)[0].tolist(), self.words)
         except HonesError as error:
             raise TaskError(f"{request.task_name}, doc_id {request.doc_id}: {error}") from error
         ids = [margin.yes if gold == self.words[0] else margin.no]
