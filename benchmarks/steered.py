@@ -3,7 +3,7 @@
 One process, one thread, the same prompts, timed by the thread's CPU time. A round has one generation of each
 kind in random order; printed are the medians over rounds of the ratio to the same round's baseline, with 95 %
 intervals by bootstrap over rounds. `baseline again` shows the noise, and `bare hook`, hooks that multiply and
-check nothing, what any hook costs. Usage:
+check nothing, what any hook costs. `scope=` are hooks that act on some tokens only. Usage:
 
     python benchmarks/steered.py [--generations 200] [--profile]
 """
@@ -24,7 +24,8 @@ from hones_eval.core.attach import attach_to_anatomy, scaled_sites
 from hones_eval.core.sites import neuron_count
 from hones_eval.core.steering import Steering
 
-WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold")
+SCOPES = ("scope=image", "scope=last+generated", "scope=generated")
+WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold", *SCOPES)
 WARM_UP, RESAMPLES = 5, 10_000
 
 
@@ -43,6 +44,9 @@ def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], objec
     """Steer in one of the ways; what is given back takes it off."""
     if way in ("hook", "fold"):
         return attach_to_anatomy(anatomy, steering, way).detach  # type: ignore[arg-type]
+    if way in SCOPES:
+        scope = way.removeprefix("scope=")
+        return attach_to_anatomy(anatomy, steering, scope=scope).detach
     sites = scaled_sites(anatomy, steering) if way == "bare hook" else []
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)

@@ -1,5 +1,6 @@
 """Scopes of a steering, compared with plain hooks whose masks are found token by token here."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import families
 import family_doors
+import own_answers
 import pytest
 import text_models
 import torch
@@ -16,13 +18,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hones_eval.__main__ import main
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ExampleSet, Provenance
 from hones_eval.core.attach import attach_steering, steer
 from hones_eval.core.scope import Scope, answer_follows
 from hones_eval.core.steering import Steering
+from hones_eval.engine.replay import Replayer
 from hones_eval.errors import EditError, HonesError
 from hones_eval.lmms.answers.tokens import answer_tokens
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.methods.answers import AnswersUnder
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3", "instructblip")
 SCOPES = ("prompt", "image", "text", "last", "generated", "image+last", "text+generated")
@@ -367,3 +373,36 @@ def test_the_wrapper_takes_several_steerings(llava_checkpoint: Path, tmp_path: P
     expected = family.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found == [expected.strip()]
     assert lm.record.steering.digest == Steering.combine([(first, 0.5), (second, 1)]).digest
+
+
+@pytest.mark.slow
+def test_verify_masks_at_the_tokens_of_the_scope(
+    llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    own = own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+    lmm = load_lmm(own_answers.MODEL, own.model_args)
+    examples = TaskExamples(lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, limit=3)
+    model = inner_model(lmm)
+    first = steering_of(Anatomy.of(model))
+    second = Steering(first.head_scales.flip(1), first.neuron_scales.flip(1), first.provenance)
+    steerings = {"first": first, "second": second}
+    for scope in ("image+last", "generated"):
+        under = AnswersUnder(Replayer(Anatomy.of(model)), examples, steerings, scope)
+        for i in range(3):
+            _, answers = under.measure(examples[i]).record
+            for name, steering in steerings.items():
+                with steer(model, steering, scope=scope):
+                    output = model.generate(**examples[i].inputs, **examples[i].settings)
+                new = output[0, examples[i].inputs["input_ids"].shape[1] :].tolist()
+                assert answers[name].result == examples.score(i, examples.decode(i, new))
+                with steer(model, steering, scope=scope):
+                    step = logits(model, examples[i].inputs)[0, -1].softmax(-1)
+                assert answers[name].probability == pytest.approx(
+                    float(step[examples[i].target_ids[0]]), rel=1e-3
+                )
+    masked = ["--ranking", own.rankings / "hones", "--offset", 4, "--trials", 2]
+    for scope in ("all", "image"):
+        out = tmp_path / scope
+        assert main(own.command("verify", *masked, "--scope", scope, "--out", out)) == 0
+        assert json.loads((out / "verify.json").read_text())["scope"] == scope
+    assert main(own.command("verify", *masked, "--scope", "imge", "--out", tmp_path / "no")) == 1

@@ -125,6 +125,7 @@ def verify(
     trials: int = 5,
     seed: int = 0,
     correction: Correction = "holm",
+    scope: str = "all",
     out: Path | None = None,
 ) -> Verification:
     """Mask the selected sites on held-out examples, and matched random sites for comparison.
@@ -145,6 +146,7 @@ def verify(
         trials: random banks to compare with, two or more.
         seed: for the random banks and the bootstrap.
         correction: of p-values over the rows: `holm`, or `benjamini_hochberg` for the false discovery rate.
+        scope: the tokens at which sites are masked, as in `steer`.
         out: the folder to write verify.json and verify.png to.
 
     Returns: the drops of the metric by masking, in its units, with paired 95 % intervals over images.
@@ -168,7 +170,9 @@ def verify(
         metric=metric,
         target=target,
     )
-    job = Job(ranking, model.replayer, examples, model.loop, sites, neurons, heads, trials, seed, correction)
+    job = Job(
+        ranking, model.replayer, examples, model.loop, sites, neurons, heads, trials, seed, correction, scope
+    )
     found = verify_banks(job) | {"settings": model.settings(examples, gen_kwargs=gen_kwargs)}
     verification = Verification(found)
     if out is not None and model.loop.is_first:

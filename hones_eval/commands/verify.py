@@ -28,6 +28,7 @@ def verify(
     num_nodes: int = 1,
     seed: int = 0,
     correction: Correction = "holm",
+    scope: str = "all",
 ) -> Answer:
     """Mask the sites that a ranking selects on held-out examples, and matched random sites for comparison.
 
@@ -54,6 +55,8 @@ def verify(
         seed: for the random banks and the bootstrap.
         correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
             discovery rate.
+        scope: the tokens at which sites are masked: all, prompt, image, text, last, generated, or several
+            joined by +.
 
     Example:
         hones-eval verify --ranking runs/vqa/ranking --model llava_hf --model_args pretrained=... \\
@@ -82,6 +85,7 @@ def verify(
         trials=trials,
         seed=seed,
         correction=correction,
+        scope=scope,
         out=out,
     )
     first, *others = found.lines()

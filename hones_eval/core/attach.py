@@ -16,12 +16,12 @@ from hones_eval.core import edits
 from hones_eval.core.adapters import ModelSource, model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
-from hones_eval.core.experts import NeuronTap, Routed
+from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
-from hones_eval.core.scope import Scope, ScopeTracker
+from hones_eval.core.scope import Scope, Scoped, ScopeTracker
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest, weights_written
-from hones_eval.errors import EditError, HonesError
+from hones_eval.errors import HonesError
 
 AttachMode = Literal["hook", "fold"]
 
@@ -101,7 +101,9 @@ def attach_to_anatomy(
         attached = AttachedEdits([(site, _Scaling(site, scales)) for site, scales in scaled])
         return AttachedSteering(attached, attached.detach)
     tracker = ScopeTracker(anatomy, scope).attach()
-    attached = AttachedEdits([(site, _ScopedScaling(site, scales, tracker)) for site, scales in scaled])
+    attached = AttachedEdits(
+        [(site, Scoped(_Scaling(site, scales), tracker, site.name)) for site, scales in scaled]
+    )
 
     def detach() -> None:
         attached.detach()
@@ -213,36 +215,6 @@ class _Scaling(edits.Scaling):
     def __call__(self, x: Tensor) -> Tensor:
         """Scale the input of a linear layer; runs at every generated token."""
         return edits.scale(x, self.scales(x))
-
-
-class _ScopedScaling(_Scaling):
-    """The same for the tokens in a scope alone."""
-
-    def __init__(self, site: Site, scales: Tensor, tracker: ScopeTracker) -> None:
-        super().__init__(site, scales)
-        self._site, self._tracker = site, tracker
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor) -> Tensor:
-        """Scale the tokens in the scope."""
-        acting = self._tracker.acting
-        if isinstance(acting, bool):
-            return super().__call__(x) if acting else x
-        if acting.numel() != x.shape[:-1].numel():
-            raise EditError(
-                f"{self._site.name} was called on {x.shape[:-1].numel()} tokens, where the model's pass has "
-                f"{acting.numel()}, so scope={self._tracker.scope} cannot be applied"
-            )
-        inside = acting.to(x.device).reshape(*x.shape[:-1], 1)
-        return torch.where(inside, super().__call__(x), x)
-
-    def routed(self, part: Routed) -> Tensor:
-        """Scale the activations of routed tokens in the scope."""
-        acting = self._tracker.acting
-        if isinstance(acting, bool):
-            return super().routed(part) if acting else part.values
-        inside = acting.to(part.values.device)[part.rows, part.positions, None]
-        return torch.where(inside, super().routed(part), part.values)
 
 
 def linear_sites(scaled: list[tuple[Site, Tensor]]) -> list[tuple[Site, Tensor]]:

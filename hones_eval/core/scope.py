@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.edits import Scaling
+from hones_eval.core.experts import Routed
 from hones_eval.errors import EditError, HonesError
 
 NAMES = ("all", "prompt", "image", "text", "last", "generated")
@@ -284,6 +286,36 @@ class ScopeTracker:
                 vars(model)["prepare_inputs_for_generation"] = own
 
         return undo
+
+
+class Scoped:
+    """An edit that scales the tokens in a scope alone."""
+
+    def __init__(self, scaling: Scaling, tracker: ScopeTracker, name: str) -> None:
+        """Apply `scaling` to the input of the module called `name` where `tracker` says so."""
+        self._scaling, self._tracker, self._name = scaling, tracker, name
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale the tokens in the scope of an input [..., features]."""
+        acting = self._tracker.acting
+        if isinstance(acting, bool):
+            return self._scaling(x) if acting else x
+        if acting.numel() != x.shape[:-1].numel():
+            raise EditError(
+                f"{self._name} was called on {x.shape[:-1].numel()} tokens, where the model's pass has "
+                f"{acting.numel()}, so scope={self._tracker.scope} cannot be applied"
+            )
+        inside = acting.to(x.device).reshape(*x.shape[:-1], 1)
+        return torch.where(inside, self._scaling(x), x)
+
+    def routed(self, part: Routed) -> Tensor:
+        """Scale the activations of routed tokens in the scope."""
+        acting = self._tracker.acting
+        if isinstance(acting, bool):
+            return self._scaling.routed(part) if acting else part.values
+        inside = acting.to(part.values.device)[part.rows, part.positions, None]
+        return torch.where(inside, self._scaling.routed(part), part.values)
 
 
 def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

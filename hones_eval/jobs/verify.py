@@ -38,6 +38,8 @@ class Verification:
     trials: int = 5
     seed: int = 0
     correction: Correction = "holm"
+    scope: str = "all"
+    """The tokens at which sites are masked."""
 
 
 def verify(job: Verification) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def verify(job: Verification) -> dict[str, Any]:
     refuse_shared_images(job.ranking.provenance, held_out, "verifying")
     banks = choose_banks(job)
     steerings = {name: masked(job.ranking, bank) for name, bank in banks.items() if bank}
-    totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), "verify")
+    under = AnswersUnder(job.replayer, job.examples, steerings, job.scope)
+    totals = job.loop.run(job.examples, under, "verify")
     measured = Measured(job.examples, answered(totals), job.seed)
     return {
         "format": "hones-eval verification",
@@ -63,6 +66,7 @@ def verify(job: Verification) -> dict[str, Any]:
         "metric": job.examples.metric,
         "higher_is_better": job.examples.higher_is_better,
         "sites": kind_of_sites(job),
+        "scope": job.scope,
         "seed": job.seed,
         "correction": job.correction,
         "bank_sizes": {name: len(bank) for name, bank in banks.items()},

@@ -1,6 +1,7 @@
 """Answers of one model to the same examples, unsteered and under several steerings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from hones_eval.core import readouts
 from hones_eval.core.edits import Scaling
 from hones_eval.core.hooks import Edit, Site, editing
+from hones_eval.core.scope import Scope, Scoped, ScopeTracker, answer_follows
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
@@ -48,8 +50,16 @@ class AnswersUnder:
     are multiplied by the scales of steering `i`.
     """
 
-    def __init__(self, replayer: Replayer, examples: TaskExamples, steerings: Mapping[str, Steering]) -> None:
+    def __init__(
+        self,
+        replayer: Replayer,
+        examples: TaskExamples,
+        steerings: Mapping[str, Steering],
+        scope: str | Scope = "all",
+    ) -> None:
         """Answer unsteered, under the name `baseline`, and under each of `steerings`.
+
+        `scope` are the tokens that the steerings act on.
 
         Raises: MisfitError when a steering was made for a model of another shape.
         """
@@ -61,6 +71,8 @@ class AnswersUnder:
             steering.check_fits(self.anatomy.shape, type(self.anatomy.model).__name__)
         self.examples = examples
         self.steerings = dict(steerings)
+        self.scope = Scope.parse(scope)
+        self._tracker = None if self.scope.is_all else ScopeTracker(self.anatomy, self.scope)
         self._edits: dict[tuple[str, ...], list[tuple[Site, Edit]]] = {}
 
     def zeros(self) -> dict[str, Tensor]:
@@ -69,6 +81,8 @@ class AnswersUnder:
 
     def measure(self, example: Example) -> Measurement:
         """Answer and score one example; its record is an `Answered`."""
+        if self._tracker is not None and "image" in self.scope.names and not example.image_hashes:
+            raise HonesError(f"{example.where}: it shows no image, so scope={self.scope} does not apply")
         kind, names = self.examples.kind, list(self.steerings)
         answers = dict(zip([BASELINE], kind.under_steerings(self, example, []), strict=True))
         length = own_tokens(example.inputs).shape[1]
@@ -89,7 +103,7 @@ class AnswersUnder:
     ) -> Answer:
         """Score one row's answer; `results` are those of the same example's answers so far, by text."""
         if not bool(torch.isfinite(answer.first).all()):
-            with editing(self._row_edits(() if name == BASELINE else (name,))):
+            with self._steered(() if name == BASELINE else (name,)):
                 refuse_not_finite(self.anatomy, example.inputs, f"{example.where}, under {name}")
         if answer.text not in results:
             results[answer.text] = self.examples.score(example.index, answer.text)
@@ -102,7 +116,7 @@ class AnswersUnder:
     def generate(self, example: Example, names: Sequence[str], **settings: Any) -> Any:
         """The output of `generate` with logits; one row per named steering, one unsteered row for none."""
         model: Any = self.anatomy.model  # every served model mixes in GenerationMixin
-        with editing(self._row_edits(tuple(names))):
+        with self._steered(tuple(names)):
             return model.generate(
                 **repeat_example(example.inputs, max(1, len(names))),
                 **(example.settings | settings),
@@ -114,7 +128,7 @@ class AnswersUnder:
     def logits(self, inputs: Mapping[str, Any], names: Sequence[str], read: int) -> Tensor:
         """Logits [rows, read, vocabulary] at the last positions, each row under its own steering."""
         rows = repeat_example(inputs, max(1, len(names)))
-        with editing(self._row_edits(tuple(names))):
+        with self._steered(tuple(names), answer=read - 1):
             logits: Tensor = self.anatomy.model(**rows, use_cache=False).logits
         return logits[:, -read:]
 
@@ -124,6 +138,21 @@ class AnswersUnder:
         new = output.sequences[:, -len(output.logits) :].tolist()
         ends = self._end_tokens(example)
         return [self.examples.decode(example.index, cut_at_end(tokens, ends)) for tokens in new]
+
+    @contextmanager
+    def _steered(self, names: tuple[str, ...], answer: int = 0) -> Iterator[None]:
+        """Steer row `i` by the steering `names[i]`; the last `answer` tokens of a pass are the answer's."""
+        edits, tracker = self._row_edits(names), self._tracker
+        if tracker is None or not edits:
+            with editing(edits):
+                yield
+            return
+        tracker.attach()
+        try:
+            with answer_follows(self.anatomy.model, answer), editing(edits):
+                yield
+        finally:
+            tracker.detach()
 
     def _row_edits(self, names: tuple[str, ...]) -> list[tuple[Site, Edit]]:
         """An edit for each linear layer whose input is scaled by any of the steerings."""
@@ -136,9 +165,13 @@ class AnswersUnder:
                 neurons = torch.stack([steering.neuron_scales[layer] for steering in chosen])
                 neurons = self.anatomy.neuron_features(neurons, layer)
                 sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
-                edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
+                scaled = [(site, rows) for site, rows in sites if not bool((rows == 1).all())]
+                edits += [(site, self._in_scope(Scaling(rows), site)) for site, rows in scaled]
             self._edits[names] = edits
         return self._edits[names]
+
+    def _in_scope(self, scaling: Scaling, site: Site) -> Edit:
+        return scaling if self._tracker is None else Scoped(scaling, self._tracker, site.name)
 
     def _end_tokens(self, example: Example) -> list[int]:
         ends = example.settings.get("eos_token_id", self._config("eos_token_id"))
