@@ -2,7 +2,10 @@
 
 import errno
 import os
+import resource
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,28 @@ def test_a_full_disk_leaves_nothing_and_is_named(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"hones-eval: {out}")
     assert "No space left" in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "ia3"])
+def test_a_file_that_cannot_grow_leaves_nothing(
+    to: str, steering_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The system itself refuses to write more than the first bytes, as on a full disk."""
+    out = tmp_path / "new" / "exported"
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        status = main(["export", "--steering", str(steering_folder), "--to", to, "--out", str(out)])
+        sys.stderr.flush()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    errors = capfd.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("hones-eval: ")]
+    assert "exported" in line
+    assert "File too large" in line
+    assert "Traceback" not in errors
     assert not (tmp_path / "new").exists()
 
 

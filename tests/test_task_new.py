@@ -223,6 +223,56 @@ def test_a_prompt_that_names_no_column_and_tables_of_spreadsheets(
         assert says in complaint(capsys.readouterr().err)
 
 
+ROW = '{"image": "question0.png", "question": "What color?", "answer": "red"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "a.jsonl",
+            ROW + ROW.replace("image", "img"),
+            "line 2: its fields differ from those before: 'image'",
+        ),
+        (
+            "a.jsonl",
+            ROW.replace('"red"', "true"),
+            "line 1: true is neither text, a number nor",
+        ),
+        ("a.jsonl", ROW.replace('"red"', '{"a": 1}'), 'line 1: {"a": 1} is neither text, a number nor'),
+        ("a.jsonl", ROW.replace('"red"', "null"), "row 1: its answer is empty"),
+        (
+            "a.jsonl",
+            ROW.replace('"red"', "NaN"),
+            "line 1: not valid JSON: it holds a number that",
+        ),
+        ("a.jsonl", ROW.replace("red", "\\ud800"), "line 1: not valid JSON: it holds an unpaired surrogate"),
+        ("a.jsonl", ROW.replace('"red"', "[" * 99_999), "line 1: not valid JSON: it is nested too deeply"),
+        ("a.jsonl", ROW.replace("question0.png", "a\\u0000b"), "the image a⟨U+0000⟩b cannot be read"),
+        (
+            "a.csv",
+            "image,question,answer,answer\na.png,b,c,d\n",
+            "two columns of the header are called 'an",
+        ),
+        (
+            "a.csv",
+            "image,question,answer\na.png,b\n",
+            "line 2: it has another number of cells than the header",
+        ),
+        ("a.csv", f"image,question,answer\na.png,b,{'x' * 200_000}\n", "not valid CSV: field larger than"),
+    ],
+)
+def test_rows_that_are_not_text_are_one_line(
+    name: str, text: str, says: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each was a traceback, or was accepted as another text: null as the answer "None"."""
+    (tmp_path / name).write_text(text)
+    flags = ["--csv", str(tmp_path / name), "--images", str(folder / "images")]
+    assert main(["task", "new", *flags, "--out", str(tmp_path / "tasks")]) == 1
+    assert says in complaint(capsys.readouterr().err)
+    assert not (tmp_path / "tasks").exists()
+
+
 def test_few_images_and_one_constant_answer_are_warned_of(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

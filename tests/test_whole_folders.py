@@ -1,6 +1,8 @@
 """A report's folder appears whole or not at all, wherever the process that writes it is killed."""
 
+import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,32 @@ def test_every_file_is_flushed_before_it_gets_its_name(
     assert names >= 3 * len(NAMES)
     last = max(place for place, (event, _) in enumerate(events) if event == "done")
     assert ("flushed", events[last][1]) in events[last:], "the folder's own list of names is flushed after it"
+
+
+def test_lists_that_do_not_fit_on_a_line_cost_no_time() -> None:
+    """It took a time that doubled with every digit before a text of two words: a trace never ended."""
+    content = {
+        "roles": ["x" * 200, *[0.12345678901234567] * 9, "other words"],
+        "numbers": [[0.12345678901234567] * 50, [1e-9] * 50],
+        "names": ["a", "b"],
+        "empty": [],
+        "quoted": ['"', "\\", "é", "]"],
+    }
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError("json_text takes too long")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        text = files.json_text(content)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert json.loads(text) == content
+    assert '"names": [ "a", "b" ]' in text
+    assert '"empty": []' in text
+    assert text.count("\n") == 27
 
 
 def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,10 @@ from hones_eval.errors import HonesError
 
 LOCK = ".hones-eval.lock"  # of a folder that a command writes to: see core/lock.py
 
-_PLAIN_LIST = re.compile(r'\[(?:\s*(?:"[^"\\\s]*"|[-+.\w]+),?)*\s*\]')
+# A list without spaces in its strings and without lists in it. The quantifiers are possessive (`++`): a list
+# that does not match costs one look at it, and not one per way to cut its words into pieces.
+_ITEM = r'(?:"[^"\\\s]*+"|[-+.\w]++)'
+_PLAIN_LIST = re.compile(rf"\[\s*+(?:{_ITEM}(?:,\s*+{_ITEM})*+)?+\s*+\]")
 # .<name>.<host>-<pid>-<random>.tmp: the owner can be told from the name alone.
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^/]+)-(?P<pid>\d+)-\w+\.tmp")
 
@@ -261,11 +264,14 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Give an OSError that names no file (such as a full disk while writing) the name `path`."""
+    """Give an OSError that names no file, or the file that was copied, the name `path`.
+
+    So an error of a full disk names what could not be written.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None and (error.filename is None or error.filename2 is not None):
             raise type(error)(error.errno, error.strerror, str(path)) from None
         raise
 

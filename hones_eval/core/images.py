@@ -2,16 +2,23 @@
 
 import hashlib
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
 import numpy as np
 from PIL import ImageCms, ImageFile, ImageOps
-from PIL.Image import Image, alpha_composite, fromarray
+from PIL.Image import DecompressionBombError, Image, alpha_composite, fromarray
 from PIL.Image import new as new_image
 
 _pillow_setting = RLock()
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, ArithmeticError),
+    *(struct.error, zlib.error, DecompressionBombError),
+)
+"""The errors by which Pillow's decoders refuse a damaged file; each format has its own."""
 
 
 def image_hash(image: Image) -> str:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from hones_eval.core.images import as_displayed, refuse_truncated_images
+from hones_eval.core.images import UNREADABLE, as_displayed, refuse_truncated_images
 from hones_eval.editing.problems import RecordError
 
 Pixels = NDArray[np.uint8]
@@ -52,7 +52,7 @@ def read(path: Path) -> Photograph:
             return Photograph(np.asarray(as_displayed(opened)), plain)
     except FileNotFoundError:
         raise RecordError(f"its image {path} does not exist") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise RecordError(f"{path.name} cannot be read as an image: {reason}") from None
 

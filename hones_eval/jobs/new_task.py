@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ import yaml
 from PIL import Image
 
 from hones_eval.choices import TaskKind
-from hones_eval.core.files import staged_folder, write_text
-from hones_eval.core.images import refuse_truncated_images
-from hones_eval.errors import TaskError
+from hones_eval.core.files import check_plain, staged_folder, write_text
+from hones_eval.core.images import UNREADABLE, refuse_truncated_images
+from hones_eval.errors import TaskError, first_line
 
 Row = Mapping[str, str]
 SHARES = {"discovery": 0.5, "development": 0.2, "test": 0.3}
@@ -117,35 +118,60 @@ def _csv_rows(table: Path, text: str) -> list[dict[str, str]]:
         raise TaskError(
             f"{table}: the columns of the header are not separated by commas; save it with commas"
         )
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise TaskError(
-                f"{table}, line {reader.line_num}: it has another number of cells than the header"
-            )
-        rows.append({key.strip(): value.strip() for key, value in row.items()})
+    reader = csv.reader(io.StringIO(text, newline=""))
+    rows: list[dict[str, str]] = []
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise TaskError(f"{table}: two columns of the header are called {twice!r}")
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise TaskError(
+                    f"{table}, line {reader.line_num}: it has another number of cells than the header"
+                )
+            rows.append(dict(zip(names, (cell.strip() for cell in cells), strict=True)))
+    except csv.Error as error:
+        raise TaskError(f"{table}, line {reader.line_num}: not valid CSV: {error}") from None
     return rows
 
 
 def _json_rows(table: Path, text: str) -> list[dict[str, str]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            check_plain(row)
+        except RecursionError:
+            raise TaskError(f"{table}, line {number}: not valid JSON: it is nested too deeply") from None
         except ValueError as error:
             raise TaskError(f"{table}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise TaskError(f"{table}, line {number}: it is not a JSON object")
-        rows.append({key: _as_cell(value) for key, value in row.items()})
+        if rows and row.keys() != rows[0].keys():
+            differing = sorted(row.keys() ^ rows[0].keys())
+            raise TaskError(f"{table}, line {number}: its fields differ from those before: {differing[0]!r}")
+        try:
+            rows.append({key: _as_cell(value) for key, value in row.items()})
+        except TypeError as error:
+            raise TaskError(f"{table}, line {number}: {error}") from None
     return rows
 
 
 def _as_cell(value: Any) -> str:
-    """A JSON value as it would stand in a CSV cell: lists with bars between their items."""
-    return "|".join(str(item) for item in value) if isinstance(value, list) else str(value).strip()
+    """A JSON value as it would stand in a CSV cell: lists with bars between their items, null as nothing.
+
+    Raises: TypeError for true, false, objects, and lists in lists.
+    """
+    if isinstance(value, list):
+        return "|".join(_as_cell(item) for item in value if not isinstance(item, list) or _as_cell(item))
+    if isinstance(value, bool | dict):
+        raise TypeError(f"{json.dumps(value)[:100]} is neither text, a number nor a list of them")
+    return "" if value is None else str(value).strip()
 
 
 def _kind(table: Path, rows: Sequence[Row], asked: str) -> str:
@@ -215,8 +241,8 @@ def _size(folder: Path, name: str) -> tuple[int, int] | str:
             return opened.size
     except FileNotFoundError:
         return f"there is no image {name} in {folder}"
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"the image {name} cannot be read: {error}"
+    except (*UNREADABLE, MemoryError) as error:
+        return f"the image {name} cannot be read: {first_line(error)}"
 
 
 def _fault(row: Row, kind: str, size: tuple[int, int]) -> str | None:
@@ -248,7 +274,7 @@ def _several(cell: str) -> list[str]:
 def _content(table: Path, row: Row, kind: str, prompt: str) -> dict[str, Any]:
     try:
         text = prompt.format_map(row)
-    except (KeyError, ValueError, IndexError):
+    except (LookupError, ValueError, AttributeError):
         raise TaskError(
             f"--prompt {prompt!r}: the names in braces have to be columns of {table.name}: {', '.join(row)}"
         ) from None

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import io
-import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from hones_eval import limits
 from hones_eval.core.files import read_bounded
-from hones_eval.core.images import image_hash
+from hones_eval.core.images import UNREADABLE, image_hash
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.flips import Flip
 from hones_eval.leaderboard.lmms_tasks import TaskImages
@@ -82,15 +81,7 @@ def _from_media(flip: Flip) -> str:
                 if not inside and (not flip.image or image_hash(image) != flip.image):
                     return ""
                 return data_uri(image)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        LookupError,
-        ArithmeticError,
-        struct.error,
-        Image.DecompressionBombError,
-    ):
+    except UNREADABLE:
         return ""
 
 

@@ -118,7 +118,8 @@ class Killing:
         if self._whole is None:
             remove(self.out.parent)
             ended = run(self.given, self.out)
-            assert all(each.result.startswith("exit 0") for each in ended), (self.name, ended)
+            if not all(each.result.startswith("exit 0") for each in ended):
+                raise RuntimeError(f"wrong: {self.name}, without a kill: {ended}")
             renames, seconds = zip(*(each.result.split()[-2:] for each in ended), strict=True)
             found = content(self.out, self.given)
             self._whole = Whole(found, sum(map(int, renames)), max(map(float, seconds)))
@@ -139,6 +140,13 @@ class Killing:
         if most >= renames:
             return self.case(turn) if turn < renames else "there is no such rename"
         return self.case(turn * renames // most)
+
+    def result(self, turn: int, most: int | None = None) -> str:
+        """The result of a kill at random, or of one of `most` at renames."""
+        try:
+            return self.case(1_000_000 + turn) if most is None else self.at_rename(turn, most)
+        except RuntimeError as error:
+            return str(error)
 
     def case(self, number: int) -> str:
         """Kill once, run again, compare."""
@@ -176,5 +184,5 @@ def kills(listed: dict[str, Command], folder: Path, share: float) -> Iterator[tu
         for killing in killings:
             most = max(1, round(share * killing.given.kills))
             if turn < most:
-                yield f"{killing.name}, random {turn}", lambda k=killing, t=turn: k.case(1_000_000 + t)
-                yield f"{killing.name}, rename {turn}", lambda k=killing, t=turn, m=most: k.at_rename(t, m)
+                yield f"{killing.name}, random {turn}", lambda k=killing, t=turn: k.result(t)
+                yield f"{killing.name}, rename {turn}", lambda k=killing, t=turn, m=most: k.result(t, m)
