@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hones_eval.__main__ import main
+from hones_eval.api import scaling as scaling_api
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron
@@ -358,6 +359,11 @@ def test_scaling_is_not_resumed_with_other_weights_at_the_same_path(
 
     monkeypatch.setattr(_Pass, "predict_step", interrupted)
     assert main(command) == 1
+    source = scaling_api.model_source
+    with monkeypatch.context() as elsewhere:  # the same weights, by another commit of a hub repository
+        elsewhere.setattr(scaling_api, "model_source", lambda model: {**source(model), "revision": "c0ffee"})
+        assert main(command) == 1
+    assert "was measured with another model" in capsys.readouterr().err
     families.save_checkpoint("llava", folder, seed=5)
     assert main(command) == 1
     assert "was measured with another model" in capsys.readouterr().err

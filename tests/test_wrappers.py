@@ -341,6 +341,13 @@ def test_other_weights_at_the_same_path_get_no_cached_answers(
     assert texts(after) == texts(fresh)
 
 
+def test_the_key_of_cached_answers_names_the_commit_of_a_hub_model(build: Build, llava: type) -> None:
+    lm, _ = build(llava)
+    before = lm.fingerprint
+    inner_model(lm).config._commit_hash = "c0ffee"
+    assert lm.fingerprint == f"{before}-c0ffee"
+
+
 def test_a_steering_that_changes_no_logit_is_an_error(
     build: Build, llava: type, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ where it was. The exit code is 1 when anything but a clean refusal or a correct 
 
 import argparse
 import json
+import platform
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from mutations import calls, references  # noqa: E402
 from hones_eval.commands import COMMANDS, command  # noqa: E402
 from hones_eval.leaderboard.lmms_tasks import find_aggregation  # noqa: E402
 from hones_eval.lmms.examples.tasks import _index  # noqa: E402
+from hones_eval.version import __version__  # noqa: E402
 
 BAD = ("traceback", "wrong", "leftovers", "took too long", "ended")
 Cases = Iterator[tuple[str, Callable[[], str]]]
@@ -43,19 +45,30 @@ def warm_up() -> None:
 
 def parts_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Cases]]:
     """The parts of a run, with inputs that are written when a part begins."""
-    yield "logs", boards(options.logs, folder / "boards")
+    if options.logs:
+        yield "logs", boards(options.logs, folder / "boards")
     listed = commands(folder)
+    killed = {name: given for name, given in listed.items() if not options.only or name in options.only}
+    if not options.only:
+        killed["demo"] = demo_without_programs()
+    if options.kills:
+        yield "kills", kills(killed, folder, options.kills)
     if options.calls:
         references(folder)
         yield "calls", calls(options.calls, folder)
     if options.matrix:
         yield "matrix", matrix(listed, folder)
-    if options.only:
-        listed = {name: given for name, given in listed.items() if name in options.only}
-    if not options.only:
-        listed["demo"] = demo_without_programs()
-    if options.kills:
-        yield "kills", kills(listed, folder, options.kills)
+
+
+def summary(totals: Counter[str], seconds: float) -> dict[str, object]:
+    """What a run found, for the record."""
+    return {
+        "package_version": __version__,
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "hours": round(seconds / 3600, 2),
+        "results": dict(sorted(totals.items())),
+    }
 
 
 def is_bad(result: str) -> bool:
@@ -73,13 +86,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop after so long; run it again"
     )
+    parser.add_argument("--summary", type=Path, help="a JSON file to write the counts to")
     parser.add_argument("--out", type=Path, default=Path("torture.jsonl"))
     options = parser.parse_args(arguments)
     began = time.monotonic()
     warm_up()
     done: dict[str, str] = {}
+    seconds = 0.0
     if options.out.exists():
-        done = dict(json.loads(line)[:2] for line in options.out.read_text().splitlines())
+        lines = [json.loads(line) for line in options.out.read_text().splitlines()]
+        done, seconds = {case: result for case, result, _ in lines}, sum(line[2] for line in lines)
     totals: Counter[str] = Counter()
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
@@ -92,10 +108,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
                             return 3
                         started = time.monotonic()
                         done[case] = work()
-                        kept.write(
-                            json.dumps([case, done[case], round(time.monotonic() - started, 1)]) + "\n"
-                        )
+                        took = round(time.monotonic() - started, 1)
+                        kept.write(json.dumps([case, done[case], took]) + "\n")
                         kept.flush()
+                        seconds += took
                     found = json.loads(done[case]) if done[case].startswith("{") else {done[case]: 1}
                     for result, count in found.items():
                         totals[f"{part}: {result}"] += count
@@ -103,6 +119,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     for result, count in sorted(totals.items()):
         print(f"{count:6} {result}")
+    if options.summary is not None:
+        options.summary.write_text(json.dumps(summary(totals, seconds), indent=1) + "\n")
     return int(any(is_bad(result) for result in totals))
 
 
