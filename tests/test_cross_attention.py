@@ -26,6 +26,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.engine import tokens
@@ -308,6 +309,14 @@ def test_methods_that_need_image_positions_are_refused(name: str, anatomy: Anato
             refused(inputs)
     with pytest.raises(HonesError, match="reads images by cross-attention"):
         activations(anatomy, inputs)
+
+
+def test_scopes_of_encoder_decoders_are_refused(name: str, anatomy: Anatomy) -> None:
+    if name == "mllama":
+        ScopeTracker(anatomy, Scope(("last",)))
+        return
+    with pytest.raises(HonesError, match=r"scope=last: .* which its encoder reads: use scope=all"):
+        ScopeTracker(anatomy, Scope(("last",)))
 
 
 def test_prompts_do_not_share_a_prefix(name: str, anatomy: Anatomy) -> None:

@@ -135,6 +135,13 @@ class Anatomy:
         return anatomy
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts are read by an encoder, and the layers are those of a decoder."""
+        return bool(getattr(self.decoder.config, "is_encoder_decoder", False)) or bool(
+            getattr(self.model.config, "is_encoder_decoder", False)
+        )
+
+    @property
     def stages(self) -> list[range]:
         """The layers of the anatomy by decoder layer: more than one where a decoder layer attends twice."""
         stages: list[range] = []

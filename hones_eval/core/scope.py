@@ -129,7 +129,15 @@ class ScopeTracker:
     """Follows a model's forward passes, and knows which of their tokens are in a scope."""
 
     def __init__(self, anatomy: Anatomy, scope: Scope) -> None:
-        """Track `scope` in the model of `anatomy` from `attach` to `detach`."""
+        """Track `scope` in the model of `anatomy` from `attach` to `detach`.
+
+        Raises: HonesError for an encoder-decoder, whose decoder sees no token of the prompt.
+        """
+        if anatomy.is_encoder_decoder:
+            raise HonesError(
+                f"scope={scope}: the decoder of {type(anatomy.model).__name__} sees no token of the prompt, "
+                "which its encoder reads: use scope=all"
+            )
         self._model, self._decoder, self.scope = anatomy.model, anatomy.decoder, scope
         self._undo: list[Callable[[], object]] = []
         self._given = _Call()

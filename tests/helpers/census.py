@@ -202,6 +202,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": 100},
     **{name: {"decoder_start_token_id": 0} for name in ("udop", "vision-encoder-decoder")},
     "florence2": {"vision_config.projection_dim": 64},
+    "ovis2": {"hidden_size": 64},
     "pp_formulanet": {"vision_config.decoder_hidden_size": 64},
     "pix2struct": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
     "mllama": {
