@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -11,13 +12,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hones_eval.commands import ARTIFACTS, COMMANDS, command
-from hones_eval.commands.answer import print_as_json, show
+from hones_eval.commands import ARTIFACTS, COMMANDS, PAGED, command
+from hones_eval.commands.answer import Answer, print_as_json, show
 from hones_eval.errors import HonesError, UsageError, printable
 from hones_eval.notes import note
 from hones_eval.version import __version__
+
+if TYPE_CHECKING:
+    from hones_eval.commands.flags import Call
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,14 +118,49 @@ def _run(given: Sequence[str], as_json: bool) -> None:
         note(f"{call.name}: importing torch, transformers and lmms-eval")
     with _sole_writer(call.arguments.get("out")):
         answer = command(call.name)(**call.arguments)
-    if several := sys.modules.get("hones_eval.runs.processes"):
+        several = sys.modules.get("hones_eval.runs.processes")
+        is_first = several is None or several.is_first()
+        if answer is not None and is_first and call.name in PAGED:
+            _write_page(call, given, answer)
+    if several is not None:
         several.wait_for_others()
-        if not several.is_first():
-            return  # the first process shows the answer for all of them
-    if answer is not None:
+    if answer is not None and is_first:  # the first process shows the answer for all of them
         show(answer)
         if as_json:
             print(json.dumps(answer.data, indent=1, default=str))
+
+
+def _write_page(call: "Call", given: Sequence[str], answer: Answer) -> None:
+    """Write the page of a result, and name it in the answer."""
+    from hones_eval.pages.run import write_run_page
+
+    out = call.arguments["out"]
+    told = [line.removeprefix(f"wrote {out}: ") for line in answer.lines]
+    lines = [line for line in told if not line.startswith("wrote ")]
+    plain = [line for line in lines if not line.startswith("warning: ")]
+    headline = answer.headline or next(iter(plain), call.name)
+    page = write_run_page(
+        out,
+        command=call.name,
+        made_by=_made_by(given),
+        lines=[line for line in lines if line != headline],
+        headline=headline,
+        settings=call.arguments,
+        tables=answer.tables,
+        charts=answer.charts,
+    )
+    answer.lines.append(f"see {page}")
+
+
+def _made_by(given: Sequence[str]) -> str:
+    """The command line, without the name of the output folder and without what only matters on the way."""
+    words = [word for word in given if word not in ("--resume", "--overwrite")]
+    for place, word in enumerate(words):
+        if word == "--out" and place + 1 < len(words):
+            words[place + 1] = "FOLDER"
+        elif word.startswith("--out="):
+            words[place] = "--out=FOLDER"
+    return f"hones-eval {shlex.join(words)}"
 
 
 def _sole_writer(out: object) -> AbstractContextManager[None]:

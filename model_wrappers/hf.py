@@ -85,7 +85,7 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         if not pretrained:
             raise HonesError("pretrained= is missing: give a folder or a Hugging Face hub id")
         self.batch_size_per_gpu = _count(batch_size)
-        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+        shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
         try:
             cls = model_class(pretrained, revision, trust_remote_code)

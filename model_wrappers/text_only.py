@@ -74,7 +74,7 @@ class TextProcessor:
             [{"role": turn["role"], "content": "\n".join(texts([turn]))} for turn in messages]
             for messages in _without_images(conversations)
         ]
-        found = self.tokenizer.apply_chat_template(plain, **options, **processor_kwargs)
+        found: Any = self.tokenizer.apply_chat_template(plain, **options, **processor_kwargs)
         return BatchFeature(dict(found))
 
     def plain_inputs(self, conversations: Sequence[Messages]) -> BatchFeature:

@@ -81,7 +81,7 @@ def test_ranking_by_hones_writes_what_it_says(
     assert f"wrote {tmp_path / 'runs' / 'a'}: 3 examples, replay exact" in said
     assert "exact_match 0.6667 unedited" in said
     files = sorted(path.name for path in (tmp_path / "runs" / "a").iterdir())
-    assert files == ["ranking.json", "ranking.safetensors"]
+    assert files == ["index.html", "ranking.json", "ranking.safetensors"]
     ranking = Ranking.load(tmp_path / "runs" / "a")
     source = ranking.provenance
     assert (source.method, source.seed) == ("hones", 5)

@@ -177,7 +177,14 @@ def test_the_command_writes_tables_and_figures(
     arguments += ["--against", f"steering={tmp_path / 'steering'}", "--figures_of", "1"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"lens.json", "lens.csv", "means.png", "example0.png", "example0_difference.png"}
+    assert written == {
+        "index.html",
+        "lens.json",
+        "lens.csv",
+        "means.png",
+        "example0.png",
+        "example0_difference.png",
+    }
     report = json.loads((tmp_path / "out/lens.json").read_text())
     with (tmp_path / "out/lens.csv").open() as file:
         rows = list(csv.DictReader(file))

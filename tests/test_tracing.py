@@ -345,7 +345,8 @@ def test_the_command_averages_what_its_tables_hold(
     monkeypatch.setenv("HONES_EVAL_DATA", str(drawn_pairs(tmp_path / "data")))
     out = tmp_path / "out"
     assert main(command(llava_checkpoint, out, "--what", "image,last,ffn", "--examples", "9")) == 0
-    names = {"trace.json", "layers.csv", "tokens.csv", "roles.csv", "layers.png", "vseam_color_ffn_roles.png"}
+    names = {"index.html", "trace.json", "layers.csv", "tokens.csv", "roles.csv", "layers.png"}
+    names |= {"vseam_color_ffn_roles.png"}
     assert {path.name for path in out.iterdir()} == names | {f"vseam_color_ffn_pair{i}.png" for i in range(4)}
     (found,) = json.loads((out / "trace.json").read_text())["categories"]
     assert found["pairs"] == 4

@@ -86,6 +86,16 @@ class Verification(Mapping[str, Any]):
         )
         return lines + [f"warning: {warning}" for warning in self["warnings"]]
 
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        bank = next(iter(self["beyond_random"]))
+        found, name = self["banks"][bank], self["metric"]
+        return (
+            f"Masking {self['bank_sizes'][bank]} {bank} {self['sites']} takes {name} from "
+            f"{self['baseline']['metric']:.4g} to {found['metric']:.4g}: {found['metric_drop']['verdict']}"
+        )
+
     def __repr__(self) -> str:
         """The answer in a few lines."""
         return "\n".join(["<hones_eval.Verification>", *self.lines()])

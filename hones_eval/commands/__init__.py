@@ -43,6 +43,10 @@ ARTIFACTS = {
 }
 
 
+# Commands whose result gets a page, index.html in --out. A board is a page itself.
+PAGED = ("rank", "scale", "verify", "compare", "trace", "lens", "study", "spike-in", "edit")
+
+
 def command(name: str) -> Callable[..., Answer | None]:
     """The function of a command; the module and the function of `edit-sites` are called `edit_sites`."""
     word = name.replace("-", "_")

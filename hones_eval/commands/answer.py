@@ -1,10 +1,12 @@
 """What a command ends with: a few lines for people, and the same for programs."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hones_eval.errors import printable
+from hones_eval.pages.parts import HeatMap, Table
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,15 @@ class Answer:
 
     `lines`: a few lines that answer the question the command was asked.
     `data`: the same content as JSON-ready values, printed by `--json`.
+    `headline`: the answer in one sentence, for the page of the result; by default the first line.
+    `tables`, `charts`: shown on that page, beside the figures and tables in the output folder.
     """
 
     lines: list[str]
     data: dict[str, Any] = field(default_factory=dict)
+    headline: str = ""
+    tables: Sequence[Table] = ()
+    charts: Sequence[HeatMap] = ()
 
 
 class _Output:

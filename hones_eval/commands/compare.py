@@ -95,7 +95,21 @@ def compare(
     if not first:
         return Answer([])
     report = comparison_report.write(comparison, crossings, shared, out)
-    return Answer(_lines(report, out), {"out": str(out), **report})
+    return Answer(_lines(report, out), {"out": str(out), **report}, _headline(report))
+
+
+def _headline(report: dict[str, Any]) -> str:
+    """How much of their neurons the rankings share."""
+    pairs = report["neuron_overlaps"]
+    if not pairs:
+        return f"{len(report['rankings'])} rankings compared"
+    values = sorted(pair["jaccard"] for pair in pairs)
+    if len(values) == 1:
+        return f"The rankings share {pairs[0]['shared']} of their selected neurons (Jaccard {values[0]:.2g})"
+    return (
+        f"The selected neurons of {len(report['rankings'])} rankings overlap by Jaccard {values[0]:.2g} to "
+        f"{values[-1]:.2g}"
+    )
 
 
 def _lines(report: dict[str, Any], out: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """`hones-eval rank`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from hones_eval.core import head_edits
 from hones_eval.core.head_edits import HEAD_EDITS, HeadEditName
 from hones_eval.methods import registry
 from hones_eval.methods.registry import MethodName
+from hones_eval.pages.parts import HeatMap, Table
 
 if TYPE_CHECKING:
     from hones_eval.core.ranking import Ranking
 
 SHOWN = 5
+LISTED = 100  # best heads and neurons on the page
 HEAD_UNITS = {
     "hones": "drop of the metric",
     "vseam": "drop of the answer's probability",
@@ -173,7 +176,48 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
         lines.append(_neuron_line(ranking))
         lines += _unmeasured_lines(report)
     lines += [f"warning: {warning}" for warning in _warnings(ranking)]
-    return Answer(lines, _data(ranking, out))
+    return Answer(lines, _data(ranking, out), _headline(ranking), _tables(ranking), _charts(ranking))
+
+
+def _headline(ranking: "Ranking") -> str:
+    """The best heads, or the layers that the selected neurons are in."""
+    task, method = ranking.provenance.examples[0].task, ranking.provenance.method
+    if ranking.head_scores is not None and method in HEAD_UNITS:
+        best = [f"{head.layer}.{head.head}" for head, _ in ranking.top_heads(min(3, ranking.measured_heads))]
+        listed = f"{', '.join(best[:-1])} and {best[-1]}" if len(best) > 1 else best[0]
+        return f"Heads {listed} matter most for {task}"
+    counts = Counter(neuron.layer for neuron in ranking.neurons())
+    layer, count = counts.most_common(1)[0]
+    return f"{count} of {counts.total()} neurons selected for {task} are in layer {layer}"
+
+
+def _tables(ranking: "Ranking") -> list[Table]:
+    """The best heads and neurons."""
+    tables = []
+    if ranking.head_scores is not None and ranking.provenance.method in HEAD_UNITS:
+        best = ranking.top_heads(min(LISTED, ranking.measured_heads))
+        rows = [{"layer": head.layer, "head": head.head, "score": score} for head, score in best]
+        tables.append(Table(f"The {len(rows)} best heads", rows))
+    if ranking.neuron_scores is not None:
+        found = ranking.top_neurons(min(LISTED, ranking.neuron_scores.numel()))
+        rows = [{"layer": neuron.layer, "neuron": neuron.neuron, "score": score} for neuron, score in found]
+        tables.append(Table(f"The {len(rows)} best neurons", rows))
+        counts = Counter(neuron.layer for neuron in ranking.neurons())
+        rows = [{"layer": layer, "selected neurons": counts[layer]} for layer in sorted(counts)]
+        tables.append(Table("Selected neurons by layer", rows))
+    return tables
+
+
+def _charts(ranking: "Ranking") -> list[HeatMap]:
+    """All heads with their scores."""
+    if ranking.head_scores is None or ranking.provenance.method not in HEAD_UNITS:
+        return []
+    there = ranking.provenance.shape.head_mask()
+    values = [
+        [score if exists else None for score, exists in zip(scores, mask, strict=True)]
+        for scores, mask in zip(ranking.head_scores.tolist(), there.tolist(), strict=True)
+    ]
+    return [HeatMap(f"Every head: {HEAD_UNITS[ranking.provenance.method]}", values, "layer", "head")]
 
 
 def _hones_lines(report: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """`hones-eval study`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,12 @@ def study(
         return Answer([])
     study_report.write(report, out)
     say((out / "study.md").read_text(encoding="utf-8"))
-    return Answer([f"wrote {out / 'study.md'}, study.json, two tables and two figures"], report)
+    counts = Counter(row["verdict"] for row in report["steering"])
+    headline = (
+        f"{counts['better']} of {counts.total()} steered tests are better than the baseline, "
+        f"{counts['worse']} worse"
+    )
+    return Answer([f"wrote {out / 'study.md'}, study.json, two tables and two figures"], report, headline)
 
 
 def _elsewhere(names: list[str], shifted: str) -> dict[str, str]:

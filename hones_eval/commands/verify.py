@@ -89,4 +89,4 @@ def verify(
         out=out,
     )
     first, *others = found.lines()
-    return Answer([f"wrote {out}: {first}", *others], found.to_json())
+    return Answer([f"wrote {out}: {first}", *others], found.to_json(), found.headline)

@@ -1,18 +1,11 @@
 """The board as web pages: a self-contained index, and one page per comparison."""
 
-import base64
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from hones_eval.leaderboard.board import NONE_STEERED, Board
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
@@ -31,8 +24,8 @@ from hones_eval.leaderboard.views import (
     summary,
     tested_rows,
 )
+from hones_eval.pages.rendering import render
 from hones_eval.stats.paired import FEW_DIFFERENT
-from hones_eval.version import __version__
 
 MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # per page: at most, at least; on all pages together
 FIRST_FLIPS = 25  # shown at a time, and without JavaScript
@@ -189,32 +182,4 @@ def _listed(settings: object) -> str:
 
 
 def _render(template: str, **context: Any) -> str:
-    return _environment().get_template(template).render(version=__version__, **context)
-
-
-@lru_cache
-def _environment() -> Environment:
-    here = files("hones_eval.leaderboard")
-    environment = Environment(
-        loader=FunctionLoader(lambda name: (here / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (here / "board.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = (here / "board.css").read_text(encoding="utf-8")
-    # The content security policy allows this one script only, even if unescaped text ever got into a page.
-    environment.filters["breakable"] = breakable
-    environment.globals |= {
-        "script": Markup(script),
-        "style": Markup(style),
-        "script_hash": f"sha256-{digest}",
-    }
-    return environment
-
-
-def breakable(text: str) -> Markup:
-    """Escaped text that may break after `_`, `/` and `+`, so that long names fit narrow columns."""
-    return Markup(re.sub(r"([_/+])", r"\1<wbr>", str(escape(text))))
+    return render("hones_eval.leaderboard", template, "board.js", **context)

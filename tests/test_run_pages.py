@@ -1,0 +1,157 @@
+"""The page of a command's result: its answer, the figures and tables of the folder, and no foreign markup."""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hones_eval.__main__ import main
+from hones_eval.core.ranking import Ranking
+from hones_eval.pages import run
+from hones_eval.pages.parts import HeatMap, Table
+from hones_eval.pages.run import write_run_page
+from hones_eval.toy import checkpoint_path
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MODEL = ["--model", "hones_llava", "--model_args", f"pretrained={checkpoint_path()}"]
+HOSTILE = "<img src=x onerror=alert(1)></style><script>alert(2)</script>\u202e\x1b[31m"
+
+
+class Parsed(HTMLParser):
+    """Counts tags, and collects text and links."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.text, self.links = list[str](), list[str]()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.links += [value or "" for name, value in attrs if name == "href"]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pages") / "ranking"
+    tasks = ["--tasks", "scenes_vqa_relation_discovery", "--limit", "4", "--heads", "4"]
+    assert main(["rank", "--method", "atp", *MODEL, *tasks, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_ranking_is_shown_with_its_own_numbers(ranked: Path) -> None:
+    ranking = Ranking.load(ranked)
+    page = (ranked / "index.html").read_text()
+    parsed = Parsed(page)
+    text = " ".join(" ".join(parsed.text).split())
+    (first, score), *_ = ranking.top_heads(1)
+    assert f"Heads {first.layer}.{first.head}," in text
+    assert f"{score:.4g}" in text
+    assert f"layer {first.layer}, head {first.head}: {score:+.4g}" in text
+    assert parsed.tags["rect"] == 48
+    assert parsed.tags["table"] == 3
+    assert "hones-eval rank --method atp --model hones_llava" in text
+    assert "--out FOLDER" in text
+    assert str(ranked) not in page, "the same work in another folder gives the same page"
+
+
+def test_a_comparison_links_to_the_pages_of_its_rankings(
+    ranked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = ranked.parent / "other", ranked.parent / "compared"
+    shutil.copytree(ranked, other)
+    assert main(["compare", str(ranked), str(other), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"see {out / 'index.html'}"
+    page = (out / "index.html").read_text()
+    links = Parsed(page).links
+    assert {"../ranking/index.html", "../other/index.html"} <= set(links)
+    assert all(not link.startswith(("/", "http")) for link in links)
+    assert Parsed(page).tags["img"] == len([*out.glob("*.png"), *out.glob("figures/*.png")])
+
+
+def page_of(folder: Path, **changed: Any) -> str:
+    given: dict[str, Any] = {
+        "command": "rank",
+        "made_by": "hones-eval rank",
+        "lines": ["the answer"],
+        "headline": "It is so",
+        "settings": {"seed": 0},
+    }
+    return write_run_page(folder, **given | changed).read_text()
+
+
+def test_text_from_outside_stays_text(tmp_path: Path) -> None:
+    plain = {"name": "a", "score": 1.0}
+    (tmp_path / "scores.csv").write_text("name,score\na,1\n")
+    harmless = page_of(tmp_path, tables=[Table("Heads", [plain])])
+    with (tmp_path / "scores.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([[f"name{HOSTILE}", "score"], [HOSTILE, "1"]])
+    hostile = page_of(
+        tmp_path,
+        made_by=HOSTILE,
+        lines=[HOSTILE],
+        headline=HOSTILE,
+        settings={"tasks": HOSTILE},
+        tables=[Table(HOSTILE, [{"name": HOSTILE, "score": 1.0}])],
+    )
+    tags = {tag: count for tag, count in Parsed(hostile).tags.items() if tag != "wbr"}
+    assert tags == {tag: count for tag, count in Parsed(harmless).tags.items() if tag != "wbr"}
+    assert "\u202e" not in hostile
+    assert "\x1b" not in hostile
+
+
+def test_a_chart_keeps_hostile_names_as_text_and_leaves_out_what_is_not_there(tmp_path: Path) -> None:
+    chart = HeatMap(HOSTILE, [[1.0, None], [-2.0, 0.0]], HOSTILE, "head")
+    parsed = Parsed(page_of(tmp_path, charts=[chart]))
+    assert parsed.tags["rect"] == 3
+    assert parsed.tags["script"] == 1
+    assert parsed.tags["img"] == 0
+
+
+def test_long_tables_are_cut_and_large_figures_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scores.csv").write_text("head,score\n" + "".join(f"{i},{i / 7}\n" for i in range(600)))
+    (tmp_path / "gains.png").write_bytes(b"\x89PNG" + bytes(100))
+    page = page_of(tmp_path)
+    assert "The first 500 of 600 rows; all of them are in" in page
+    assert Parsed(page).tags["tr"] == 501
+    assert Parsed(page).tags["img"] == 1
+    assert page == page_of(tmp_path)
+    monkeypatch.setattr(run, "IMAGE_BYTES", 100)
+    assert Parsed(page_of(tmp_path)).tags["img"] == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page in")
+def test_tables_sort_in_a_browser_and_the_page_fits_a_phone(ranked: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the pages")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto((ranked / "index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        column = (
+            "[...document.querySelector('table').tBodies[0].rows].map(r => Number(r.cells[2].dataset.value))"
+        )
+        before = page.evaluate(column)
+        page.locator("table >> nth=0 >> th >> nth=2 >> button").click()
+        page.locator("table >> nth=0 >> th >> nth=2 >> button").click()
+        assert page.evaluate(column) == sorted(before)
+        with page.expect_download() as download:
+            page.locator("button[data-download] >> nth=0").click()
+        saved = Path(download.value.path()).read_text().splitlines()
+        assert saved[0] == "layer,head,score"
+        assert len(saved) == 49
+        browser.close()
+    assert not complaints, json.dumps(complaints)
