@@ -8,7 +8,7 @@ QUESTIONS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast torture coverage lint format wheel bench boards study
+.PHONY: docs demo test test-fast torture coverage lint format wheel bench boards study
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)") \
@@ -37,6 +37,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in site/. A broken link is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -140,7 +140,7 @@ def load(
 
     Raises: HonesError for a model that cannot be built; UnsupportedModelError for an unknown anatomy.
 
-    Example:
+    Examples:
         >>> from hones_eval.toy import checkpoint_path
         >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")
         >>> model

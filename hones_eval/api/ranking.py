@@ -90,7 +90,7 @@ def rank(
     Returns: the ranking, the same on every process.
     Raises: HonesError when the job cannot be done as asked.
 
-    Example:
+    Examples:
         >>> from hones_eval import load
         >>> from hones_eval.toy import checkpoint_path
         >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")

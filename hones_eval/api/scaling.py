@@ -104,7 +104,7 @@ def scale(
     Raises: HonesError when a value does not belong to `how`, when every scale would be 1, or when no scales
         helped on the development examples.
 
-    Example:
+    Examples:
         >>> from hones_eval import load, rank
         >>> from hones_eval.toy import checkpoint_path
         >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")

@@ -162,7 +162,7 @@ def verify(
     Returns: the drops of the metric by masking, in its units, with paired 95 % intervals over images.
     Raises: HonesError when the ranking does not fit the model or shares images with the examples.
 
-    Example:
+    Examples:
         >>> from hones_eval import load, rank
         >>> from hones_eval.toy import checkpoint_path
         >>> model = load("hones_llava", f"pretrained={checkpoint_path()}")

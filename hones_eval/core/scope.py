@@ -46,7 +46,7 @@ class Scope:
 
     Several are joined: a token is in the scope if any of them names it.
 
-    Example:
+    Examples:
         >>> Scope.parse("image+last")
         Scope(names=('image', 'last'), positions=(), token_ids=())
     """

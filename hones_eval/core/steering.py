@@ -36,7 +36,7 @@ class Steering:
         neuron_scales: [L, I] float32, layers by FFN width.
         provenance: base model, method, settings and examples behind the scales.
 
-    Example:
+    Examples:
         >>> from hones_eval.core.artifact import ModelShape, Provenance
         >>> shape = ModelShape(layers=2, heads=4, head_width=8, hidden=32, neurons=64, vocabulary=100)
         >>> heads = torch.ones(2, 4)

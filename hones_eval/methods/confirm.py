@@ -193,7 +193,7 @@ def missed_bound(above: int, sampled: int) -> float | None:
 
     The one-sided Clopper-Pearson limit for `above` of `sampled` randomly drawn sites; None without a sample.
 
-    Example:
+    Examples:
         >>> round(missed_bound(0, 200), 4)
         0.0149
     """

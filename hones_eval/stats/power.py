@@ -51,7 +51,7 @@ def detectable_right_wrong(n: int, changed: float, alpha: float = 0.05, power: f
 
     Returns: the difference, or None if even a gain on every example would not be found.
 
-    Example:
+    Examples:
         >>> round(detectable_right_wrong(100, 0, alpha=0.05 / 260), 3)
         0.167
     """

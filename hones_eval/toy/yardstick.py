@@ -66,7 +66,7 @@ def captured_effect(
 
     Raises: HonesError when shapes differ, k is impossible, or no true drop is positive.
 
-    Example:
+    Examples:
         >>> truth = torch.tensor([[4.0, 3.0, 0.0, -1.0]])
         >>> captured_effect(torch.tensor([[9.0, 0.0, 8.0, 1.0]]), truth, 2).share
         0.5714285714285714
