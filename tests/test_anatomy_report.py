@@ -7,7 +7,7 @@ from pathlib import Path
 import families
 import full_size
 import pytest
-from full_size import Shape
+from full_size import Crossed, Shape
 from transformers import LlamaConfig, ViTConfig
 
 import hones_eval as he
@@ -34,6 +34,16 @@ def test_published_shapes(shape: Shape) -> None:
     dense = [n for n, experts in zip(found.neurons, found.experts, strict=True) if not experts]
     assert set(dense) <= {shape.ffn}
     assert bool(dense) == (not shape.experts or shape.kind == "glm4v_moe")
+
+
+@pytest.mark.parametrize("shape", full_size.CROSSED, ids=lambda shape: shape.name)
+def test_published_shapes_with_cross_attention(shape: Crossed) -> None:
+    found = report(shape.config, shape.name)
+    assert found.unsupported is None
+    assert (found.layers, found.hidden) == (shape.layers, shape.hidden)
+    assert set(zip(found.heads, found.head_widths, strict=True)) == {(shape.heads, shape.width)}
+    pattern = [0] * (shape.attentions - 1) + [shape.ffn]
+    assert found.neurons == pattern * (shape.layers // shape.attentions)
 
 
 def test_large_models_take_no_memory() -> None:

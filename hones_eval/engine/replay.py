@@ -280,8 +280,10 @@ class Replay:
         recorded, calls = self._calls[layer].returned, self._returned or []
         found: dict[int, Tensor] = {}
         for i, item in enumerate(recorded[1:] if isinstance(recorded, tuple) else (), 1):
-            if isinstance(item, Tensor) and all(len(output[i]) == rows for output, rows in calls):
-                found[id(item)] = torch.cat([output[i] for output, _ in calls])
+            # Rows that enter with a replaced attention get what it returned when it was recorded, once.
+            if isinstance(item, Tensor) and all(len(output[i]) in (1, rows) for output, rows in calls):
+                parts = [output[i].expand(rows, *output[i].shape[1:]) for output, rows in calls]
+                found[id(item)] = torch.cat(parts)
         return found
 
     def _enter(self, layer: int, edits: list[SiteEdit]) -> Tensor:

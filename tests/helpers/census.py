@@ -125,9 +125,9 @@ def names() -> list[str]:
     return sorted(({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} | {*OTHERS}) - NOT_OURS)
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """Build a tiny random model of a type."""
-    config = tiny_config(name)
+def build(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Build a tiny random model of a type, by default from its `tiny_config`."""
+    config = tiny_config(name) if config is None else config
     found = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **OTHERS}[name]
     kind = getattr(hf, found if isinstance(found, str) else found[0])
     with torch.random.fork_rng(devices=[]), no_init_weights():

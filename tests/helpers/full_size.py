@@ -86,6 +86,85 @@ SHAPES = [
     Shape("Qwen3.5-27B", "qwen3_5", 64, 24, 4, 256, 5120, 17408),
     Shape("Chameleon-30B", "chameleon", 48, 64, 8, 128, 8192, 22016),
 ]
+
+
+class Crossed(NamedTuple):
+    """A published model whose decoder has cross-attention.
+
+    `layers` are those of the anatomy: `attentions` per decoder layer, one of them with the FFN.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    layers: int
+    attentions: int
+    heads: int
+    width: int
+    hidden: int
+    ffn: int
+
+
+def _mllama(layers: int, heads: int, ffn: int) -> PreTrainedConfig:
+    crossed = list(range(3, layers, 5))
+    text = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8}
+    text |= {"hidden_size": heads * 128, "intermediate_size": ffn, "cross_attention_layers": crossed}
+    vision = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+    return hf.MllamaConfig(text_config=text, vision_config=vision | {"vision_output_dim": 2560})
+
+
+def _flan_t5(heads: int, width: int, hidden: int, ffn: int) -> PreTrainedConfig:
+    text = hf.T5Config(
+        d_model=hidden,
+        d_kv=width,
+        d_ff=ffn,
+        num_heads=heads,
+        num_layers=24,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return hf.InstructBlipConfig(
+        text_config=text, vision_config={"num_hidden_layers": 1}, qformer_config={"num_hidden_layers": 1}
+    )
+
+
+def _florence(layers: int, heads: int, hidden: int) -> PreTrainedConfig:
+    sides = {
+        f"{side}_{what}": value
+        for side in ("encoder", "decoder")
+        for what, value in (("layers", layers), ("attention_heads", heads), ("ffn_dim", 4 * hidden))
+    }
+    text = hf.BartConfig(d_model=hidden, **sides)
+    return hf.Florence2Config(text_config=text, vision_config={"projection_dim": hidden})
+
+
+def _idefics(layers: int, heads: int, ffn: int) -> PreTrainedConfig:
+    return hf.IdeficsConfig(
+        hidden_size=heads * 128,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        cross_layer_interval=4,
+        vision_config={"num_hidden_layers": 1},
+    )
+
+
+def _pix2struct(layers: int, heads: int, hidden: int, ffn: int) -> PreTrainedConfig:
+    text = {"num_layers": layers, "num_heads": heads, "hidden_size": hidden, "d_ff": ffn, "d_kv": 64}
+    vision = {"num_hidden_layers": 1, "hidden_size": hidden, "num_attention_heads": heads}
+    return hf.Pix2StructConfig(text_config=text, vision_config=vision)
+
+
+CROSSED = [
+    Crossed("Llama-3.2-11B-Vision", _mllama(40, 32, 14336), 40, 1, 32, 128, 4096, 14336),
+    Crossed("Llama-3.2-90B-Vision", _mllama(100, 64, 28672), 100, 1, 64, 128, 8192, 28672),
+    Crossed("InstructBLIP-FlanT5-XL", _flan_t5(32, 64, 2048, 5120), 48, 2, 32, 64, 2048, 5120),
+    Crossed("InstructBLIP-FlanT5-XXL", _flan_t5(64, 64, 4096, 10240), 48, 2, 64, 64, 4096, 10240),
+    Crossed("Florence-2-base", _florence(6, 12, 768), 12, 2, 12, 64, 768, 3072),
+    Crossed("Florence-2-large", _florence(12, 16, 1024), 24, 2, 16, 64, 1024, 4096),
+    Crossed("IDEFICS-9B", _idefics(32, 32, 11008), 40, 1, 32, 128, 4096, 11008),
+    Crossed("IDEFICS-80B", _idefics(80, 64, 22016), 100, 1, 64, 128, 8192, 22016),
+    Crossed("Pix2Struct-large", _pix2struct(18, 24, 1536, 3968), 36, 2, 24, 64, 1536, 3968),
+]
 # The language model's own type where the default of the family is another one.
 TEXT = {
     "InstructBLIP-Vicuna-7B": "llama",
