@@ -22,13 +22,16 @@ from hones_eval.__main__ import main
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ExampleSet, Provenance
 from hones_eval.core.attach import attach_steering, steer
-from hones_eval.core.scope import Scope, answer_follows
+from hones_eval.core.ranking import Ranking
+from hones_eval.core.scope import Scope, ScopeTracker, answer_follows
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import EditError, HonesError
 from hones_eval.lmms.answers.tokens import answer_tokens
+from hones_eval.lmms.example import Example
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.answers import AnswersUnder
+from hones_eval.methods.attribution import Attribution, AttributionSettings
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3", "instructblip")
 SCOPES = ("prompt", "image", "text", "last", "generated", "image+last", "text+generated")
@@ -406,3 +409,125 @@ def test_verify_masks_at_the_tokens_of_the_scope(
         assert main(own.command("verify", *masked, "--scope", scope, "--out", out)) == 0
         assert json.loads((out / "verify.json").read_text())["scope"] == scope
     assert main(own.command("verify", *masked, "--scope", "imge", "--out", tmp_path / "no")) == 1
+
+
+@contextmanager
+def head_replaced(model: PreTrainedModel, layer: int, head: int, mask: Tensor) -> Iterator[None]:
+    """Replace a head by the mean of the others at the tokens [tokens] of a prompt, and nowhere after it."""
+    module = model.get_decoder().layers[layer].self_attn.o_proj
+    count = model.config.get_text_config().num_attention_heads
+
+    def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        heads = args[0].clone().unflatten(-1, (count, -1))
+        others = [i for i in range(count) if i != head]
+        if heads.shape[1] > 1:
+            for place in mask.nonzero().flatten().tolist():
+                heads[:, place, head] = heads[:, place][:, others].mean(1)
+        return (heads.flatten(-2),)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.fixture(scope="module")
+def own(llava_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> own_answers.Prepared:
+    return own_answers.prepared(tmp_path_factory.getbasetemp(), f"pretrained={llava_checkpoint}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["text", "image+last"])
+def test_rank_replaces_heads_at_the_tokens_of_the_scope(
+    own: own_answers.Prepared, tmp_path: Path, scope: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--method", "hones", "--limit", 2, "--heads", 4, "--neurons", 0.02, "--scope", scope]
+    assert main(own.command("rank", *given, "--out", tmp_path)) == 0
+    assert f"edits act on scope={scope} only" in capsys.readouterr().out
+    ranking = Ranking.load(tmp_path)
+    assert ranking.provenance.settings["scope"] == scope
+    assert ranking.head_log_probability is not None
+    assert ranking.head_scores is not None
+    lmm = load_lmm(own_answers.MODEL, own.model_args)
+    examples = TaskExamples(lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, limit=2)
+    model = inner_model(lmm)
+    for layer, head in ((0, 1), (1, 2)):
+        drops, scores = [], []
+        for i in range(2):
+            example = examples[i]
+            rows = example.inputs["input_ids"][0].tolist()
+            ones = [1] * len(rows)
+            prompt = torch.tensor(in_scope(scope, rows, ones, model.config.image_token_id, 0))
+            longer = example.inputs | appended(example.inputs, torch.tensor([example.target_ids[:-1]]))
+            values, results = [], []
+            for mask in (torch.zeros_like(prompt), prompt):
+                with head_replaced(model, layer, head, mask):
+                    read = logits(model, longer)[0, -len(example.target_ids) :].double().log_softmax(-1)
+                    output = model.generate(**example.inputs, **example.settings)
+                values.append(sum(float(read[t, token]) for t, token in enumerate(example.target_ids)))
+                text = examples.decode(i, output[0, len(rows) :].tolist())
+                results.append(float(examples.score(i, text)["exact_match"]))
+            drops.append(values[0] - values[1])
+            scores.append(results[0] - results[1])
+        assert float(ranking.head_log_probability[layer, head]) == pytest.approx(sum(drops) / 2, abs=2e-4)
+        assert float(ranking.head_scores[layer, head]) == pytest.approx(sum(scores) / 2, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_other_methods_take_the_scope_or_refuse_it(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--limit", 2, "--heads", 4, "--neurons", 0.02]
+    for method in ("vseam", "atp"):
+        scores = []
+        for scope in ("all", "image"):
+            out = tmp_path / method / scope
+            assert main(own.command("rank", "--method", method, *sizes, "--scope", scope, "--out", out)) == 0
+            scores.append(Ranking.load(out).head_scores)
+        assert scores[0] is not None
+        assert scores[1] is not None
+        assert bool(scores[1].any())
+        assert not torch.allclose(scores[0], scores[1], rtol=1e-2)
+    capsys.readouterr()
+    for method, scope, message in (
+        ("hones", "image", "--scope image leaves out the last token of the prompt"),
+        ("dvp", "last", "--scope only applies to --method hones, vseam, atp, not to dvp"),
+        ("hones", "imge", "scope='imge' is unknown: did you mean image?"),
+    ):
+        given = ["--method", method, *sizes, "--scope", scope, "--out", tmp_path / "no"]
+        assert main(own.command("rank", *given)) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_attribution_in_a_scope_is_the_slope_at_its_tokens(setup: Setup) -> None:
+    """Compared with the log-probability when a neuron is scaled at the tokens of the scope alone."""
+    if setup.family.name == "instructblip":
+        pytest.skip("its images enter as embeddings, and an appended answer needs position ids")
+    model, target = setup.model, [11, 12]
+    anatomy = Anatomy.of(model)
+
+    def append(inputs: Any, settings: Any, ids: list[int]) -> dict[str, Tensor]:
+        return {**inputs, **appended(inputs, torch.tensor([ids]))}
+
+    example = Example(0, "t", "s", 0, setup.one, {}, "a", ["a"], target, ["i"], "x")
+    settings = AttributionSettings("first_order", "log_probability", "example")
+    tracker = ScopeTracker(anatomy, Scope.parse("text"))
+    sums = Attribution(anatomy, append, None, settings, ("heads", "neurons"), tracker).measure(example).sums
+    inputs = append(setup.one, {}, target[:-1])
+    mask = masks_of(setup, inputs, "text", 1)
+    layer = anatomy.shape.layers - 2
+    chosen = sums["neurons"][layer].topk(2).indices.tolist()
+
+    def value(number: int, factor: float) -> float:
+        neurons = torch.ones(anatomy.shape.layers, anatomy.shape.neurons)
+        neurons[layer, number] = factor
+        heads = torch.ones(anatomy.shape.layers, anatomy.shape.heads)
+        with plainly_steered(model, Steering(heads, neurons, setup.steering.provenance), mask):
+            rows = logits(model, inputs)[0, -2:].double().log_softmax(-1)
+        return sum(float(rows[i, token]) for i, token in enumerate(target))
+
+    for number in chosen:
+        slope = (value(number, 1.05) - value(number, 0.95)) / 0.1
+        assert float(sums["neurons_signed"][layer, number]) == pytest.approx(slope, rel=0.05, abs=2e-5)
+    assert not vars(model).get("prepare_inputs_for_generation")

@@ -12,6 +12,7 @@ from hones_eval.core.artifact import ModelShape, hash_of
 from hones_eval.core.head_edits import HeadEditName, head_edit
 from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.scope import Scope
 from hones_eval.errors import HonesError
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.methods.attribution import AttributionSettings
@@ -51,6 +52,7 @@ def rank(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    scope: str = "all",
     out: Path | None = None,
     resume: bool = False,
 ) -> Ranking:
@@ -80,6 +82,8 @@ def rank(
         objective: for `atp`; what the gradient is taken of.
         absolute: for `atp`; whether absolute values are taken per token position or per example.
         confirm: the number of best heads and of best neurons whose exact effect is measured and ranked by.
+        scope: the tokens at which sites are edited, as in `steer`; for `hones`, `vseam` and `atp`. Other
+            scopes than `all` take full passes.
         out: the folder to save the ranking to; while it is measured, progress is kept there in `partial`.
         resume: continue from the progress that a killed run of the same job left in `out`.
 
@@ -114,6 +118,7 @@ def rank(
         objective=objective,
         absolute=absolute,
         confirm=confirm,
+        scope=scope,
     )
     examples = model.examples(
         task,
@@ -140,7 +145,7 @@ def rank(
     model.loop.partial = partial
     try:
         job = Discovery(
-            model.replayer,
+            model.replayer.in_scope(scope),
             examples,
             model.loop,
             source,
@@ -175,6 +180,7 @@ def check_request(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    scope: str = "all",
 ) -> tuple[list[str], "Options"]:
     """Check what can be checked before a model is loaded.
 
@@ -200,7 +206,21 @@ def check_request(
     if confirm is not None:
         check_has_estimates(method)
         recorded["confirm"] = confirm
+    if not Scope.parse(scope).is_all:
+        _check_scope(Scope.parse(scope), method)
+        recorded["scope"] = scope
     return _tasks(tasks, method), Options(savings, attribution, recorded)
+
+
+def _check_scope(scope: Scope, method: MethodName) -> None:
+    """Raise HonesError for a scope that a method does not know, or at which it reads no neurons."""
+    if method not in EDITING:
+        raise HonesError(f"--scope only applies to --method {', '.join(EDITING)}, not to {method}")
+    if method == "hones" and not {"prompt", "text", "last"} & {*scope.names}:
+        raise HonesError(
+            f"--scope {scope} leaves out the last token of the prompt, where --method hones reads neurons: "
+            "use --method atp, or vseam for heads"
+        )
 
 
 class Options(NamedTuple):
@@ -211,6 +231,8 @@ class Options(NamedTuple):
     recorded: dict[str, Any]
 
 
+EDITING = ("hones", "vseam", "atp")
+"""Methods that edit sites, or estimate the effect of doing so."""
 _DEFAULTS = asdict(AttributionSettings())
 
 

@@ -56,6 +56,7 @@ def rank(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    scope: str = "all",
 ) -> Answer:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
 
@@ -100,6 +101,8 @@ def rank(
         absolute: for atp; whether absolute values are taken per token position, or of each example's sum.
         confirm: measure the exact effect of the best N heads and N neurons of an estimate one by one, and
             rank by it. A random sample of the others is measured too, to show how many were missed.
+        scope: the tokens at which sites are edited: all, prompt, image, text, last, generated, or several
+            joined by +; for hones, vseam and atp. Other scopes than all take full passes.
 
     Example:
         hones-eval rank --method hones --model llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf \\
@@ -122,6 +125,7 @@ def rank(
         "objective": objective,
         "absolute": absolute,
         "confirm": confirm,
+        "scope": scope,
     }
     ranking_api.check_request(tasks, method, **options)  # type: ignore[arg-type]
     loaded = api.load(

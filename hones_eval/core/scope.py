@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.edits import Scaling
 from hones_eval.core.experts import Routed
+from hones_eval.core.hooks import Edit, Site, editing
 from hones_eval.errors import EditError, HonesError
 
 NAMES = ("all", "prompt", "image", "text", "last", "generated")
@@ -155,6 +155,11 @@ class ScopeTracker:
         if self._acting is None:
             raise EditError(f"scope={self.scope}: a layer was called outside of the model's forward pass")
         return self._acting
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is followed."""
+        return self._model
 
     def attach(self) -> Self:
         """Start to follow the model."""
@@ -296,34 +301,58 @@ class ScopeTracker:
         return undo
 
 
-class Scoped:
-    """An edit that scales the tokens in a scope alone."""
+@contextmanager
+def editing_in(
+    tracker: ScopeTracker | None, edits: Sequence[tuple[Site, Edit]], answer: int = 0
+) -> Iterator[None]:
+    """Attach edits for the length of a `with` block, at the tokens in a scope; None is every token.
 
-    def __init__(self, scaling: Scaling, tracker: ScopeTracker, name: str) -> None:
-        """Apply `scaling` to the input of the module called `name` where `tracker` says so."""
-        self._scaling, self._tracker, self._name = scaling, tracker, name
+    The last `answer` tokens of a pass within the block are an answer's.
+    """
+    if tracker is None or not edits:
+        with editing(edits):
+            yield
+        return
+    scoped = [(site, Scoped(edit, tracker, site.name)) for site, edit in edits]
+    tracker.attach()
+    try:
+        with answer_follows(tracker.model, answer), editing(scoped):
+            yield
+    finally:
+        tracker.detach()
+
+
+class Scoped:
+    """An edit that acts on the tokens in a scope alone."""
+
+    def __init__(self, edit: Edit, tracker: ScopeTracker, name: str) -> None:
+        """Apply `edit` to the input of the module called `name` where `tracker` says so."""
+        self._edit, self._tracker, self._name = edit, tracker, name
+        if hasattr(edit, "routed"):
+            self.routed = self._routed
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Tensor:
-        """Scale the tokens in the scope of an input [..., features]."""
+        """Edit the tokens in the scope of an input [..., features]."""
         acting = self._tracker.acting
         if isinstance(acting, bool):
-            return self._scaling(x) if acting else x
+            return self._edit(x) if acting else x
         if acting.numel() != x.shape[:-1].numel():
             raise EditError(
                 f"{self._name} was called on {x.shape[:-1].numel()} tokens, where the model's pass has "
                 f"{acting.numel()}, so scope={self._tracker.scope} cannot be applied"
             )
         inside = acting.to(x.device).reshape(*x.shape[:-1], 1)
-        return torch.where(inside, self._scaling(x), x)
+        return torch.where(inside, self._edit(x), x)
 
-    def routed(self, part: Routed) -> Tensor:
-        """Scale the activations of routed tokens in the scope."""
+    def _routed(self, part: Routed) -> Tensor:
+        """Edit the activations of routed tokens in the scope."""
+        edit: Any = self._edit
         acting = self._tracker.acting
         if isinstance(acting, bool):
-            return self._scaling.routed(part) if acting else part.values
+            return edit.routed(part) if acting else part.values
         inside = acting.to(part.values.device)[part.rows, part.positions, None]
-        return torch.where(inside, self._scaling.routed(part), part.values)
+        return torch.where(inside, edit.routed(part), part.values)
 
 
 def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import editing
+from hones_eval.core.scope import editing_in
 from hones_eval.engine.continuation import (
     Differing,
     KeptKeys,
@@ -270,7 +270,7 @@ class GreedyExample:
     @torch.no_grad()
     def _decode_rows(self, edits: Sequence[SiteEdit]) -> list[list[int]]:
         anatomy = self._decoder.anatomy
-        with editing(list(site_edits(anatomy, edits))):
+        with editing_in(self._decoder.replayer.tracker, list(site_edits(anatomy, edits))):
             output = _generate(anatomy, **repeat_example(self._inputs, len(edits)), **self._settings)
         rows = output[:, self._plan.prompt.shape[1] :].tolist()
         return [cut_at_end(row, self._plan.end_tokens) for row in rows]

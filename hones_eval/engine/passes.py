@@ -16,7 +16,8 @@ from hones_eval.core.anatomy import ROUNDING as ROUNDING
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.experts import Routed
 from hones_eval.core.head_edits import head_edit, replace_heads_in_rows
-from hones_eval.core.hooks import Edit, Site, editing, recording
+from hones_eval.core.hooks import Edit, Site, recording
+from hones_eval.core.scope import ScopeTracker, editing_in
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.errors import HonesError
 
@@ -122,8 +123,18 @@ def _refuse(neurons: Mapping[int, Tensor], where: str) -> NoReturn:
 class FullPasses:
     """Edited passes by one hooked forward per edit: slow, exact for every model, the reference for replay."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Mapping[str, Any], read: int) -> None:
-        """Run the unedited pass; the last `read` positions are read."""
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        inputs: Mapping[str, Any],
+        read: int,
+        tracker: ScopeTracker | None = None,
+    ) -> None:
+        """Run the unedited pass; the last `read` positions are read, and all but the first are an answer's.
+
+        `tracker` knows the tokens that edits act on; by default all.
+        """
+        self._tracker, self._answer = tracker, read - 1
         self.anatomy = anatomy
         self.inputs = inputs
         self.read = slice(-read, None)
@@ -140,7 +151,7 @@ class FullPasses:
         """See `Passes.edited`."""
         for number, edit in enumerate(edits):
             with (
-                editing(list(site_edits(self.anatomy, [edit]))),
+                editing_in(self._tracker, list(site_edits(self.anatomy, [edit])), self._answer),
                 recording(present(self.anatomy.neurons_in), self.read) as neurons,
             ):
                 logits = self._forward()

@@ -52,7 +52,8 @@ class SharedReplayer:
         """Use the replayer's model; prompts without a shared prefix are replayed one at a time."""
         self.replayer = replayer
         self.anatomy = replayer.anatomy
-        self.inexact: str | None = None
+        tracker = replayer.tracker
+        self.inexact: str | None = None if tracker is None else f"scope={tracker.scope}"
         self._proven = False
 
     @torch.no_grad()

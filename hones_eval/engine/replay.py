@@ -29,6 +29,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward
 from hones_eval.core.probing import STATES
+from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
 from hones_eval.engine.passes import (
@@ -54,11 +55,15 @@ KeyReader = Callable[[int, Sequence[int], KeysValues], None]
 class Replayer:
     """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
 
-    def __init__(self, anatomy: Anatomy, rows: int | None = None) -> None:
-        """Replay at most `rows` edited passes at once; by default as many as suit the device."""
-        self.anatomy, self._rows = anatomy, rows
+    def __init__(self, anatomy: Anatomy, rows: int | None = None, scope: str | Scope = "all") -> None:
+        """Replay at most `rows` edited passes at once; by default as many as suit the device.
+
+        Edits act on the tokens of `scope`. Replay knows no other scope than `all`: others take full passes.
+        """
+        self.anatomy, self._rows, self._scope = anatomy, rows, Scope.parse(scope)
         self.limit = RowLimit(rows, _tokens_at_once(anatomy))
-        self.inexact: str | None = None
+        self.tracker = None if self._scope.is_all else ScopeTracker(anatomy, self._scope)
+        self.inexact: str | None = None if self._scope.is_all else f"edits act on scope={self._scope} only"
         self._proven = False
         self._ways: Ways = WAYS[0]
 
@@ -68,7 +73,11 @@ class Replayer:
         For a model that was changed since, by a steering for example: a proof holds only for the model that
         it was made on.
         """
-        return type(self)(self.anatomy, self._rows)
+        return type(self)(self.anatomy, self._rows, self._scope)
+
+    def in_scope(self, scope: str | Scope) -> "Replayer":
+        """A replayer of the same model whose edits act on the tokens of a scope."""
+        return self if Scope.parse(scope) == self._scope else type(self)(self.anatomy, self._rows, scope)
 
     @torch.no_grad()
     def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
@@ -95,7 +104,7 @@ class Replayer:
             replay.ways = self._ways
             if self.inexact is None:
                 return replay
-        return FullPasses(self.anatomy, inputs, read)
+        return FullPasses(self.anatomy, inputs, read, self.tracker)
 
     def _prove(self, replay: "Replay", full: FullPasses) -> None:
         """Find the first of `WAYS` that is exact; `inexact` is what the first one lacks if none is."""

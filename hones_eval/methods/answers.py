@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hones_eval.core import readouts
 from hones_eval.core.edits import Scaling
-from hones_eval.core.hooks import Edit, Site, editing
-from hones_eval.core.scope import Scope, Scoped, ScopeTracker, answer_follows
+from hones_eval.core.hooks import Edit, Site
+from hones_eval.core.scope import Scope, ScopeTracker, editing_in
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
@@ -142,17 +142,8 @@ class AnswersUnder:
     @contextmanager
     def _steered(self, names: tuple[str, ...], answer: int = 0) -> Iterator[None]:
         """Steer row `i` by the steering `names[i]`; the last `answer` tokens of a pass are the answer's."""
-        edits, tracker = self._row_edits(names), self._tracker
-        if tracker is None or not edits:
-            with editing(edits):
-                yield
-            return
-        tracker.attach()
-        try:
-            with answer_follows(self.anatomy.model, answer), editing(edits):
-                yield
-        finally:
-            tracker.detach()
+        with editing_in(self._tracker, self._row_edits(names), answer):
+            yield
 
     def _row_edits(self, names: tuple[str, ...]) -> list[tuple[Site, Edit]]:
         """An edit for each linear layer whose input is scaled by any of the steerings."""
@@ -165,13 +156,9 @@ class AnswersUnder:
                 neurons = torch.stack([steering.neuron_scales[layer] for steering in chosen])
                 neurons = self.anatomy.neuron_features(neurons, layer)
                 sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
-                scaled = [(site, rows) for site, rows in sites if not bool((rows == 1).all())]
-                edits += [(site, self._in_scope(Scaling(rows), site)) for site, rows in scaled]
+                edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
             self._edits[names] = edits
         return self._edits[names]
-
-    def _in_scope(self, scaling: Scaling, site: Site) -> Edit:
-        return scaling if self._tracker is None else Scoped(scaling, self._tracker, site.name)
 
     def _end_tokens(self, example: Example) -> list[int]:
         ends = example.settings.get("eos_token_id", self._config("eos_token_id"))

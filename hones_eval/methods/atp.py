@@ -25,6 +25,7 @@ def rank(job: Discovery) -> Ranking:
         job.replacement,
         job.attribution,
         kinds=("heads", "neurons"),
+        tracker=job.replayer.tracker,
     )
     totals = job.loop.run(job.examples, attribution, "attribution")
     head_scores = Attribution.scores(totals, "heads")

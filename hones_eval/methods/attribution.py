@@ -29,6 +29,7 @@ from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.experts import NeuronTap, Routed
 from hones_eval.core.hooks import Site, input_of
+from hones_eval.core.scope import ScopeTracker, answer_follows
 from hones_eval.errors import HonesError, TaskError, first_line
 from hones_eval.lmms.answers.margin import Margin
 from hones_eval.lmms.examples import Example
@@ -76,6 +77,7 @@ class Attribution:
         replacement: HeadReplacement | None = None,
         settings: AttributionSettings = SCREEN,
         kinds: Sequence[Kind] = ("heads",),
+        tracker: ScopeTracker | None = None,
     ) -> None:
         """Estimate for all heads, all neurons, or both.
 
@@ -85,8 +87,10 @@ class Attribution:
             replacement: how a head is removed; by default by the mean of the other heads.
             settings: the estimate, the objective and where absolute values are taken.
             kinds: the kinds of sites.
+            tracker: knows the tokens at which sites are removed; by default all.
         """
         self.anatomy, self.append, self.settings, self.kinds = anatomy, append, settings, tuple(kinds)
+        self.tracker = tracker
         self.replacement = replacement or HeadReplacement.by_mean(anatomy)
         self.sites = {"heads": anatomy.heads_in, "neurons": anatomy.neurons_in}
 
@@ -110,7 +114,15 @@ class Attribution:
             raise TaskError(f"{example.where}: its gold answer {example.target!r} has no tokens")
         self.replacement.prepare(example)
         # Loops run in inference mode, whose tensors cannot get gradients; copies made outside of it can.
-        with torch.inference_mode(False), torch.enable_grad(), _frozen(self.anatomy.model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _frozen(self.anatomy.model),
+            ExitStack() as stack,
+        ):
+            if self.tracker is not None:
+                stack.callback(self.tracker.attach().detach)
+                stack.enter_context(answer_follows(self.anatomy.model, len(example.target_ids) - 1))
             sums = self.zeros()
             sums["examples"] += 1
             inputs = _copied(self.append(example.inputs, example.settings, example.target_ids[:-1]))
@@ -134,7 +146,7 @@ class Attribution:
     def _first_order(self, example: Example, inputs: Mapping[str, Any]) -> "Pieces":
         """The activations of every site, with their gradients, by kind and layer."""
         places = [(kind, layer) for kind in self.kinds for layer in self._layers(kind)]
-        with _graph_from([self.sites[kind][layer] for kind, layer in places]) as kept:
+        with _graph_from([self.sites[kind][layer] for kind, layer in places], self.tracker) as kept:
             value = self._value(example, inputs)
         found = {place: kept[self.sites[place[0]][place[1]].name] for place in places}
         pieces = [piece for of_site in found.values() for piece in of_site]
@@ -147,19 +159,22 @@ class Attribution:
     def _integrated(self, example: Example, inputs: Mapping[str, Any]) -> "Pieces":
         """The same with each gradient averaged over the line from the replacement to the activations."""
         places = [(kind, layer) for kind in self.kinds for layer in self._layers(kind)]
-        with _graph_from([self.sites[kind][layer] for kind, layer in places]) as kept, torch.no_grad():
+        with (
+            _graph_from([self.sites[kind][layer] for kind, layer in places], self.tracker) as kept,
+            torch.no_grad(),
+        ):
             self._value(example, inputs)
         steps = self.settings.steps
         result: Pieces = {}
         for kind, layer in places:
             site = self.sites[kind][layer]
             pieces = [piece._replace(x=piece.x.detach()) for piece in kept[site.name]]
-            removed = [self._removed(kind, layer, piece.x) for piece in pieces]
+            removed = [self._removed(kind, layer, piece.x, piece.acting) for piece in pieces]
             totals = [torch.zeros_like(piece.x) for piece in pieces]
             for step in range(steps):
                 share = (step + 0.5) / steps
                 points = [r + share * (piece.x - r) for r, piece in zip(removed, pieces, strict=True)]
-                with _graph_from([site], {site.name: points}) as at:
+                with _graph_from([site], self.tracker, {site.name: points}) as at:
                     value = self._value(example, inputs)
                 found = _gradients(value, [piece.x for piece in at[site.name]], example)
                 totals = [total + one for total, one in zip(totals, found, strict=True)]
@@ -180,12 +195,19 @@ class Attribution:
             return sign * example.details.of(read[0, 0])
         return readouts.target_margin(read[0], ids)
 
-    def _removed(self, kind: Kind, layer: int, x: Tensor) -> Tensor:
-        """The activations of a layer [1, tokens, width] with every site removed, each as if alone."""
+    def _removed(self, kind: Kind, layer: int, x: Tensor, acting: Tensor | bool) -> Tensor:
+        """The activations of a layer with every site removed, each as if alone, at the tokens in the scope.
+
+        `x` is [1, tokens, width] or [pairs, width], and `acting` says which tokens or pairs are in the scope.
+        """
+        if acting is False:
+            return x
         if kind == "neurons":
-            return torch.zeros_like(x)
-        split = x.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1))
-        return self.replacement.replacement(layer, split).flatten(-2)
+            removed = torch.zeros_like(x)
+        else:
+            split = x.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1))
+            removed = self.replacement.replacement(layer, split).flatten(-2)
+        return removed if acting is True else torch.where(acting.to(x.device)[..., None], removed, x)
 
     def _drops(self, example: Example, kind: Kind, layer: int, piece: "_Piece") -> Tensor:
         """Estimates of the drop per token and site of one layer: [1, tokens, sites] or [pairs, width]."""
@@ -196,7 +218,7 @@ class Attribution:
                 f"--dtype float32 or bfloat16, or {WAY_OUT}"
             )
         x, gradient = piece.x.detach().float(), piece.gradient.float()
-        drops = gradient * (x - self._removed(kind, layer, x))
+        drops = gradient * (x - self._removed(kind, layer, x, piece.acting))
         if kind == "heads":
             drops = drops.unflatten(-1, (self.anatomy.shape.heads_of(layer), -1)).sum(-1)
         return drops
@@ -212,7 +234,9 @@ class Attribution:
         sums[kind][layer, here] += absolute.cpu()
         sums[f"{kind}_signed"][layer, here] += signed.cpu()
         if kind == "neurons" and "routed" in sums:
-            sums["routed"][layer, here] += (piece.by_site(torch.ones_like(drops)) > 0).cpu()
+            acting = torch.as_tensor(piece.acting, device=drops.device)
+            inside = torch.ones_like(drops) * (acting[..., None] if acting.ndim else acting)
+            sums["routed"][layer, here] += (piece.by_site(inside) > 0).cpu()
 
 
 class _Piece(NamedTuple):
@@ -221,6 +245,8 @@ class _Piece(NamedTuple):
     x: Tensor
     """[1, tokens, width], or [pairs, width] of routed tokens."""
     part: Routed | None = None
+    acting: Tensor | bool = True
+    """Whether the tokens, or pairs, are in the scope: one value for each or for all."""
     gradient: Tensor | None = None
 
     def by_site(self, values: Tensor) -> Tensor:
@@ -274,7 +300,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _graph_from(
-    sites: Sequence[Site], instead: Mapping[str, Sequence[Tensor]] | None = None
+    sites: Sequence[Site],
+    tracker: ScopeTracker | None = None,
+    instead: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Iterator[dict[str, list[_Piece]]]:
     """Record the inputs of sites with their position in the graph, which starts at the first of them.
 
@@ -287,7 +315,10 @@ def _graph_from(
     def keep(site: Site, x: Tensor, part: Routed | None = None) -> Tensor:
         x = next(given[site.name]) if site.name in given else x
         x = x if x.requires_grad else x.detach().requires_grad_(True)
-        kept.setdefault(site.name, []).append(_Piece(x, part))
+        acting = True if tracker is None else tracker.acting
+        if isinstance(acting, Tensor) and part is not None:
+            acting = acting.to(x.device)[part.rows, part.positions]
+        kept.setdefault(site.name, []).append(_Piece(x, part, acting))
         return x
 
     def register(site: Site) -> Any:

@@ -143,7 +143,12 @@ def localize(localization: HeadLocalization, loop: Loop, keep: int, savings: Sav
 def _screen(localization: HeadLocalization, loop: Loop, savings: Savings) -> dict[str, Any]:
     """Keep the best share of heads in play, by first-order estimates."""
     anatomy = localization.replayer.anatomy
-    attribution = Attribution(anatomy, localization.decoder.append_answer, localization.replacement)
+    attribution = Attribution(
+        anatomy,
+        localization.decoder.append_answer,
+        localization.replacement,
+        tracker=localization.decoder.replayer.tracker,
+    )
     estimates = Attribution.scores(loop.run(localization.examples, attribution, "screen"))
     count = len(localization.heads)
     kept = top_heads(estimates, savings.screened(count), anatomy.shape.head_mask())
