@@ -44,8 +44,18 @@ Change = Callable[[int, Tensor], Tensor]
 
 @pytest.fixture(scope="module", params=NAMES)
 def mixture(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel, Anatomy]:
-    model = census.build(request.param)
+    model = built(request.param)
     return request.param, model, Anatomy.of(model)
+
+
+@torch.no_grad()
+def built(name: str) -> PreTrainedModel:
+    """A tiny model whose experts write as much into the residual stream as other layers do."""
+    model = census.build(name)
+    for label, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "experts" in label:
+            parameter.mul_(parameter.shape[1] ** 0.5)
+    return model
 
 
 def experts_of(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -259,7 +269,7 @@ IMAGE_LIKE = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 0]])
 
 @pytest.fixture(scope="module")
 def ernie() -> tuple[PreTrainedModel, Anatomy]:
-    model = census.build("ernie4_5_vl_moe")
+    model = built("ernie4_5_vl_moe")
     return model, Anatomy.of(model)
 
 
