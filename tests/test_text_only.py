@@ -1,5 +1,6 @@
 """Language models that read text alone, dense and with experts, through the commands and lmms-eval."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 import hones_eval as he
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
+from hones_eval.jobs.rank import Discovery, discover, provenance
+from hones_eval.jobs.spike_in import SpikeIn, spike_in
 from hones_eval.lmms.models import load_lmm
+from hones_eval.methods import scaling
+from hones_eval.methods.answers import AnswersUnder
 from hones_eval.methods.banks import neuron_banks
 
 SHAPE = (4, 4)
@@ -284,3 +290,57 @@ def test_a_checkpoint_without_a_text_model_is_refused_in_one_line(tmp_path: Path
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path)
     with pytest.raises(HonesError, match="clip_vision_model, which in transformers is neither"):
         load_lmm("hones_hf", f"pretrained={tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_model_that_is_damaged_by_hooks_is_ranked_as_one_with_damaged_weights(
+    setup: Setup, ranking: Ranking
+) -> None:
+    """Damage and ranking find the experts on their own; the hooks of both have to act."""
+    model = he.load(*text_models.load(setup.checkpoint))
+    examples = model.examples("text_own", include_path=setup.tasks, limit=2)
+    damage = scaling.fixed(ranking, 0.1, 0.2)
+    found = []
+    for attach in ("hook", "fold"):
+        with he.steer(model.model, damage, attach):
+            source = provenance(model.anatomy, examples, "hones", {}, 0)
+            job = Discovery(model.replayer.unproven(), examples, model.loop, source, 3, 0.1)
+            found.append(discover(job))
+    by_hook, by_fold = found
+    for name in ("head_scores", "head_log_probability", "neuron_scores"):
+        first, other = getattr(by_hook, name), getattr(by_fold, name)
+        torch.testing.assert_close(first, other, rtol=1e-3, atol=1e-5)
+    undamaged = discover(dataclasses.replace(job, replayer=model.replayer.unproven()))
+    assert by_hook.head_log_probability is not None
+    assert undamaged.head_log_probability is not None
+    assert not torch.allclose(by_hook.head_log_probability, undamaged.head_log_probability, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_spike_in_damages_and_repairs_experts(setup: Setup, ranking: Ranking) -> None:
+    model = he.load(*text_models.load(setup.checkpoint))
+
+    def part(offset: int, limit: int) -> Any:
+        return model.examples("text_own", include_path=setup.tasks, offset=offset, limit=limit)
+
+    job = SpikeIn(
+        ranking,
+        model.replayer,
+        model.loop,
+        discovery=part(6, 2),
+        development=part(8, 2),
+        test=part(10, 2),
+        neurons=0.2,
+        damp=0.01,
+        method="dvp",
+        ways=("fixed",),
+        trials=1,
+    )
+    report = spike_in(job)
+    planted = [Neuron(*site) for site in report["planted"]]
+    assert planted == ranking.neurons(0.2)
+    assert report["rows"][0]["value"] == report["undamaged"]  # the exact repair
+    damage = scaling.scaled_neurons(ranking, planted, 0.01, {})
+    under = AnswersUnder(model.replayer, job.test, {"damage": damage})
+    answers = [under.measure(job.test[i]).record.answers["damage"] for i in range(2)]
+    assert report["damaged"] == sum(a.result["exact_match"] for a in answers) / 2
