@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/racing.py --tasks vqa_relation --examples 1000 --timed 1000
 	$(BIN)/python benchmarks/screening.py
+	$(BIN)/python benchmarks/attribution.py
 
 boards: $(READY) study
 	$(BIN)/python benchmarks/scenes_board.py

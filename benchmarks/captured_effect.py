@@ -56,23 +56,23 @@ GRADIENTS = ("atp",)
 SHARES = (0.0025, 0.01, 0.03, 0.1)
 HEADS = 4
 CEILING = 0.5
-"""A truth whose halves capture less than this share of each other's effect is called flat."""
+"""A truth whose halves capture less than this share of each other is flat: it cannot score a method."""
 
 
-def is_flat(effects: Effects, k: int) -> bool | None:
-    """Whether the best k sites of one half of the truth say little about the other half; None if unknown."""
+def ceiling_of(effects: Effects, k: int) -> float | None:
+    """The captured effect of the best k sites of one half of the truth on the other; None without halves."""
+    truth = effects.log_probability
     if not effects.halves:
         return None
-    truth = effects.log_probability
     if not bool((truth > 0).any()):
-        return True
-    ceiling = captured_effect(truth, truth, k, effects.halves["log_probability"]).ceiling
-    return ceiling is None or ceiling < CEILING
+        return 0.0
+    return captured_effect(truth, truth, k, effects.halves["log_probability"]).ceiling
 
 
 def scored(scores: Tensor | None, effects: Effects, k: int) -> dict[str, Any]:
     """Captured effect, ceiling and precision of scores [L, S]; empty without scores or with a flat truth."""
-    if scores is None or is_flat(effects, k) or not bool((effects.log_probability > 0).any()):
+    ceiling = ceiling_of(effects, k)
+    if scores is None or (ceiling is not None and ceiling < CEILING):
         return {}
     halves = effects.halves.get("log_probability")
     captured = captured_effect(scores, effects.log_probability, k, halves)
@@ -166,7 +166,7 @@ def cell(model: api.Model, task: str, seed: int, given: argparse.Namespace, trut
     curves = areas(
         losses(model, task, seed, given.test, banks), list(orders), counts, effects["neurons"].metric
     )
-    flat = {kind: is_flat(effects[kind], n) for kind, n in (("neurons", k), ("heads_by_mean", HEADS))}
+    ceilings = {name: ceiling_of(effects[name], n) for name, n in (("neurons", k), ("heads_by_mean", HEADS))}
     write_json(
         path,
         {
@@ -175,7 +175,7 @@ def cell(model: api.Model, task: str, seed: int, given: argparse.Namespace, trut
             "examples": given.examples,
             "test": given.test,
             "truth_examples": about["examples"],
-            "flat": flat,
+            "ceilings": ceilings,
             "rows": rows,
             "masking": curves,
         },
@@ -235,19 +235,24 @@ def area_table(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def flat_rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per task the examples of its truth, and whether single sites have a reliable effect."""
-    words = {True: "flat: not scored", False: "reliable", None: "unknown: measured without halves"}
+def task_rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per task the examples of its truth, and how well its halves agree about single sites."""
+
+    def words(ceiling: float | None) -> str:
+        if ceiling is None:
+            return "unknown: measured without halves"
+        return f"{ceiling:.2f}" + (": flat, not scored" if ceiling < CEILING else "")
+
     first = {found["task"]: found for found in reversed(cells)}
     return [
         {
             "task": found["task"],
             "images of the truth": found["truth_examples"],
-            "single neurons": words[found["flat"]["neurons"]],
-            "single heads": words[found["flat"]["heads_by_mean"]],
-            "seeds done": sum(one["task"] == found["task"] for one in cells),
+            "ceiling of neurons": words(found["ceilings"]["neurons"]),
+            "ceiling of heads": words(found["ceilings"]["heads_by_mean"]),
+            "seeds done": sum(cell["task"] == found["task"] for cell in cells),
         }
-        for found in sorted(first.values(), key=lambda one: TASKS.index(one["task"]))
+        for found in sorted(first.values(), key=lambda cell: TASKS.index(cell["task"]))
     ]
 
 
@@ -284,7 +289,7 @@ def write(given: argparse.Namespace) -> None:
         f"seed ranks on its own {first['examples']} discovery images, which the truth did not use, and masks "
         f"on its own {first['test']} test images. Cells show the mean over seeds and the range.\n",
         "## The tasks\n",
-        markdown_table(flat_rows(cells)),
+        markdown_table(task_rows(cells)),
         "## Neurons: captured effect of the best 1 %\n",
         markdown_table(table(cells, "neurons")),
         f"## Heads: captured effect of the best {HEADS}\n",
