@@ -15,6 +15,8 @@ import census
 import families
 import pytest
 import torch
+from family_doors import QUESTIONS, ask
+from lmms_eval.models import get_model
 from lmms_runs import write_steering
 from own_answers import write_tasks
 from torch import Tensor, nn
@@ -369,44 +371,62 @@ def t5_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_t5_is_ranked_scaled_and_steered_through_lmms_evals_own_wrapper(
-    t5_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """`rank` on text answers; the wrapper answers as the stock one, and otherwise when it is steered."""
-    from family_doors import QUESTIONS, ask
-    from lmms_eval.models import get_model
-
+@pytest.fixture(scope="module")
+def t5_flags(t5_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The model and a task of three questions whose gold answers it gives itself."""
     args = f"pretrained={t5_checkpoint},device=cpu"
-    tasks = write_tasks(tmp_path / "tasks", "instructblip", args, 3)
-    flags = [
-        "--model",
-        "instructblip",
-        "--model_args",
-        args,
-        "--tasks",
-        "own_a",
-        "--include_path",
-        str(tasks),
+    tasks = write_tasks(tmp_path_factory.mktemp("t5_tasks") / "own", "instructblip", args, 3)
+    return [
+        *("--model", "instructblip", "--model_args", args),
+        *("--tasks", "own_a", "--include_path", str(tasks)),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hones", "vseam", "atp", "dvp"])
+def test_t5_is_ranked_through_lmms_evals_own_wrapper(
+    t5_flags: list[str], method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "ranking"
-    assert (
-        main(["rank", "--method", "hones", *flags, "--heads", "4", "--neurons", "0.1", "--out", str(out)])
-        == 0
-    )
-    assert "replay exact" in capfd.readouterr().out
+    kinds = [] if method == "dvp" else ["--heads", "4"]
+    kinds += [] if method == "vseam" else ["--neurons", "0.1"]
+    assert main(["rank", "--method", method, *t5_flags, *kinds, "--out", str(out)]) == 0
     ranking = Ranking.load(out)
-    assert ranking.head_scores.shape == (4, HEADS)
-    assert bool((ranking.head_log_probability != 0).any(1).all())
-    assert ranking.neuron_scores is not None
-    assert (ranking.neuron_scores != 0).any(1).tolist() == [False, True, False, True]
-    write_steering(t5_checkpoint, tmp_path / "steering", seed=1)
+    if method != "dvp":
+        assert ranking.head_scores.shape == (4, HEADS)
+    if method == "hones":
+        assert "replay exact" in capfd.readouterr().out
+        assert ranking.head_log_probability is not None
+        assert bool((ranking.head_log_probability != 0).any(1).all())
+    if method != "vseam":
+        assert ranking.neuron_scores is not None
+        assert (ranking.neuron_scores != 0).any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.slow
+def test_t5_is_steered_through_lmms_evals_own_wrapper(t5_checkpoint: Path, tmp_path: Path) -> None:
+    """Without a steering it answers as the stock wrapper; with one otherwise, folded or not."""
+    args, steering = f"pretrained={t5_checkpoint},device=cpu", tmp_path / "steering"
+    write_steering(t5_checkpoint, steering, seed=1)
     answers = [
         ask(get_model(wrapper).create_from_arg_string(f"{args}{more}", {"batch_size": 1}), QUESTIONS)
         for wrapper, more in (
             ("instructblip", ""),
             ("hones_instructblip", ""),
-            ("hones_instructblip", f",steering={tmp_path / 'steering'}"),
+            ("hones_instructblip", f",steering={steering}"),
+            ("hones_instructblip", f",steering={steering},attach=fold"),
         )
     ]
-    assert answers[0] == answers[1] != answers[2]
+    assert answers[0] == answers[1]
+    assert answers[2] != answers[1]
+    assert answers[2] == answers[3]
+
+
+@pytest.mark.slow
+def test_tracing_an_encoder_decoder_is_one_line(
+    t5_flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*t5_flags[:4], "--clean", "own_a", "--edited", "own_b", *t5_flags[6:]]
+    assert main(["trace", *flags, "--out", str(tmp_path / "trace")]) != 0
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "InstructBlipForConditionalGeneration reads images by cross-attention" in line, line

@@ -203,7 +203,7 @@ def _tables(ranking: "Ranking") -> list[Table]:
         rows = [{"layer": head.layer, "head": head.head, "score": score} for head, score in best]
         tables.append(Table(f"The {len(rows)} best heads", rows))
     if ranking.neuron_scores is not None:
-        found = ranking.top_neurons(min(LISTED, ranking.neuron_scores.numel()))
+        found = ranking.top_neurons(min(LISTED, int(ranking.measured_neurons().sum())))
         rows = [{"layer": neuron.layer, "neuron": neuron.neuron, "score": score} for neuron, score in found]
         tables.append(Table(f"The {len(rows)} best neurons", rows))
         counts = Counter(neuron.layer for neuron in ranking.neurons())

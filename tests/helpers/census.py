@@ -29,6 +29,8 @@ OTHERS = {
 NOT_OURS = {"evolla", "pi0"}
 VOCABULARY = 128
 BLOCK = 100_003
+# Parts that read images and sound: without an image they are never called, and their weights stay undrawn.
+UNUSED = ("vision", "visual", "audio", "vqmodel", "image_tower", "token2wav")
 
 # Sizes of language models by their names in configurations. 4 heads in most.
 SIZES = {
@@ -137,6 +139,8 @@ def build(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> P
     block = torch.randn(BLOCK, generator=generator)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
+            if name not in NEED_IMAGES and any(part in label for part in UNUSED):
+                continue
             noise = _noise(parameter, block, generator)
             if parameter.dim() >= 2:
                 parameter.copy_(noise * (1.5 / parameter[0].numel() ** 0.5))
