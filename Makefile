@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: docs demo test test-fast torture coverage lint format wheel bench boards study
 
 demo: $(READY)
-	$(BIN)/hones-eval demo --out demo $(if $(PHOTOS),--photos "$(PHOTOS)") \
+	$(BIN)/hones-eval demo --out demo --overwrite $(if $(PHOTOS),--photos "$(PHOTOS)") \
 		$(if $(QUESTIONS),--questions "$(QUESTIONS)")
 
 test: $(READY)

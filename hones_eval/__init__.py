@@ -4,9 +4,11 @@ The public names are those of `__all__`; docs/python.md shows them at work.
 """
 
 from importlib import import_module
+from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hones_eval.errors import naming_arguments
 from hones_eval.version import __version__
 
 if TYPE_CHECKING:
@@ -67,4 +69,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return naming_arguments(found) if isfunction(found) else found

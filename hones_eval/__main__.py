@@ -1,6 +1,7 @@
 """The `hones-eval` command."""
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -14,7 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.commands import ARTIFACTS, COMMANDS, PAGED, command
+from hones_eval.commands import ARTIFACTS, COMMANDS, PAGED, TWO_WORDS, command
 from hones_eval.commands.answer import Answer, print_as_json, show
 from hones_eval.errors import HonesError, UsageError, printable
 from hones_eval.notes import note
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _joined(given: list[str]) -> list[str]:
     """Join the two words of a command such as `task new`, which is the command `task-new`."""
     both = "-".join(given[:2])
-    return [both, *given[2:]] if len(given) > 1 and both in COMMANDS else given
+    return [both, *given[2:]] if len(given) > 1 and both in TWO_WORDS else given
 
 
 class _Terminated:
@@ -207,11 +208,11 @@ def _check_out(name: str, arguments: dict[str, Any], overwrite: bool) -> None:
             pass
     except OSError as error:
         raise HonesError(f"--out {out}: cannot write in {existing} ({error.strerror})") from None
-    artifact = out / ARTIFACTS.get(name, "")
-    if name in ARTIFACTS and artifact.is_file() and not (overwrite or arguments.get("resume")):
+    there = [artifact for artifact in ARTIFACTS.get(name, ()) if (out / artifact).is_file()]
+    if there and not (overwrite or arguments.get("resume")):
         ways = "--overwrite or --resume" if "resume" in arguments else "--overwrite"
         raise HonesError(
-            f"--out {out} already holds {artifact.name} of another run: give {ways}, or another --out"
+            f"--out {out} already holds {there[0]} of another run: give {ways}, or another --out"
         )
 
 
@@ -236,7 +237,13 @@ def _how_to_go_on(given: Sequence[str]) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Switch off start-up banners, and progress bars without a terminal, which would bury our own lines."""
+    """Switch off start-up banners, and progress bars without a terminal, which would bury our own lines.
+
+    Quantization libraries that are installed are imported by others, and then warn about features that are
+    not used here.
+    """
+    for chatty in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     if not sys.stderr.isatty():

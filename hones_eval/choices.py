@@ -1,9 +1,11 @@
-"""The values that flags and arguments may take, in one module that imports nothing.
+"""The values that flags and arguments may take, in one module that imports nothing heavy.
 
 The command line and the type hints of the heavy modules share these names, so that `--help` needs no torch.
 """
 
 from typing import Literal
+
+from hones_eval.errors import HonesError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """A floating-point type of a model; `auto` leaves it as the wrapper loads it."""
@@ -60,3 +62,11 @@ Objective = Literal["log_probability", "margin"]
 """What attribution patching takes the gradient of."""
 Absolute = Literal["example", "position"]
 """Of what attribution patching takes absolute values."""
+
+
+def check_damage(damp: float, trials: int) -> None:
+    """Raise HonesError for a damage that cannot be undone, or a number of random controls below 1."""
+    if not 0 < damp < 1:
+        raise HonesError(f"--damp {damp:g}: give a scale above 0, which can be undone, and below 1")
+    if trials < 1:
+        raise HonesError(f"--trials {trials}: give 1 or more random controls")

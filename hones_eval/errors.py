@@ -1,6 +1,13 @@
 """The errors that a user can correct. The command line prints them as one line."""
 
 import re
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
 
 
 class HonesError(Exception):
@@ -38,6 +45,24 @@ def printable(text: str) -> str:
     Text from files must not reach a terminal or a page otherwise. Line breaks and tabs stay.
     """
     return _UNSEEN.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text)
+
+
+def naming_arguments(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """A function whose errors name its arguments as Python does: `heads`, where the command says `--heads`.
+
+    The commands and the Python API share their checks, whose messages name flags.
+    """
+    flags = re.compile(rf"--({'|'.join(signature(function).parameters)})\b")
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        try:
+            return function(*args, **kwargs)
+        except HonesError as error:
+            error.args = (flags.sub(r"\1", str(error)),)
+            raise
+
+    return call
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hones_eval.core.offloading import device_of
 from hones_eval.errors import HonesError
 
 from .hf_requests import (
@@ -129,8 +130,8 @@ class HfModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def device(self) -> torch.device:
-        """The device of the inputs."""
-        return self.model.device
+        """The device of the inputs; of an offloaded model, the one that it computes on."""
+        return device_of(self.model)
 
     @property
     def batch_size(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import CacheHook, lmms
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from hones_eval.core.adapters import apply_adapter, model_source, without_adapte
 from hones_eval.core.attach import AttachedSteering, AttachMode, attach_steering
 from hones_eval.core.scope import Scope
 from hones_eval.core.steering import Steering
+from hones_eval.core.unwrapping import held_model
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
 from hones_eval.lmms.answers.kind import NextTokenReader, settings_of
@@ -67,8 +68,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             scope: the tokens that the steering acts on: all, prompt, image, text, last, generated, or several
                 joined by +, as in image+last.
             allow_noop: run a steering that changes no logit of the first input.
-            peft: the folder or hub id of a PEFT adapter, such as a LoRA, to load onto the base model. With
-                attach=fold it is merged into the weights first.
+            peft: the folder or hub id of a PEFT adapter, such as a LoRA, to load onto the base model;
+                `org/name@revision` names a revision. With attach=fold it is merged into the weights first.
             kwargs: arguments of the base wrapper, which refuses unknown ones.
 
         Raises:
@@ -82,7 +83,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self._scope = Scope.parse(scope)
         if steering is None and not self._scope.is_all:
             raise HonesError(f"scope={scope} says where a steering acts: give steering= too")
-        check_arguments(type(self), kwargs, self.base_wrapper)
+        check_arguments(type(self), kwargs | {"peft": peft}, self.base_wrapper)
         loaded = None if steering is None else _load(str(steering))
         base = _class_after(Steered, type(self))
         kwargs = without_adapter(kwargs if peft is None else kwargs | {"peft": peft})
@@ -318,8 +319,8 @@ def inner_model(wrapper: lmms) -> PreTrainedModel:
 
     Raises: HonesError when there is none, or more than one.
     """
-    held = [_unwrapped(value) for value in vars(wrapper).values() if isinstance(value, nn.Module)]
-    found = {id(model): model for model in held if isinstance(model, PreTrainedModel)}
+    held = [held_model(value) for value in vars(wrapper).values()]
+    found = {id(model): model for model in held if model is not None}
     if len(found) > 1:
         found = {key: model for key, model in found.items() if model.can_generate()}
     if len(found) != 1:
@@ -328,12 +329,6 @@ def inner_model(wrapper: lmms) -> PreTrainedModel:
             f"{type(wrapper).__name__} holds {kinds}; exactly one model that generates is needed to steer it"
         )
     return next(iter(found.values()))
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while not isinstance(module, PreTrainedModel) and isinstance(getattr(module, "module", None), nn.Module):
-        module = cast(nn.Module, module.module)
-    return module
 
 
 def _attached(

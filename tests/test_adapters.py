@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import families
 import lmms_eval.models  # noqa: F401  registers the wrappers
 import pytest
 import torch
+from hub import commit_of, serving
 from lmms_eval.models import MODEL_REGISTRY_V2 as REGISTRY
+from lmms_runs import environment
 from own_answers import write_tasks
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from PIL import Image
@@ -247,7 +251,7 @@ def test_adapters_that_are_missing_or_do_not_fit_are_one_line(
     config = json.loads((wider / "adapter_config.json").read_text())
     (wider / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
     for source, message in (
-        (tmp_path / "nowhere", "no PEFT adapter there"),
+        (tmp_path / "nowhere", "nowhere: no such folder"),
         (llava_checkpoint, "no PEFT adapter there"),
         (incomplete, "does not fit LlavaForConditionalGeneration: Found missing adapter keys"),
         (wider, "does not fit LlavaForConditionalGeneration: Error"),
@@ -291,3 +295,73 @@ def test_a_steering_for_another_model_of_the_same_shape_warns_and_names_both(
         for same in (model, load(copied)):
             with steer(same, steering):
                 logits(same)
+
+
+def test_an_adapter_folder_in_place_of_the_model_is_ranked_and_exported_with_its_base(
+    llava_checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """`pretrained=ADAPTER` for `rank`, and `--pretrained ADAPTER` for `export`."""
+    tasks = write_tasks(tmp_path / "tasks", "llava_hf", f"pretrained={llava_checkpoint}", 2)
+    out = tmp_path / "out"
+    rank = ["rank", "--method", "write_norm", "--model", "llava_hf", "--model_args", f"pretrained={adapter}"]
+    rank += ["--tasks", "own_a", "--include_path", str(tasks), "--limit", "1", "--neurons", "0.05"]
+    assert main([*rank, "--out", str(out / "ranking")]) == 0
+    header = read_json(out / "ranking" / "ranking.json")
+    assert (header["base_model"], header["adapter"]) == (str(llava_checkpoint), str(adapter))
+    scale = ["scale", "--ranking", str(out / "ranking"), "--how", "fixed", "--factor", "3"]
+    assert main([*scale, "--out", str(out / "steering")]) == 0
+    steering = Steering.load(out / "steering")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a PeftModel in memory does not say where its adapter is from
+        peft_model = PeftModel.from_pretrained(load(llava_checkpoint), adapter).eval()
+        with steer(peft_model, steering):
+            expected = logits(peft_model)
+    for name, more in (("by the steering", []), ("by name", ["--pretrained", str(adapter)])):
+        export = ["export", "--steering", str(out / "steering"), "--to", "checkpoint", *more]
+        assert main([*export, "--out", str(out / name)]) == 0
+        torch.testing.assert_close(logits(load(out / name)), expected, **CLOSE)
+        assert not (out / name / "adapter_config.json").exists()
+
+
+HUB_CHILD = """
+import json, sys
+import torch
+from hones_eval.core.adapters import adapter_of
+from hones_eval.core.steering import Steering
+from hones_eval.lmms.models import inner_model, load_lmm
+
+base, adapter = sys.argv[1:]
+found = {}
+for given in (adapter, adapter + "@" + sys.stdin.read()):
+    model = inner_model(load_lmm("llava_hf", f"pretrained={base},peft={given},dtype=float32,device=cpu"))
+    loaded, made = adapter_of(model), Steering.by_hand(model, neurons={(0, 1): 2.0}).provenance
+    weight = model.get_parameter("model.language_model.layers.0.mlp.down_proj.lora_B.default.weight")
+    found[given] = {
+        "adapter": [loaded.id, loaded.revision],
+        "made": [made.base_model, made.adapter, made.adapter_revision],
+        "sum": float(weight.double().sum()),
+    }
+print(json.dumps(found))
+"""
+
+
+def test_an_adapter_of_the_hub_is_loaded_by_id_and_revision(
+    llava_checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    commit, key = (
+        commit_of(files),
+        "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_B.weight",
+    )
+    with serving({"org/lora": files}) as url:
+        env = environment(tmp_path, url)
+        command = [sys.executable, "-c", HUB_CHILD, str(llava_checkpoint), "org/lora"]
+        done = subprocess.run(command, env=env, input=commit, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = float(load_file(adapter / "adapter_model.safetensors")[key].double().sum())
+    assert list(found) == ["org/lora", f"org/lora@{commit}"]
+    for one in found.values():
+        assert one["adapter"] == ["org/lora", commit]
+        assert one["made"] == [str(llava_checkpoint), "org/lora", commit]
+        assert one["sum"] == pytest.approx(expected)

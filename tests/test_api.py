@@ -13,6 +13,8 @@ import torch
 
 import hones_eval as he
 from hones_eval.__main__ import main
+from hones_eval.api.ranking import default_heads
+from hones_eval.core.artifact import ModelShape
 from hones_eval.errors import HonesError
 from hones_eval.toy import checkpoint_path
 
@@ -80,6 +82,42 @@ def test_a_loaded_model_gives_the_ranking_of_its_wrapper(model: he.Model) -> Non
     assert loaded.model is live
     with pytest.raises(HonesError, match="give the processor of the loaded model too"):
         he.load(live)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "honse"}, "there is no method 'honse': choose one of hones, vseam, "),
+        ({"heads": 1000}, "heads 1000: cannot choose 1000 of 48 heads (6 layers of 8): ask for 1 to 48"),
+        ({"method": "vseam", "race": 0.1}, "race and screen only apply to method hones, not to vseam"),
+    ],
+)
+def test_errors_name_arguments_as_python_does(model: he.Model, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(HonesError) as caught:
+        he.rank(model, DISCOVERY, limit=2, **given)
+    assert str(caught.value).startswith(says)
+    assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "share"), [(32, 32, 30), (6, 8, 1), (1, 8, 1), (64, 64, 30), (24, 16, 11)]
+)
+def test_the_default_number_of_heads_is_the_papers_share(layers: int, heads: int, share: int) -> None:
+    assert default_heads(ModelShape(layers, heads, 4, 8, 16, 99)) == share
+
+
+@pytest.mark.usefixtures("models_loaded_once")
+def test_the_command_says_how_many_heads_it_took_and_refuses_only_an_explicit_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "hones_llava", "--model_args", MODEL_ARGS, "--tasks", DISCOVERY, "--limit", "1"]
+    rank = ["rank", "--method", "vseam", *flags, "--out", str(tmp_path / "ranking")]
+    assert main(rank) == 0
+    printed = capsys.readouterr()
+    assert "--heads is 1 for the 48 heads of this model, the paper's share (30 of 1024)" in printed.out
+    assert he.Ranking.load(tmp_path / "ranking").provenance.settings["heads"] == 1
+    assert main([*rank, "--overwrite", "--heads", "49"]) == 1
+    assert "--heads 49: cannot choose 49 of 48 heads" in capsys.readouterr().err
 
 
 def test_steering_by_hand_takes_what_load_returns(model: he.Model) -> None:

@@ -12,7 +12,7 @@ import own_answers
 import plain
 import pytest
 import torch
-from families import Family
+from families import NAMES, Family
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -103,8 +103,20 @@ def zero_neuron(neuron: int) -> Callable[[Tensor], Tensor]:
     return towards
 
 
+ESTIMATED = ["llava", "qwen2_5_vl", "instructblip", "gemma3", "paligemma", "smolvlm"]
+
+
+def test_every_family_whose_inputs_have_token_types_is_estimated(
+    build_family: Callable[[str], Family],
+) -> None:
+    """A wrong type of the appended answer gives scores that look plausible."""
+    typed = [name for name in NAMES if "token_type_ids" in inputs_of(build_family(name))]
+    assert typed
+    assert set(typed) <= set(ESTIMATED)
+
+
 @pytest.mark.parametrize("objective", ["log_probability", "margin"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "instructblip", "gemma3", "paligemma", "smolvlm"])
+@pytest.mark.parametrize("name", ESTIMATED)
 def test_estimates_are_slopes(name: str, objective: Objective, build_family: Callable[[str], Family]) -> None:
     """Of every head, and of some neurons of every layer; weights neither get gradients nor change."""
     family = build_family(name)

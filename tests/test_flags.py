@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hones_eval.__main__ import main
-from hones_eval.commands import COMMANDS, command
+from hones_eval.commands import ARTIFACTS, COMMANDS, command
 from hones_eval.commands.help_texts import choices, command_help, sections
 
 
@@ -64,6 +64,33 @@ def test_a_wrong_choice_lists_the_choices(name: str, capsys: pytest.CaptureFixtu
         assert all(choice in line for choice in names), line
 
 
+@pytest.mark.parametrize("given", [["task", "nwe"], ["task"], ["taks", "new"], ["task-nwe"]])
+def test_a_command_of_two_words_is_suggested_as_two_words(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "did you mean task new?" in complaint(given, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--damp", "1.5"], "--damp 1.5: give a scale above 0, which can be undone, and below 1"),
+        (["--trials", "0"], "--trials 0: give 1 or more random controls"),
+    ],
+)
+def test_a_damage_that_cannot_be_undone_is_refused_before_anything_is_read(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the ranking nor the model exists, and neither is complained about."""
+    given = ["spike-in", "--ranking", "none", "--model", "none", "--tasks", "t", "--out", str(tmp_path / "o")]
+    assert says in complaint([*given, *flags], capsys, status=1)
+
+
+def test_a_folder_that_does_not_exist_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(["anatomy", "--pretrained", "/nonexistent"], capsys, status=1)
+    assert line == "hones-eval: pretrained=/nonexistent: no such folder"
+
+
 def test_a_misspelled_method_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(["rank", "--method", "honse"], capsys)
     assert "--method honse: did you mean hones? choose one of hones, vseam" in line
@@ -114,3 +141,31 @@ def test_a_result_of_another_run_is_not_overwritten(
         assert main([*given, way]) == 1
         assert "no model named 'none'" in capsys.readouterr().err
     assert (tmp_path / "ranking.json").read_text() == "{}"
+
+
+REQUIRED = {
+    "demo": ["--photos", "none"],
+    "scale": ["--ranking", "none", "--how", "fixed"],
+    "verify": ["--ranking", "none", "--model", "none", "--tasks", "t"],
+    "compare": ["none", "none"],
+    "trace": ["--clean", "t", "--edited", "u", "--model", "none", "--what", "last"],
+    "lens": ["--model", "none", "--tasks", "t"],
+    "spike-in": ["--ranking", "none", "--model", "none", "--tasks", "t"],
+    "power": ["--tasks", "t"],
+    "export": ["--steering", "none", "--to", "ia3"],
+    "rank": ["--method", "hones", "--model", "none", "--tasks", "t"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "artifact"), [(name, file) for name, files in ARTIFACTS.items() for file in files]
+)
+def test_no_command_overwrites_the_result_of_another_run(
+    name: str, artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / artifact
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    given = [name, *REQUIRED[name], "--out", str(tmp_path)]
+    assert f"already holds {artifact} of another run: give --overwrite" in complaint(given, capsys, status=1)
+    assert file.read_text() == "{}"

@@ -23,7 +23,7 @@ def level(folder: str, *may_import: str) -> None:
 level("version")
 level("errors")
 level("limits")
-level("choices")
+level("choices", "errors")
 level("notes", "errors")
 level("core", "errors", "limits", "version", "choices", "notes")
 level("engine", "core")

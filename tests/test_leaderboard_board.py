@@ -640,6 +640,20 @@ def test_a_broken_manifest_is_a_line_and_no_more(tmp_path: Path, damage: str) ->
     assert len(board.unreadable) == 2
 
 
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    """As some editors on Windows write them."""
+    write_pair(tmp_path)
+    plain = board_of(tmp_path)
+    for path in tmp_path.rglob("*.json*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = board_of(tmp_path)
+    assert marked.warnings == plain.warnings
+    ((row,), (expected,)) = marked.rows, plain.rows
+    assert (row.baseline, row.steered, row.n) == (expected.baseline, expected.steered, expected.n)
+    assert row.verdict == expected.verdict
+    assert not marked.unranked
+
+
 def test_manifests_that_repeat_each_other_are_told_apart(tmp_path: Path) -> None:
     """Requests that read as those of the manifest before are not decoded again; any other are."""
     write_pair(tmp_path)

@@ -12,6 +12,7 @@ import plain
 import pytest
 import torch
 
+import hones_eval as he
 from hones_eval.__main__ import main
 from hones_eval.api import scaling as scaling_api
 from hones_eval.core.anatomy import Anatomy
@@ -237,14 +238,28 @@ def test_the_commands_write_steerings(
     assert "on development examples: log_probability" in printed
 
 
+@pytest.mark.parametrize("how", ["grid", "search"])
 def test_nothing_is_written_when_no_strength_helps(
-    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--offset", 4, "--limit", 3, "--factors", "[1]", "--out", tmp_path]
-    assert main(own.command("scale", "--how", "grid", "--ranking", own.rankings / "hones", *flags)) == 1
+    """The refusal has the warnings that a steering would have: here that all gold answers are the same."""
+    flags = ["--offset", 4, "--limit", 2, "--factors", "[1]", "--groups", 1, "--out", tmp_path]
+    flags += ["--metric", "log_probability", "--target", "{{'red'}}"]
+    assert main(own.command("scale", "--how", how, "--ranking", own.rankings / "hones", *flags)) == 1
     said = own_answers.complaint(capsys.readouterr().err)
     assert "no strength helped on development examples: nothing was written" in said
+    assert "all 2 gold answers of own_a are 'red', so any edit" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chosen_steering_that_changes_nothing_is_refused_by_the_function_too(
+    development: Development, own: own_answers.Prepared, hones: Ranking
+) -> None:
+    """`fixed --factor 1`, a grid and a search follow one rule."""
+    job = dataclasses.replace(development, factors=(1.0,), groups=1)
+    assert all(chosen.is_noop for chosen in (grid(job), search(job)))
+    with pytest.raises(HonesError, match="every scale is 1: this steering would change nothing"):
+        he.scale(hones, how="fixed", factor=1.0)
 
 
 def test_strengths_of_heads_are_chosen_by_the_command(

@@ -11,6 +11,17 @@ from make_logs import Questions, Steered, write_run
 from hones_eval.commands import COMMANDS
 
 HEAVY = ("torch", "transformers", "lightning", "lmms_eval", "datasets", "scipy", "matplotlib")
+SPIKE_IN = ["spike-in", "--ranking", "r", "--model", "m", "--tasks", "t", "--out", "o"]
+WRONG_VALUES = [
+    ["rank", "--method", "honse"],
+    ["rank", "--method", "hones", "--model", "llava_hf", "--dtype", "float23"],
+    ["scale", "--how", "fxed"],
+    ["export", "--to", "chekpoint"],
+    ["task", "nwe"],
+    [*SPIKE_IN, "--damp", "1.5"],
+    [*SPIKE_IN, "--trials", "0"],
+    [*SPIKE_IN, "--parts", "[3, 4]"],
+]
 # Runs a command and prints which heavy libraries it imported, on the last line of standard error.
 CHILD = """
 import json, sys
@@ -37,7 +48,7 @@ def test_version_and_help_of_the_program_import_nothing_heavy() -> None:
 
 
 def test_help_and_refused_flags_of_every_command_import_nothing_heavy() -> None:
-    """All in one process, as each leaves what it imported behind."""
+    """Flags that are unknown, missing or of a wrong value, in one process, which keeps what it imports."""
     code = "\n".join(
         [
             "import contextlib, io, json, sys",
@@ -47,6 +58,9 @@ def test_help_and_refused_flags_of_every_command_import_nothing_heavy() -> None:
             "        with contextlib.suppress(SystemExit):",
             "            main([name, '--help'])",
             "        assert main([name, '--limt', '3']) == 2",
+            "        assert name == 'demo' or main([name]) == 2",
+            f"    for given in {WRONG_VALUES!r}:",
+            "        assert main(given) in (1, 2), given",
             f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))",
         ]
     )

@@ -1,6 +1,9 @@
 """Steering layers that do not multiply by a plain weight: hooks act, and folding is refused by experiment."""
 
+import dataclasses
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
@@ -9,6 +12,7 @@ import torch
 from families import Family
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.attach import steer
@@ -140,13 +144,8 @@ def plainly_scaled(family: Family, neurons: dict[tuple[int, int], float]) -> Ten
     return scaled
 
 
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.filterwarnings("ignore")
-def test_hooks_act_and_folding_and_exporting_are_refused(name: str, tmp_path: Any) -> None:
-    family = families.build("llava")
-    shape = Anatomy.of(family.model).shape
-    CHANGES[name](family.model)
-    assert Anatomy.of(family.model).shape == shape
+def check(family: Family, folder: Path) -> None:
+    """A hook acts as plain hooks do, and folding and exporting are refused and change nothing."""
     neurons = {(0, 3): 9.0, (2, 5): -9.0}
     steering = Steering.by_hand(family.model, neurons=neurons)
     plain, expected = logits(family), plainly_scaled(family, neurons)
@@ -156,6 +155,49 @@ def test_hooks_act_and_folding_and_exporting_are_refused(name: str, tmp_path: An
     with pytest.raises(HonesError, match=r"layers\.0\.mlp\.down_proj .*use attach=hook"):
         steer(family.model, steering, how="fold").__enter__()
     with pytest.raises(HonesError, match=r"cannot be exported|export of it would lose the adapter"):
-        export_checkpoint(family.model, steering, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        export_checkpoint(family.model, steering, folder / "out")
+    assert not (folder / "out").exists()
     torch.testing.assert_close(logits(family), plain, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_act_and_folding_and_exporting_are_refused(name: str, tmp_path: Path) -> None:
+    family = families.build("llava")
+    shape = Anatomy.of(family.model).shape
+    CHANGES[name](family.model)
+    assert Anatomy.of(family.model).shape == shape
+    check(family, tmp_path)
+
+
+def torchao_config() -> Any:
+    return TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+
+
+# The configurations of `from_pretrained(..., quantization_config=...)`, with the library that each needs.
+CONFIGS: dict[str, tuple[str, str, Callable[[], Any]]] = {
+    "quanto int8": ("optimum.quanto", "optimum-quanto", lambda: QuantoConfig(weights="int8")),
+    "torchao int8": ("torchao.quantization", "torchao", torchao_config),
+    "bitsandbytes int8": ("bitsandbytes", "bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_are_quantized_while_they_are_loaded(
+    name: str, llava_checkpoint: Path, tmp_path: Path
+) -> None:
+    module, library, config = CONFIGS[name]
+    pytest.importorskip(module, reason=f"needs the extra [quantized]: {library}")
+    model = AutoModelForImageTextToText.from_pretrained(
+        llava_checkpoint, quantization_config=config(), device_map="cpu", dtype=torch.float32
+    ).eval()
+    family = dataclasses.replace(families.build("llava"), model=model)
+    assert type(down_projections(model)[0][1]) is not nn.Linear or not is_plain(model), "not quantized"
+    check(family, tmp_path)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether the first down projection has a plain floating-point weight."""
+    weight = down_projections(model)[0][1].weight
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.is_floating_point()

@@ -51,7 +51,7 @@ class Model:
     ) -> Self:
         """Measure an lmms-eval model that is already built."""
         anatomy = Anatomy.of(inner_model(lmm))
-        accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.unembedding.is_cuda else "cpu"
+        accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.device.type == "cuda" else "cpu"
         loop = Loop(accelerator, devices, num_nodes)
         rows = None if batch_size == "auto" else batch_size
         return cls(name, model_args, lmm, anatomy, Replayer(anatomy, rows), loop)

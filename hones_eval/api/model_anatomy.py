@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from hones_eval.core.files import check_folder
 from hones_eval.errors import HonesError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def anatomy(pretrained: str, *, dtype: str | None = None, trust_remote_code: boo
     Example:
         hones_eval.anatomy("Qwen/Qwen2.5-VL-72B-Instruct").heads[0]  # 64
     """
+    check_folder("pretrained", pretrained)
     from transformers import AutoConfig
 
     try:

@@ -177,9 +177,10 @@ def scale(
             steering.save(out)
         partial.clear()  # after the result is written, so that a kill in between loses nothing
     if steering.is_noop:
+        warned = "".join(f"; {warning}" for warning in steering.provenance.settings.get("warnings", []))
         raise HonesError(
             "no strength helped on development examples: nothing was written; the best is the model without "
-            f"steering ({summary(steering.provenance.settings)})"
+            f"steering ({summary(steering.provenance.settings)}){warned}"
         )
     return steering
 

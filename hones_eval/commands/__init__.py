@@ -27,19 +27,24 @@ COMMANDS = (
     "anatomy",
 )
 
-# The file that a finished run of a command leaves in --out. An --out that holds it is refused unless
-# --overwrite (or the command's own --resume) is given. Commands that are missing here may be run again on
-# the same folder: they add to it, or rebuild a page from the same inputs.
+# Commands that are written as two words.
+TWO_WORDS = {"task-new": "task new"}
+
+# The files that a finished run of a command leaves in --out, at least one of them. An --out that holds one is
+# refused unless --overwrite (or the command's own --resume) is given. Commands that are missing here may be
+# run again on the same folder: `study` and `edit` continue, and refuse other settings themselves;
+# `leaderboard` rebuilds its page from logs.
 ARTIFACTS = {
-    "rank": "ranking.json",
-    "scale": "steering.json",
-    "verify": "verify.json",
-    "compare": "compare.json",
-    "trace": "trace.json",
-    "lens": "lens.json",
-    "spike-in": "spike_in.json",
-    "power": "power.json",
-    "export": "config.json",
+    "demo": ("ranking/ranking.json",),
+    "rank": ("ranking.json",),
+    "scale": ("steering.json",),
+    "verify": ("verify.json",),
+    "compare": ("compare.json",),
+    "trace": ("trace.json",),
+    "lens": ("lens.json",),
+    "spike-in": ("spike_in.json",),
+    "power": ("power.json",),
+    "export": ("config.json", "adapter_config.json"),
 }
 
 

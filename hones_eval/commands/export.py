@@ -51,8 +51,10 @@ def export(
     base = pretrained or loaded.provenance.base_model
     source = loaded.provenance
     adapter, revision = (peft, None) if peft else (source.adapter, source.adapter_revision)
-    if adapter is None and (named := adapter_base(base)) is not None:
-        base, adapter = named, base
+    if (named := adapter_base(base)) is not None:  # an adapter's folder in place of the base model
+        if peft is not None:
+            raise HonesError(f"--pretrained {base} and --peft are two adapters; only one is supported")
+        base, adapter, revision = named, base, None
     if out.resolve() in {Path(path).resolve() for path in (base, adapter) if path is not None}:
         raise HonesError(f"--out {out} is the base model's own folder: give another one")
     if adapter is not None and to == "ia3":

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hones_eval.commands import ARTIFACTS, COMMANDS, command
+from hones_eval.commands import ARTIFACTS, COMMANDS, TWO_WORDS, command
 from hones_eval.commands.help_texts import choices, placeholder, sections
 from hones_eval.errors import UsageError
 
@@ -55,6 +55,7 @@ def parser_of(name: str) -> Any:
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--config", action="config")
     bare = set()
+    qualified = function.__qualname__
     for parameter in inspect.signature(function).parameters.values():
         if parameter.annotation == list[Path] and parameter.default is parameter.empty:
             bare.add(parameter.name)
@@ -62,7 +63,13 @@ def parser_of(name: str) -> Any:
         elif parameter.default is False:
             bare.add(parameter.name)
             parser.add_argument(f"--{parameter.name}", action="store_true")
-    parser.add_function_arguments(function, as_group=False, skip=bare)
+    # jsonargparse looks for the function by its name in every parent module, where `hones_eval.rank` and
+    # its like import torch when they are looked up.
+    function.__qualname__ = f"{qualified} command"
+    try:
+        parser.add_function_arguments(function, as_group=False, skip=bare)
+    finally:
+        function.__qualname__ = qualified
     return parser
 
 
@@ -74,7 +81,10 @@ def _command_name(given: Sequence[str]) -> str:
         return name
     if name.startswith("-"):
         raise UsageError(f"{name} is not a flag of hones-eval itself: give the command first, then its flags")
-    raise UsageError(f"there is no command {name!r}: {_nearest(name, COMMANDS)}")
+    shown = [TWO_WORDS.get(known, known) for known in COMMANDS]
+    two = " ".join(given[:2])
+    typed = two if any(known.partition(" ")[0] == name for known in shown) else name
+    raise UsageError(f"there is no command {typed!r}: {_nearest(typed, shown)}")
 
 
 def _refuse_unknown_flags(name: str, words: Sequence[str]) -> None:

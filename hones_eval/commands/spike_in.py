@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hones_eval.choices import Correction, DType, Plant, Rows, Way
+from hones_eval.choices import Correction, DType, Plant, Rows, Way, check_damage
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
 from hones_eval.methods.registry import MethodName as Method
@@ -82,14 +82,15 @@ def spike_in(
         hones-eval spike-in --ranking runs/vqa --model llava_hf --model_args pretrained=... \\
             --tasks vqav2_val --parts "[200,200,500]" --damp 0.25 --out runs/vqa-spike-in
     """
+    check_damage(damp, trials)
+    if parts is not None and (len(parts) != 3 or min(parts) < 1):
+        raise HonesError(f"--parts {parts}: give three sizes, for discovery, development and test")
     from hones_eval import api
     from hones_eval.core.ranking import Ranking
     from hones_eval.jobs.spike_in import SpikeIn
     from hones_eval.jobs.spike_in import spike_in as run
     from hones_eval.reports import spike_in as report_of
 
-    if parts is not None and (len(parts) != 3 or min(parts) < 1):
-        raise HonesError(f"--parts {parts}: give three sizes, for discovery, development and test")
     scores = Ranking.load(ranking)
     loaded = api.load(
         model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes

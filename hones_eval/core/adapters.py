@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hones_eval.core.files import check_folder
 from hones_eval.errors import HonesError, first_line
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def load_adapter(model: Model, source: str, *, revision: str | None = None, merg
 
     Args:
         model: the base model. It is changed in place.
-        source: the adapter's folder or hub id.
+        source: the adapter's folder or hub id. `org/name@revision` names a revision too.
         revision: a branch, tag or commit of the hub repository.
         merge: add the adapter to the weights, so that nothing of PEFT is left in the model. Needed to fold or
             export a steering. In half precision the merged weights are rounded, and so are the results.
@@ -66,6 +67,9 @@ def load_adapter(model: Model, source: str, *, revision: str | None = None, merg
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    check_folder("peft", source)
+    if revision is None and not Path(source).exists() and "@" in source:
+        source, _, revision = source.rpartition("@")
     if has_adapter(model) or adapter_of(model) is not None:
         raise HonesError(f"peft={source}: the model has an adapter already; only one is supported")
     try:

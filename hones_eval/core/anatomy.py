@@ -18,10 +18,11 @@ from hones_eval.core import edits
 from hones_eval.core.adapters import effective_weight, has_adapter
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.experts import NeuronTap
-from hones_eval.core.hooks import Site, editing, recording
+from hones_eval.core.hooks import Site, editing, recording, uncompiled
 from hones_eval.core.last_step import ROUNDING as ROUNDING
 from hones_eval.core.last_step import LastStep, Stack, close, prove_last_step
-from hones_eval.core.probing import LayerAt, Probe, decoder_layers, is_offloaded
+from hones_eval.core.offloading import device_of, in_memory, is_offloaded
+from hones_eval.core.probing import LayerAt, Probe, decoder_layers
 from hones_eval.core.structure import (
     HeadGroup,
     LayerParts,
@@ -84,7 +85,11 @@ class Anatomy:
         """
         if isinstance(known := getattr(model, "anatomy", None), cls):  # what `hones_eval.load` returns
             return known
-        model = unwrapped(model)
+        with uncompiled():  # compiled code may bypass the hooks of the experiments
+            return cls._found_in(unwrapped(model))
+
+    @classmethod
+    def _found_in(cls, model: PreTrainedModel) -> "Anatomy":
         name = type(model).__name__
         model = _answering(model)
         decoder = _decoder(model, name)
@@ -159,8 +164,12 @@ class Anatomy:
     @property
     def unembedding(self) -> Tensor:
         """The unembedding matrix `U` [vocabulary, hidden], tied to the embedding or not."""
-        weight: Tensor = self.unembed.weight
-        return weight
+        return in_memory(self.unembed, lambda unembed: unembed.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the logits are computed."""
+        return device_of(self.unembed)
 
     def down_weight(self, layer: int) -> Tensor:
         """What the neurons of a layer write, `W_down` [hidden, neurons], with zeros for neurons it lacks.
@@ -169,12 +178,15 @@ class Anatomy:
         """
         site = self.neurons_in[layer]
         if not site.width:
-            return self.unembedding.new_zeros(self.shape.hidden, self.shape.neurons)
+            weight = self.unembed.weight
+            return torch.zeros(self.shape.hidden, self.shape.neurons, dtype=weight.dtype, device=self.device)
         module = site.module
         if has_adapter(module):
             return self.padded(effective_weight(module, site.width))
         weights = (
-            [p.down_weight() for p in module.parts] if isinstance(module, NeuronTap) else [module.weight]
+            [p.down_weight() for p in module.parts]
+            if isinstance(module, NeuronTap)
+            else [in_memory(module, lambda linear: linear.weight)]
         )
         if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
             raise HonesError(f"{site.name} is quantized: its neurons' write directions cannot be read")

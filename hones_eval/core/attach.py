@@ -18,6 +18,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.hooks import AttachedEdits, Site, guard_hooks
+from hones_eval.core.pass_checks import check_every_pass
 from hones_eval.core.scope import Scope, Scoped, ScopeTracker
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest, weights_written
@@ -29,7 +30,7 @@ AttachMode = Literal["hook", "fold"]
 class AttachedSteering:
     """A steering attached to a model until `detach`."""
 
-    def __init__(self, attached: AttachedEdits | None, undo: Callable[[], None]) -> None:
+    def __init__(self, attached: AttachedEdits | None, *undo: Callable[[], None]) -> None:
         """Called by `attach_steering`. `attached` is None when the scales are folded into the weights."""
         self._attached = attached
         self._undo = undo
@@ -44,9 +45,19 @@ class AttachedSteering:
         if self._attached is not None:
             self._attached.check_ever_ran()
 
+    def warn_if_nothing_changed(self) -> None:
+        """Warn when the hooks ran, but none of them changed its input in its first runs."""
+        if self._attached is not None and self._attached.changed_nothing():
+            warnings.warn(
+                "the steering was attached and ran, but changed no activation: what it scales was 0, or its "
+                "scales are too close to 1",
+                stacklevel=3,
+            )
+
     def detach(self) -> None:
         """Restore the model bit for bit. Safe to call twice."""
-        self._undo()
+        for undo in self._undo:
+            undo()
 
 
 def attach_steering(
@@ -62,8 +73,10 @@ def attach_steering(
         model: any vision-language model that `Anatomy.of` supports, also compiled, or inside of
             `DataParallel` or a `PeftModel`.
         steering: scales whose shapes fit the model's language model.
-        how: `hook` multiplies activations on every call, and also works with quantized or shared weights;
-            `fold` multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run time.
+        how: `hook` multiplies activations on every call, and also works with quantized or shared weights.
+            Every forward pass checks that all hooks ran in it, compiled or not, and raises EditError
+            otherwise. `fold` multiplies the columns of `o_proj` and `down_proj`, which costs nothing at run
+            time.
         strength: a scale `s` becomes `1 + strength * (s - 1)`.
         scope: the tokens that it acts on: `all`, `prompt`, `image`, `text`, `last`, `generated`, several
             joined by `+`, or a `Scope` with positions or texts.
@@ -72,7 +85,7 @@ def attach_steering(
         MisfitError: the steering was made for a model of another shape.
         HonesError: `fold` on weights that cannot be folded, or with a scope other than `all`.
     """
-    return attach_to_anatomy(Anatomy.of(model), steering, how, strength, scope)
+    return attach_to_anatomy(Anatomy.of(model), steering, how, strength, scope, model)
 
 
 def attach_to_anatomy(
@@ -81,8 +94,12 @@ def attach_to_anatomy(
     how: AttachMode = "hook",
     strength: float = 1.0,
     scope: str | Scope = "all",
+    called: nn.Module | None = None,
 ) -> AttachedSteering:
-    """Attach a steering to a model whose anatomy is already known. See `attach_steering`."""
+    """Attach a steering to a model whose anatomy is already known. See `attach_steering`.
+
+    `called` is the module that users call where it is not the model itself, as after `torch.compile(model)`.
+    """
     scope = Scope.parse(scope)
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
     steering = steering.at_strength(strength)
@@ -97,19 +114,21 @@ def attach_to_anatomy(
         return AttachedSteering(None, _fold(anatomy, scaled))
     if how != "hook":
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
+    undo: list[Callable[[], None]] = []
     if scope.is_all:
         attached = AttachedEdits([(site, _Scaling(site, scales)) for site, scales in scaled])
-        return AttachedSteering(attached, attached.detach)
-    tracker = ScopeTracker(anatomy, scope).attach()
-    attached = AttachedEdits(
-        [(site, Scoped(_Scaling(site, scales), tracker, site.name)) for site, scales in scaled]
-    )
-
-    def detach() -> None:
-        attached.detach()
-        tracker.detach()
-
-    return AttachedSteering(attached, detach)
+    else:
+        tracker = ScopeTracker(anatomy, scope).attach()
+        undo.append(tracker.detach)
+        attached = AttachedEdits(
+            [(site, Scoped(_Scaling(site, scales), tracker, site.name)) for site, scales in scaled]
+        )
+    if scaled:
+        top = called if isinstance(called, nn.Module) else anatomy.model
+        # Layers that attend to an image by cross-attention are left out where there is none.
+        some = anatomy.reads_states and not anatomy.is_encoder_decoder
+        undo.append(check_every_pass(top, anatomy.decoder, attached, some=some))
+    return AttachedSteering(attached, attached.detach, *undo)
 
 
 @contextmanager
@@ -122,12 +141,14 @@ def steer(
 ) -> Iterator[AttachedSteering]:
     """Steer a model for the length of a `with` block. See `attach_steering` for the arguments.
 
-    Raises: EditError at the end of the block when a hook never ran in it, so that nothing was steered.
+    Raises: EditError in a forward pass that bypassed a hook, and at the end of the block when a hook never
+        ran in it, so that nothing was steered. Warns when no hook changed an activation.
     """
     attached = attach_steering(model, steering, how, strength, scope)
     try:
         yield attached
         attached.check_ever_ran()
+        attached.warn_if_nothing_changed()
     finally:
         attached.detach()
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hones_eval.core.offloading import in_memory
 from hones_eval.errors import EditError
 
 
@@ -87,7 +88,7 @@ class NeuronPart(NamedTuple):
 
     def down_weight(self) -> Tensor:
         """What each neuron writes, [hidden, width]."""
-        weight: Tensor = self.module.down_proj if self.experts else self.module.weight  # type: ignore[assignment]
+        weight = in_memory(self.module, lambda part: part.down_proj if self.experts else part.weight)
         if not self.experts:
             return weight
         if not is_transposed(self.module):

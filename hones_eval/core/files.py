@@ -381,3 +381,11 @@ def _check_leaf(value: object) -> None:
             raise ValueError("it holds a number that is not finite")
     elif value is not None and not isinstance(value, bool | int):
         raise ValueError(f"it holds a value of type {type(value).__name__}, which JSON does not have")
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Refuse a path of a folder that does not exist; anything else may be a hub id."""
+    text = str(value or "")
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/")
+    if is_path and not Path(text).expanduser().exists():
+        raise HonesError(f"{name}={text}: no such folder")

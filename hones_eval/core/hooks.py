@@ -25,6 +25,10 @@ Edit = Callable[[Tensor], Tensor]
 """A function of a module's input. It does not change the input in place, and keeps its shape and dtype."""
 
 
+LOOKS = 3
+"""The number of runs in which a steering's hook looks whether it changes its input."""
+
+
 class Site(NamedTuple):
     """A module whose input is edited or recorded.
 
@@ -43,7 +47,7 @@ class AttachedEdits:
         """Attach every edit. `compiled=False` promises that the model runs within `uncompiled` meanwhile."""
         if compiled:
             guard_hooks()
-        self._hooks = [_EditHook(site, edit) for site, edit in edits]
+        self._hooks = [_EditHook(site, edit, looks=LOOKS if compiled else 0) for site, edit in edits]
         self._handles = [hook.register() for hook in self._hooks]
 
     @property
@@ -63,16 +67,36 @@ class AttachedEdits:
         """Raise EditError when an edit has never run since it was attached."""
         self._refuse([hook for hook in self._hooks if not (hook.runs or hook.ever_ran)])
 
+    def changed_nothing(self) -> bool:
+        """Whether no edit changed its input in its first runs. Runs of compiled code are not looked at."""
+        return all(hook.looked and not hook.changed for hook in self._hooks) and bool(self._hooks)
+
+    def start_pass(self) -> list[int]:
+        """The runs of every edit before a forward pass, to compare with at its end."""
+        for hook in self._hooks:
+            hook.ran_compiled = False
+        return [hook.total for hook in self._hooks]
+
+    def end_pass(self, before: Sequence[int], *, some: bool = False) -> None:
+        """Raise EditError when an edit (with `some`, every edit) did not run since `before`."""
+        idle = [
+            hook
+            for hook, total in zip(self._hooks, before, strict=True)
+            if hook.total == total and not hook.ran_compiled
+        ]
+        if not some or len(idle) == len(self._hooks):
+            self._refuse(idle, "did not run in a forward pass")
+
     def detach(self) -> None:
         """Remove every edit. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _refuse(self, idle: Sequence["_EditHook"]) -> None:
+    def _refuse(self, idle: Sequence["_EditHook"], what: str = "never ran") -> None:
         if idle:
             raise EditError(
-                f"{len(idle)} of {len(self._hooks)} edits never ran, the first at {idle[0].site.name}: the "
+                f"{len(idle)} of {len(self._hooks)} edits {what}, the first at {idle[0].site.name}: the "
                 "forward pass did not call that module, so its results are those of an unedited model"
             )
 
@@ -84,11 +108,15 @@ class _EditHook:
     the cheaper kind, and `input_of`, which builds the error messages, is called only on bad input.
     """
 
-    def __init__(self, site: Site, edit: Edit) -> None:
+    def __init__(self, site: Site, edit: Edit, looks: int = 0) -> None:
         self.site = site
         self.edit = edit
         self.runs = 0
         self.ever_ran = False
+        self.total = 0
+        self.ran_compiled = False
+        self.looked = self.changed = False
+        self._looks = looks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
         site = self.site
@@ -113,8 +141,21 @@ class _EditHook:
             )
         # Compiled code sets the count on every call, but does not read it: a count that is read becomes a
         # guard of the compiled code, and every new value would compile the model again.
-        self.runs = 1 if torch.compiler.is_compiling() else self.runs + 1
+        if torch.compiler.is_compiling():
+            self.runs = 1
+            self.ran_compiled = True
+            return edited
+        self.runs += 1
+        self.total += 1
+        if self._looks:
+            self._look(x, edited)
         return edited
+
+    def _look(self, x: Tensor, edited: Tensor) -> None:
+        """Note whether the edit changed its input. The first runs are enough, and looking takes time."""
+        self.looked = True
+        self.changed = not torch.equal(edited, x)
+        self._looks = 0 if self.changed else self._looks - 1
 
 
 @contextmanager
@@ -234,16 +275,27 @@ def input_of(site: Site, args: tuple[Any, ...]) -> Tensor:
     return x
 
 
+_replaced_forwards = 0
+
+
+def partial_forwards() -> bool:
+    """Whether a `forward` is replaced at the moment, so that passes need not call every module."""
+    return _replaced_forwards > 0
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's `forward` by another function for the length of a `with` block."""
+    global _replaced_forwards
     attributes = vars(module)
     own = attributes.get("forward")  # accelerate stores a wrapped forward on the instance
     with uncompiled():
         attributes["forward"] = forward
+        _replaced_forwards += 1
         try:
             yield
         finally:
+            _replaced_forwards -= 1
             if own is None:
                 del attributes["forward"]
             else:

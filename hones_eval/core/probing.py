@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hones_eval.core.offloading import device_of
 from hones_eval.core.structure import Call, mixes_tokens
 from hones_eval.errors import UnsupportedModelError, first_line
 
@@ -336,21 +337,3 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a layer or a norm is called with."""
     x: Tensor = args[0] if args else kwargs["hidden_states"]
     return x
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device that a module's inputs belong on; the meta device for a model without values."""
-    device = next(module.parameters()).device
-    return _execution_device(module) if device.type == "meta" and is_offloaded(module) else device
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate loads a module's weights when it is called."""
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
-
-
-def _execution_device(module: nn.Module) -> torch.device:
-    """The device that accelerate runs an offloaded module on, whose weights are on the meta device."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), "cpu"))

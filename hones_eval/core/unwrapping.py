@@ -20,19 +20,27 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     Raises: UnsupportedModelError when there is no Hugging Face model inside, or when the wrapper is a PEFT
     method that learns prompts: its effect is not in the weights of the inner model.
     """
-    inner: Any = model
+    inner = held_model(model)
+    if inner is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Hugging Face PreTrainedModel and holds none: give the "
+            "model that `from_pretrained` returned, or DataParallel, torch.compile or PeftModel of it"
+        )
+    return inner
+
+
+def held_model(value: object) -> PreTrainedModel | None:
+    """The Hugging Face model that a value is or wraps, as `unwrapped` finds it; None where there is none."""
+    inner: Any = value
     while not isinstance(inner, PreTrainedModel):
+        if not isinstance(inner, nn.Module):
+            return None
         if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            _refuse_prompt_learning(inner)
-            inner = inner.get_base_model()
+            adapted: Any = inner
+            _refuse_prompt_learning(adapted)
+            inner = adapted.get_base_model()
             continue
-        held = next((module for name in _HOLDERS if (module := getattr(inner, name, None)) is not None), None)
-        if not isinstance(held, nn.Module):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is not a Hugging Face PreTrainedModel and holds none: give the "
-                "model that `from_pretrained` returned, or DataParallel, torch.compile or PeftModel of it"
-            )
-        inner = held
+        inner = next((held for name in _HOLDERS if (held := getattr(inner, name, None)) is not None), None)
     return inner
 
 

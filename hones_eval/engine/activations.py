@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import replaced_forward
+from hones_eval.core.hooks import replaced_forward, uncompiled
 from hones_eval.engine.passes import ROUNDING, RowLimit
 from hones_eval.engine.replay import Replay, returning, tensor_of
 from hones_eval.errors import EditError, HonesError
@@ -117,6 +117,7 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for index, module in enumerate(modules):
             handle = module.register_forward_pre_hook(keep(index), with_kwargs=True)
             stack.callback(handle.remove)
@@ -136,6 +137,7 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for index, module in enumerate(modules):
             stack.callback(module.register_forward_hook(keep(index)).remove)
         yield kept

@@ -175,7 +175,8 @@ def recorded_neurons(anatomy: Anatomy, layer: int, kept: Mapping[str, Tensor], r
     """Recorded FFN activations [rows, read, I] of a layer, with zeros for neurons that it lacks."""
     site = anatomy.neurons_in[layer]
     if not site.width:
-        return anatomy.unembedding.new_zeros(1, read, anatomy.shape.neurons)
+        dtype, device = anatomy.unembed.weight.dtype, anatomy.device
+        return torch.zeros(1, read, anatomy.shape.neurons, dtype=dtype, device=device)
     return anatomy.padded(kept[site.name])
 
 

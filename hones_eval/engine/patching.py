@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.hooks import replaced_forward
+from hones_eval.core.hooks import replaced_forward, uncompiled
 from hones_eval.engine.activations import Part, activations, complete, outputs_of
 from hones_eval.engine.passes import ROUNDING, RowLimit
 from hones_eval.engine.replay import Replay, Replayer, returning, tensor_of
@@ -203,7 +203,8 @@ def _patching(anatomy: Anatomy, patch: Patch, clean: Tensor) -> Iterator[None]:
         modules = anatomy.attentions if patch.part == "attention" else anatomy.ffns
         handle = modules[patch.layer].register_forward_hook(on_output)
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         handle.remove()
 
@@ -234,6 +235,8 @@ def _difference(replay: PatchReplay, full: FullPatches) -> str | None:
             found[rows.places] = rows.logits
     except (RuntimeError, TypeError, ValueError) as error:
         return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
+    except HonesError as error:  # logits that cannot be repeated for other hidden states
+        return first_line(error)
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= ROUNDING[expected.dtype]:
         return f"replayed logits differ from those of full forwards by {worst:.1e} of the largest logit"

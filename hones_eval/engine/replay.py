@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
-from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward
+from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward, uncompiled
 from hones_eval.core.probing import STATES
 from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.sites import Head, Neuron
@@ -138,10 +138,10 @@ WAYS = [Ways(True, True), Ways(True, False), Ways(False, False)]
 
 def _tokens_at_once(anatomy: Anatomy) -> int:
     """The tokens per layer call: few on a CPU, to stay in its caches; on a GPU what fits into memory."""
-    weight = anatomy.unembedding
-    if weight.device.type != "cuda":
+    weight, device = anatomy.unembed.weight, anatomy.device
+    if device.type != "cuda":
         return 1024
-    free, _ = torch.cuda.mem_get_info(weight.device)
+    free, _ = torch.cuda.mem_get_info(device)
     shape = anatomy.shape
     neurons = max([getattr(site.module, "width_per_token", site.width) for site in anatomy.neurons_in])
     # Per token: three tensors as wide as the FFN (or as the experts that it is routed to), a dozen as wide as
@@ -454,7 +454,7 @@ class Replay:
             on_neurons(layer, torch.tensor(list(rows)), zeros)
             return
         parts: list[Tensor] = []  # edited heads and edited neurons pass through a layer in separate calls
-        with recording_calls(self.anatomy.neurons_in[layer], self.read, parts):
+        with uncompiled(), recording_calls(self.anatomy.neurons_in[layer], self.read, parts):
             yield
         on_neurons(layer, torch.tensor(list(rows)), self.anatomy.padded(torch.cat(parts)))
 

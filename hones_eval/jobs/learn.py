@@ -101,7 +101,7 @@ def fit(
     loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
     chosen = range(len(examples)) if indices is None else indices
     module = _Fit(loss, examples, settings, loop, chosen, name)
-    trainer = _trainer(settings, loop, replayer.anatomy.unembedding.is_cuda)
+    trainer = _trainer(settings, loop, replayer.anatomy.device.type == "cuda")
     with frozen(replayer.anatomy.model), one_fails_all_fail(trainer):
         trainer.fit(module)
     steps = module.steps_before + trainer.global_step

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hones_eval.choices import Correction, HowHeads, HowNeurons, Plant, Way
+from hones_eval.choices import Correction, HowHeads, HowNeurons, Plant, Way, check_damage
 from hones_eval.core.attach import AttachMode, steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, matched_random, top_heads, top_neurons
@@ -92,10 +92,7 @@ class SpikeIn:
 
     def __post_init__(self) -> None:
         """Reject a fault that cannot be repaired, a ranking of another model, and sets that share images."""
-        if not 0 < self.damp < 1:
-            raise HonesError(f"--damp {self.damp:g}: give a scale above 0, which can be undone, and below 1")
-        if self.trials < 1:
-            raise HonesError(f"--trials {self.trials}: give 1 or more random controls")
+        check_damage(self.damp, self.trials)
         anatomy = self.replayer.anatomy
         check_fits(self.ranking, anatomy.shape, type(anatomy.model).__name__)
         chosen_on = (self.discovery, self.development)

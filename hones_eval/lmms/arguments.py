@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from lmms_eval.utils import _smart_comma_split, handle_arg_string
 
+from hones_eval.core.files import check_folder
 from hones_eval.errors import HonesError
 
 BEFORE_NAMES = r"steering|pretrained|(?<![A-Za-z0-9_])(?:strength|attach|allow_noop|base|device_map|dtype)"
@@ -67,15 +67,8 @@ def check_arguments(cls: type, given: Mapping[str, Any], name: str) -> None:
     batch_size = given.get("batch_size", 1)
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise HonesError(f"batch_size={batch_size}: {name} takes a whole number of at least 1")
-    check_folder("pretrained", given.get("pretrained"))
-
-
-def check_folder(name: str, value: Any) -> None:
-    """Refuse a path of a folder that does not exist; anything else may be a hub id."""
-    text = str(value or "")
-    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/")
-    if is_path and not Path(text).expanduser().exists():
-        raise HonesError(f"{name}={text}: no such folder")
+    for argument in ("pretrained", "peft"):
+        check_folder(argument, given.get(argument))
 
 
 def parsed_settings(text: str) -> dict[str, Any]:

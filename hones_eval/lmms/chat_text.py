@@ -47,14 +47,14 @@ class _WithContext:
         parts = [part for message in messages for part in _parts(message) if part["type"] == "text"]
         if not before or any(before in part["text"] for part in parts):
             return messages
-        if callable(self._task.config.doc_to_messages):
+        places = [part for part in parts if part["text"] == question]
+        if callable(self._task.config.doc_to_messages) or not places:
             raise HonesError(
                 f"the description, system instruction or examples {before[:60]!r} are not in the messages of "
                 "the task's own doc_to_messages: leave them out, or use --force_simple"
             )
-        for part in parts:
-            if part["text"] == question:
-                part["text"] = self._context
+        for part in places:
+            part["text"] = self._context
         return messages
 
 

@@ -13,6 +13,8 @@ from lmms_eval.api.model import lmms
 from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import adapter_of, apply_adapter, without_adapter
+from hones_eval.core.files import check_folder
+from hones_eval.core.unwrapping import held_model
 from hones_eval.errors import HonesError, UnsupportedModelError, one_line
 from hones_eval.lmms.arguments import check_arguments, parsed
 
@@ -45,6 +47,7 @@ def load_lmm(
     given = without_adapter(_parsed(model_args))
     peft = None if _takes(cls, "peft") else given.pop("peft", None)
     check_arguments(cls, given, f"lmms-eval's {model}")
+    check_folder("peft", peft)
     device = device or str(given.get("device") or _own_device())
     defaults: dict[str, Any] = {"batch_size": 1, "device": device}
     if _takes(cls, "device_map"):
@@ -147,7 +150,7 @@ def inner_model(lmm: lmms) -> PreTrainedModel:
     Raises: UnsupportedModelError where there is none, as for models behind an API, or it does not generate.
     """
     named = [getattr(lmm, name, None) for name in ("model", "_model")]
-    found = [value for value in (*named, *vars(lmm).values()) if isinstance(value, PreTrainedModel)]
+    found = [model for value in (*named, *vars(lmm).values()) if (model := held_model(value)) is not None]
     name = type(lmm).__name__
     if not found:
         raise UnsupportedModelError(

@@ -28,7 +28,7 @@ from hones_eval.choices import Absolute, Estimate, Objective
 from hones_eval.core import readouts
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.experts import NeuronTap, Routed
-from hones_eval.core.hooks import Site, input_of
+from hones_eval.core.hooks import Site, input_of, uncompiled
 from hones_eval.core.scope import ScopeTracker, answer_follows
 from hones_eval.errors import HonesError, TaskError, first_line
 from hones_eval.lmms.answers.margin import Margin
@@ -330,6 +330,7 @@ def _graph_from(
         return site.module.register_forward_pre_hook(lambda module, args: keep(site, input_of(site, args)))
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for site in sites:
             stack.callback(register(site).remove)
         yield kept

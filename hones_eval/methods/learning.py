@@ -34,7 +34,7 @@ class LearnedScales(nn.Module):
             raise HonesError("the selection of sites is empty: there is nothing to learn scales for")
         self.anatomy = anatomy
         self.bank = list(bank)
-        self.a = nn.Parameter(torch.zeros(len(bank), device=anatomy.unembedding.device))
+        self.a = nn.Parameter(torch.zeros(len(bank), device=anatomy.device))
 
     @contextmanager
     def attached(self) -> Iterator[None]:

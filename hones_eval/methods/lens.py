@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.offloading import device_of
 from hones_eval.engine.activations import VIEWS, LayerViews
 from hones_eval.engine.tokens import positions, token_texts
 from hones_eval.errors import HonesError, TaskError
@@ -175,9 +176,9 @@ def _sums(seen: Seen) -> dict[str, Tensor]:
 
 def _for_model(anatomy: Anatomy, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs on another model's device and in its type."""
-    model = anatomy.model
+    model, device = anatomy.model, device_of(anatomy.model)
     return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        name: value.to(device, model.dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)
         else value
         for name, value in inputs.items()

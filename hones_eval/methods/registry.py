@@ -87,7 +87,7 @@ else:  # the choices of --method
 def method(name: str) -> Method:
     """Look up a method. Raises: HonesError that lists the methods, for an unknown name."""
     if name not in METHODS:
-        raise HonesError(f"--method {name} is not known: choose one of {', '.join(METHODS)}")
+        raise HonesError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback, which serves tiny data sets under their real names.
+"""A stand-in for the Hugging Face hub on the loopback: tiny data sets under their real names, and models.
 
 With it, lmms-eval's built-in tasks run as they are, through the real command, on a machine without a network.
 """
@@ -63,8 +63,10 @@ class _HubHandler(BaseHTTPRequestHandler):
             self._api(path.removeprefix("/api/datasets/"))
         elif path.startswith("/datasets/"):
             self._file(path.removeprefix("/datasets/"))
-        else:
-            self._missing("RepoNotFound")
+        elif path.startswith("/api/models/"):
+            self._api(path.removeprefix("/api/models/"))
+        else:  # models have no prefix
+            self._file(path.removeprefix("/"))
 
     do_HEAD = do_GET
 

@@ -122,10 +122,11 @@ def environment(home: Path, hub_url: str) -> dict[str, str]:
 
 
 class Ended(NamedTuple):
-    """A command's exit status, and what it wrote to stderr."""
+    """A command's exit status, and what it wrote to stderr and to stdout."""
 
     status: int
     stderr: str
+    stdout: str = ""
 
 
 SEVERAL = """
@@ -139,7 +140,8 @@ for sys.argv[1:] in json.loads(sys.argv[2]):
         if isinstance(status, str):  # as Python does
             print(status, file=sys.stderr)
             status = 1
-    print(f"\\nended with {status}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        print(f"\\nended with {status}", file=stream, flush=True)
 """
 
 
@@ -151,8 +153,11 @@ def run_each(
     env = environment(cwd, hub_url) | variables
     done = subprocess.run(program, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    parts = re.split(r"^ended with (.*)\n", done.stderr, flags=re.MULTILINE)
-    return [Ended(int(status), said) for said, status in zip(parts[::2], parts[1::2], strict=False)]
+    errors, printed = (
+        re.split(r"^ended with (.*)\n", text, flags=re.MULTILINE) for text in (done.stderr, done.stdout)
+    )
+    several = zip(errors[1::2], errors[::2], printed[::2], strict=False)
+    return [Ended(int(status), stderr, stdout) for status, stderr, stdout in several]
 
 
 def answers(logs: Path, task: str) -> dict[int, str]:
