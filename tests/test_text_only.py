@@ -11,6 +11,8 @@ import lmms_runs
 import pytest
 import text_models
 import torch
+from datasets import Sequence, Value
+from hub import serving
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.jobs.spike_in import SpikeIn, spike_in
+from hones_eval.lmms.answers.tokens import answer_tokens
 from hones_eval.lmms.models import load_lmm
 from hones_eval.methods import scaling
 from hones_eval.methods.answers import AnswersUnder
@@ -216,6 +219,7 @@ def test_rank_names_what_was_not_measured_and_other_methods_do_too(
         if found.neuron_examples is not None:
             assert found.neuron_scores is not None
             assert not bool(found.neuron_scores[found.neuron_examples == 0].any())
+            assert line in (tmp_path / method / "index.html").read_text()
             assert all(found.neuron_examples[neuron] > 0 for neuron in found.neurons())
     stored = load_file(tmp_path / "atp" / "ranking.safetensors")
     assert bool(stored["neuron_scores"].any())
@@ -344,3 +348,73 @@ def test_spike_in_damages_and_repairs_experts(setup: Setup, ranking: Ranking) ->
     under = AnswersUnder(model.replayer, job.test, {"damage": damage})
     answers = [under.measure(job.test[i]).record.answers["damage"] for i in range(2)]
     assert report["damaged"] == sum(a.result["exact_match"] for a in answers) / 2
+
+
+def repository(config: str, splits: tuple[str, ...], content: bytes) -> dict[str, bytes]:
+    """A data set of one configuration, whose splits all have the same rows."""
+    files = {split: f"{config}/{split}-00000-of-00001.parquet" for split in splits}
+    entries = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in files.items())
+    card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{entries}---\n"
+    return {"README.md": card.encode(), **dict.fromkeys(files.values(), content)}
+
+
+@pytest.mark.slow
+def test_built_in_text_tasks_are_ranked_and_run_steered(
+    setup: Setup, ranking: Ranking, tmp_path: Path
+) -> None:
+    """lmms-eval's own arc_easy and a subject of mmlu, unmodified, with data of the real columns."""
+    text, options = Value("string"), {"text": Sequence(Value("string")), "label": Sequence(Value("string"))}
+    arc = [
+        {
+            "id": f"q{i}",
+            "question": text_models.QUESTION.format(thing),
+            "choices": {"text": ["red", "green", "blue", "white"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i, thing in enumerate(text_models.THINGS)
+    ]
+    mmlu = [
+        {
+            "question": row["question"],
+            "choices": row["choices"]["text"],
+            "answer": i % 4,
+            "subject": "anatomy",
+        }
+        for i, row in enumerate(arc)
+    ]
+    arc_file = lmms_runs.parquet(arc, id=text, question=text, choices=options, answerKey=text)
+    mmlu_file = lmms_runs.parquet(
+        mmlu, question=text, choices=Sequence(text), answer=Value("int64"), subject=text
+    )
+    repositories = {
+        "allenai/ai2_arc": repository("ARC-Easy", ("train", "validation", "test"), arc_file),
+        "hails/mmlu_no_train": repository("anatomy", ("dev", "validation", "test"), mmlu_file),
+    }
+    fixed = scaling.fixed(ranking, 3.0, 0.2)
+    fixed.save(tmp_path / "steering")
+    model = ["--model", "hones_hf", "--model_args", f"pretrained={setup.checkpoint}"]
+    sizes = ["--limit", "4", "--heads", "2", "--neurons", "0.02"]
+    ranked = ["rank", "--method", "hones", *model, "--tasks", "arc_easy", *sizes, "--out", "arc"]
+    model[-1] += ",steering=steering"
+    steered = [*model, "--tasks", "arc_easy,mmlu_anatomy", "--log_samples", "--output_path", "logs"]
+    with serving(repositories) as url:
+        (ended,) = lmms_runs.run_each(lmms_runs.HONES_EVAL, [ranked], tmp_path, url)
+        assert ended.status == 0, ended.stderr[-2000:]
+        done = lmms_runs.run_command(steered, tmp_path, url)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert Ranking.load(tmp_path / "arc").report["metric"] == "acc"
+    plain, tokenizer = text_models.load(setup.checkpoint)
+    with he.steer(plain, fixed):
+        for i, row in enumerate(arc):
+            prompt = text_models.prompt_ids(tokenizer, f"Question: {row['question']}\nAnswer:")
+            losses = []
+            for option in row["choices"]["text"]:
+                ids = answer_tokens(tokenizer, prompt[0].tolist(), option)
+                losses.append(-log_probability(plain, prompt, ids) / len(ids))
+            row["acc"] = float(losses.index(min(losses)) == i % 4)
+    for task in ("arc_easy", "mmlu_anatomy"):
+        (log,) = (tmp_path / "logs").rglob(f"*samples_{task}.jsonl")
+        found = {line["doc_id"]: line["acc"] for line in map(json.loads, log.read_text().splitlines())}
+        assert len(found) == 12
+        if task == "arc_easy":
+            assert found == {i: row["acc"] for i, row in enumerate(arc)}

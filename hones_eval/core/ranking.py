@@ -89,7 +89,10 @@ class Ranking:
         count = neuron_count(self.neuron_scores[shape.neuron_mask()], share)
         measured = self.measured_neurons()
         if count > int(measured.sum()):
-            raise HonesError(f"cannot choose {count} of the {int(measured.sum())} neurons that were measured")
+            raise HonesError(
+                f"cannot choose {count} of the {int(measured.sum())} neurons that were measured: lower "
+                "--neurons, or rank with more examples"
+            )
         return top_neurons(self.neuron_scores.masked_fill(~measured, -torch.inf), count)
 
     def measured_neurons(self) -> Tensor:
@@ -122,7 +125,10 @@ class Ranking:
             raise HonesError("this ranking has no neuron scores: rank with --method hones and --neurons")
         scores, measured = self.neuron_scores, self.measured_neurons()
         if count > int(measured.sum()):
-            raise HonesError(f"cannot choose {count} of the {int(measured.sum())} neurons that were measured")
+            raise HonesError(
+                f"cannot choose {count} of the {int(measured.sum())} neurons that were measured: lower "
+                "--neurons, or rank with more examples"
+            )
         best = top_neurons(scores.masked_fill(~measured, -torch.inf), count)
         return [(neuron, float(scores[neuron])) for neuron in best]
 
