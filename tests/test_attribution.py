@@ -1,5 +1,6 @@
 """Attribution patching: estimates compared with slopes by small steps, and rankings by the command."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, TaskError
 from hones_eval.lmms.answers.margin import Margin
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.methods import scaling
 from hones_eval.methods.attribution import Attribution, AttributionSettings
 from hones_eval.methods.head_replacement import HeadReplacement
 from hones_eval.toy import checkpoint_path
@@ -269,6 +271,18 @@ def test_the_command_ranks_heads_and_neurons(ranked: Ranking) -> None:
         assert bool((scores >= direction.abs() - 1e-6).all())
         assert bool((direction < 0).any())
         assert bool((direction > 0).any())
+
+
+def test_signed_scales_follow_the_direction_and_not_the_absolute_scores(ranked: Ranking) -> None:
+    """Heads that hurt to first order are lowered, although their absolute score is positive."""
+    direction = ranked.head_direction
+    assert direction is not None
+    strength = 0.9 / float(direction.abs().max())
+    scales = scaling.signed(ranked, strength).head_scales
+    torch.testing.assert_close(scales, (1 + strength * direction).clamp(0, 2))
+    assert bool((scales < 1).any())
+    exact = dataclasses.replace(ranked, head_estimate=ranked.head_scores, head_scores=-direction)
+    torch.testing.assert_close(scaling.signed(exact, strength).head_scales, 1 - strength * direction)
 
 
 def test_several_processes_give_the_same_ranking(

@@ -51,8 +51,13 @@ def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors
 
 
 def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Steering:
-    """Scale every head by `clip(1 + strength * s, 0, 2)`, with |s| below `epsilon` as 0 (V-SEAM 4)."""
-    scores = _head_scores(ranking)
+    """Scale every head by `clip(1 + strength * s, 0, 2)`, with |s| below `epsilon` as 0 (V-SEAM 4).
+
+    The scores `s` of V-SEAM and of confirmed rankings are signed drops. Those of attribution patching are
+    mean absolute values, which would raise heads that hurt as well: its signed means, the direction, are
+    used instead.
+    """
+    scores = _signed_scores(ranking)
     kept = torch.where(scores.abs() < epsilon, torch.zeros_like(scores), scores)
     scales = (1 + strength * kept).clamp(0, 2)
     settings = {"how": "signed", "lambda": strength, "epsilon": epsilon}
@@ -108,6 +113,13 @@ def scaled_heads(
 
 def _positive(scores: Tensor, count: int) -> list[Head]:
     return [head for head in top_heads(scores, count) if scores[head] > 0]
+
+
+def _signed_scores(ranking: Ranking) -> Tensor:
+    """Scores [L, H] that are positive for heads that help and negative for heads that hurt."""
+    if ranking.head_direction is not None and ranking.head_estimate is None:
+        return ranking.head_direction
+    return _head_scores(ranking)
 
 
 def _head_scores(ranking: Ranking) -> Tensor:

@@ -4,9 +4,12 @@ This is the yardstick for attribution methods. It was made by
 
     python -m hones_eval.toy.ground_truth --out hones_eval/toy/ground_truth --examples 200
 
-on the discovery splits, by replay. The command measures one task after the other and stores each in files of
-its own. It can be stopped at any time: the same command continues from the last finished example, and skips
-finished tasks. The same examples give the same tensors, however often the command was stopped.
+on the discovery splits, by replay. So far `vqa_relation` and `vqa_attribute` have 200 examples. The other
+tasks are from an earlier run with 32 and have neither errors nor halves, as `ground_truth.json` says.
+
+The command measures one task after the other and stores each in files of its own. It can be stopped at any
+time: the same command continues from the last finished example, and skips finished tasks. The same examples
+give the same tensors, however often the command was stopped.
 """
 
 import argparse
