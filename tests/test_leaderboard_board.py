@@ -813,7 +813,7 @@ def test_short_forms_of_a_board_for_notebooks(tmp_path: Path) -> None:
     board = build_board([tmp_path])
     (row,) = board.rows
     assert board.answer.startswith("Did it help? ")
-    assert repr(board) == f"<hones_eval.Board of 1 rows from 2 runs. {board.answer}>"
+    assert repr(board) == f"<hones_eval.Board of 1 row from 2 runs. {board.answer}>"
     page = board._repr_html_()
     assert html.escape(board.answer) in page
     assert page.count("<tr>") == 2
@@ -821,6 +821,7 @@ def test_short_forms_of_a_board_for_notebooks(tmp_path: Path) -> None:
     (record,) = board.to_pandas().to_dict("records")
     assert record["difference"] == row.comparison.difference
     assert record["verdict"] == row.verdict
+    assert board.plot()._repr_png_().startswith(b"\x89PNG")
     (axes,) = board.plot().axes
     assert " ".join(axes.get_title().split()) == board.answer
     interval = row.comparison.interval

@@ -31,11 +31,12 @@ def html_table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
 def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> Any:
     """A matplotlib.figure.Figure of a matrix, blue above zero and orange below, with zero in white."""
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
+
+    from hones_eval.core.figure import ShownFigure
 
     colors = LinearSegmentedColormap.from_list("gain", ["#d55e00", "#ffffff", "#0072b2"])
     reach = float(abs(values).max()) or 1.0
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = ShownFigure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap=colors, vmin=-reach, vmax=reach, origin="lower", aspect="auto")
     axes.set_xlabel(columns)
@@ -54,9 +55,9 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     """
     from textwrap import fill
 
-    from matplotlib.figure import Figure
+    from hones_eval.core.figure import ShownFigure
 
-    figure = Figure(figsize=(7, 1.2 + 0.35 * max(len(rows), 1)), layout="constrained")
+    figure = ShownFigure(figsize=(7, 1.2 + 0.35 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         color = "#0072b2" if row["difference"] > 0 else "#d55e00" if row["difference"] < 0 else "#666666"

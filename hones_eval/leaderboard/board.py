@@ -68,7 +68,8 @@ class Board:
 
     def __repr__(self) -> str:
         """The answer, in short."""
-        return f"<hones_eval.Board of {len(self.rows)} rows from {self.runs} runs. {self.answer}>"
+        rows = f"{len(self.rows)} row{'' if len(self.rows) == 1 else 's'}"
+        return f"<hones_eval.Board of {rows} from {self.runs} runs. {self.answer}>"
 
     def _repr_html_(self) -> str:
         return html_table(self.records(), self.answer)
