@@ -822,8 +822,9 @@ def test_short_forms_of_a_board_for_notebooks(tmp_path: Path) -> None:
     assert record["difference"] == row.comparison.difference
     assert record["verdict"] == row.verdict
     assert board.plot()._repr_png_().startswith(b"\x89PNG")
-    (axes,) = board.plot().axes
-    assert " ".join(axes.get_title().split()) == board.answer
+    figure = board.plot()
+    assert " ".join(figure.get_suptitle().split()) == board.answer
+    (axes,) = figure.axes
     interval = row.comparison.interval
     assert interval is not None
     assert axes.lines[0].get_xdata().tolist() == [interval.low, interval.high]

@@ -29,7 +29,10 @@ def html_table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
 
 
 def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> Any:
-    """A matplotlib.figure.Figure of a matrix, blue above zero and orange below, with zero in white."""
+    """A matplotlib.figure.Figure of a matrix, blue above zero and orange below, with zero in white.
+
+    Where nothing is below zero, the scale begins at zero.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     from hones_eval.core.figure import ShownFigure
@@ -39,6 +42,8 @@ def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> An
     figure = ShownFigure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap=colors, vmin=-reach, vmax=reach, origin="lower", aspect="auto")
+    if float(values.min()) >= 0:
+        image.set(cmap=LinearSegmentedColormap.from_list("more", ["#ffffff", "#0072b2"]), clim=(0, reach))
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
     axes.set_title(title, fontsize=9)
@@ -57,7 +62,7 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
 
     from hones_eval.core.figure import ShownFigure
 
-    figure = ShownFigure(figsize=(7, 1.2 + 0.35 * max(len(rows), 1)), layout="constrained")
+    figure = ShownFigure(figsize=(7, 1.3 + 0.4 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         color = "#0072b2" if row["difference"] > 0 else "#d55e00" if row["difference"] < 0 else "#666666"
@@ -66,11 +71,13 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
         axes.plot([row["difference"]], [place], "o", color=color)
     axes.axvline(0, color="#666666", linewidth=0.8)
     axes.set_yticks(
-        range(len(rows)), [f"{row['task']}, {row['metric']}: {row['steering'] or 'steered'}" for row in rows]
+        range(len(rows)),
+        [f"{row['task']}, {row['metric']}\n{row['steering'] or 'steered'}" for row in rows],
+        fontsize=8,
     )
     axes.invert_yaxis()
     axes.set_xlabel("steered minus baseline, 95 % interval")
-    axes.set_title(fill(title, 80), fontsize=9)
+    figure.suptitle(fill(title, 90), fontsize=9)
     return figure
 
 
