@@ -17,6 +17,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_runs import answers, write_steering
 from own_answers import assert_same_ranking, complaint, write_tasks
 from PIL import Image
+from safetensors import safe_open
 
 from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
@@ -154,6 +155,21 @@ def test_a_killed_process_is_named_and_one_process_goes_on(
     assert first == [2, 3, 4], "what two processes had measured is not measured again"
     assert_same_ranking(one, Ranking.load(out))
     assert not (out / "partial").exists()
+
+
+def test_sigterm_saves_the_progress_of_all_processes(tasks: Path, model_args: str, tmp_path: Path) -> None:
+    """A scheduler may signal the first process alone; no checkpoint is due yet."""
+    out = tmp_path / "two"
+    given = rank(tasks, model_args, out, "--devices", "2")
+    status, _, err = ended(start(tmp_path, LAUNCHED, "stopped", 0, *given))
+    assert status == 128 + signal.SIGTERM, err
+    assert "hones-eval: stopped by SIGTERM; with --resume the same command goes on" in err
+    done = {}
+    for path in (out / "partial").iterdir():
+        with safe_open(path, "pt") as file:
+            done[path.name[-18:]] = json.loads(file.metadata()["about"])["done"]
+    assert done["0-of-2.safetensors"] == 2
+    assert done["1-of-2.safetensors"] >= 1, "the example that it was in is part of what it saved"
 
 
 def test_lmms_eval_steered_on_two_processes(

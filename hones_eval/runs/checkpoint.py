@@ -23,6 +23,7 @@ class _Stop:
 
     running = False
     requested = False
+    stopped = False
 
 
 def stop_after_example() -> bool:
@@ -34,6 +35,11 @@ def stop_after_example() -> bool:
         return False
     _Stop.requested = True
     return True
+
+
+def stopped_on_request() -> bool:
+    """Whether the last pass of this process saved its progress and stopped because it was asked to."""
+    return _Stop.stopped
 
 
 class Progress(NamedTuple):
@@ -64,7 +70,7 @@ class Partial:
         Raises: HonesError when it was made with another model, examples or settings, or cannot be read.
         """
         self._written = time.monotonic()
-        _Stop.running, _Stop.requested = True, False
+        _Stop.running, _Stop.requested, _Stop.stopped = True, False, False
         path = self._path(name, rank, ranks)
         return self._read(path) if self.resume and path.is_file() else None
 
@@ -107,7 +113,7 @@ class Partial:
         write_bytes(self._path(name, rank, ranks), save(tensors, metadata=_metadata(about)))
         self._written = time.monotonic()
         if _Stop.requested:
-            _Stop.running, _Stop.requested = False, False
+            _Stop.running, _Stop.requested, _Stop.stopped = False, False, True
             raise KeyboardInterrupt
 
     def clear(self) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -23,7 +24,7 @@ from torchmetrics import Metric
 
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
-from hones_eval.runs.checkpoint import Partial, Progress
+from hones_eval.runs.checkpoint import Partial, Progress, stopped_on_request
 from hones_eval.runs.measure import Measure, Staged, Totals
 from hones_eval.runs.processes import (
     ended_ranks,
@@ -41,6 +42,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 # How long a process waits for the others at the end of a pass. After a resume, a process that had little left
 # to do waits while another works on its whole share.
 PATIENCE = timedelta(days=1)
+TIME_TO_SAVE = 60.0
+"""Seconds that the other processes have to end their example and to save, after a SIGTERM."""
 
 
 class Loop:
@@ -156,6 +159,15 @@ class _Launcher(_SubprocessScriptLauncher):  # type: ignore[misc]
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
+
+    def kill(self, signum: int) -> None:
+        """End the processes that this one started; after a SIGTERM they save their progress first."""
+        if stopped_on_request():
+            super().kill(signal.SIGTERM)
+            until = time.monotonic() + TIME_TO_SAVE
+            while any(started.poll() is None for started in self.procs) and time.monotonic() < until:
+                time.sleep(0.1)
+        super().kill(signum)
 
 
 @contextmanager

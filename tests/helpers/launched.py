@@ -2,12 +2,13 @@
 
     python launched.py fails RANK rank --method ... --devices 2
     python launched.py killed RANK rank --method ... --devices 2
+    python launched.py stopped RANK rank --method ... --devices 2
     python launched.py srun PORT rank --method ...
 
 The first fails on that rank at its second example, where the others fall asleep; in the second form that rank
-is killed there. The third starts the command on two nodes, so that the second node fails at its second
-example, and then once more with --resume, and prints the exit statuses as two lists. The nodes are forks, so
-that all is imported once.
+is killed there, in the third it is sent SIGTERM. The last starts the command on two nodes, so that the second
+node fails at its second example, and then once more with --resume, and prints the exit statuses as two lists.
+The nodes are forks, so that all is imported once.
 """
 
 import itertools
@@ -38,6 +39,15 @@ def die() -> NoReturn:
     time.sleep(2)  # the other rank has written its first example
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def terminate() -> None:
+    time.sleep(3)  # the other rank is in an example too
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def work() -> None:
+    time.sleep(3)
 
 
 def sleep() -> None:
@@ -72,8 +82,12 @@ def on_nodes(arguments: list[str], port: int, failing: int | None) -> list[int]:
 
 
 if __name__ == "__main__":
-    checkpoint.SECONDS = 0.0  # write after every example
     how, *rest = sys.argv[1:]
+    if how == "stopped":  # long before a checkpoint is due
+        stopping, *rest = rest
+        at_second_example(terminate if stopping == os.environ.get("LOCAL_RANK", "0") else work)
+        sys.exit(main(rest))
+    checkpoint.SECONDS = 0.0  # write after every example
     if how in ("fails", "killed"):
         failing, *rest = rest
         processes.GRACE = 2.0

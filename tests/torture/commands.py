@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,21 @@ class Command:
     kills: int = 8
     """At random times, and as many at renames."""
 
+    def second(self) -> "Command":
+        """The command that continues after a kill."""
+        if self.continued is None:
+            return self
+        line = self.line.replace(f"--devices {self.processes}", f"--devices {self.continued}")
+        return replace(self, line=line, processes=self.continued)
+
     @property
     def arguments(self) -> list[str]:
         """The words of the line."""
         lists = {"HONES": '["hones"]', "FIXED": '["fixed"]', "none": ""}
         return [lists.get(word, word) for word in self.line.split()]
 
+    continued: int | None = None
+    """The number of processes of the second run, if another than that of the first."""
     compared: Callable[[Path], bool] = lambda path: True
     """Which files have to be the same to the byte; of the others the names."""
 
@@ -144,6 +153,10 @@ def commands(folder: Path) -> dict[str, Command]:
         "task new": Command(f"task new --csv {table} --images {table.parent}", kills=16),
         "scale learned": Command(f"scale --ranking {first} {learned}", kills=4),
         "rank, two processes": Command(f"{rank} --devices 2", processes=2, kills=5),
+        "rank, two processes and then three": Command(
+            f"{rank} --devices 2", processes=2, continued=3, kills=3
+        ),
+        "rank, two processes and then one": Command(f"{rank} --devices 2", processes=2, continued=1, kills=3),
         "spike-in": Command(
             f"spike-in --ranking {first} {model_of} --tasks own_a --how FIXED {few}", kills=2
         ),

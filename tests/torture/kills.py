@@ -154,7 +154,7 @@ class Killing:
         remove(self.out.parent)
         kill = self.kill(number)
         ended = run(self.given, self.out, kill)
-        again = run(self.given, self.out)
+        again = run(self.given.second(), self.out)
         bad = [each for each in ended if each.result.startswith(("traceback", "took"))]
         if bad or any("Traceback" in each.printed for each in (*ended, *again)):
             return f"traceback: {self.name}, {kill}: {bad or (ended, again)}"
