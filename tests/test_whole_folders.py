@@ -12,6 +12,7 @@ import pytest
 from hones_eval.core import files
 from hones_eval.core.files import LOCK, matching, staged_folder
 from hones_eval.core.lock import only_writer
+from hones_eval.errors import HonesError
 
 NAMES = {"result.json", "table.csv", "parts/one.txt", "parts/two.txt"}
 OPERATIONS = ("replace", "rename", "link", "unlink", "fsync", "mkdir", "rmdir")
@@ -168,6 +169,28 @@ def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pyte
     write(Path(), "new")
     assert content(out) == dict.fromkeys(NAMES, "new")
     assert out.stat().st_ino == before
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_folder_that_cannot_be_replaced_is_filled_unless_another_command_took_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(source: Path, target: Path) -> None:
+        if taken:
+            (target / LOCK).write_text("of another command")
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rename", fail)
+    if not taken:
+        write(out, "new")
+        assert content(out) == dict.fromkeys(NAMES, "new")
+    else:
+        with pytest.raises(HonesError, match="another command began to write here"):
+            write(out, "new")
+        assert not content(out)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == []
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -223,12 +223,24 @@ def _appear(temporary: Path, out: Path) -> bool:
             (out / name).unlink()
         os.rename(temporary, out)  # replaces an empty folder, and no other
     except OSError:
-        for name in held:
-            if (temporary / name).exists() and not (out / name).exists():
-                os.link(temporary / name, out / name)
-            (temporary / name).unlink(missing_ok=True)
+        _put_back(held, temporary, out)
         return False
     return True
+
+
+def _put_back(names: Sequence[str], temporary: Path, out: Path) -> None:
+    """Undo the links of `_appear`.
+
+    Raises: HonesError when another command has taken the lock in the moment in which it had no name.
+    """
+    for name in names:
+        if not (temporary / name).exists():
+            continue
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary / name, out / name)
+        if not (temporary / name).samefile(out / name):
+            raise HonesError(f"--out {out}: another command began to write here; nothing was written")
+        (temporary / name).unlink()
 
 
 def _move_files(
