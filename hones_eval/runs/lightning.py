@@ -161,9 +161,11 @@ class _Launcher(_SubprocessScriptLauncher):  # type: ignore[misc]
         return function(*args, **kwargs)
 
     def kill(self, signum: int) -> None:
-        """End the processes that this one started; after a SIGTERM they save their progress first."""
-        if stopped_on_request():
-            super().kill(signal.SIGTERM)
+        """Signal the processes that this one started; before they are killed after a SIGTERM, let them save.
+
+        Lightning has passed the SIGTERM on to them. A second one would end them at once.
+        """
+        if signum == signal.SIGKILL and stopped_on_request():
             until = time.monotonic() + TIME_TO_SAVE
             while any(started.poll() is None for started in self.procs) and time.monotonic() < until:
                 time.sleep(0.1)
