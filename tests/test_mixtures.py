@@ -32,6 +32,7 @@ from hones_eval.errors import HonesError, MisfitError, UnsupportedModelError
 from hones_eval.jobs.spike_in import shuffled
 from hones_eval.lmms.example import Example
 from hones_eval.lmms.models import inner_model, load_lmm
+from hones_eval.methods import projection
 from hones_eval.methods.attribution import Attribution, AttributionSettings
 
 NAMES = ("qwen3_vl_moe", "llama4", "glm4v_moe", "qwen3_5_moe")
@@ -193,7 +194,9 @@ def test_write_in_contributions_have_the_routing_weight(
     )
     expected = written[-1].detach() * (direction @ down)
     z = Replayer(anatomy).record(INPUTS, 1).base_neurons()[layer][0]
-    found = write_in(z, write_gain(anatomy.down_weight(layer), direction))
+    gain = write_gain(anatomy.down_weight(layer), direction)
+    torch.testing.assert_close(projection.write_gain(anatomy, layer, direction), gain)
+    found = write_in(z, gain)
     torch.testing.assert_close(found[: EXPERTS * width], expected, atol=1e-5, rtol=1e-4)
     routed = found[: EXPERTS * width].reshape(EXPERTS, width).abs().sum(1) > 0
     assert int(routed.sum()) == 2  # top-k
@@ -213,6 +216,28 @@ def test_replay_is_exact_for_every_head_and_some_neurons_of_every_expert(
     plain = {rows.edits[0]: rows.logits[0] for rows in FullPasses(anatomy, INPUTS, 2).edited(edits)}
     worst = max(float((replayed[edit] - plain[edit]).abs().max()) for edit in edits)
     assert worst <= 1e-4 * max(float(x.abs().max()) for x in plain.values())
+
+
+def test_folding_follows_a_model_that_was_converted(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    """The linear layers that stand for experts must not keep the memory of the old weights."""
+    _, single, _ = mixture
+    model = copy.deepcopy(single)
+    shape = Anatomy.of(model).shape
+    scales = torch.rand(shape.layers, shape.neurons, generator=torch.Generator().manual_seed(7)) * 2
+    provenance = Provenance("tiny", None, shape, "by_hand", {}, [ExampleSet("t", "s", 1, 0, "0")])
+    steering = Steering(torch.ones(shape.layers, shape.heads), scales, provenance)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        base = logits(model)
+        with steer(model, steering):
+            expected = logits(model)
+        with steer(model, steering, "fold"):
+            found = logits(model)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.08
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+        assert float((found - base).abs().max()) > 0.1 * float(expected.abs().max())
 
 
 def test_the_model_is_given_back(mixture: tuple[str, PreTrainedModel, Anatomy]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hones_eval.core import edits
 from hones_eval.core.adapters import effective_weight, has_adapter
 from hones_eval.core.artifact import ModelShape
-from hones_eval.core.experts import NeuronTap
+from hones_eval.core.experts import NeuronPart, NeuronTap
 from hones_eval.core.hooks import Site, editing, recording, uncompiled
 from hones_eval.core.last_step import ROUNDING as ROUNDING
 from hones_eval.core.last_step import LastStep, Stack, close, prove_last_step
@@ -184,14 +184,14 @@ class Anatomy:
         if has_adapter(module):
             return self.padded(effective_weight(module, site.width))
         weights = (
-            [p.down_weight() for p in module.parts]
+            [_written_by(part) for part in module.parts]
             if isinstance(module, NeuronTap)
             else [in_memory(module, lambda linear: linear.weight)]
         )
         if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
             raise HonesError(f"{site.name} is quantized: its neurons' write directions cannot be read")
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # type: ignore[arg-type]
-        return self.padded(weight)  # type: ignore[arg-type]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+        return self.padded(weight)
 
     def has_plain_ffn(self, layer: int) -> bool:
         """Whether a layer's neurons are the input [rows, tokens, neurons] of one linear layer."""
@@ -298,6 +298,13 @@ def _answering(model: PreTrainedModel) -> PreTrainedModel:
     inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     answering = [part for part in inner if part.get_output_embeddings() is not None]
     return answering[0] if answering else model
+
+
+def _written_by(part: NeuronPart) -> Tensor:
+    """What the neurons of a part of a layer write [hidden, width]; the adapter of a linear layer included."""
+    if not part.experts and has_adapter(part.module):
+        return effective_weight(part.module, part.width)
+    return part.down_weight()
 
 
 def unembedding_of(model: PreTrainedModel) -> Any:

@@ -101,16 +101,21 @@ _WRITERS: "WeakKeyDictionary[nn.Module, list[nn.Linear]]" = WeakKeyDictionary()
 
 
 def writers(module: nn.Module) -> list[nn.Linear]:
-    """The down projection of each expert as a linear layer on the memory of the stacked weights."""
-    if module not in _WRITERS:
-        stacked: Tensor = module.down_proj  # type: ignore[assignment]
-        made = []
-        for weight in stacked.data if not is_transposed(module) else stacked.data.transpose(1, 2):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            made.append(linear)
-        _WRITERS[module] = made
-    return _WRITERS[module]
+    """The down projection of each expert as a linear layer on the memory of the stacked weights.
+
+    They are made anew when the model was moved or converted: the old ones would hold the old memory.
+    """
+    stacked: Tensor = module.down_proj.data  # type: ignore[assignment]
+    known = _WRITERS.get(module)
+    if known is not None and known[0].weight.data_ptr() == stacked.data_ptr():
+        return known
+    made = []
+    for weight in stacked if not is_transposed(module) else stacked.transpose(1, 2):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        made.append(linear)
+    _WRITERS[module] = made
+    return made
 
 
 class NeuronTap(nn.Module):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
+from hones_eval.core.adapters import has_adapter
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.experts import NeuronTap
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
 
@@ -26,7 +28,19 @@ def write_gains(anatomy: Anatomy, example: Example, token_weights: Tensor | None
     weights = None if token_weights is None else token_weights[example.target_ids].tolist()
     direction = readouts.target_direction(anatomy.unembedding, example.target_ids, weights)
     layers = range(anatomy.shape.layers)
-    return [readouts.write_gain(anatomy.down_weight(layer), direction) for layer in layers]
+    return [write_gain(anatomy, layer, direction) for layer in layers]
+
+
+def write_gain(anatomy: Anatomy, layer: int, direction: Tensor) -> Tensor:
+    """`W_down^T u_y` [I] of one layer; of experts one by one, without a copy of all their weights."""
+    module = anatomy.neurons_in[layer].module
+    parts = module.linear_parts() if isinstance(module, NeuronTap) else []
+    weights = [part.weight for _, part, *_ in parts]
+    plain = all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights)
+    if not parts or not plain or any(has_adapter(part) for _, part, *_ in parts):
+        return readouts.write_gain(anatomy.down_weight(layer), direction)
+    gains = [readouts.write_gain(weight, direction) for weight in weights if isinstance(weight, Tensor)]
+    return anatomy.padded(torch.cat(gains))
 
 
 def inverse_document_frequency(documents: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
