@@ -255,7 +255,7 @@ class NeuronTap(nn.Module):
         for kinds in self._kinds:
             for chosen in (kinds.flatten() == 0, kinds.flatten() != 0):
                 found = torch.nonzero(chosen).flatten()
-                if len(found) == len(read) == tokens and torch.equal(hidden[found], read):
+                if len(found) == len(read) == tokens and _same(hidden[found], read):
                     return found
         raise EditError(f"{name} was called on {tokens} of {rows * length} tokens, and which is not known")
 
@@ -304,6 +304,11 @@ class NeuronTap(nn.Module):
         own = edited[..., routed.start : routed.start + routed.expert_count * width]
         split: Tensor = own.unflatten(-1, (routed.expert_count, width))
         return split[routed.rows, routed.positions, routed.experts]
+
+
+def _same(first: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, where NaN equals NaN."""
+    return bool(((first == other) | (first.isnan() & other.isnan())).all())
 
 
 class _Replaced:

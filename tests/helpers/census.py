@@ -139,7 +139,8 @@ def build(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> P
     block = torch.randn(BLOCK, generator=generator)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
-            if name not in NEED_IMAGES and any(part in label for part in UNUSED):
+            unused = any(part in label for part in UNUSED) and "vision_moe" not in label  # ERNIE's experts
+            if name not in NEED_IMAGES and unused:
                 continue
             noise = _noise(parameter, block, generator)
             if parameter.dim() >= 2:
