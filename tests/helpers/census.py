@@ -135,6 +135,7 @@ def build(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> P
     with torch.random.fork_rng(devices=[]), no_init_weights():
         torch.manual_seed(seed)
         model: PreTrainedModel = kind(config).float().eval()
+    model.config.architectures = [kind.__name__]  # as a checkpoint states it
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK, generator=generator)
     with torch.no_grad():
@@ -193,12 +194,18 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _TEXT_MROPE = {"text_config.rope_parameters": _MROPE}
 CHANGES: dict[str, dict[str, Any]] = {
     "kimi_k25": {"text_config.head_dim": 8},
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), _TEXT_MROPE),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _TEXT_MROPE),
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), _TEXT_MROPE),
     "glm4v_moe": {
         "text_config.rope_parameters": _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
     },
-    "qwen2_5_omni": {"thinker_config.text_config.rope_parameters": _MROPE, "enable_audio_output": False},
+    "qwen2_5_omni_thinker": _TEXT_MROPE | {"vision_start_token_id": 120, "audio_start_token_id": 121},
+    "qwen2_5_omni": {
+        "thinker_config.text_config.rope_parameters": _MROPE,
+        "thinker_config.vision_start_token_id": 120,
+        "thinker_config.audio_start_token_id": 121,
+        "enable_audio_output": False,
+    },
     "step3p7": {"text_config.sliding_window": 4},
     "aya_vision": {"vision_config.num_attention_heads": 16},
     "chameleon": {"vocabulary_map": {"<image>": 100, "<s>": 1}},
@@ -277,7 +284,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mistral_large4": {"text_config.kv_source_layers": [0, 1, 2, 3], "text_config.num_key_value_heads": 4},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.text_hidden_size": 64},
     "muse_spark": {"audio_config.num_hidden_layers": 4, "text_config.layer_rope_theta": [1e4, 0, 1e4, 1e4]},
-    "qwen3_omni_moe": {"enable_audio_output": False},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120, "audio_start_token_id": 121},
+    "qwen3_omni_moe": {
+        "thinker_config.vision_start_token_id": 120,
+        "thinker_config.audio_start_token_id": 121,
+        "enable_audio_output": False,
+    },
     "perception_lm": {
         "vision_config.architecture": "vit_pe_core_large_patch14_336",
         "vision_config.model_args": {"embed_dim": 1024, "depth": 1},
