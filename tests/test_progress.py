@@ -1,6 +1,8 @@
 """What long commands say while they run: what they load, what a pass costs, and how far it is."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,14 @@ def test_only_the_first_process_speaks(
 )
 def test_time_spans_are_given_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_process_of_its_own_says_at_once_what_it_imports(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hones_eval", *RANK[:-4], "--model_args", "pretrained=nowhere"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("rank: ", "loading "))]
+    assert lines == [
+        "rank: importing torch, transformers and lmms-eval",
+        "loading hones_llava (pretrained=nowhere)",
+    ]

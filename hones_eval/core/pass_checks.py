@@ -109,6 +109,11 @@ def _around_compiled_calls(module: nn.Module, check: _PassCheck) -> list[Undo]:
     return [*undo, switch_off]
 
 
+def _below(replacement: Any) -> Any:
+    """What was in the place of a replacement before it."""
+    return replacement.own
+
+
 def _replaced(module: nn.Module, name: str, value: Any, check: _PassCheck) -> Undo:
     """Replace an attribute of a module by a function of a check; the returned function restores it.
 
@@ -122,9 +127,9 @@ def _replaced(module: nn.Module, name: str, value: Any, check: _PassCheck) -> Un
     def restore() -> None:
         if attributes.get(name) is not value:
             return  # inside of another check's function, or replaced by the user
-        own: Any = value.own
+        own = _below(value)
         while own is not None and getattr(own, "check", None) is not None and not own.check.on:
-            own = own.own
+            own = _below(own)
         if own is None:
             del attributes[name]
         else:
