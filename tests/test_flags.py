@@ -1,6 +1,7 @@
 """Flags that cannot be read are one line with the way out, for every command, before anything is loaded."""
 
 import inspect
+import logging
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,17 @@ def test_a_damage_that_cannot_be_undone_is_refused_before_anything_is_read(
 def test_a_folder_that_does_not_exist_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(["anatomy", "--pretrained", "/nonexistent"], capsys, status=1)
     assert line == "hones-eval: pretrained=/nonexistent: no such folder"
+
+
+@pytest.mark.parametrize("name", ["torch.utils._pytree", "bitsandbytes.backends.cpu.ops"])
+def test_warnings_of_libraries_about_features_that_are_not_used_are_silenced(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantization libraries that are installed are imported by others, and warn while they are."""
+    complaint(["rank"], capsys)
+    logger = logging.getLogger(name)
+    assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.ERROR)
 
 
 def test_a_misspelled_method_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
