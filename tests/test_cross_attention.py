@@ -404,6 +404,30 @@ def test_t5_is_ranked_through_lmms_evals_own_wrapper(
 
 
 @pytest.mark.slow
+def test_t5_is_verified_scaled_and_exported(
+    t5_flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The exported checkpoint answers as the steered model does."""
+    ranking, steering = str(tmp_path / "ranking"), str(tmp_path / "steering")
+    hones = ["rank", "--method", "hones", *t5_flags, "--heads", "4", "--neurons", "0.1", "--limit", "2"]
+    assert main([*hones, "--out", ranking]) == 0
+    held_out = ["--offset", "2", "--trials", "2", "--out", str(tmp_path / "verified")]
+    assert main(["verify", "--ranking", ranking, *t5_flags, *held_out]) == 0, capfd.readouterr().err
+    factor = ["--how", "fixed", "--factor", "3", "--out", steering]
+    assert main(["scale", "--ranking", ranking, *factor]) == 0, capfd.readouterr().err
+    exported = str(tmp_path / "exported")
+    assert main(["export", "--steering", steering, "--to", "checkpoint", "--out", exported]) == 0
+    answers = [
+        ask(get_model(name).create_from_arg_string(args, {"batch_size": 1}), QUESTIONS)
+        for name, args in (
+            ("instructblip", f"pretrained={exported},device=cpu"),
+            ("hones_instructblip", f"{t5_flags[3]},steering={steering}"),
+        )
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
 def test_t5_is_steered_through_lmms_evals_own_wrapper(t5_checkpoint: Path, tmp_path: Path) -> None:
     """Without a steering it answers as the stock wrapper; with one otherwise, folded or not."""
     args, steering = f"pretrained={t5_checkpoint},device=cpu", tmp_path / "steering"

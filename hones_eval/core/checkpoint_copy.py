@@ -50,6 +50,11 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, as copies in another format do."""
+    return any(path.suffix in _OTHER_WEIGHTS for path in folder.rglob("*"))
+
+
 def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder: Path) -> None:
     """Copy the checkpoint `source` into `folder`, with the scales multiplied into its weights.
 
@@ -75,6 +80,8 @@ def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder
     for path in sorted(source.iterdir()):
         if path.is_file() and (path.name in used or path.suffix not in _OTHER_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and not path.name.startswith(".") and not _has_weights(path):
+            shutil.copytree(path, folder / path.name)  # a second tokenizer, as InstructBLIP has
     for tensor, scales in changes:
         _multiply(folder / tensor.file, tensor, scales)
 
