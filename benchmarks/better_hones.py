@@ -144,7 +144,7 @@ def group_effects(
     examples = model.examples(f"scenes_{task}_discovery", limit=count, offset=offset)
     pass_ = TargetLosses(model.replayer, [Fold(banks, range(count))])
     with torch.inference_mode():
-        total = sum(pass_.measure(examples[index]).sums["losses"] for index in range(count)) / count
+        total = torch.stack([pass_.measure(examples[index]).sums["losses"] for index in range(count)]).mean(0)
     by_name = dict(zip(banks, total[1:].tolist(), strict=True))
     alone, group = torch.zeros_like(ranking.neuron_scores), torch.zeros_like(ranking.neuron_scores)
     for place, neuron in enumerate(bank):
