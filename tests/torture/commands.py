@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import edited
@@ -169,7 +170,7 @@ def demo_without_programs() -> Command:
 
     The logs and what is made from them hold the time of the run; the other files are compared.
     """
-    demo_command.subprocess.run = lmms_eval_in_a_fork  # type: ignore[assignment]
+    demo_command.subprocess = SimpleNamespace(run=lmms_eval_in_a_fork)  # type: ignore[assignment]
     made = ("ranking", "verify", "steering")
     return Command("demo --examples 2", seconds=300, compared=lambda path: path.parts[0] in made, kills=1)
 

@@ -48,14 +48,13 @@ def parts_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, C
     if options.logs:
         yield "logs", boards(options.logs, folder / "boards")
     listed = commands(folder)
-    killed = {name: given for name, given in listed.items() if not options.only or name in options.only}
-    if not options.only:
-        killed["demo"] = demo_without_programs()
-    if options.kills:
-        yield "kills", kills(killed, folder, options.kills)
     if options.calls:
         references(folder)
         yield "calls", calls(options.calls, folder)
+    if options.kills:
+        every = listed | {"demo": demo_without_programs()}
+        chosen = {name: given for name, given in every.items() if not options.only or name in options.only}
+        yield "kills", kills(chosen, folder, options.kills)
     if options.matrix:
         yield "matrix", matrix(listed, folder)
 
