@@ -146,7 +146,9 @@ def _write_page(call: "Call", given: Sequence[str], answer: Answer) -> None:
         made_by=_made_by(given),
         lines=[line for line in lines if line != headline],
         headline=headline,
-        settings=call.arguments,
+        settings={
+            name: value for name, value in call.arguments.items() if f"--{name}" not in ("--out", *_UNSEEN)
+        },
         tables=answer.tables,
         charts=answer.charts,
     )
@@ -154,14 +156,22 @@ def _write_page(call: "Call", given: Sequence[str], answer: Answer) -> None:
 
 
 def _made_by(given: Sequence[str]) -> str:
-    """The command line, without the name of the output folder and without what only matters on the way."""
-    words = [word for word in given if word not in ("--resume", "--overwrite")]
-    for place, word in enumerate(words):
-        if word == "--out" and place + 1 < len(words):
-            words[place + 1] = "FOLDER"
-        elif word.startswith("--out="):
-            words[place] = "--out=FOLDER"
+    """The command line, without the name of the output folder and without what does not change the result."""
+    words, rest = list[str](), iter(given)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        if flag == "--out":
+            words += ["--out", "FOLDER"]
+        elif flag not in _UNSEEN:
+            words.append(word)
+        if flag in ("--out", *_UNSEEN_WITH_VALUE) and not equals:
+            next(rest, None)
     return f"hones-eval {shlex.join(words)}"
+
+
+# A run that was stopped and resumed, also by another number of processes, has the page of one that was not.
+_UNSEEN_WITH_VALUE = ("--devices", "--num_nodes")
+_UNSEEN = ("--resume", "--overwrite", *_UNSEEN_WITH_VALUE)
 
 
 def _sole_writer(out: object) -> AbstractContextManager[None]:

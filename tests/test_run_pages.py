@@ -63,6 +63,16 @@ def test_a_ranking_is_shown_with_its_own_numbers(ranked: Path) -> None:
     assert str(ranked) not in page, "the same work in another folder gives the same page"
 
 
+def test_what_does_not_change_the_result_is_not_on_the_page(ranked: Path, tmp_path: Path) -> None:
+    tasks = ["--tasks", "scenes_vqa_relation_discovery", "--limit=4", "--heads", "4"]
+    ways = ["--devices", "1", "--resume", f"--out={tmp_path}", "--num_nodes=1"]
+    assert main(["rank", *ways, "--method", "atp", *MODEL, *tasks]) == 0
+    page, other = ((folder / "index.html").read_text() for folder in (tmp_path, ranked))
+    assert "hones-eval rank --out FOLDER --method atp" in page
+    assert "devices" not in page
+    assert page.split("How it was made")[0] == other.split("How it was made")[0]
+
+
 def test_a_comparison_links_to_the_pages_of_its_rankings(
     ranked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,7 @@ def write_run_page(
         made_by: the command line.
         lines: the answer; those that begin with `warning: ` are marked.
         headline: the answer in one sentence.
-        settings: the flags with their values.
+        settings: the flags with their values, without those that do not change the result.
         tables: shown before the CSV files.
         charts: shown before the figure files.
     """
@@ -73,11 +73,7 @@ def write_run_page(
             for path in out.iterdir()
             if path.is_file() and path.name[0] != "." and path.name != PAGE
         ),
-        settings=[
-            (name, _text(value))
-            for name, value in settings.items()
-            if value is not None and name not in ("out", "resume")
-        ],
+        settings=[(name, _text(value)) for name, value in settings.items() if value is not None],
     )
     write_text(out / PAGE, page)
     return out / PAGE
