@@ -383,3 +383,25 @@ def test_scaling_is_not_resumed_with_other_weights_at_the_same_path(
     assert main(command) == 1
     assert "was measured with another model" in capsys.readouterr().err
     assert not (tmp_path / "out" / "steering.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--how", "fixed", "--factor", "1e300"], "1e+300"),
+        (["--how", "fixed", "--factor=-1e9"], "-1e+09"),
+    ],
+)
+def test_scales_that_no_model_could_use_are_refused(
+    flags: list[str],
+    shown: str,
+    own: own_answers.Prepared,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ranking = ["--ranking", str(own.rankings / "hones")]
+    assert main(["scale", *ranking, *flags, "--out", str(tmp_path / "out")]) == 1
+    assert own_answers.complaint(capsys.readouterr().err) == (
+        f"hones-eval: a scale of {shown} was asked for: give numbers up to 10000"
+    )
+    assert not (tmp_path / "out").exists()

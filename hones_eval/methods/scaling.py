@@ -12,6 +12,14 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron, top_heads
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
+from hones_eval.limits import LARGEST_SCALE
+
+
+def _bounded(scale: float) -> float:
+    """A scale that was asked for. Raises: HonesError when it is not finite, or larger than any useful one."""
+    if not abs(scale) <= LARGEST_SCALE:
+        raise HonesError(f"a scale of {scale:g} was asked for: give numbers up to {LARGEST_SCALE:g}")
+    return scale
 
 
 def fixed(ranking: Ranking, factor: float, neurons: float | None = None) -> Steering:
@@ -46,7 +54,7 @@ def grouped_scales(ranking: Ranking, groups: Sequence[Sequence[Neuron]], factors
     scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
     for group, factor in zip(groups, factors, strict=True):
         for neuron in group:
-            scales[neuron] = factor
+            scales[neuron] = _bounded(factor)
     return scales
 
 
@@ -80,7 +88,7 @@ def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steer
         helps = float(positive[head]) if head in up else 0.0
         hurts = float(negative[head]) if head in down else 0.0
         if helps != hurts:
-            scales[head] = 1 + enhance if helps > hurts else 1 - suppress
+            scales[head] = _bounded(1 + enhance if helps > hurts else 1 - suppress)
     settings: dict[str, Any] = {"how": "topk", "heads": count, "enhance": enhance, "suppress": suppress}
     if up & down:
         settings["in_both_lists"] = [list(head) for head in sorted(up & down)]
@@ -95,7 +103,7 @@ def scaled_neurons(
         raise HonesError("the selection of neurons is empty: there is nothing to scale")
     scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
     for neuron in bank:
-        scales[neuron] = factor
+        scales[neuron] = _bounded(factor)
     return _steering(ranking, settings, neuron_scales=scales)
 
 

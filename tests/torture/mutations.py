@@ -135,7 +135,8 @@ class Calls:
         if signed:
             return "accepted with its digest"
         reference = self.folder / "references" / kind
-        same = all((out / each.name).read_bytes() == each.read_bytes() for each in reference.iterdir())
+        made = [path for path in reference.iterdir() if path.name != "index.html"]  # it names its input
+        same = all((out / path.name).read_bytes() == path.read_bytes() for path in made)
         return "accepted unchanged" if same else "wrong: accepted silently"
 
     def config(self, seed: int) -> str:
