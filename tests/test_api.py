@@ -114,7 +114,7 @@ def test_the_command_says_how_many_heads_it_took_and_refuses_only_an_explicit_nu
     rank = ["rank", "--method", "vseam", *flags, "--out", str(tmp_path / "ranking")]
     assert main(rank) == 0
     printed = capsys.readouterr()
-    assert "--heads is 1 for the 48 heads of this model, the paper's share (30 of 1024)" in printed.out
+    assert "chose 1 of 48 heads, the paper's share (30 of 1024); --heads changes that" in printed.out
     assert he.Ranking.load(tmp_path / "ranking").provenance.settings["heads"] == 1
     assert main([*rank, "--overwrite", "--heads", "49"]) == 1
     assert "--heads 49: cannot choose 49 of 48 heads" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hones_eval.choices import Category, DType, EditorName, Level, MaskName
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
+from hones_eval.notes import note
 
 if TYPE_CHECKING:
     from hones_eval.editing.reading import Reading
@@ -140,6 +141,8 @@ def edit(
             f"none of {len(reading.records) + len(reading.problems)} records could be edited{first}"
         )
     contact_sheet(out, report, shown=sheet)
+    if report.resumed:
+        note(f"{report.resumed} edits are kept from an earlier run")
     lines = _lines(report)
     lines.append(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
     return Answer(lines, {"out": str(out), "by_level": report.by_level(), "left_out": report.left_out})
@@ -183,8 +186,7 @@ def _summary(report: "Report") -> str:
 
 def _lines(report: "Report") -> list[str]:
     """How many edits were accepted, and why the others were not."""
-    lines = [f"{report.resumed} edits are kept from an earlier run"] if report.resumed else []
-    lines.append(_summary(report))
+    lines = [_summary(report)]
     lines += [
         f"rejected {row['question_id']}: {'; '.join(row['reasons'])}" for row in report.rejected[:NAMED]
     ]
