@@ -14,6 +14,7 @@ from hones_eval.__main__ import main
 from hones_eval.core.ranking import Ranking
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples, load_lmm
+from hones_eval.runs.checkpoint import Partial
 from hones_eval.runs.lightning import Loop, SumOverRanks
 from hones_eval.runs.measure import Measurement
 
@@ -60,6 +61,22 @@ def test_one_loop_runs_several_passes(examples: TaskExamples) -> None:
     loop = Loop("cpu", progress=False)
     first, second = (loop.run(examples, Count(), name) for name in ("a", "b"))
     assert first.sums["examples"] == second.sums["examples"] == COUNT
+
+
+def test_a_pass_that_other_processes_have_finished_is_only_added_up(
+    examples: TaskExamples, tmp_path: Path
+) -> None:
+    """As when two processes are killed after a pass and another number goes on: nothing is left to do."""
+    loop = Loop("cpu", progress=False)
+    loop.partial = Partial(tmp_path, "fingerprint", resume=True)
+    first = loop.run(examples, Count(), "count")
+    (kept,) = tmp_path.iterdir()
+    kept.rename(kept.with_name(kept.name.replace("-0-of-1", "-0-of-2")))
+    again = Count()
+    found = loop.run(examples, again, "count")
+    assert again.seen == []
+    assert found.records == first.records
+    assert found.sums["examples"] == COUNT
 
 
 def test_an_error_in_an_example_ends_the_pass(examples: TaskExamples) -> None:

@@ -114,6 +114,8 @@ class Loop:
         module = _Pass(examples, measure, name, self.partial)
         with one_fails_all_fail(self.trainer):
             self.trainer.predict(module, return_predictions=False)
+            # Not in a hook of Lightning: where nothing is left to measure, it calls none.
+            module.add_inherited()
             sums = {key: value.cpu() for key, value in module.totals.compute().items()}
             records = _gather(module.records)
         missing = len(examples) - len(records)
@@ -265,7 +267,7 @@ class _Pass(LightningModule):  # type: ignore[misc]
         """How many examples this process has measured, before and after a resume."""
         return len(self.records)
 
-    def on_predict_end(self) -> None:
+    def add_inherited(self) -> None:
         """Add what was inherited. It is not part of this process's own file."""
         for progress in self.inherited:
             self.totals.update(progress.sums)
