@@ -3,9 +3,12 @@
 The second run has to give the files of a run that was never killed, to the byte, and leave no other file.
 """
 
+import contextlib
 import os
 import random
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,10 @@ class Whole(NamedTuple):
     files: dict[str, bytes]
     renames: int
     seconds: float
+
+
+# Seconds on the clock after which the processes of a killed run are ended.
+LAUNCHER_WAITS = 60.0
 
 
 class Kill(NamedTuple):
@@ -102,7 +109,19 @@ def run(given: Command, out: Path, kill: Kill | None = None) -> list[Ended]:
         local = {"LOCAL_RANK": str(rank)} if address else {}
         after = None if mine is None or mine.rename is not None else mine.after
         started.append(sandbox.start(work, given.seconds, address | local, after))
-    return [finish(*each) for each in started]
+    # A process that waits for one that died before they had met is ended by its launcher, which this is.
+    launcher = threading.Timer(LAUNCHER_WAITS, lambda: [_end(process) for process, _ in started])
+    if kill is not None and given.processes > 1:
+        launcher.start()
+    try:
+        return [finish(*each) for each in started]
+    finally:
+        launcher.cancel()
+
+
+def _end(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 class Killing:
