@@ -32,7 +32,8 @@ def matrix(listed: dict[str, Command], folder: Path) -> Iterator[tuple[str, Call
 
     def files(line: str, processes: int) -> dict[str, bytes]:
         remove(out.parent)
-        given = Command(line, processes=processes, seconds=120)
+        several = f" --devices {processes}" if processes > 1 else ""
+        given = Command(f"{line}{several}", processes=processes, seconds=120)
         ended = run(replace(given, processes=processes), out)
         assert all(each.result.startswith("exit 0") for each in ended), ended
         return content(out, given)
