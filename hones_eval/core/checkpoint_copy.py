@@ -32,13 +32,13 @@ class CannotCopyError(Exception):
     """A checkpoint whose tensors are not plainly the model's own: it has to be loaded and saved instead."""
 
 
-def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+def checkpoint_folder(name: str) -> Path:
     """The folder of a checkpoint; one from the hub is downloaded, or found in the hub's cache."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision))
+    return Path(snapshot_download(name))
 
 
 class _Stored(NamedTuple):

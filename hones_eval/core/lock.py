@@ -15,8 +15,8 @@ from typing import ParamSpec, TypeVar
 
 from hones_eval.core.files import LOCK, clear_dead_files
 from hones_eval.errors import HonesError
+from hones_eval.notes import is_first_process
 
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 MOST_FOLDERS, DEEPEST = 10_000, 6  # looked through for dead temporary files; levels below the folder
 
 Arguments = ParamSpec("Arguments")
@@ -35,7 +35,7 @@ def only_writer(out: Path, environment: Mapping[str, str] = os.environ) -> Itera
 
     Raises: HonesError that names the owner, when another command writes to the folder.
     """
-    if any(environment.get(name, "0") not in ("", "0") for name in RANKS):
+    if not is_first_process(environment):
         yield
         return
     place = out.resolve()
