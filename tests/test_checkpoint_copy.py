@@ -67,6 +67,10 @@ def sharded(tmp_path: Path) -> Path:
     base = tmp_path / "base"
     model.to(torch.bfloat16).save_pretrained(base, max_shard_size="200KB")
     families.build("llava").processor.save_pretrained(base)
+    save_file({"steps": torch.zeros(3, dtype=torch.int64)}, base / "extra.safetensors")  # no weights
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["steps"] = "extra.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "NOTES.txt").write_text("kept")
     (base / "pytorch_model.bin").write_bytes(b"unsteered weights in another format")
     assert len(list(base.glob("*.safetensors"))) > 2

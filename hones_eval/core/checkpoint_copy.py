@@ -69,14 +69,14 @@ def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder
         HonesError: when the weights are quantized.
     """
     _refuse_quantized(empty)
-    stored = _tensors(source)
+    used = _files(source)
+    stored = {name: tensor for file in used for name, tensor in _header(source / file)}
     names = _checkpoint_names(empty, list(stored))
     changes = [
         (_find(name, shape, names, stored), scales) for name, shape, scales in _columns(empty, steering)
     ]
     for dtype in {tensor.dtype for tensor, _ in changes}:
         warn_of_rounding(steering, dtype)
-    used = {tensor.file for tensor in stored.values()}
     for path in sorted(source.iterdir()):
         if path.is_file() and (path.name in used or path.suffix not in _OTHER_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
@@ -108,19 +108,18 @@ def _columns(empty: PreTrainedModel, steering: Steering) -> Iterator[tuple[str, 
         yield f"{names[module]}.weight", tuple(module.weight.shape), scales
 
 
-def _tensors(source: Path) -> dict[str, _Stored]:
-    """Every tensor of the checkpoint by its stored name, from the headers of its files."""
+def _files(source: Path) -> list[str]:
+    """The safetensors files of the checkpoint."""
     if (source / INDEX).is_file():
         index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        files = sorted(set(index["weight_map"].values()))
-    elif (source / SINGLE).is_file():
-        files = [SINGLE]
-    else:
-        raise CannotCopyError("there are no safetensors weights")
-    return {name: tensor for file in files for name, tensor in _header(source / file)}
+        return sorted(set(index["weight_map"].values()))
+    if (source / SINGLE).is_file():
+        return [SINGLE]
+    raise CannotCopyError("there are no safetensors weights")
 
 
 def _header(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """The floating-point tensors of a file, by their stored names."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
