@@ -190,7 +190,7 @@ def _headline(ranking: "Ranking") -> str:
         best = [f"{head.layer}.{head.head}" for head, _ in ranking.top_heads(min(3, ranking.measured_heads))]
         listed = f"{', '.join(best[:-1])} and {best[-1]}" if len(best) > 1 else best[0]
         return f"Heads {listed} matter most for {task}"
-    counts = Counter(neuron.layer for neuron in ranking.neurons())
+    counts = _selected_by_layer(ranking)
     layer, count = counts.most_common(1)[0]
     return f"{count} of {counts.total()} neurons selected for {task} are in layer {layer}"
 
@@ -206,8 +206,8 @@ def _tables(ranking: "Ranking") -> list[Table]:
         found = ranking.top_neurons(min(LISTED, int(ranking.measured_neurons().sum())))
         rows = [{"layer": neuron.layer, "neuron": neuron.neuron, "score": score} for neuron, score in found]
         tables.append(Table(f"The {len(rows)} best neurons", rows))
-        counts = Counter(neuron.layer for neuron in ranking.neurons())
-        rows = [{"layer": layer, "selected neurons": counts[layer]} for layer in sorted(counts)]
+        counts = sorted(_selected_by_layer(ranking).items())
+        rows = [{"layer": layer, "selected neurons": count} for layer, count in counts]
         tables.append(Table("Selected neurons by layer", rows))
     return tables
 
@@ -265,12 +265,14 @@ def _confirmed_lines(report: dict[str, Any]) -> list[str]:
 
 def _neuron_line(ranking: "Ranking") -> str:
     """How the selected neurons lie over the layers."""
-    bank = ranking.neurons()
-    counts: dict[int, int] = {}
-    for neuron in bank:
-        counts[neuron.layer] = counts.get(neuron.layer, 0) + 1
-    by_layer = ", ".join(f"{layer}: {counts[layer]}" for layer in sorted(counts))
-    return f"{_count(len(bank), 'neuron')} selected, by layer {by_layer}"
+    counts = _selected_by_layer(ranking)
+    by_layer = ", ".join(f"{layer}: {count}" for layer, count in sorted(counts.items()))
+    return f"{_count(counts.total(), 'neuron')} selected, by layer {by_layer}"
+
+
+def _selected_by_layer(ranking: "Ranking") -> Counter[int]:
+    """The number of selected neurons of each layer that has any."""
+    return Counter(neuron.layer for neuron in ranking.neurons())
 
 
 def _unmeasured_lines(report: dict[str, Any]) -> list[str]:
