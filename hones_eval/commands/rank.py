@@ -187,7 +187,10 @@ def _headline(ranking: "Ranking") -> str:
     """The best heads, or the layers that the selected neurons are in."""
     task, method = ranking.provenance.examples[0].task, ranking.provenance.method
     if ranking.head_scores is not None and method in HEAD_UNITS:
-        best = [f"{head.layer}.{head.head}" for head, _ in ranking.top_heads(min(3, ranking.measured_heads))]
+        found = ranking.top_heads(min(3, ranking.measured_heads))
+        best = [f"{head.layer}.{head.head}" for head, score in found if score > 0]
+        if not best:
+            return f"No head matters for {task} on these examples"
         listed = f"{', '.join(best[:-1])} and {best[-1]}" if len(best) > 1 else best[0]
         return f"Heads {listed} matter most for {task}"
     counts = _selected_by_layer(ranking)
