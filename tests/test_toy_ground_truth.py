@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.toy import checkpoint_path
-from hones_eval.toy.ground_truth import FOLDER, TASKS, load_ground_truth
+from hones_eval.toy.ground_truth import FOLDER, TASKS, load_ground_truth, make_ground_truth
 from hones_eval.toy.yardstick import agreement, captured_effect, masking_area
 
 
@@ -61,6 +61,57 @@ def test_entries_equal_a_plain_loop() -> None:
         part = slice(site * width, (site + 1) * width) if kind != "neurons" else slice(site, site + 1)
         assert base - metric(module, part) == pytest.approx(float(drops[layer, site]), abs=1e-6)
         assert drops[layer, site] > 0
+
+
+def test_margins_equal_a_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A truth of two examples, made by the command's function: its largest effects by hooks of their own."""
+    make_ground_truth(tmp_path, ["vqa_relation"], 2, checkpoint_path())
+    truth = load_ground_truth(tmp_path)
+    lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
+    model = inner_model(lmm)
+    examples = TaskExamples(lmm, "scenes_vqa_relation_discovery", model_name="llava_hf", limit=2)
+    layers = model.get_decoder().layers
+
+    def margins(module: torch.nn.Module | None, part: slice) -> list[float]:
+        def zero(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            x = args[0].clone()
+            x[..., part] = 0
+            return (x,)
+
+        handle = module.register_forward_pre_hook(zero) if module is not None else None
+        found = []
+        for item in (examples[0], examples[1]):
+            target = list(item.target_ids)
+            ids = torch.cat([item.inputs["input_ids"], torch.tensor([target[:-1]], dtype=torch.long)], dim=1)
+            given = item.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                logits = model(**given).logits[0, -len(target) :].double()
+            rows = [
+                row[token] - torch.cat([row[:token], row[token + 1 :]]).max()
+                for row, token in zip(logits, target, strict=True)
+            ]
+            found.append(float(sum(rows)))
+        if handle is not None:
+            handle.remove()
+        return found
+
+    base = margins(None, slice(0))
+    for kind, width in (("heads_by_zero", 16), ("neurons", 1)):
+        effects = truth.effects["vqa_relation"][kind]
+        assert effects.margin is not None
+        layer, site = divmod(int(effects.margin.argmax()), effects.margin.shape[1])
+        module = layers[layer].self_attn.o_proj if width > 1 else layers[layer].mlp.down_proj
+        edited = margins(module, slice(site * width, (site + 1) * width))
+        drops = torch.tensor(base) - torch.tensor(edited)
+        assert float(drops.mean()) == pytest.approx(float(effects.margin[layer, site]), abs=1e-4)
+        assert float(drops.std() / 2**0.5) == pytest.approx(
+            float(effects.errors["margin"][layer, site]), abs=1e-4
+        )
+        even, odd = effects.halves["margin"]
+        assert [float(even[layer, site]), float(odd[layer, site])] == pytest.approx(drops.tolist(), abs=1e-4)
+    capsys.readouterr()
+    make_ground_truth(tmp_path, ["vqa_relation"], 2, checkpoint_path())
+    assert "already measured on these examples" in capsys.readouterr().out
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:

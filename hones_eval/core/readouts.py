@@ -21,15 +21,15 @@ def sequence_log_probability(
 
 
 def target_margin(
-    logits: Float[Tensor, "tokens vocabulary"], target: Int[Tensor, " tokens"]
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*rows tokens vocabulary"], target: Int[Tensor, " tokens"]
+) -> Float[Tensor, "*rows"]:
     """Sum over a target's tokens of the token's logit minus the largest other logit, in float32.
 
     Unlike the log-probability, the margin does not saturate when the model is certain of the target.
     """
-    logits, chosen = logits.float(), target.unsqueeze(-1)
+    logits, chosen = logits.float(), target.expand(logits.shape[:-1]).unsqueeze(-1)
     others = logits.scatter(-1, chosen, -torch.inf).amax(-1)
-    return (logits.gather(-1, chosen).squeeze(-1) - others).sum()
+    return (logits.gather(-1, chosen).squeeze(-1) - others).sum(-1)
 
 
 def answer_probability(

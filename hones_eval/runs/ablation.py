@@ -23,19 +23,22 @@ class Ablation:
     every edit, so the answers that changed are kept.
     """
 
-    def __init__(self, replayer: Replayer, examples: TaskExamples, edits: Sequence[SiteEdit]) -> None:
-        """Measure `edits` on `examples` with the replayer's model."""
+    def __init__(
+        self, replayer: Replayer, examples: TaskExamples, edits: Sequence[SiteEdit], margins: bool = False
+    ) -> None:
+        """Measure `edits` on `examples` with the replayer's model; `margins` adds those of gold answers."""
         self.replayer = replayer
         self.examples = examples
         self.edits = list(edits)
-        self.run = EditRun.of(replayer, examples, self.edits)
+        self.run = EditRun.of(replayer, examples, self.edits, margins)
         self.decoder = self.run.decoder
         self.in_play: Sequence[int] = range(len(self.edits))
         """Numbers of the edits that `measure` runs; racing and screening run fewer than all."""
 
     def zeros(self) -> dict[str, Tensor]:
         """Sums over examples: drops and examples by edit [E], unedited values, and counts."""
-        by_edit = ("metric_drop", "log_probability_drop", "measured")
+        by_edit = ["metric_drop", "log_probability_drop", "measured"]
+        by_edit += ["margin_drop"] if self.run.margins else []
         single = ("metric", "log_probability", "examples", "differing_answers", "plain_examples", "shared")
         sums = {name: torch.zeros(len(self.edits), dtype=torch.float64) for name in by_edit}
         return sums | {name: torch.zeros((), dtype=torch.float64) for name in single}
@@ -51,6 +54,8 @@ class Ablation:
         sums = self.zeros()
         sums["measured"][list(self.in_play)] = 1
         sums["log_probability_drop"] += answers.drops
+        if answers.margin_drops is not None:
+            sums["margin_drop"] += answers.margin_drops
         sums["log_probability"] += answers.log_probability
         sums["differing_answers"] += answers.differing
         sums["shared"] += answers.shared

@@ -4,8 +4,8 @@ This is the yardstick for attribution methods. It was made by
 
     python -m hones_eval.toy.ground_truth --out hones_eval/toy/ground_truth --examples 200
 
-on the discovery splits, by replay. So far `vqa_relation` and `vqa_attribute` have 200 examples. The other
-tasks are from an earlier run with 32 and have neither errors nor halves, as `ground_truth.json` says.
+on the discovery splits, by replay. `ground_truth.json` says how many examples each task has. Tasks from an
+earlier format, with 32 examples, have neither errors nor halves, and tasks of another one no margin.
 
 The command measures one task after the other and stores each in files of its own. It can be stopped at any
 time: the same command continues from the last finished example, and skips finished tasks. The same examples
@@ -39,7 +39,7 @@ from hones_eval.toy import checkpoint_path
 FOLDER = Path(__file__).resolve().parent / "ground_truth"
 TASKS = ("vqa_object", "vqa_attribute", "vqa_relation", "ocr", "caption", "retrieval", "grounding")
 KINDS = ("heads_by_mean", "heads_by_zero", "neurons")
-MEASURES = ("metric", "log_probability")
+MEASURES = ("metric", "log_probability", "margin")
 SPREAD = ("squares", "even")
 """The sums from which standard errors and split halves are computed, next to the plain sum."""
 
@@ -47,16 +47,19 @@ SPREAD = ("squares", "even")
 class Effects(NamedTuple):
     """Drops under one edit at a time: `[L, H]` for heads and `[L, I]` for neurons, float32.
 
-    `metric` and `log_probability` are the mean drops of the task's metric (its sign is flipped where lower is
-    better) and of the gold answer's log-probability. `errors` are the standard errors of both, by name.
-    `halves` are both on the examples of even and of odd index, by name. A metric that is computed over the
-    corpus has halves but no standard error. Tasks that were measured in an earlier format have neither.
+    `metric`, `log_probability` and `margin` are the mean drops of the task's metric (its sign is flipped
+    where lower is better), of the gold answer's log-probability, and of its margin: the sum over its tokens
+    of the token's logit minus the largest other logit. `errors` are their standard errors by name, and
+    `halves` the drops on the examples of even and of odd index. A metric that is computed over the corpus has
+    halves but no standard error. Tasks that were measured in an earlier format have no margin, or neither
+    errors nor halves.
     """
 
     metric: Tensor
     log_probability: Tensor
     errors: dict[str, Tensor]
     halves: dict[str, tuple[Tensor, Tensor]]
+    margin: Tensor | None = None
 
 
 class GroundTruth(NamedTuple):
@@ -93,6 +96,7 @@ def _effects_in(tensors: dict[str, Tensor], name: str) -> Effects:
         log_probability=tensors[f"{name}.log_probability"],
         errors={m: tensors[f"{name}.{m}.error"] for m in MEASURES if f"{name}.{m}.error" in tensors},
         halves={m: halves(m) for m in MEASURES if f"{name}.{m}.even" in tensors},
+        margin=tensors.get(f"{name}.margin"),
     )
 
 
@@ -125,8 +129,11 @@ class SpreadAblation:
         """Everything that is stored of a task [E], by measure: the mean, its standard error, both halves."""
         examples = self.ablation.examples
         sign = 1.0 if examples.higher_is_better else -1.0
-        log_probability = _spread(totals, "log_probability_drop", len(examples), 1.0)
-        found = {f"log_probability{name}": value for name, value in log_probability.items()}
+        found = {
+            f"{measure}{name}": value
+            for measure in ("log_probability", "margin")
+            for name, value in _spread(totals, f"{measure}_drop", len(examples), 1.0).items()
+        }
         if examples.is_mean:
             metric = _spread(totals, "metric_drop", len(examples), sign)
         else:
@@ -162,7 +169,14 @@ def make_ground_truth(out: Path, tasks: Sequence[str], examples: int, checkpoint
     for task in tasks:
         name = f"scenes_{task}_discovery"
         discovery = TaskExamples(lmm, name, model_name="llava_hf", limit=examples)
-        if _stored(out, weights).get(task, {}).get("examples_hash") == discovery.example_set().hash:
+        if discovery.kind.name != "text":
+            raise HonesError(
+                f"{name} asks for {discovery.kind.name}: the ground truth needs answers in words"
+            )
+        stored = _stored(out, weights).get(task, {})
+        if stored.get("examples_hash") == discovery.example_set().hash and "margin" in stored.get(
+            "measures", ()
+        ):
             print(f"{task}: already measured on these examples", flush=True)
             continue
         _measure_task(out, task, discovery, anatomy, weights)
@@ -171,10 +185,12 @@ def make_ground_truth(out: Path, tasks: Sequence[str], examples: int, checkpoint
 def _measure_task(out: Path, task: str, discovery: TaskExamples, anatomy: Anatomy, weights: str) -> None:
     """Measure one task, and add it to the files in `out`."""
     chosen = discovery.example_set()
-    ablation = Ablation(Replayer(anatomy), discovery, all_edits(anatomy))
+    ablation = Ablation(Replayer(anatomy), discovery, all_edits(anatomy), margins=True)
     spread = SpreadAblation(ablation)
     loop = Loop("cpu", progress=True)
-    loop.partial = Partial(out / "partial" / task, hash_of([weights, chosen.hash, json.dumps(SPREAD)]), True)
+    loop.partial = Partial(
+        out / "partial" / task, hash_of([weights, chosen.hash, json.dumps(SPREAD + MEASURES)]), True
+    )
     started = time.process_time()
     totals = loop.run(discovery, spread, task)
     report = {
@@ -184,6 +200,7 @@ def _measure_task(out: Path, task: str, discovery: TaskExamples, anatomy: Anatom
         "base_log_probability": float(totals.sums["log_probability"] / totals.sums["examples"]),
         "examples": chosen.count,
         "examples_hash": chosen.hash,
+        "measures": list(MEASURES),
         "cpu_seconds_of_the_last_start": round(time.process_time() - started),
     }
     tensors = {

@@ -139,6 +139,8 @@ class EditedAnswers(NamedTuple):
     """Whether the answers had to be decoded from the start."""
     metric: OwnMetric | None = None
     """For a kind that brings its own metric; otherwise answers are scored by the task's."""
+    margin_drops: Tensor | None = None
+    """Of the gold answer's margin [E], for text answers of a run with `margins`; None elsewhere."""
 
 
 class Examples(Protocol):
@@ -163,12 +165,17 @@ class EditRun(NamedTuple):
     sharing: SharedReplayer
     ahead: dict[Any, Any]
     """Results that a kind computed for later examples together with an earlier one; empty at the start."""
+    margins: bool = False
+    """Whether the margin of gold answers in words is read too."""
 
     @classmethod
-    def of(cls, replayer: Replayer, examples: Examples, edits: Sequence[SiteEdit]) -> "EditRun":
+    def of(
+        cls, replayer: Replayer, examples: Examples, edits: Sequence[SiteEdit], margins: bool = False
+    ) -> "EditRun":
         """Measure `edits` on `examples` with the replayer's model."""
         numbers = {edit: number for number, edit in enumerate(edits)}
-        return cls(replayer, examples, edits, numbers, Decoder(replayer), SharedReplayer(replayer), {})
+        sharing = SharedReplayer(replayer)
+        return cls(replayer, examples, edits, numbers, Decoder(replayer), sharing, {}, margins)
 
 
 class SteeringRun(Protocol):

@@ -1,4 +1,8 @@
-"""The log-probability of an example's gold answer, teacher-forced after the prompt, under edits."""
+"""The log-probability and the margin of an example's gold answer, teacher-forced, under edits.
+
+The margin is the sum over the answer's tokens of the token's logit minus the largest other logit. It costs
+another pass over the logits, so it is read only where the run asks for it.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +16,10 @@ from hones_eval.lmms.example import Example
 
 
 class Target:
-    """One example's target: its unedited log-probability `base`, and the drops [E] under edits."""
+    """One example's target: its unedited log-probability `base`, and the drops [E] under edits.
+
+    `base_margin` and `margin_drops` are those of the margin, where the run has `margins`.
+    """
 
     def __init__(self, run: EditRun, example: Example) -> None:
         """Measure the target of `example`."""
@@ -21,6 +28,8 @@ class Target:
         self.ids = torch.tensor(example.target_ids)
         self.drops = torch.zeros(len(run.edits), dtype=torch.float64)
         self.base = 0.0
+        self.base_margin = 0.0
+        self.margin_drops = torch.zeros(len(run.edits), dtype=torch.float64) if run.margins else None
 
     def replay(self, edits: Sequence[SiteEdit]) -> None:
         """Replay edits on prompt and target."""
@@ -37,14 +46,25 @@ class Target:
         Raises: HonesError where it is not finite.
         """
         check_finite(passes, self.example.where)
-        self.base = self._read(passes.base_logits[None])[0]
+        logits = passes.base_logits[None]
+        self.base = self._read(logits)[0]
+        if self.margin_drops is not None:
+            self.base_margin = self._read_margins(logits)[0]
 
     def add(self, rows: Rows) -> None:
         """Read the log-probabilities under some edits."""
         for edit, value in zip(rows.edits, self._read(rows.logits), strict=True):
             self.drops[self.run.numbers[edit]] = self.base - value
+        if self.margin_drops is not None:
+            for edit, value in zip(rows.edits, self._read_margins(rows.logits), strict=True):
+                self.margin_drops[self.run.numbers[edit]] = self.base_margin - value
 
     def _read(self, logits: Tensor) -> list[float]:
         ids = self.ids.to(logits.device)
         values: list[float] = readouts.sequence_log_probability(logits[:, : len(ids)], ids).tolist()
+        return values
+
+    def _read_margins(self, logits: Tensor) -> list[float]:
+        ids = self.ids.to(logits.device)
+        values: list[float] = readouts.target_margin(logits[:, : len(ids)], ids).tolist()
         return values

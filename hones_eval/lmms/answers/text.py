@@ -62,6 +62,7 @@ class TextAnswers(AnswerKind):
             drops=target.drops,
             differing=len(differing),
             decoded_in_full=decoded.passes is None,
+            margin_drops=target.margin_drops,
         )
 
     def under_steerings(self, run: SteeringRun, example: Example, names: Sequence[str]) -> list[RowAnswer]:
