@@ -16,7 +16,9 @@ import make_logs
 import numpy as np
 import pytest
 from make_logs import Questions, Steered, exact, item, provenance, write_run
+from scipy.stats import false_discovery_control
 
+from hones_eval.__main__ import main
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard import Board, build_board, make_board
 from hones_eval.leaderboard.manifest import SharedRequests
@@ -54,7 +56,7 @@ def test_a_pair_becomes_a_row(tmp_path: Path) -> None:
     assert row.comparison.difference == pytest.approx((gained - lost) / 60)
     assert row.comparison.test is not None
     assert row.comparison.test.method == "McNemar exact"
-    assert row.p_holm == row.comparison.test.p
+    assert row.p_adjusted == row.comparison.test.p
     assert row.rank == 1
 
 
@@ -245,7 +247,59 @@ def test_holm_is_over_the_board_and_ranks_within_a_metric(tmp_path: Path) -> Non
     assert [row.gain for row in rows] == sorted((row.gain for row in rows), key=lambda gain: -(gain or 0))
     smallest = min(rows, key=lambda row: row.comparison.test.p if row.comparison.test else 2)
     assert smallest.comparison.test is not None
-    assert smallest.p_holm == pytest.approx(min(1, 3 * smallest.comparison.test.p))
+    assert smallest.p_adjusted == pytest.approx(min(1, 3 * smallest.comparison.test.p))
+
+
+def test_benjamini_hochberg_by_option(tmp_path: Path) -> None:
+    """Four gains of which Holm keeps fewer than Benjamini-Hochberg; every file names the correction."""
+    write_run(tmp_path / "logs", QUESTIONS, QUESTIONS.answers(0.0, 1), date=BASE_DATE)
+    for k, gained in enumerate((8, 7, 6, 6)):
+        answers = [
+            gold if index < gained else "no" if gold == "yes" else "yes"
+            for index, gold in enumerate(QUESTIONS.golds)
+        ]
+        steered = Steered(f"steerings/{k}", f"{k}" * 64)
+        write_run(tmp_path / "logs", QUESTIONS, answers, steered=steered, date=f"20260102_03060{k}")
+    strict = build_board([tmp_path / "logs"])
+    assert main(["leaderboard", str(tmp_path / "logs"), "--correction", "benjamini_hochberg", "--out",
+                 str(tmp_path / "board")]) == 0  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "board" / "leaderboard.csv").open()))
+    p = np.array([float(row["p"]) for row in rows])
+    found = [float(row["p_benjamini_hochberg"]) for row in rows]
+    assert found == pytest.approx(false_discovery_control(p).tolist())
+    assert [row["verdict"] for row in rows] == ["better"] * 4
+    assert [row.verdict for row in strict.rows].count("better") == 2
+    for name in ("leaderboard.md", "index.html"):
+        text = (tmp_path / "board" / name).read_text(encoding="utf-8")
+        assert "p (Benjamini-Hochberg)" in text
+        assert "Holm" not in text
+
+
+def test_under_ten_examples_there_is_no_verdict(tmp_path: Path) -> None:
+    few = Questions.drawn(count=9)
+    write_run(tmp_path, few, few.answers(0.0, 1), date=BASE_DATE)
+    write_run(tmp_path, few, few.answers(1.0, 1), steered=Steered(), date="20260102_030600")
+    (row,) = build_board([tmp_path]).rows
+    assert row.comparison.test is not None
+    assert row.comparison.test.p < 0.05
+    assert (row.verdict, row.p_adjusted) == ("not judged", None)
+    assert "too few for a verdict: 9 independent examples" in row.comparison.note
+
+
+def test_an_interval_excludes_zero_only_where_its_test_does(tmp_path: Path) -> None:
+    """Five graded gains of 40: the bootstrap interval excludes zero, sign flips give p = 1/16."""
+    graded = {"anls": lambda answer, gold: 0.5 if answer == gold else 0.25}
+    none = QUESTIONS.answers(0.0, 1)
+    some = [
+        gold if k < 5 else answer for k, (gold, answer) in enumerate(zip(QUESTIONS.golds, none, strict=True))
+    ]
+    write_run(tmp_path, QUESTIONS, none, date=BASE_DATE, metrics=graded)
+    write_run(tmp_path, QUESTIONS, some, steered=Steered(), date="20260102_030600", metrics=graded)
+    (row,) = build_board([tmp_path]).rows
+    assert row.comparison.test is not None
+    assert row.comparison.interval is not None
+    assert row.comparison.test.p > 0.05
+    assert row.comparison.interval.low == 0
 
 
 def test_a_p_value_that_no_draw_reached_says_so_where_it_decides_nothing(tmp_path: Path) -> None:

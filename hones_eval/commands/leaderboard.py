@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hones_eval.choices import Correction
 from hones_eval.commands.answer import Answer, show
 from hones_eval.errors import HonesError
 
@@ -18,6 +19,7 @@ def leaderboard(
     seed: int = 0,
     resamples: int = 9999,
     pages: int | None = None,
+    correction: Correction = "holm",
 ) -> Answer:
     """Compare steered with baseline runs, from the folders that lmms-eval wrote with --log_samples.
 
@@ -29,6 +31,8 @@ def leaderboard(
         seed: random seed of the bootstrap and the tests.
         resamples: number of resamples of the bootstrap and of the tests.
         pages: how many comparisons get a page of their own, smallest p-value first; by default all.
+        correction: of p-values over the rows of the board: holm, or benjamini_hochberg for the false
+            discovery rate.
 
     Example:
         hones-eval leaderboard runs/vqa/logs --out runs/vqa/board
@@ -36,7 +40,14 @@ def leaderboard(
     from hones_eval.leaderboard import make_board
 
     board = make_board(
-        logs, out, seed=seed, resamples=resamples, include_path=include_path, title=title, pages=pages
+        logs,
+        out,
+        seed=seed,
+        resamples=resamples,
+        include_path=include_path,
+        title=title,
+        pages=pages,
+        correction=correction,
     )
     answer = answer_of(board, out)
     if not board.rows:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hones_eval.choices import Correction
 from hones_eval.core.files import staged_folder, write_text
 from hones_eval.core.lock import writes_to_out
 from hones_eval.errors import HonesError
@@ -31,6 +32,7 @@ def make_board(
     images: bool = True,
     title: str = "Steering leaderboard",
     pages: int | None = None,
+    correction: Correction = "holm",
 ) -> Board:
     """Read lmms-eval output folders and write a board into `out`.
 
@@ -45,6 +47,8 @@ def make_board(
             is on this machine.
         title: of the page.
         pages: how many comparisons get a page, those with the smallest p-values first; None for all.
+        correction: of p-values over the board: `holm` bounds the chance of any false verdict,
+            `benjamini_hochberg` the share of false verdicts among all verdicts.
 
     Returns: the board, with `written` and `warnings`.
     Raises: HonesError when a path does not exist, no results are found, or `pages` is negative; nothing is
@@ -54,7 +58,9 @@ def make_board(
         raise HonesError(
             f"pages={pages} is negative: give the number of comparisons that get a page, 0 for none"
         )
-    board = build_board(logs, seed=seed, resamples=resamples, include_path=include_path)
+    board = build_board(
+        logs, seed=seed, resamples=resamples, include_path=include_path, correction=correction
+    )
     views = row_views(board, with_pages(board.rows, pages))
     thumbnails = Thumbnails(TaskImages(include_path) if images else None)
     written: list[Path] = []

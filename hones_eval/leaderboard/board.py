@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from hones_eval.choices import Correction
 from hones_eval.core.notebook import data_frame, html_table, interval_plot
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.pairing import MADE_FOR, Unpaired, pair_runs
 from hones_eval.leaderboard.reading import Run, read_logs
 from hones_eval.leaderboard.rows import Row, compare_pairs
-from hones_eval.stats.paired import holm
+from hones_eval.stats.verdicts import FEWEST_UNITS, corrected
 
 FEWEST_RESAMPLES = 39  # with fewer, no draw falls outside a 95 % interval on either side
 NONE_STEERED = (
@@ -34,6 +35,7 @@ class Board:
     resamples: int
     written: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    correction: Correction = "holm"
 
     @property
     def answer(self) -> str:
@@ -76,7 +78,12 @@ class Board:
 
 
 def build_board(
-    logs: Sequence[Path], *, seed: int = 0, resamples: int = 9999, include_path: Path | None = None
+    logs: Sequence[Path],
+    *,
+    seed: int = 0,
+    resamples: int = 9999,
+    include_path: Path | None = None,
+    correction: Correction = "holm",
 ) -> Board:
     """Read logs, pair the runs, and compare every metric of every pair; nothing is written.
 
@@ -89,7 +96,7 @@ def build_board(
     found = read_logs(logs)
     pairs, unpaired = pair_runs(found.runs)
     rows = compare_pairs(pairs, seed, resamples, include_path)
-    rows = _ranked(_adjusted(rows, resamples))
+    rows = _ranked(_adjusted(rows, resamples, correction))
     unranked = sorted(unpaired, key=lambda item: (item.run.task, item.run.date, str(item.run.results_path)))
     warnings = [NONE_STEERED] if all(run.steering is None for run in found.runs) else []
     made_for = [f"{p.steered.name}: {note}" for p in pairs for note in p.notes if note.startswith(MADE_FOR)]
@@ -103,20 +110,29 @@ def build_board(
         seed=seed,
         resamples=resamples,
         warnings=tuple(warnings),
+        correction=correction,
     )
 
 
-def _adjusted(rows: Sequence[Row], resamples: int) -> list[Row]:
-    """Add Holm-adjusted p-values, over all tested rows of the board."""
-    tested = [k for k, row in enumerate(rows) if row.comparison.test is not None]
-    adjusted = holm([test.p for k in tested if (test := rows[k].comparison.test) is not None])
-    by_place = dict(zip(tested, adjusted, strict=True))
-    return [_noted(replace(row, p_holm=by_place.get(k)), resamples) for k, row in enumerate(rows)]
+def _adjusted(rows: Sequence[Row], resamples: int, correction: Correction) -> list[Row]:
+    """Add adjusted p-values, over all tested rows of the board with enough independent units."""
+    tested = [k for k, row in enumerate(rows) if row.comparison.test and row.units >= FEWEST_UNITS]
+    p = [test.p for k in tested if (test := rows[k].comparison.test) is not None]
+    by_place = dict(zip(tested, corrected(p, correction), strict=True))
+    return [
+        _noted(replace(row, p_adjusted=by_place.get(k), correction=correction), resamples)
+        for k, row in enumerate(rows)
+    ]
 
 
 def _noted(row: Row, resamples: int) -> Row:
-    """Add a note where a randomization test gave its smallest possible p and Holm's correction rejects it."""
-    test, p = row.comparison.test, row.p_holm
+    """Say which rows have too few units, and where a randomization test's smallest p decides nothing."""
+    test, p = row.comparison.test, row.p_adjusted
+    if test is not None and row.units < FEWEST_UNITS:
+        unit = "examples" if row.images is None else "images"
+        few = f"too few for a verdict: {row.units} independent {unit}"
+        note = "; ".join(text for text in (row.comparison.note, few) if text)
+        return replace(row, comparison=replace(row.comparison, note=note))
     if test is None or p is None or p < 0.05 or test.p > 1.001 / (resamples + 1):
         return row
     if not test.method.startswith(("sign flips", "exchange")):

@@ -26,6 +26,7 @@ from hones_eval.leaderboard.views import (
 )
 from hones_eval.pages.rendering import render
 from hones_eval.stats.paired import FEW_DIFFERENT
+from hones_eval.stats.verdicts import CORRECTIONS
 
 MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # per page: at most, at least; on all pages together
 FIRST_FLIPS = 25  # shown at a time, and without JavaScript
@@ -57,6 +58,7 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         none_steered=NONE_STEERED if NONE_STEERED in board.warnings else "",
         tested=tested_rows(board),
         few=FEW_DIFFERENT,
+        correction=CORRECTIONS[board.correction],
         seed=board.seed,
         resamples=board.resamples,
         corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),
@@ -108,6 +110,7 @@ def _comparison(
         flags=rows[0].flags,
         notes=rows[0].notes,
         rows=views,
+        correction=CORRECTIONS[rows[0].correction],
         n=rows[0].n,
         flips=flips,
         flip_list=[flip.to_json() for flip in flips.listed],

@@ -52,7 +52,7 @@ def _line(row: Row, view: Mapping[str, Any], top: int) -> str:
         .replace("<circle ", '<circle class="dot" ')
         .replace("<svg ", f'<svg x="520" y="{top}" ')
     )
-    p = probability(row.p_holm).removeprefix("0").replace("<0", "<")
+    p = probability(row.p_adjusted).removeprefix("0").replace("<0", "<")
     name = escape(one_line(view["steering"], 44) + (" (control)" if view["control"] else ""))
     where = escape(one_line(f"{view['task']} · {view['metric']}", 56))
     return (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hones_eval.choices import Correction
 from hones_eval.leaderboard.captions import is_caption_metric
 from hones_eval.leaderboard.lmms_tasks import find_aggregation
 from hones_eval.leaderboard.metrics import (
@@ -24,6 +25,7 @@ from hones_eval.leaderboard.reuse import reused_examples
 from hones_eval.leaderboard.samples import Floats, Integers
 from hones_eval.stats.corpus import compare_corpus
 from hones_eval.stats.paired import Comparison, compare_graded, compare_right_wrong
+from hones_eval.stats.verdicts import ALPHA
 
 Verdict = Literal["better", "worse", "no clear difference", "not judged"]
 CORPUS_RESAMPLES = 999  # resamples of a corpus metric, which is computed again for each
@@ -45,7 +47,8 @@ class Row:
     lost: int | None = None
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    p_holm: float | None = None
+    p_adjusted: float | None = None
+    correction: Correction = "holm"
     reach: float | None = None
     rank: int | None = None
 
@@ -58,12 +61,18 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether steering helped: the sign of the gain if the Holm-adjusted p is below 0.05."""
-        if self.p_holm is None or self.gain is None:
+        """Whether steering helped: needs an adjusted p below 0.05, and an interval that excludes zero."""
+        if self.p_adjusted is None or self.gain is None:
             return "not judged"
-        if self.p_holm >= 0.05:
+        interval = self.comparison.interval
+        if self.p_adjusted >= ALPHA or (interval is not None and interval.low <= 0 <= interval.high):
             return "no clear difference"
         return "better" if self.gain > 0 else "worse"
+
+    @property
+    def units(self) -> int:
+        """The number of independent units: examples, or images where several examples share one."""
+        return self.n if self.images is None else self.images
 
     @property
     def detectable(self) -> float | None:
@@ -87,7 +96,7 @@ class Row:
             "steered": self.steered,
             "difference": self.comparison.difference,
             "interval": None if interval is None else [interval.low, interval.high],
-            "p_holm": self.p_holm,
+            f"p_{self.correction}": self.p_adjusted,
             "verdict": self.verdict,
         }
 
@@ -131,12 +140,16 @@ def compare_pairs(pairs: Sequence[Pair], seed: int, resamples: int, include_path
 
 
 def _sensible(row: Row) -> Row:
-    """No test of a single unit, and no interval beyond the largest possible difference."""
-    found, units = row.comparison, row.n if row.images is None else row.images
-    if units < 2 and (found.test or found.interval):
+    """No test of a single unit, and an interval that agrees with the test and stays in the metric's range."""
+    found = row.comparison
+    if row.units < 2 and (found.test or found.interval):
         unit = "example" if row.images is None else "image"
         return replace(row, comparison=Comparison(found.difference, None, None, None, f"only one {unit}"))
     ends = found.interval
+    if ends is not None and found.test is not None and found.test.p >= ALPHA:
+        ends = replace(ends, low=min(ends.low, 0.0), high=max(ends.high, 0.0))
+        row = replace(row, comparison=replace(found, interval=ends))
+        found = row.comparison
     if ends is None or row.reach is None or (ends.low >= -row.reach and ends.high <= row.reach):
         return row
     ends = replace(ends, low=max(ends.low, -row.reach), high=min(ends.high, row.reach))

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from hones_eval.leaderboard.board import NONE_STEERED, Board
 from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row, Verdict
 from hones_eval.leaderboard.text import cell, plain_cell
+from hones_eval.stats.verdicts import CORRECTIONS
 
 COLUMNS = (
     "base", "task", "metric", "filter", "steering", "steering_digest", "strength", "attach", "control",
@@ -21,7 +22,8 @@ COLUMNS = (
 def csv_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
     """The board as CSV: every row in full precision, then the runs left out, with the reason in `notes`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+    columns = [f"p_{board.correction}" if name == "p_holm" else name for name in COLUMNS]
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     writer.writeheader()
     for row, view in zip(board.rows, views, strict=True):
         writer.writerow({name: plain_cell(value) for name, value in _record(row, view).items()})
@@ -63,7 +65,7 @@ def _record(row: Row, view: Mapping[str, Any]) -> dict[str, object]:
         "interval_method": found.interval.method if found.interval else "",
         "p": _full(found.test.p if found.test else None),
         "test": found.test.method if found.test else "",
-        "p_holm": _full(row.p_holm),
+        f"p_{row.correction}": _full(row.p_adjusted),
         "effect": _full(found.effect.value if found.effect else None),
         "effect_name": found.effect.name if found.effect else "",
         "gained": "" if row.gained is None else str(row.gained),
@@ -84,7 +86,11 @@ def _full(value: float | None) -> str:
 def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
     """The board as a Markdown document: rows, runs left out, and how to read them."""
     lines = ["# Leaderboard", "", _summary(board), ""]
-    lines += _table(views) if views else ["No steered run could be compared with a baseline.", ""]
+    lines += (
+        _table(views, CORRECTIONS[board.correction])
+        if views
+        else ["No steered run could be compared with a baseline.", ""]
+    )
     if NONE_STEERED in board.warnings:
         lines += [f"{NONE_STEERED.capitalize()}.", ""]
     if board.unranked or board.unreadable:
@@ -92,9 +98,10 @@ def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"- {cell(left.run.name)}: {cell('; '.join(left.reasons))}" for left in board.unranked]
         lines += [f"- {cell(line)}" for line in board.unreadable] + [""]
     lines += [
-        "Change: steered minus baseline, with its 95 % interval. Verdict: p below 0.05 after Holm's "
-        f"correction over the board. Seed {board.seed}, {board.resamples:,} resamples ({CORPUS_RESAMPLES:,} "
-        "for metrics of the whole corpus). leaderboard.csv has every figure and names every method.",
+        "Change: steered minus baseline, with its 95 % interval. Verdict: p below 0.05 after "
+        f"{CORRECTIONS[board.correction]}'s correction over the board. Seed {board.seed}, "
+        f"{board.resamples:,} resamples ({CORPUS_RESAMPLES:,} for metrics of the whole corpus). "
+        "leaderboard.csv has every figure and names every method.",
         "",
     ]
     return "\n".join(lines)
@@ -107,9 +114,10 @@ def _summary(board: Board) -> str:
     return f"{len(board.rows)} rows from {board.runs} runs: {counts}."
 
 
-def _table(views: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(views: Sequence[Mapping[str, Any]], correction: str) -> list[str]:
     lines = [
-        "| Steering | Task | Metric | Baseline | Steered | Change | 95 % interval | p (Holm) | n | Verdict |",
+        "| Steering | Task | Metric | Baseline | Steered | Change | 95 % interval | "
+        f"p ({correction}) | n | Verdict |",
         "|---|---|---|---:|---:|---:|---|---:|---:|---|",
     ]
     for view in views:

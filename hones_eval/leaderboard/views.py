@@ -98,9 +98,9 @@ def row_view(row: Row, labels: Labels, reach: float, of: int, page: str) -> dict
         "svg": Markup("") if gain is None else interval_svg(gain, drawn[0], drawn[1], reach, css),
         "method": "" if interval is None else interval.method,
         "test": "" if found.test is None else found.test.method,
-        "p": probability(row.p_holm),
+        "p": probability(row.p_adjusted),
         "p_plain": probability(None if found.test is None else found.test.p),
-        "p_value": _value(row.p_holm),
+        "p_value": _value(row.p_adjusted),
         "effect": "" if found.effect is None else number(found.effect.value, 2, sign=True),
         "effect_name": "" if found.effect is None else found.effect.name,
         "gained_lost": "" if row.gained is None else f"{row.gained:,} / {row.lost or 0:,}",
@@ -134,8 +134,8 @@ def row_views(board: Board, paged: Collection[str]) -> list[dict[str, Any]]:
 
 
 def tested_rows(board: Board) -> int:
-    """The number of rows in Holm's correction."""
-    return sum(row.p_holm is not None for row in board.rows)
+    """The number of rows that were corrected together."""
+    return sum(row.p_adjusted is not None for row in board.rows)
 
 
 def summary(row: Row, tested: int) -> str:
@@ -149,7 +149,7 @@ def summary(row: Row, tested: int) -> str:
         )
     if row.verdict == "not judged":
         return " ".join([*words, f"Not judged: {found.note}." if found.note else "Not judged."])
-    interval, p = found.interval, probability(row.p_holm)
+    interval, p = found.interval, probability(row.p_adjusted)
     rows = f"{tested:,} row{'' if tested == 1 else 's'}"
     if row.verdict in CSS:
         words.append(f"Steering made it {row.verdict}: p is {p} after correction for {rows}.")
@@ -198,7 +198,7 @@ def clearest_first(rows: Sequence[Row]) -> list[int]:
     def key(place: int) -> tuple[float, float]:
         row = rows[place]
         test = row.comparison.test
-        return (2.0, 2.0) if row.p_holm is None or test is None else (row.p_holm, test.p)
+        return (2.0, 2.0) if row.p_adjusted is None or test is None else (row.p_adjusted, test.p)
 
     return sorted(range(len(rows)), key=key)
 

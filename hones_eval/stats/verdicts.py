@@ -168,9 +168,14 @@ def judge(
     """
     tested = [k for k, row in enumerate(contrasts) if row.comparison.test and row.units >= FEWEST_UNITS]
     p = [test.p for k in tested if (test := contrasts[k].comparison.test) is not None]
-    adjusted = holm(p) if correction == "holm" else benjamini_hochberg(p)
+    adjusted = corrected(p, correction)
     by_row = dict(zip(tested, adjusted, strict=True))
     return [_judged(row, by_row.get(k), len(tested), alpha) for k, row in enumerate(contrasts)]
+
+
+def corrected(p: Sequence[float], correction: Correction) -> list[float]:
+    """Adjust p-values that are reported together."""
+    return holm(p) if correction == "holm" else benjamini_hochberg(p)
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:
