@@ -20,7 +20,8 @@ from plain_loop import Clock, answer, examples_for, small_llava
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
-from hones_eval.core.attach import attach_to_anatomy, scaled_sites
+from hones_eval.core.attach import attach_to_anatomy
+from hones_eval.core.changes import site_changes
 from hones_eval.core.sites import neuron_count
 from hones_eval.core.steering import Steering
 
@@ -47,10 +48,10 @@ def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], objec
     if way in SCOPES:
         scope = way.removeprefix("scope=")
         return attach_to_anatomy(anatomy, steering, scope=scope).detach
-    sites = scaled_sites(anatomy, steering) if way == "bare hook" else []
+    sites = site_changes(anatomy, steering) if way == "bare hook" else []
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
-        for site, scales in sites
+        for site, scales, _ in sites
     ]
     return lambda: [handle.remove() for handle in handles]
 

@@ -116,8 +116,7 @@ class RunRecord:
             "attach": self._settings["attach"],
             "scope": self._settings["scope"],
             "provenance": {
-                "scaled_heads": int((self.steering.head_scales != 1).sum()),
-                "scaled_neurons": int((self.steering.neuron_scales != 1).sum()),
+                **self.steering.counts,
                 **self.steering.provenance.to_json(),
             },
         }

@@ -18,7 +18,7 @@ from transformers import Lfm2VlForConditionalGeneration, PreTrainedModel, Qwen3M
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance
-from hones_eval.core.attach import steer
+from hones_eval.core.attach import attach_steering, steer
 from hones_eval.core.edits import Scaling
 from hones_eval.core.experts import NeuronTap
 from hones_eval.core.export import export_checkpoint, export_ia3
@@ -366,6 +366,26 @@ def test_hooks_on_routed_tokens_and_on_all_neurons_agree(
     torch.testing.assert_close(kept[site.name], seen[-1], atol=1e-6, rtol=1e-6)
     assert torch.equal(few[site.name], kept[site.name][:, -2:])
     assert "forward" not in vars(experts_of(model, anatomy.shape.layers - 1))
+
+
+def test_shifts_act_on_the_neurons_of_routed_tokens(
+    mixture: tuple[str, PreTrainedModel, Anatomy],
+) -> None:
+    _, model, anatomy = mixture
+    site, last = anatomy.neurons_in[-1], anatomy.shape.layers - 1
+    added = torch.rand(site.width, generator=torch.Generator().manual_seed(2)) - 0.5
+    base = logits(model)
+    handle = site.module.register_forward_pre_hook(lambda module, args: args[0] + added)
+    plain = logits(model)
+    handle.remove()
+    shifts = {(last, neuron): shift for neuron, shift in enumerate(added.tolist())}
+    steering = Steering.by_hand(anatomy, neuron_shifts=shifts)
+    with steer(model, steering):
+        torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain, base, atol=1e-4)
+    with pytest.raises(HonesError, match=r"stacked experts.*no place for the bias.*attach=hook"):
+        attach_steering(model, steering, "fold")
+    assert torch.equal(logits(model), base)
 
 
 class _Largest(TorchDispatchMode):

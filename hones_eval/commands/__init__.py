@@ -25,6 +25,7 @@ COMMANDS = (
     "power",
     "task-new",
     "anatomy",
+    "edit-sites",
 )
 
 # Commands that are written as two words.
@@ -44,6 +45,7 @@ ARTIFACTS = {
     "lens": ("lens.json",),
     "spike-in": ("spike_in.json",),
     "power": ("power.json",),
+    "edit-sites": ("steering.json",),
     "export": ("config.json", "adapter_config.json"),
 }
 

@@ -36,7 +36,7 @@ def read(given: Sequence[str]) -> Call:
     words = list(given[1:])
     _refuse_unknown_flags(name, words)
     overwrite = "--overwrite" in words
-    words = [word for word in words if word != "--overwrite"]
+    words = _appended(name, [word for word in words if word != "--overwrite"])
     try:
         chosen = parser_of(name).parse_args(words).as_dict()
     except ArgumentError as error:
@@ -45,6 +45,22 @@ def read(given: Sequence[str]) -> Call:
         raise UsageError(f"the file that --config names is not UTF-8 text: {error}") from None
     chosen.pop("config")
     return Call(name, chosen, overwrite)
+
+
+def _appended(name: str, words: Sequence[str]) -> list[str]:
+    """The same words, where each use of a flag for a list of texts adds one text to it.
+
+    `--set A --set B` becomes jsonargparse's `--set+ A --set+ B`; `--set "[A,B]"` is a whole list.
+    """
+    parameters = inspect.signature(command(name)).parameters.values()
+    flags = {f"--{p.name}" for p in parameters if p.annotation in (list[str], list[str] | None)}
+    found = list[str]()
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in flags and not (value if equals else "".join(words[place + 1 : place + 2])).startswith("["):
+            word = f"{flag}+{equals}{value}"
+        found.append(word)
+    return found
 
 
 def parser_of(name: str) -> Any:

@@ -210,6 +210,13 @@ class Anatomy:
             return heads.new_ones(*heads.shape[:-1], width)
         return heads[..., : shape.heads_of(layer)].repeat_interleave(shape.head_width_of(layer), dim=-1)
 
+    def head_shift_features(self, shifts: Tensor, layer: int) -> Tensor:
+        """Vectors per head [H, head width] as one number per input feature [width] of a layer's head site."""
+        shape, width = self.shape, self.heads_in[layer].width
+        if not shape.heads_of(layer):
+            return shifts.new_zeros(width)
+        return shifts[: shape.heads_of(layer), : shape.head_width_of(layer)].reshape(-1)
+
     def neuron_features(self, neurons: Tensor, layer: int) -> Tensor:
         """One number per neuron [..., I], without those that a layer lacks."""
         return neurons[..., : self.neurons_in[layer].width]

@@ -1,4 +1,4 @@
-"""Steered weights as a copy of a checkpoint: every file as it is, except the columns that scales change.
+"""Steered weights as a copy of a checkpoint: every file as it is, except what scales and shifts change.
 
 Loading a model and saving it again renames tensors, may change their type, and needs the model in memory. A
 copy keeps names, index, types, configuration and processor byte for byte, so that whatever reads the original
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.attach import scaled_sites, warn_of_rounding
+from hones_eval.core.attach import warn_of_rounding
+from hones_eval.core.changes import site_changes
+from hones_eval.core.export import no_stored_bias
+from hones_eval.core.folding import with_shifts
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, first_line
 
@@ -56,7 +59,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder: Path) -> None:
-    """Copy the checkpoint `source` into `folder`, with the scales multiplied into its weights.
+    """Copy the checkpoint `source` into `folder`, with scales in its weights and shifts in its biases.
 
     Args:
         source: a folder with safetensors weights and everything beside them.
@@ -66,24 +69,38 @@ def copy_scaled(source: Path, empty: PreTrainedModel, steering: Steering, folder
 
     Raises:
         CannotCopyError: with the reason, when a steered weight is not stored as a tensor of its own.
-        HonesError: when the weights are quantized.
+        HonesError: when the weights are quantized, or a shifted layer has no bias.
     """
     _refuse_quantized(empty)
     used = _files(source)
     stored = {name: tensor for file in used for name, tensor in _header(source / file)}
     names = _checkpoint_names(empty, list(stored))
-    changes = [
-        (_find(name, shape, names, stored), scales) for name, shape, scales in _columns(empty, steering)
-    ]
-    for dtype in {tensor.dtype for tensor, _ in changes}:
+    changes = []
+    for name, shape, scales, shifts in _columns(empty, steering):
+        weight = _find(f"{name}.weight", shape, names, stored)
+        bias = None if shifts is None else _find(f"{name}.bias", shape[:1], names, stored)
+        changes.append(_Change(weight, scales, bias, shifts))
+    for dtype in {change.weight.dtype for change in changes}:
         warn_of_rounding(steering, dtype)
     for path in sorted(source.iterdir()):
         if path.is_file() and (path.name in used or path.suffix not in _OTHER_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
         elif path.is_dir() and not path.name.startswith(".") and not _has_weights(path):
             shutil.copytree(path, folder / path.name)  # a second tokenizer, as InstructBLIP has
-    for tensor, scales in changes:
-        _multiply(folder / tensor.file, tensor, scales)
+    for change in changes:
+        if change.bias is not None and change.shifts is not None:  # by the weight as it is before its scales
+            written = _written(folder / change.weight.file, change.weight, change.shifts)
+            _add(folder / change.bias.file, change.bias, written)
+        _multiply(folder / change.weight.file, change.weight, change.scales)
+
+
+class _Change(NamedTuple):
+    """A stored weight with the scales of its columns, and where there are shifts the layer's bias."""
+
+    weight: _Stored
+    scales: Tensor
+    bias: _Stored | None
+    shifts: Tensor | None
 
 
 def _refuse_quantized(empty: PreTrainedModel) -> None:
@@ -96,16 +113,20 @@ def _refuse_quantized(empty: PreTrainedModel) -> None:
         )
 
 
-def _columns(empty: PreTrainedModel, steering: Steering) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """The name and shape of each weight that changes, with a scale per column."""
+def _columns(
+    empty: PreTrainedModel, steering: Steering
+) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor | None]]:
+    """The name and the weight's shape of each layer that changes, with a scale and a shift per column."""
     anatomy = Anatomy.of(empty)
     steering.check_fits(anatomy.shape, type(empty).__name__)
     names = {module: name for name, module in empty.named_modules()}
-    for site, scales in scaled_sites(anatomy, steering):
+    for site, scales, shifts in site_changes(anatomy, steering):
         module = site.module
         if module not in names or not isinstance(module, nn.Linear):
             raise CannotCopyError(f"{site.name} is not a linear layer of its own")
-        yield f"{names[module]}.weight", tuple(module.weight.shape), scales
+        if shifts is not None and module.bias is None:
+            raise HonesError(no_stored_bias(site.name))
+        yield names[module], tuple(module.weight.shape), scales, shifts
 
 
 def _files(source: Path) -> list[str]:
@@ -178,4 +199,26 @@ def _multiply(path: Path, tensor: _Stored, scales: Tensor) -> None:
         ).reshape(rows, width)
         weight[:, columns] = (weight[:, columns].float() * scales[columns].float()).to(tensor.dtype)
         del weight  # the map can only be closed when nothing uses it
+        memory.flush()
+
+
+def _written(path: Path, tensor: _Stored, shifts: Tensor) -> Tensor:
+    """What shifts [in features] of the input of a stored weight write [out features], in float32."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        rows, width = tensor.shape
+        weight = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=rows * width, offset=tensor.start
+        ).reshape(rows, width)
+        columns = torch.nonzero(shifts).flatten()
+        written = with_shifts(weight[:, columns].float(), None, shifts[columns])
+        del weight
+        return written
+
+
+def _add(path: Path, tensor: _Stored, numbers: Tensor) -> None:
+    """Add numbers to a stored vector in its file."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        bias = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.shape[0], offset=tensor.start)
+        bias.copy_((bias.float() + numbers).to(tensor.dtype))
+        del bias
         memory.flush()

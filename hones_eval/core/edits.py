@@ -78,27 +78,49 @@ def scale(
     return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
-class Scaling:
-    """An edit that multiplies every feature by its scale, also where only routed neurons are computed."""
+def scale_and_shift(
+    x: Float[Tensor, "*batch sites"],
+    scales: Float[Tensor, "*#batch sites"],
+    shifts: Float[Tensor, "*#batch sites"],
+) -> Float[Tensor, "*batch sites"]:
+    """Multiply every feature by its scale and add its shift, in the wider dtype; round to that of `x`."""
+    changed = x * scales + shifts
+    return changed if changed.dtype == x.dtype else changed.to(x.dtype)
 
-    def __init__(self, scales: Tensor | Callable[[], Tensor]) -> None:
+
+class Scaling:
+    """An edit that scales, and optionally shifts, every feature, also of routed neurons."""
+
+    def __init__(self, scales: Tensor | Callable[[], Tensor], shifts: Tensor | None = None) -> None:
         """Scale by `scales` [features], by a row of its own for each row of the batch [rows, features], or by
-        what a function gives when the edit runs."""
+        what a function gives when the edit runs. Then add `shifts`, of the same shape; None adds nothing."""
         self._scales = scales
+        self._shifts = shifts
 
     def scales(self, like: Tensor) -> Tensor:
         """The scales, on the device of a tensor."""
         found = self._scales if isinstance(self._scales, Tensor) else self._scales()
         return found.to(like.device)
 
+    def shifts(self, like: Tensor) -> Tensor | None:
+        """The shifts, on the device of a tensor; None where nothing is added."""
+        return None if self._shifts is None else self._shifts.to(like.device)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Scale the input [rows, tokens, features] of a linear layer."""
         scales = self.scales(x)
-        return scale(x, scales if scales.ndim == 1 else scales[:, None])
+        scales = scales if scales.ndim == 1 else scales[:, None]
+        shifts = self.shifts(x)
+        if shifts is None:
+            return scale(x, scales)
+        return scale_and_shift(x, scales, shifts if shifts.ndim == 1 else shifts[:, None])
 
     def routed(self, part: Routed) -> Tensor:
-        """Scale the activations of routed tokens."""
-        return scale(part.values, part.of_pairs(self.scales(part.values)))
+        """Scale and shift the activations of routed tokens."""
+        scales, shifts = part.of_pairs(self.scales(part.values)), self.shifts(part.values)
+        if shifts is None:
+            return scale(part.values, scales)
+        return scale_and_shift(part.values, scales, part.of_pairs(shifts))
 
 
 def patch_positions(

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import has_adapter
 from hones_eval.core.anatomy import Anatomy
-from hones_eval.core.attach import attach_to_anatomy, linear_sites, scaled_sites, why_not_foldable
+from hones_eval.core.attach import attach_to_anatomy
+from hones_eval.core.changes import SiteChange, site_changes
 from hones_eval.core.files import staged_folder
+from hones_eval.core.folding import linear_changes, why_not_foldable
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 
@@ -27,23 +29,36 @@ def export_checkpoint(
     `also` saves more into the same folder, such as the processor; all of it appears at once.
 
     Raises: HonesError when the model has an adapter that is not merged, or weights that nothing can be folded
-    into (quantized, parametrized). Such a model would not load again as it was steered.
+    into (quantized, parametrized), or when a shift needs a bias that the model's layer does not have. Such a
+    model would not load again as it was steered.
     """
     anatomy = Anatomy.of(model)
     _refuse_adapters(anatomy.model)
     every_site = [*anatomy.heads_in, *anatomy.neurons_in]
-    for site, _ in linear_sites([(site, torch.zeros(site.width)) for site in every_site if site.width]):
+    everything = [SiteChange(site, torch.zeros(site.width)) for site in every_site if site.width]
+    for site, _, _ in linear_changes(everything):
         reason = why_not_foldable(anatomy.model, site)
         if reason is not None:
             raise HonesError(
                 f"{site.name} {reason}, so this model cannot be exported with the steering in its weights: "
                 "export an unquantized base model, or use the steering with attach=hook"
             )
+    for change in linear_changes(site_changes(anatomy, steering)):
+        if change.shifts is not None and getattr(change.site.module, "bias", None) is None:
+            raise HonesError(no_stored_bias(change.site.name))
     attached = attach_to_anatomy(anatomy, steering, "fold")
     try:
         write_folder(out, anatomy.model.save_pretrained, also)
     finally:
         attached.detach()
+
+
+def no_stored_bias(name: str) -> str:
+    """Why a shift cannot be stored in a checkpoint: a layer called `name` has no bias."""
+    return (
+        f"{name} has no bias in this model's checkpoint, so the shift of its input cannot be stored there: "
+        "use the steering with attach=hook or attach=fold"
+    )
 
 
 def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
@@ -59,13 +74,19 @@ def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
     anatomy = Anatomy.of(model)
     _refuse_adapters(anatomy.model)
     steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
+    if steering.has_shifts:
+        raise HonesError(
+            "an (IA)^3 adapter multiplies, and cannot hold the shifts of this steering: use --to checkpoint, "
+            "where the layers have biases, or the steering itself"
+        )
     names = {module: name for name, module in anatomy.model.named_modules()}
-    inside = [site.name for site, _ in scaled_sites(anatomy, steering) if site.module not in names]
+    changes = site_changes(anatomy, steering)
+    inside = [change.site.name for change in changes if change.site.module not in names]
     if inside:
         raise HonesError(
             f"{inside[0]}: the scales of experts do not fit into an IA3 adapter; use --to checkpoint"
         )
-    scales = {names[site.module]: values for site, values in scaled_sites(anatomy, steering)}
+    scales = {names[change.site.module]: change.scales for change in changes}
     if not scales:
         raise HonesError("every scale is 1: there is nothing to export")
     config = IA3Config(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.core import readouts
-from hones_eval.core.edits import Scaling
+from hones_eval.core.changes import row_edits
 from hones_eval.core.hooks import Edit, Site
 from hones_eval.core.scope import Scope, ScopeTracker, editing_in
 from hones_eval.core.steering import Steering
@@ -148,16 +148,7 @@ class AnswersUnder:
     def _row_edits(self, names: tuple[str, ...]) -> list[tuple[Site, Edit]]:
         """An edit for each linear layer whose input is scaled by any of the steerings."""
         if names not in self._edits:
-            chosen = [self.steerings[name] for name in names]
-            edits: list[tuple[Site, Edit]] = []
-            for layer in range(self.anatomy.shape.layers) if chosen else ():
-                heads = torch.stack([steering.head_scales[layer] for steering in chosen])
-                heads = self.anatomy.head_features(heads, layer)
-                neurons = torch.stack([steering.neuron_scales[layer] for steering in chosen])
-                neurons = self.anatomy.neuron_features(neurons, layer)
-                sites = (self.anatomy.heads_in[layer], heads), (self.anatomy.neurons_in[layer], neurons)
-                edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
-            self._edits[names] = edits
+            self._edits[names] = row_edits(self.anatomy, [self.steerings[name] for name in names])
         return self._edits[names]
 
     def _end_tokens(self, example: Example) -> list[int]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.changes import row_edits
 from hones_eval.core.edits import Scaling
 from hones_eval.core.hooks import Edit, Site, editing
 from hones_eval.core.sites import Head, Neuron
@@ -213,22 +214,9 @@ class TargetLosses:
     def _losses(self, inputs: Mapping[str, Any], chosen: Sequence[Steering], ids: Sequence[int]) -> Tensor:
         """Losses [rows] of the target under some steerings, or of one row without steering for none."""
         rows = max(1, len(chosen))
-        with editing(_row_edits(self.anatomy, chosen)):
+        with editing(row_edits(self.anatomy, chosen)):
             logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
         logits = logits[:, -len(ids) :].float()
         target = torch.tensor(ids, device=logits.device).expand(rows, -1)
         losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
         return losses.mean(1).double().cpu()
-
-
-def _row_edits(anatomy: Anatomy, steerings: Sequence[Steering]) -> list[tuple[Site, Edit]]:
-    """Edits that scale row `i` of a batch by steering `i`."""
-    edits: list[tuple[Site, Edit]] = []
-    for layer in range(anatomy.shape.layers) if steerings else ():
-        heads = torch.stack([steering.head_scales[layer] for steering in steerings])
-        heads = anatomy.head_features(heads, layer)
-        neurons = torch.stack([steering.neuron_scales[layer] for steering in steerings])
-        neurons = anatomy.neuron_features(neurons, layer)
-        sites = (anatomy.heads_in[layer], heads), (anatomy.neurons_in[layer], neurons)
-        edits += [(site, Scaling(rows)) for site, rows in sites if not bool((rows == 1).all())]
-    return edits
