@@ -166,6 +166,7 @@ REQUIRED = {
     "power": ["--tasks", "t"],
     "export": ["--steering", "none", "--to", "ia3"],
     "rank": ["--method", "hones", "--model", "none", "--tasks", "t"],
+    "edit-sites": ["--model_args", "pretrained=none"],
 }
 
 

@@ -336,8 +336,8 @@ class Steering:
         _, provenance, tensors = load_artifact(folder, "steering")
         if not SCALES <= set(tensors) <= SCALES | SHIFTS:
             raise HonesError(
-                f"{path}: a steering holds head_scales and neuron_scales, and may hold shifts, not "
-                f"{sorted(tensors)}"
+                f"{path}: a steering holds head_scales and neuron_scales, not {sorted(tensors)}; shifts are "
+                "optional"
             )
         return cls(provenance=provenance, **tensors)
 
