@@ -23,7 +23,18 @@ HowNeurons = Literal["grid", "search", "learned", "learned_no_kl", "random", "tu
 """Ways to choose the scales of neurons on development examples."""
 HowHeads = Literal["signed", "topk"]
 """Ways to scale heads by their scores."""
-How = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "random", "tuned", "signed", "topk"]
+How = Literal[
+    "fixed",
+    "grid",
+    "search",
+    "learned",
+    "learned_no_kl",
+    "random",
+    "tuned",
+    "signed",
+    "topk",
+    "mean_difference",
+]
 """Every way to scale."""
 Way = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "tuned", "signed", "topk"]
 """Ways to scale that a spike-in can repair with."""

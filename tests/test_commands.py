@@ -400,7 +400,7 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "hones",
         "fixed",
         {"strength": 3},
-        "--strength only applies .*signed, not to fixed",
+        "--strength only applies .*signed and mean_difference, not to fixed",
     ),
     "factor of signed": (
         "vseam",
@@ -408,7 +408,14 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"factor": 3},
         "--factor only applies .*fixed, not to signed",
     ),
-    "heads of signed": ("vseam", "signed", {"heads": 3}, "--heads only applies .*topk, not to signed"),
+    "heads of signed": (
+        "vseam",
+        "signed",
+        {"heads": 3},
+        "--heads only applies .*topk and mean_difference, not",
+    ),
+    "against of fixed": ("hones", "fixed", {"against": "own_b"}, "--against only applies .*mean_difference"),
+    "no task": ("hones", "mean_difference", {}, "give --model, --model_args and --tasks"),
 }
 
 

@@ -22,6 +22,7 @@ from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.jobs.learn import _Fit
+from hones_eval.jobs.mean_difference import mean_difference
 from hones_eval.jobs.scale import Development, choose, grid, layer_groups, search
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods import scaling
@@ -405,3 +406,75 @@ def test_scales_that_no_model_could_use_are_refused(
         f"hones-eval: a scale of {shown} was asked for: give numbers up to 10000"
     )
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def last_activations(job: Development) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Per example the heads [L, H, d] and neurons [L, I] at the last prompt token, and the metric."""
+    model, shape = job.replayer.anatomy.model, job.ranking.provenance.shape
+    heads, neurons, values = [], [], []
+    kept: list[torch.Tensor] = []
+    modules = [m for layer in plain.layers(model) for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for index in range(len(job.examples)):
+        example = job.examples[index]
+        kept.clear()
+        handles = [
+            module.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1].clone()))
+            for module in modules
+        ]
+        model(**example.inputs)
+        for handle in handles:
+            handle.remove()
+        heads.append(torch.stack(kept[::2]).view(shape.layers, shape.heads, shape.head_width))
+        neurons.append(torch.stack(kept[1::2]))
+        tokens = model.generate(**example.inputs, **example.settings)
+        new = tokens[0, example.inputs["input_ids"].shape[1] :].tolist()
+        values.append(float(job.examples.score(index, job.examples.decode(index, new))[job.examples.metric]))
+    return torch.stack(heads), torch.stack(neurons), values
+
+
+def test_mean_differences_are_those_of_a_plain_loop(
+    development: Development, own: own_answers.Prepared
+) -> None:
+    heads, neurons, values = last_activations(development)
+    right = torch.tensor(values) >= 0.5
+    assert 0 < int(right.sum()) < len(values)
+    steering = mean_difference(development, None, 3, 2.0)
+    top = development.ranking.head_scores.flatten().argsort(descending=True, stable=True)[:3]
+    chosen = torch.zeros_like(development.ranking.head_scores).flatten().index_fill(0, top, 1)
+    expected = 2 * (heads[right].mean(0) - heads[~right].mean(0))
+    expected = expected * chosen.view(heads.shape[1:3])[..., None]
+    torch.testing.assert_close(steering.head_shifts, expected, atol=1e-5, rtol=1e-4)
+    shifts = (neurons[right].mean(0) - neurons[~right].mean(0)) * 2
+    bank = torch.zeros(shifts.shape)
+    for neuron in development.bank:
+        bank[neuron] = 1
+    torch.testing.assert_close(steering.neuron_shifts, shifts * bank, atol=1e-5, rtol=1e-4)
+    assert bool((steering.head_scales == 1).all())
+    assert steering.provenance.settings["examples"] == {
+        "right": int(right.sum()),
+        "wrong": int((~right).sum()),
+    }
+    # Of two tasks: here the same examples without the first.
+    lmm, flags = development.examples._lmm, {"model_name": own_answers.MODEL, "include_path": own.tasks}
+    others = TaskExamples(lmm, "own_a", **flags, offset=5, limit=4)
+    against = mean_difference(dataclasses.replace(development, neurons=None), others, 3, 1.0)
+    expected = (heads.mean(0) - heads[1:].mean(0)) * chosen.view(heads.shape[1:3])[..., None]
+    torch.testing.assert_close(against.head_shifts, expected, atol=1e-5, rtol=1e-4)
+    assert against.neuron_shifts is None
+    assert [used.offset for used in against.provenance.examples] == [0, 4, 5]
+
+
+def test_the_command_chooses_the_strength_of_a_mean_difference(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 5, "--strengths", "[1, 3]"]
+    flags += ["--metric", "log_probability", "--against", "own_b"]
+    given = own.command("scale", "--how", "mean_difference", *flags, "--out", tmp_path / "out")
+    code = main(given)
+    captured = capsys.readouterr()
+    if code == 0:
+        assert "heads and 0 neurons are shifted" in captured.out
+        assert Steering.load(tmp_path / "out").has_shifts
+    else:
+        assert "no strength helped" in captured.err

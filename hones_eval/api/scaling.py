@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hones_eval.choices import How, Neurons, TunedSites
 from hones_eval.core.adapters import model_source
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # scales that need no model are made without importing lmms-e
 
 FACTOR = 2.0
 HEADS = 10
-DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned")
+DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "mean_difference")
 """Ways that choose on development examples without a score of heads."""
 
 
@@ -52,6 +52,7 @@ def scale(
     sparsity: float = 0.2,
     model: Model | None = None,
     tasks: str | None = None,
+    against: str | None = None,
     include_path: Path | None = None,
     limit: int | None = None,
     offset: int = 0,
@@ -66,20 +67,23 @@ def scale(
 
     A scale `s` multiplies a neuron's activation or a head's slice: `a <- s * a`. `fixed` sets `s = factor`
     for the selected neurons; `signed` sets `s = clip(1 + strength * score, 0, 2)` for every head; `topk`
-    sets `s = 1 + enhance` for the best and `s = 1 - suppress` for the worst heads. The other ways choose on
-    development examples, and need `model` and `tasks`.
+    sets `s = 1 + enhance` for the best and `s = 1 - suppress` for the worst heads. `mean_difference` adds to
+    the best heads, and to neurons if their share is given, a difference of mean activations. It and the other
+    ways choose on development examples, and need `model` and `tasks`.
 
     Args:
         ranking: what `rank` returned.
         how: the way to choose the scales.
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
         neurons: the share of all neurons to scale, or "all"; by default the ranking's, and for tuned all.
-        strength: signed: lambda in 1 + lambda * score; 1 by default.
+        strength: signed: lambda in 1 + lambda * score; 1 by default. mean_difference: what the difference is
+            multiplied by; by default the best of `strengths`.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
-        heads: topk: how many heads to enhance, and how many to suppress; 10 by default.
+        heads: topk: how many heads to enhance, and how many to suppress; mean_difference: how many to shift;
+            10 by default.
         enhance: topk: a in 1 + a; 0.5 by default.
         suppress: topk: b in 1 - b; 0.5 by default.
-        strengths: signed and topk with `tasks`: the values to try.
+        strengths: signed and topk with `tasks`, and mean_difference: the values to try.
         factors: grid and search: the values to try.
         groups: search: how many groups of layers get a factor of their own.
         beta: learned and random: the weight of KL(original || scaled).
@@ -91,6 +95,8 @@ def scale(
         sparsity: tuned: how strongly weak sites are held at 1, from 0 to below 1.
         model: what `load` returned, for the ways that choose on development examples.
         tasks: the development task, with other images than the ranking's.
+        against: mean_difference: a task whose mean activations are subtracted from those of `tasks`; by
+            default those of wrong answers are subtracted from those of right answers.
         include_path: a folder with more task YAML files.
         limit: use at most this many development examples.
         offset: skip this many examples first.
@@ -122,6 +128,7 @@ def scale(
         heads=heads,
         enhance=enhance,
         suppress=suppress,
+        against=against,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
         steering = _given(ranking, how, factor, share, strength, epsilon, heads, enhance, suppress)
@@ -140,19 +147,19 @@ def scale(
                 "--strengths gives the values to try"
             )
     from hones_eval.jobs.learn import FitSettings
+    from hones_eval.jobs.mean_difference import mean_difference
     from hones_eval.jobs.scale import GRID, Development, choose, summary
     from hones_eval.jobs.tune import TuneSettings
     from hones_eval.runs.checkpoint import Partial
 
-    examples = model.examples(
-        tasks,
-        include_path=include_path,
-        limit=limit,
-        offset=offset,
-        gen_kwargs=gen_kwargs,
-        metric=metric,
-        target=target,
-    )
+    task_settings: dict[str, Any] = {
+        "include_path": include_path,
+        "limit": limit,
+        "offset": offset,
+        "gen_kwargs": gen_kwargs,
+    }
+    examples = model.examples(tasks, **task_settings, metric=metric, target=target)
+    other = None if against is None else model.examples(against, **task_settings)
     fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
     tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed)
     tune = replace(tune, rates=tuple(rates)) if rates else tune
@@ -166,10 +173,14 @@ def scale(
         # The ranking's provenance too: its settings choose the neurons where --neurons does not.
         pinned.append(json.dumps(ranking.provenance.to_json(), sort_keys=True))
         pinned += [weights_digest(model.anatomy.model), json.dumps(model_source(model.anatomy.model))]
+        pinned += ["" if other is None else other.example_set().hash, f"{heads} {strength}"]
         partial = Partial(Path(out) / "partial", hash_of([__version__, *pinned]), resume)
     model.loop.partial = partial
     try:
-        steering = choose(development, how)
+        if how == "mean_difference":
+            steering = mean_difference(development, other, heads, strength)
+        else:
+            steering = choose(development, how)
     finally:
         model.loop.partial = None
     if out is not None and partial is not None and model.loop.is_first:
@@ -213,18 +224,19 @@ def _given(
     return steering
 
 
-# The way of scaling that reads each value; with another way it would be silently ignored.
+# The ways of scaling that read each value; with another way it would be silently ignored.
 READ_BY = {
-    "factor": "fixed",
-    "strength": "signed",
-    "epsilon": "signed",
-    "heads": "topk",
-    "enhance": "topk",
-    "suppress": "topk",
+    "factor": ("fixed",),
+    "strength": ("signed", "mean_difference"),
+    "epsilon": ("signed",),
+    "heads": ("topk", "mean_difference"),
+    "enhance": ("topk",),
+    "suppress": ("topk",),
+    "against": ("mean_difference",),
 }
 
 
-def _refuse_values_of_other_ways(how: str, **given: float | None) -> None:
+def _refuse_values_of_other_ways(how: str, **given: float | str | None) -> None:
     for name, value in given.items():
-        if value is not None and how != READ_BY[name]:
-            raise HonesError(f"--{name} only applies to --how {READ_BY[name]}, not to {how}")
+        if value is not None and how not in READ_BY[name]:
+            raise HonesError(f"--{name} only applies to --how {' and '.join(READ_BY[name])}, not to {how}")

@@ -37,6 +37,7 @@ def scale(
     model: str | None = None,
     model_args: str = "",
     tasks: str | None = None,
+    against: str | None = None,
     include_path: Path | None = None,
     limit: int | None = None,
     offset: int = 0,
@@ -60,18 +61,23 @@ def scale(
             random bank). Heads and neurons: tuned (one scale each; held-out loss chooses heads or
             neurons, the learning rate and the epoch, so that scales move as far as they help). Heads: signed
             (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
-            1 - suppress), with given strengths or, with --model and --tasks, the best of a grid.
+            1 - suppress), with given strengths or, with --model and --tasks, the best of a grid. Shifts:
+            mean_difference (adds to the best heads, and to neurons with --neurons, the difference of mean
+            activations of right and wrong answers, or of two tasks).
         out: the folder to write steering.json and steering.safetensors to.
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
         neurons: the share of all neurons to scale, or all; by default the share of the ranking, and for
             tuned all.
-        strength: signed: lambda in 1 + lambda * score; 1 by default.
+        strength: signed: lambda in 1 + lambda * score; 1 by default. mean_difference: what the difference is
+            multiplied by; by default the best of --strengths.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
-        heads: topk: how many heads to enhance, and how many to suppress; 10 by default.
+        heads: topk: how many heads to enhance, and how many to suppress; mean_difference: how many to shift;
+            10 by default.
         enhance: topk: a in 1 + a; 0.5 by default.
         suppress: topk: b in 1 - b; 0.5 by default.
-        strengths: signed and topk with --tasks: the values to try besides 0, for lambda or for each of a and
-            b; by default 0.5, 1, 2, 4 and 8, or 0.25, 0.5, 0.75 and 1.
+        strengths: signed and topk with --tasks, mean_difference: the values to try besides 0, for lambda or
+            for each of a and b; by default 0.5, 1, 2, 4 and 8, or 0.25, 0.5, 0.75 and 1; of mean_difference
+            0.5, 1, 2 and 4.
         factors: grid and search: the values to try; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
         groups: search: how many groups of layers get a factor of their own.
         beta: learned and random: the weight of KL(original || scaled).
@@ -84,6 +90,8 @@ def scale(
         model: for the ways that choose on development examples, as in lmms-eval --model.
         model_args: as in lmms-eval --model_args.
         tasks: the development task, with other images than the ranking's.
+        against: mean_difference: a task whose mean activations are subtracted from those of --tasks; by
+            default those of wrong answers are subtracted from those of right answers.
         include_path: a folder with more task YAML files.
         limit: use at most this many development examples.
         offset: skip this many examples first.
@@ -138,6 +146,7 @@ def scale(
         sparsity=sparsity,
         model=loaded,
         tasks=tasks,
+        against=against,
         include_path=include_path,
         limit=limit,
         offset=offset,
@@ -154,10 +163,14 @@ def scale(
 def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model | None") -> Answer:
     """What is scaled, by how much, and why."""
     settings = steering.provenance.settings
-    scaled_heads = int((steering.head_scales != 1).sum())
-    scaled_neurons = int((steering.neuron_scales != 1).sum())
-    lines = [f"wrote {out}: {scaled_heads} heads and {scaled_neurons} neurons are scaled"]
-    lines.append(f"scales go from {_least(steering):.4g} to {_most(steering):.4g}")
+    counts = steering.counts
+    scaled_heads, scaled_neurons = counts["scaled_heads"], counts["scaled_neurons"]
+    if steering.has_shifts:
+        shifted = [counts.get(f"shifted_{kind}", 0) for kind in ("heads", "neurons")]
+        lines = [f"wrote {out}: {shifted[0]} heads and {shifted[1]} neurons are shifted"]
+    else:
+        lines = [f"wrote {out}: {scaled_heads} heads and {scaled_neurons} neurons are scaled"]
+        lines.append(f"scales go from {_least(steering):.4g} to {_most(steering):.4g}")
     if model is not None:
         from hones_eval.jobs.scale import summary
 

@@ -147,7 +147,7 @@ def tuned(job: Development) -> Steering:
     )
     if found.steering is None:
         return scaling.chosen(unchanged, settings, job.example_set)
-    values = _measure(job, {"tuned": found.steering}, "tuned")
+    values = measure_candidates(job, {"tuned": found.steering}, "tuned")
     settings |= {"baseline": values[BASELINE], "best": values["tuned"]}
     sign = 1.0 if job.examples.higher_is_better else -1.0
     steering = found.steering if sign * (values["tuned"] - values[BASELINE]) >= 0 else unchanged
@@ -158,8 +158,8 @@ def grid(job: Development) -> Steering:
     """Scale the whole bank by the one factor with the best metric on the development examples."""
     bank = job.bank
     candidates = {str(factor): _grouped(job, [bank], [factor]) for factor in job.factors}
-    found = _measure(job, candidates, "grid")
-    best = _best(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
+    found = measure_candidates(job, candidates, "grid")
+    best = best_of(job, [found[str(factor)] for factor in job.factors], [abs(f - 1) for f in job.factors])
     factor = job.factors[best]
     settings = {
         "how": "grid",
@@ -186,10 +186,10 @@ def search(job: Development) -> Steering:
     for number, group in enumerate([*reversed(range(len(groups)))] * 2):
         tried = [[*chosen[:group], factor, *chosen[group + 1 :]] for factor in job.factors]
         candidates = {str(factors): _grouped(job, groups, factors) for factors in tried}
-        found = _measure(job, candidates, f"search {number + 1}")
+        found = measure_candidates(job, candidates, f"search {number + 1}")
         baseline = found[BASELINE]
         distances = [sum(abs(factor - 1) for factor in factors) for factors in tried]
-        chosen = tried[_best(job, [found[str(factors)] for factors in tried], distances)]
+        chosen = tried[best_of(job, [found[str(factors)] for factors in tried], distances)]
         value = found[str(chosen)]
         trace.append({"group": group, "factors": chosen, "metric": value})
     settings = {
@@ -227,9 +227,9 @@ def head_grid(job: Development, how: HowHeads) -> Steering:
             f"--how {how}: no strength changes any scale, because every head of the ranking has the score 0; "
             "rank with more examples"
         )
-    found = _measure(job, candidates, how)
+    found = measure_candidates(job, candidates, how)
     distances = [float((candidate.head_scales - 1).abs().sum()) for candidate in candidates.values()]
-    best = list(candidates)[_best(job, [found[name] for name in candidates], distances)]
+    best = list(candidates)[best_of(job, [found[name] for name in candidates], distances)]
     settings = {
         "metric": job.examples.metric,
         "baseline": found[BASELINE],
@@ -277,7 +277,7 @@ def _grouped(job: Development, groups: Sequence[Sequence[Neuron]], factors: Sequ
     return scaling.of_neurons(job.ranking, scaling.grouped_scales(job.ranking, groups, factors), {})
 
 
-def _measure(job: Development, candidates: Mapping[str, Steering], name: str) -> dict[str, float]:
+def measure_candidates(job: Development, candidates: Mapping[str, Steering], name: str) -> dict[str, float]:
     """Measure the metric under every candidate and without steering, in one pass called `name`."""
     steerings = {key: steering for key, steering in candidates.items() if not steering.is_noop}
     totals = job.loop.run(job.examples, AnswersUnder(job.replayer, job.examples, steerings), name)
@@ -290,7 +290,7 @@ def _measure(job: Development, candidates: Mapping[str, Steering], name: str) ->
     return {key: found.get(key, found[BASELINE]) for key in (BASELINE, *candidates)}
 
 
-def _best(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:
+def best_of(job: Development, values: Sequence[float], distances: Sequence[float]) -> int:
     """The index of the best value; among equal values, of the one that changes the model least."""
     sign = 1.0 if job.examples.higher_is_better else -1.0
     order = [(sign * value, -distance) for value, distance in zip(values, distances, strict=True)]
@@ -312,6 +312,12 @@ def summary(settings: Mapping[str, Any]) -> str:
         choice = f"enhancing by {settings['enhance']:g} and suppressing by {settings['suppress']:g} is best"
         if both := settings.get("in_both_lists"):
             choice += f" ({len(both)} heads in both lists go by their larger score)"
+    elif settings["how"] == "mean_difference":
+        groups = " and ".join(f"{count} {group}" for group, count in settings["examples"].items())
+        if "best" not in settings:
+            return f"mean difference of {groups} examples, times {settings['strength']:g}; not tested"
+        best = settings["best"]
+        choice = f"the mean difference of {groups} examples, strength {settings['strength']:g}, is best"
     elif settings["how"] == "tuned":
         return _summary_of_tuned(settings)
     else:
