@@ -58,11 +58,11 @@ def report(page: Page, path: Path) -> str:
     for _ in range(5):
         page.goto(path.as_uri())
         loads.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    status, elements = page.inner_text("#flip-status"), page.locator("*").count()
+    status, elements = page.inner_text("#example-status"), page.locator("*").count()
     turned = page.evaluate(timed("document.querySelector('#on').click()"))
-    page.evaluate("document.querySelector('#flip-search').value = 'image 2100'")
+    page.evaluate("document.querySelector('#example-search').value = 'image 2100'")
     searched = page.evaluate(
-        timed("document.querySelector('#flip-search').dispatchEvent(new Event('input'))")
+        timed("document.querySelector('#example-search').dispatchEvent(new Event('input'))")
     )
     heap = page.evaluate("performance.memory.usedJSHeapSize") / 1e6
     return (

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -13,16 +12,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hones_eval.commands import ARTIFACTS, COMMANDS, PAGED, TWO_WORDS, command
-from hones_eval.commands.answer import Answer, print_as_json, show
+from hones_eval.commands.answer import print_as_json, show
 from hones_eval.errors import HonesError, UsageError, printable
 from hones_eval.notes import note
 from hones_eval.version import __version__
-
-if TYPE_CHECKING:
-    from hones_eval.commands.flags import Call
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,56 +118,15 @@ def _run(given: Sequence[str], as_json: bool) -> None:
         several = sys.modules.get("hones_eval.runs.processes")
         is_first = several is None or several.is_first()
         if answer is not None and is_first and call.name in PAGED:
-            _write_page(call, given, answer)
+            from hones_eval.commands.result_page import write_result_page
+
+            answer.lines.append(f"see {write_result_page(call, given, answer)}")
     if several is not None:
         several.wait_for_others()
     if answer is not None and is_first:  # the first process shows the answer for all of them
         show(answer)
         if as_json:
             print(json.dumps(answer.data, indent=1, default=str))
-
-
-def _write_page(call: "Call", given: Sequence[str], answer: Answer) -> None:
-    """Write the page of a result, and name it in the answer."""
-    from hones_eval.pages.run import write_run_page
-
-    out = call.arguments["out"]
-    told = [line.removeprefix(f"wrote {out}: ") for line in answer.lines]
-    lines = [line for line in told if not line.startswith("wrote ")]
-    plain = [line for line in lines if not line.startswith("warning: ")]
-    headline = answer.headline or next(iter(plain), call.name)
-    page = write_run_page(
-        out,
-        command=call.name,
-        made_by=_made_by(given),
-        lines=[line for line in lines if line != headline],
-        headline=headline,
-        settings={
-            name: value for name, value in call.arguments.items() if f"--{name}" not in ("--out", *_UNSEEN)
-        },
-        tables=answer.tables,
-        charts=answer.charts,
-    )
-    answer.lines.append(f"see {page}")
-
-
-def _made_by(given: Sequence[str]) -> str:
-    """The command line, without the name of the output folder and without what does not change the result."""
-    words, rest = list[str](), iter(given)
-    for word in rest:
-        flag, equals, _ = word.partition("=")
-        if flag == "--out":
-            words += ["--out", "FOLDER"]
-        elif flag not in _UNSEEN:
-            words.append(word)
-        if flag in ("--out", *_UNSEEN_WITH_VALUE) and not equals:
-            next(rest, None)
-    return f"hones-eval {shlex.join(words)}"
-
-
-# A run that was stopped and resumed, also by another number of processes, has the page of one that was not.
-_UNSEEN_WITH_VALUE = ("--devices", "--num_nodes")
-_UNSEEN = ("--resume", "--overwrite", *_UNSEEN_WITH_VALUE)
 
 
 def _sole_writer(out: object) -> AbstractContextManager[None]:

@@ -55,6 +55,9 @@ Pairs = Literal["all", "right"]
 Export = Literal["checkpoint", "ia3"]
 """The forms in which a steering is exported."""
 
+ImagesShown = Literal["full", "small", "none"]
+"""How a board shows images: thumbnails that open the image itself, thumbnails alone, or not at all."""
+
 TaskKind = Literal["auto", "question", "choice", "caption", "box"]
 """The kinds of tasks that a table of images can become; `auto` decides by the columns."""
 

@@ -859,6 +859,29 @@ def test_the_csv_has_every_row_and_no_formula(tmp_path: Path) -> None:
     assert rows[0]["interval_method"] == "Bonett-Price"
 
 
+@pytest.mark.parametrize(
+    ("count", "better", "told"),
+    [
+        (
+            5,
+            True,
+            "That cannot be told: the only row could not be judged (fewer than 6 independent examples)",
+        ),
+        (1, True, "That cannot be told: the only row could not be judged (only one example)"),
+        (10, True, "Yes: 1 better, 0 worse, 0 unclear, 0 not judged"),
+        (10, False, "No: 0 better, 1 worse, 0 unclear, 0 not judged"),
+    ],
+)
+def test_the_answer_of_a_board_does_not_say_no_where_nothing_could_be_judged(
+    tmp_path: Path, count: int, better: bool, told: str
+) -> None:
+    questions = Questions("shapes", [f"Question {k}?" for k in range(count)], ["yes"] * count)
+    answers = [["no"] * count, ["yes"] * count][:: 1 if better else -1]
+    write_run(tmp_path, questions, answers[0], date=BASE_DATE, manifest=False)
+    write_run(tmp_path, questions, answers[1], date=DATE, steered=Steered(), manifest=False)
+    assert build_board([tmp_path]).answer.removeprefix("Did it help? ").rstrip(".") == told
+
+
 def test_short_forms_of_a_board_for_notebooks(tmp_path: Path) -> None:
     """Text from logs stays text in the HTML, and every form has the answer."""
     steered = Steered(path="steerings/<b>x<|b>")

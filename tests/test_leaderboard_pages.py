@@ -1,6 +1,8 @@
 """The pages: what hostile text can do on them (nothing), and how they work in a browser."""
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -12,7 +14,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from make_logs import Questions, Steered, provenance, save_steering, write_run
+from make_logs import Questions, Steered, exact, provenance, save_steering, write_run
+from PIL import ExifTags, Image
 
 from hones_eval.__main__ import main
 from hones_eval.leaderboard import make_board
@@ -96,8 +99,11 @@ def test_nothing_from_data_is_markup(hostile: Path) -> None:
         assert not page.handlers
         assert page.tags.count("h1") == 1
         assert all(
-            re.match(r"(data:image/jpeg;base64,|comparisons/[\w.-]+$|\.\./index\.html|#)", one)
-            for one in page.loads
+            re.match(
+                r"(data:image/jpeg;base64,|comparisons/[\w.-]+$|\.\./index\.html|leaderboard\.(csv|md)$|#)",
+                load,
+            )
+            for load in page.loads
         )
 
 
@@ -339,16 +345,16 @@ def test_follow_a_row_and_read_its_examples(page: Any, board: Path) -> None:
     assert "on shapes" in page.inner_text("h1")
     assert page.locator("svg.heads rect").count() == 96
     assert page.locator("svg.neurons rect").count() == 12
-    assert page.locator("#flips li").count() == 25
-    page.wait_for_function("document.querySelector('#flips img').naturalWidth > 0")
+    assert page.locator("#examples li").count() == 25
+    page.wait_for_function("document.querySelector('#examples img').naturalWidth > 0")
     page.click("#on")
-    assert "page 2 of" in page.inner_text("#flip-status")
+    assert "page 2 of" in page.inner_text("#example-status")
     page.click("#back")
-    page.wait_for_function("document.querySelector('#flips img').naturalWidth > 0")
+    page.wait_for_function("document.querySelector('#examples img').naturalWidth > 0")
     page.click("[data-side=lost]")
-    assert {text.strip() for text in page.locator("#flips .badge").all_inner_texts()} == {"lost"}
-    page.fill("#flip-search", "no such text")
-    assert page.locator("#flips li").count() == 0
+    assert {text.strip() for text in page.locator("#examples .badge").all_inner_texts()} == {"lost"}
+    page.fill("#example-search", "no such text")
+    assert page.locator("#examples li").count() == 0
     page.click("text=All rows")
     page.wait_for_url("**/index.html")
 
@@ -405,7 +411,7 @@ def test_without_script_and_on_paper_everything_is_there(browser: Any, board: Pa
     assert opened.locator("table.sortable tbody tr").count() == 6
     assert not opened.locator("#search").is_visible()
     opened.goto(sorted((board / "comparisons").iterdir())[0].as_uri())
-    assert opened.locator("#flips li").count() > 0
+    assert opened.locator("#examples li").count() > 0
     opened.emulate_media(media="print")
     assert not opened.locator("#on").is_visible()
     opened.set_viewport_size({"width": 718, "height": 1000})  # A4 less its margins, at 96 dots an inch
@@ -441,10 +447,175 @@ def test_ten_thousand_flips_stay_quick_to_page(page: Any, tmp_path: Path) -> Non
     (path,) = (tmp_path / "board" / "comparisons").iterdir()
     assert path.stat().st_size < 3_000_000
     page.goto(path.as_uri())
-    assert page.inner_text("#flip-status") == "10000 examples, page 1 of 400"
+    assert page.inner_text("#example-status") == "10000 examples, page 1 of 400"
     assert page.locator("*").count() < 1_500
-    page.fill("#flip-search", "Question 9999?")
-    assert page.locator("#flips li").count() == 1
+    page.fill("#example-search", "Question 9999?")
+    assert page.locator("#examples li").count() == 1
+
+
+@pytest.fixture(scope="module")
+def grounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Boxes as answers on images larger than a thumbnail, which carry the place where they were taken."""
+    folder = tmp_path_factory.mktemp("grounding")
+    images = [Image.new("RGB", (400, 300), (20 * k, 90, 120)) for k in range(8)]
+    golds = ["[0.25, 0.20, 0.75, 0.80]"] * 4 + ["40 30 200 150"] * 4
+    questions = Questions("boxes", [f"Locate the cup in image {k}." for k in range(8)], golds, images)
+    before = [gold if k % 2 else "[0, 0, 0.5, 0.5]" for k, gold in enumerate(golds)]
+    after = ["0.30 0.20 0.75 0.80", *golds[1:7], "nowhere, I think"]
+    metrics = {"iou": exact, "iou_at_least_50": exact}
+    write_run(folder / "logs", questions, before, metrics=metrics, media=True, date="20260102_030405")
+    write_run(
+        folder / "logs",
+        questions,
+        after,
+        metrics=metrics,
+        media=True,
+        date="20260102_030505",
+        steered=Steered(),
+    )
+    for path in (folder / "logs").rglob("*_samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row, image in zip(rows, images, strict=True):
+            row["input_media"] = [photograph(image)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_board([folder / "logs"], folder / "board", resamples=99)
+    return folder / "board"
+
+
+def photograph(image: Image.Image) -> str:
+    """A data URI of a JPEG that names where it was taken."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.ImageDescription] = "at home"
+    image.save(file, "JPEG", exif=exif, comment=b"at home")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def only_page(board: Path) -> Path:
+    (path,) = (board / "comparisons").glob("*.html")
+    return path
+
+
+def test_an_image_opens_at_full_size_with_its_boxes(page: Any, grounding: Path) -> None:
+    files = sorted((grounding / "comparisons" / "images").iterdir())
+    assert len(files) == 8
+    page.goto(only_page(grounding).as_uri())
+    first = page.locator("#examples li", has_text="in image 1.")
+    assert first.locator("rect:not(.halo)").evaluate_all("list => list.map((box) => box.classList[0])") == [
+        "gold",
+        "baseline",
+        "steered",
+    ]
+    box = first.locator("rect.gold")
+    x, width = (float(box.get_attribute(name)) for name in ("x", "width"))
+    assert (x, width) == pytest.approx((0.25, 0.5))
+    drawn, image = box.bounding_box(), first.locator("img").bounding_box()
+    assert drawn["x"] - image["x"] == pytest.approx(0.25 * image["width"], abs=3)
+    first.locator("a.shot").click()
+    page.wait_for_function("document.querySelector('#viewer img').naturalWidth === 400")
+    assert page.locator("#viewer rect.gold").count() == 1
+    assert "example 1: Locate the cup in image 1." in page.inner_text("#viewer")
+    page.keyboard.press("Escape")
+    assert not page.locator("#viewer").is_visible()
+    in_pixels = page.locator("#examples li", has_text="in image 5.").locator("rect.gold")
+    assert float(in_pixels.get_attribute("x")) == pytest.approx(0.1)
+    unclear = page.locator("#examples li", has_text="in image 7.")
+    assert unclear.locator("rect.gold").count() == 1
+    assert unclear.locator("rect.steered").count() == 0
+
+
+def test_images_in_files_hold_nothing_but_pixels_and_can_be_left_out(grounding: Path, tmp_path: Path) -> None:
+    assert b"at home" in base64.b64decode(photograph(Image.new("RGB", (9, 9))).partition(",")[2])
+    for path in (grounding / "comparisons" / "images").iterdir():
+        assert b"at home" not in path.read_bytes()
+        with Image.open(path) as image:
+            assert image.size == (400, 300)
+    given = ["leaderboard", str(grounding.parent / "logs"), "--out", str(tmp_path), "--resamples", "99"]
+    for choice, thumbnails, files in (("full", 8, 8), ("small", 8, 0), ("none", 0, 0)):
+        assert main([*given, "--images", choice]) == 0
+        assert len(Page(only_page(tmp_path)).loads) > 0
+        content = only_page(tmp_path).read_text()
+        assert content.count("data:image/jpeg;base64,") == thumbnails
+        assert len([*(tmp_path / "comparisons").glob("images/*.jpg")]) == files
+
+
+def test_examples_without_a_change_are_there_too_with_every_score(page: Any, grounding: Path) -> None:
+    page.goto(only_page(grounding).as_uri())
+    assert page.inner_text("#example-status") == "8 examples, page 1 of 1"
+    counts = [text for text in page.locator("[data-side]").all_inner_texts() if "(" in text]
+    assert counts == ["Gained (3)", "Lost (1)", "Other answer (1)", "Same answer (3)"]
+    page.click("[data-side=same]")
+    items = page.locator("#examples li").all_inner_texts()
+    assert len(items) == 3
+    assert all("iou 1 → 1; iou_at_least_50 1 → 1" in text for text in items)
+    with page.expect_download() as download:
+        page.click("#download")
+    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert [row["side"] for row in rows] == ["same"] * 3
+    assert rows[0]["gold"] == "[0.25, 0.20, 0.75, 0.80]"
+
+
+def test_filters_are_kept_in_the_address(page: Any, board: Path, grounding: Path) -> None:
+    page.goto(f"{only_page(grounding).as_uri()}#side=same&q=image+1.")
+    assert page.locator("#examples li").count() == 1
+    assert page.get_attribute("[data-side=same]", "aria-pressed") == "true"
+    page.click("[data-side='']")
+    assert page.evaluate("location.hash") == "#q=image+1."
+    page.goto((board / "index.html").as_uri())
+    page.select_option("select[data-filter=verdict]", "better")
+    page.locator("th", has_text="Steered").locator("button").click()
+    kept = seen(page, 1)
+    page.goto(page.evaluate("location.href"))
+    page.reload()
+    assert seen(page, 1) == kept
+    assert page.get_attribute("th:has-text('Steered')", "aria-sort") == "descending"
+    page.goto(f"{(board / 'index.html').as_uri()}#task=%3Cscript%3E&sort=nonsense&page=99")
+    page.reload()
+    assert page.inner_text("#count") == "6 rows"
+
+
+def test_words_that_differ_between_two_answers_are_marked(page: Any, tmp_path: Path) -> None:
+    questions = Questions("captions", ["Describe it."] * 2, ["a red circle"] * 2)
+    answers = ["a red circle left of a square", "nothing"], ["a blue circle left of the square", "everything"]
+    write_run(tmp_path / "logs", questions, answers[0], date="20260102_030405", manifest=False)
+    write_run(
+        tmp_path / "logs", questions, answers[1], date="20260102_030505", manifest=False, steered=Steered()
+    )
+    make_board([tmp_path / "logs"], tmp_path / "board", resamples=99)
+    page.goto(only_page(tmp_path / "board").as_uri())
+    assert page.locator("#examples del").all_inner_texts() == ["red", "a"]
+    assert page.locator("#examples ins").all_inner_texts() == ["blue", "the"]
+    shown = page.locator("#examples dd").all_inner_texts()
+    assert answers[1][0] in shown
+    assert answers[1][1] in shown
+
+
+def test_long_tables_have_pages_and_paper_has_all_rows(page: Any, tmp_path: Path) -> None:
+    questions = Questions.drawn("shapes", 8)
+    metrics = {f"metric_{k}": exact for k in range(60)}
+    for right, steered, date in ((0.2, None, "20260102_030405"), (0.9, Steered(), "20260102_030505")):
+        write_run(
+            tmp_path / "logs",
+            questions,
+            questions.answers(right, 1),
+            metrics=metrics,
+            steered=steered,
+            date=date,
+        )
+    make_board([tmp_path / "logs"], tmp_path / "board", resamples=99, images=False)
+    page.goto((tmp_path / "board" / "index.html").as_uri())
+    assert len(seen(page, 1)) == 50
+    assert page.inner_text("#page-status") == "rows 1 to 50 of 60"
+    page.click("#on")
+    assert len(seen(page, 1)) == 10
+    assert page.evaluate("location.hash") == "#page=2"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert len(seen(page, 1)) == 60
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.fill("#search", "metric_5")
+    assert len(seen(page, 1)) == 11
+    assert not page.locator("#pages").is_visible()
+    text = page.inner_text("body")
+    assert "#1 of 1" not in text
 
 
 def test_choices_are_shown_by_their_values() -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from hones_eval.__main__ import main
 from hones_eval.leaderboard import Board, make_board
-from hones_eval.leaderboard.flips import Flip
+from hones_eval.leaderboard.example_images import ExampleImages
+from hones_eval.leaderboard.examples import Example
 from hones_eval.leaderboard.lmms_tasks import TaskImages
 from hones_eval.leaderboard.scales import Scales, read_scales
-from hones_eval.leaderboard.thumbnails import Thumbnails
 
 SCALES_SEED, SPREAD = 3, 6.0
 
@@ -120,9 +120,9 @@ def test_images_come_from_the_task_and_are_checked(board: Board, logs: Path) -> 
     tasks = TaskImages(logs.parent / "task")
     shown = row.pair.steered.samples["none"].images
     assert shown is not None
-    right, wrong = (Flip(2, "gained", "?", "red", "a", "b", "0 → 1", image=shown[k][0]) for k in (2, 3))
-    assert set(Thumbnails(tasks).of("tiny_colours", [right])) == {2}
-    assert Thumbnails(tasks).of("tiny_colours", [wrong]) == {}
+    right, wrong = (Example(2, "gained", "?", "red", "a", "b", image=shown[k][0]) for k in (2, 3))
+    assert set(ExampleImages(tasks).of("tiny_colours", [right])) == {2}
+    assert ExampleImages(tasks).of("tiny_colours", [wrong]) == {}
 
 
 def test_the_scales_are_those_of_the_steering(board: Board, logs: Path, llava_checkpoint: Path) -> None:

@@ -91,9 +91,12 @@ class Verification(Mapping[str, Any]):
         """The answer in one sentence."""
         bank = next(iter(self["beyond_random"]))
         found, name = self["banks"][bank], self["metric"]
+        verdict, random = found["metric_drop"].get("verdict"), self["random"]["metric"]["drop_mean"]
         return (
             f"Masking {self['bank_sizes'][bank]} {bank} {self['sites']} takes {name} from "
-            f"{self['baseline']['metric']:.4g} to {found['metric']:.4g}: {found['metric_drop']['verdict']}"
+            f"{self['baseline']['metric']:.4g} to {found['metric']:.4g}"
+            f"{'' if verdict is None else f' ({verdict})'}; as many random {self['sites']} cost "
+            f"{random:.4g} on average"
         )
 
     def __repr__(self) -> str:

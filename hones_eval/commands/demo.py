@@ -1,21 +1,21 @@
 """`hones-eval demo`."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from hones_eval.choices import Category
 from hones_eval.commands.answer import Answer, say, show
-from hones_eval.commands.edit import edit
 from hones_eval.commands.leaderboard import leaderboard
-from hones_eval.commands.rank import rank
-from hones_eval.commands.scale import scale
-from hones_eval.commands.trace import trace
-from hones_eval.commands.verify import verify
+from hones_eval.commands.result_page import run_step
 from hones_eval.errors import HonesError
+from hones_eval.pages.run import PAGE
+from hones_eval.pages.story import Step, write_story
 
 
 class _Plan(NamedTuple):
@@ -71,25 +71,24 @@ def demo(
     if photos is not None:
         os.environ["HONES_EVAL_DATA"] = str(photos.resolve())
         plan = PHOTOS
-    say(f"\n1. Which heads and neurons carry {plan.discovery}?")
-    show(
-        rank(
-            "hones",
-            model,
-            plan.discovery,
-            out / "ranking",
-            model_args=model_args,
-            limit=examples,
-            heads=8,
-        )
+    with_model = ["--model", model, "--model_args", model_args, "--limit", str(examples)]
+    story = _Story(out)
+    story.step(
+        f"Which heads and neurons carry {plan.discovery}?",
+        ["rank", "--method", "hones", *with_model, "--tasks", plan.discovery, "--heads", "8"],
+        "ranking",
     )
-    say("\n2. Do they matter on other images? Mask them, and random ones for comparison.")
-    held_out = {"model_args": model_args, "limit": examples}
-    show(verify(out / "ranking", model, plan.development, out / "verify", **held_out))  # type: ignore[arg-type]
-    say(f"\n3. Scale the neurons by {factor}.")
-    show(scale(ranking=out / "ranking", how="fixed", factor=factor, out=out / "steering"))
-    say("\n4. Evaluate on a third set of images with lmms-eval, without and with the steering.")
-    return _evaluate(model_args, plan.test, out, 4 * examples)
+    story.step(
+        "Do they matter on other images? Mask them, and random ones for comparison",
+        ["verify", "--ranking", str(out / "ranking"), *with_model, "--tasks", plan.development],
+        "verify",
+    )
+    story.step(
+        f"Scale the neurons by {factor}",
+        ["scale", "--ranking", str(out / "ranking"), "--how", "fixed", "--factor", str(factor)],
+        "steering",
+    )
+    return story.evaluated(model_args, plan.test, 4 * examples)
 
 
 def _with_edits(
@@ -98,8 +97,13 @@ def _with_edits(
     """V-SEAM on image pairs made here: heads are found on one category and tested on the others."""
     from hones_eval.core.artifact import read_json
 
-    say("\n1. Edit the images so that the answers change.")
-    show(edit(out / "edits", "auto", questions=questions, images=photos))
+    story, with_model = _Story(out), ["--model", model, "--model_args", model_args]
+    images = [] if photos is None else ["--images", str(photos)]
+    story.step(
+        "Edit the images so that the answers change",
+        ["edit", "--editor", "auto", "--questions", str(questions), *images],
+        "edits",
+    )
     pairs = read_json(out / "edits" / "vseam_pairs.json")
     categories = get_args(Category)
     edited = [
@@ -108,32 +112,82 @@ def _with_edits(
     if not edited:
         raise HonesError(f"{questions}: no edit of the categories {', '.join(categories)} was accepted")
     os.environ["HONES_EVAL_DATA"] = str((out / "edits").resolve())
-    say("\n2. Where does the model see the difference? Put clean activations into edited passes.")
     clean = [f"vseam_{name}" for name in edited]
     twins = [f"{name}_edited" for name in clean]
-    pairs_of_tasks = (",".join(clean), ",".join(twins))
-    show(trace(*pairs_of_tasks, model, out / "trace", "image,text,last", model_args=model_args))
-    say(f"\n3. Which heads help and hurt on {clean[0]}, clean and edited?")
+    story.step(
+        "Where does the model see the difference? Put clean activations into edited passes",
+        [
+            *("trace", "--clean", ",".join(clean), "--edited", ",".join(twins), *with_model),
+            *("--what", "image,text,last"),
+        ],
+        "trace",
+    )
     both = f"{clean[0]}_both"
-    show(rank("vseam", model, both, out / "ranking", model_args=model_args, limit=examples, heads=8))
-    say("\n4. Rescale them by their signed scores.")
-    show(scale(ranking=out / "ranking", how="signed", out=out / "steering"))
+    story.step(
+        f"Which heads help and hurt on {clean[0]}, clean and edited?",
+        ["rank", "--method", "vseam", *with_model, "--tasks", both, "--limit", str(examples), "--heads", "8"],
+        "ranking",
+    )
+    story.step(
+        "Rescale them by their signed scores",
+        ["scale", "--ranking", str(out / "ranking"), "--how", "signed"],
+        "steering",
+    )
     if len(clean) == 1:
         say(
             f"\nnote: there is no other category, so {clean[0]} is tested on the examples that its "
             "heads were found on"
         )
     tests = tuple(f"{name}_both" for name in clean[1:] or clean)
-    say("\n5. Evaluate with lmms-eval, without and with the steering.")
-    return _evaluate(model_args, tests, out, 4 * examples)
+    return story.evaluated(model_args, tests, 4 * examples)
 
 
-def _evaluate(model_args: str, tasks: tuple[str, ...], out: Path, limit: int) -> Answer:
-    """Run lmms-eval without and with the steering in `out`, and write the page that compares them."""
-    for name, steering in (("baseline", ""), ("steered", f",steering={out / 'steering'}")):
-        _lmms_eval(model_args + steering, tasks, out / "logs" / name, limit)
-    say("\nDid it help?")
-    return leaderboard([out / "logs"], out / "board")
+class _Story:
+    """The steps of the demo so far; every step is a command with a page of its own."""
+
+    def __init__(self, out: Path) -> None:
+        """Begin without a step; `out` is the demo's folder."""
+        self.out = out
+        self.steps: list[Step] = []
+
+    def step(self, question: str, words: Sequence[str], folder: str) -> None:
+        """Run a command that writes to a subfolder, and show its answer."""
+        say(f"\n{len(self.steps) + 1}. {question}{'' if question.endswith('?') else '.'}")
+        words = [*words, "--out", str(self.out / folder)]
+        answer = run_step(words)
+        show(answer)
+        say(f"see {self.out / folder / PAGE}")
+        told = [line.removeprefix(f"wrote {self.out / folder}: ") for line in answer.lines]
+        found = answer.headline or told[0]
+        figures = sorted((self.out / folder).glob("*.png"))[:1]
+        lines = [line for line in told if line != found and not line.startswith("wrote ")]
+        self._add(question, found, words, folder, lines=lines, charts=answer.charts, figures=figures)
+
+    def evaluated(self, model_args: str, tasks: tuple[str, ...], limit: int) -> Answer:
+        """Run lmms-eval without and with the steering, write the board and the page of the whole story."""
+        question = "Evaluate on other images with lmms-eval, without and with the steering. Did it help?"
+        say(f"\n{len(self.steps) + 1}. {question}")
+        for name, steering in (("baseline", ""), ("steered", f",steering={self.out / 'steering'}")):
+            _lmms_eval(model_args + steering, tasks, self.out / "logs" / name, limit)
+        say("\nDid it help?")
+        answer = leaderboard([self.out / "logs"], self.out / "board")
+        words = ["leaderboard", str(self.out / "logs"), "--out", str(self.out / "board")]
+        found = answer.data["answer"].removesuffix(".")
+        drawn = [self.out / "board" / "leaderboard.svg"]
+        self._add(question, found, words, "board", figures=drawn)
+        page = write_story(
+            self.out,
+            title="hones-eval demo: from a task to its neurons and back",
+            answer=answer.data["answer"],
+            lead=f"On the bundled model, with lmms-eval tasks {', '.join(tasks)}. The steps, with what was "
+            "found, and a page each:",
+            steps=self.steps,
+        )
+        return Answer([*answer.lines, f"the whole story: {page}"], answer.data | {"page": str(page)})
+
+    def _add(self, question: str, found: str, words: Sequence[str], folder: str, **shown: Any) -> None:
+        page, command = self.out / folder / PAGE, f"hones-eval {shlex.join(words)}"
+        self.steps.append(Step(question, found.removesuffix("."), command=command, page=page, **shown))
 
 
 def _lmms_eval(model_args: str, tasks: tuple[str, ...], logs: Path, limit: int) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hones_eval.choices import Correction
+from hones_eval.choices import Correction, ImagesShown
 from hones_eval.commands.answer import Answer, show
 from hones_eval.errors import HonesError
 
@@ -20,6 +20,7 @@ def leaderboard(
     resamples: int = 9999,
     pages: int | None = None,
     correction: Correction = "holm",
+    images: ImagesShown = "full",
 ) -> Answer:
     """Compare steered with baseline runs, from the folders that lmms-eval wrote with --log_samples.
 
@@ -33,6 +34,8 @@ def leaderboard(
         pages: how many comparisons get a page of their own, smallest p-value first; by default all.
         correction: of p-values over the rows of the board: holm, or benjamini_hochberg for the false
             discovery rate.
+        images: full shows thumbnails that open the image itself, small thumbnails alone, none no images. Only
+            images in the logs, or that a run's manifest recorded, are ever shown.
 
     Example:
         hones-eval leaderboard runs/vqa/logs --out runs/vqa/board
@@ -45,9 +48,11 @@ def leaderboard(
         seed=seed,
         resamples=resamples,
         include_path=include_path,
+        images=images != "none",
         title=title,
         pages=pages,
         correction=correction,
+        show=images,
     )
     answer = answer_of(board, out)
     if not board.rows:

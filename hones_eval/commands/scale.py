@@ -185,7 +185,10 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
             "these scales were given, not tested: evaluate them with lmms-eval and hones-eval leaderboard"
         )
     data: dict[str, Any] = {"out": str(out), "heads": scaled_heads, "neurons": scaled_neurons}
-    return Answer(lines, data | {"settings": settings, "ranking": ranking.digest})
+    named = [(scaled_heads, "head"), (scaled_neurons, "neuron")]
+    sites = " and ".join(f"{count} {site}{'' if count == 1 else 's'}" for count, site in named if count)
+    headline = f"{sites or 'Nothing'} scaled, by {_least(steering):.4g} to {_most(steering):.4g}"
+    return Answer(lines, data | {"settings": settings, "ranking": ranking.digest}, headline)
 
 
 def _least(steering: "Steering") -> float:

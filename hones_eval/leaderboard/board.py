@@ -43,13 +43,19 @@ class Board:
         if not self.rows:
             return "There is nothing to compare."
         counts = Counter(row.verdict for row in self.rows)
+        reasons = [reason for row in self.rows if (reason := row.why_not_judged)]
+        if len(reasons) == len(self.rows):
+            subject = "the only row" if len(reasons) == 1 else f"none of the {len(reasons)} rows"
+            could = "could not be judged" if len(reasons) == 1 else "could be judged"
+            listed = "; ".join(dict.fromkeys(reasons))
+            return f"Did it help? That cannot be told: {subject} {could} ({listed})."
         helped = "No"
         if counts["better"]:
             helped = "In part" if counts["worse"] else "Yes"
         text = f"Did it help? {helped}: {counts['better']} better, {counts['worse']} worse, "
         text += f"{counts['no clear difference']} unclear, {counts['not judged']} not judged"
         missed = [row.detectable for row in self.rows if row.detectable is not None]
-        if missed and not counts["better"]:
+        if missed and counts["no clear difference"] and not counts["better"]:
             low, high = f"{min(missed):.2g}", f"{max(missed):.2g}"
             size = low if low == high else f"{low} to {high}"
             text += f"; differences below about {size} would mostly have been missed "

@@ -6,9 +6,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from hones_eval.pages.drawing import LEFT, axis_names, heat_map_svg, svg, ticks
+
 Floats = NDArray[np.float64]
 WIDTH, HEIGHT, MARGIN = 168, 32, 6
-LEFT = 46  # left margin of the charts of scales, for the axis and its name
 MIDDLE = 11  # height of the line; the ends of the axis are labeled below it
 
 
@@ -38,38 +39,24 @@ def _x(value: float, reach: float) -> float:
 
 
 def heads_svg(scales: Floats) -> Markup:
-    """Head scales `[L, H]` as a heat map: one row per layer (last on top), amber below 1, blue above."""
-    layers, heads = scales.shape
-    size = max(6, min(18, 720 // max(heads, 1)))
-    reach = max(float(np.abs(scales - 1).max()), 1e-9)
-    cells = []
-    for layer, head in zip(*np.nonzero(np.ones_like(scales)), strict=True):
-        value = float(scales[layer, head])
-        strength = 0.0 if value == 1 else 0.25 + 0.75 * abs(value - 1) / reach
-        side = "up" if value > 1 else "down" if value < 1 else "same"
-        x, y = head * size + LEFT, (layers - 1 - layer) * size
-        box = f'x="{x}" y="{y}" width="{size - 1}" height="{size - 1}"'
-        opacity = f' style="opacity:{strength:.2f}"' if strength else ""
-        title = f"<title>layer {layer}, head {head}: × {value:.3f}</title>" if strength else ""
-        cells.append(f'<rect class="{side}" {box}{opacity}>{title}</rect>')
-    labels = [
-        f'<text x="{LEFT - 6}" y="{(layers - 1 - k) * size + size * 0.75:.1f}" text-anchor="end">{k}</text>'
-        for k in _ticks(layers)
-    ]
-    labels += [
-        f'<text x="{k * size + LEFT + size / 2:.1f}" y="{layers * size + 13}" text-anchor="middle">{k}</text>'
-        for k in _ticks(heads)
-    ]
-    width, height = heads * size + LEFT, layers * size
-    names = _axis_names("head", "layer", width, height, height + 28)
-    return _svg("heads", "scales of the heads per layer", width + 2, height + 32, [*labels, *names, *cells])
+    """Head scales `[L, H]` as a heat map: one row per layer (last on top), orange below 1, blue above."""
+    name = "scales of the heads per layer"
+    return heat_map_svg(
+        scales.tolist(),
+        row="layer",
+        column="head",
+        name=name,
+        label="× {:.3f}".format,
+        neutral=1.0,
+        largest=18,
+    )
 
 
 def neurons_svg(counts: Sequence[int]) -> Markup:
     """A bar chart of the number of scaled neurons per layer."""
     width, height = max(8, min(26, 700 // max(len(counts), 1))), 110
     most = max([*counts, 1])
-    parts = []
+    parts: list[str] = []
     for layer, count in enumerate(counts):
         tall = height * count / most
         parts.append(
@@ -78,30 +65,12 @@ def neurons_svg(counts: Sequence[int]) -> Markup:
         )
     parts += [
         f'<text x="{k * width + LEFT + width / 2:.1f}" y="{height + 26}" text-anchor="middle">{k}</text>'
-        for k in _ticks(len(counts))
+        for k in ticks(len(counts))
     ]
     parts.append(f'<text x="{LEFT - 6}" y="20" text-anchor="end">{most}</text>')
     right = len(counts) * width + LEFT
     parts.append(f'<line class="zero" x1="{LEFT - 2}" x2="{right}" y1="{height + 12}" y2="{height + 12}"/>')
-    parts += _axis_names("layer", "neurons", right, height + 24, height + 40)
-    return _svg("neurons", "scaled neurons per layer", right + 2, height + 44, parts)
-
-
-def _axis_names(across: str, up: str, right: int, height: int, bottom: int) -> list[str]:
-    middle = height / 2
-    return [
-        f'<text class="axis" x="{(LEFT + right) / 2:.1f}" y="{bottom}" text-anchor="middle">{across}</text>',
-        f'<text class="axis" x="12" y="{middle:.1f}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {middle:.1f})">{up}</text>',
-    ]
-
-
-def _ticks(count: int) -> range:
-    return range(0, count, max(1, -(-count // 16)))
-
-
-def _svg(css: str, name: str, width: int, height: int, parts: Sequence[str]) -> Markup:
-    return Markup(
-        f'<svg class="{css}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    parts += axis_names("layer", "neurons", right, height + 24, height + 40)
+    return svg(
+        "neurons", "scaled neurons per layer", right + 2, height + 44, [Markup(part) for part in parts]
     )

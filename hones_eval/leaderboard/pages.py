@@ -1,5 +1,6 @@
 """The board as web pages: a self-contained index, and one page per comparison."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -9,13 +10,13 @@ import numpy as np
 
 from hones_eval.leaderboard.board import NONE_STEERED, Board
 from hones_eval.leaderboard.drawing import heads_svg, neurons_svg
-from hones_eval.leaderboard.flips import flips_of
+from hones_eval.leaderboard.example_images import ExampleImages, boxes_on
+from hones_eval.leaderboard.examples import examples_of
 from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row
 from hones_eval.leaderboard.scales import Scales, read_scales
 from hones_eval.leaderboard.text import one_line, shown
-from hones_eval.leaderboard.thumbnails import Thumbnails
 from hones_eval.leaderboard.views import (
     clearest_first,
     matrix_view,
@@ -28,8 +29,8 @@ from hones_eval.pages.rendering import render
 from hones_eval.stats.paired import FEW_DIFFERENT
 from hones_eval.stats.verdicts import CORRECTIONS
 
-MOST_FLIPS, LEAST_FLIPS, ALL_FLIPS = 10_000, 50, 100_000  # per page: at most, at least; on all pages together
-FIRST_FLIPS = 25  # shown at a time, and without JavaScript
+MOST_EXAMPLES, LEAST_EXAMPLES, ALL_EXAMPLES = 10_000, 50, 100_000  # per page: at most, at least; in all
+FIRST = 25  # shown at a time, and without JavaScript
 
 
 def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -76,17 +77,17 @@ def _left_out(steering: SteeringRef | None, left: Any) -> dict[str, Any]:
 
 
 def comparison_pages(
-    board: Board, views: Sequence[Mapping[str, Any]], thumbnails: Thumbnails
+    board: Board, views: Sequence[Mapping[str, Any]], images: ExampleImages
 ) -> Iterator[tuple[str, str]]:
     """File name and content of each comparison page, for the pairs whose rows link to one."""
     both = [pair for pair in zip(board.rows, views, strict=True) if pair[1]["page"]]
     both.sort(key=lambda pair: pair_id(pair[0].pair))
     groups = [(name, list(group)) for name, group in groupby(both, key=lambda pair: pair_id(pair[0].pair))]
-    most = min(MOST_FLIPS, max(LEAST_FLIPS, ALL_FLIPS // max(1, len(groups))))
+    most = min(MOST_EXAMPLES, max(LEAST_EXAMPLES, ALL_EXAMPLES // max(1, len(groups))))
     tested = tested_rows(board)
     for name, group in groups:
         rows = [row for row, _ in group]
-        yield f"{name}.html", _comparison(rows, [view for _, view in group], tested, most, thumbnails)
+        yield f"{name}.html", _comparison(rows, [view for _, view in group], tested, most, images)
 
 
 def _comparison(
@@ -94,12 +95,20 @@ def _comparison(
     views: Sequence[Mapping[str, Any]],
     tested: int,
     most: int,
-    thumbnails: Thumbnails,
+    images: ExampleImages,
 ) -> str:
     pair = rows[0].pair
-    flips = flips_of(rows, most)
-    images = thumbnails.of(pair.steered.task, flips.listed)
-    first = {flip.doc_id for flip in flips.listed[:FIRST_FLIPS]}
+    examples = examples_of(rows, most)
+    found = images.of(pair.steered.task, examples.listed)
+    listed, encoded = [], dict[str, dict[str, Any]]()
+    for example in examples.listed:
+        view = example.to_json() | {"image": "", "boxes": []}
+        if image := found.get(example.doc_id):
+            key = view["image"] = hashlib.sha256(image.uri.encode()).hexdigest()[:12]
+            view["boxes"] = boxes_on(example, image)
+            encoded.setdefault(key, image.to_json())
+        listed.append(view)
+    first = {view["image"] for view in listed[:FIRST]}
     steering = pair.steered.steering
     assert steering is not None
     return _render(
@@ -112,12 +121,15 @@ def _comparison(
         rows=views,
         correction=CORRECTIONS[rows[0].correction],
         n=rows[0].n,
-        flips=flips,
-        flip_list=[flip.to_json() for flip in flips.listed],
-        more=flips.gained + flips.lost + flips.changed > len(flips.listed),
-        images=images,
-        more_images={doc_id: uri for doc_id, uri in images.items() if doc_id not in first},
-        first=FIRST_FLIPS,
+        metric=examples.metric,
+        counts=examples.counts,
+        examples=listed,
+        more=sum(examples.counts.values()) > len(listed),
+        images=encoded,
+        # Images of the first examples are in the page already, where the script finds them.
+        data={key: view | {"uri": ""} if key in first else view for key, view in encoded.items()},
+        with_image=len(found),
+        first=FIRST,
         facts=_facts(pair, steering),
         **_scales(steering, pair),
     )
@@ -136,7 +148,7 @@ def _heads(scales: Scales) -> dict[str, str]:
         return {"image": "", "text": "No head is scaled."}
     up, down = int((scales.heads > 1).sum()), int((scales.heads < 1).sum())
     text = (
-        f"Heads: {scaled} of {scales.heads.size} are scaled, {up} up (blue) and {down} down (amber), "
+        f"Heads: {scaled} of {scales.heads.size} are scaled, {up} up (blue) and {down} down (orange), "
         f"by × {scales.heads.min():.2f} to × {scales.heads.max():.2f}."
     )
     return {"image": heads_svg(scales.heads), "text": text}

@@ -75,6 +75,15 @@ class Row:
         return self.n if self.images is None else self.images
 
     @property
+    def why_not_judged(self) -> str:
+        """Why the row has no verdict; empty where it has one."""
+        if self.verdict != "not judged":
+            return ""
+        if self.gain is None:
+            return f"it is not known whether more {self.metric.name} is better"
+        return self.comparison.note or "there is no test"
+
+    @property
     def detectable(self) -> float | None:
         """The difference that a test of this size finds in 4 of 5 cases, from the width of the 95 % interval.
 

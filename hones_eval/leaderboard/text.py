@@ -1,28 +1,24 @@
-"""Text from models and data sets, made safe to show: control characters spelled out, long texts cut."""
+"""Text of boards: answers, cells of tables, numbers and file names."""
 
 import math
 import re
 import unicodedata
 from pathlib import Path
 
-from hones_eval.errors import printable
+from hones_eval.pages.text import LONGEST, shown
 
-LONGEST = 400
-
-
-def shown(value: object, longest: int = LONGEST) -> str:
-    """Any value as text of bounded length, with control and direction marks spelled out, as `⟨U+202E⟩`.
-
-    A list of one text is shown as that text. The templates escape for HTML.
-    """
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    try:
-        text = value if isinstance(value, str) else repr(value) if value is not None else ""
-    except RecursionError:
-        text = "(nested too deeply to show)"
-    cut = printable(text[:longest].replace("\r\n", "\n").replace("\t", " "))
-    return cut if len(text) <= longest else f"{cut} … ({len(text):,} characters)"
+__all__ = [
+    "LONGEST",
+    "cell",
+    "number",
+    "one_line",
+    "path_name",
+    "plain_cell",
+    "probability",
+    "shown",
+    "shown_answer",
+    "slug",
+]
 
 
 def shown_answer(value: object) -> str:

@@ -6,18 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
+from urllib.parse import quote
 
 from hones_eval.core.files import write_text
-from hones_eval.errors import printable
 from hones_eval.limits import IMAGE_BYTES
+from hones_eval.pages.drawing import heat_map_svg
 from hones_eval.pages.parts import HeatMap, Table
 from hones_eval.pages.rendering import render
+from hones_eval.pages.text import shown_line
 
 PAGE = "index.html"
 MOST_ROWS, MOST_FIGURES, MOST_TABLES = 500, 30, 12  # on one page
-LONGEST = 2000  # characters of a text
 
 
 def write_run_page(
@@ -60,12 +59,12 @@ def write_run_page(
         "run.html",
         "run.js",
         command=command,
-        made_by=_text(made_by),
-        headline=_text(headline),
-        warnings=[_text(line) for line in lines if line.startswith("warning: ")],
-        lines=[_text(line) for line in lines if not line.startswith("warning: ")],
-        charts=[_chart(chart) for chart in charts],
-        figures=[{"title": _title(path), "uri": _uri(path)} for path in figures if _fits(path)],
+        made_by=shown_line(made_by),
+        headline=shown_line(headline),
+        warnings=[shown_line(line) for line in lines if line.startswith("warning: ")],
+        lines=[shown_line(line) for line in lines if not line.startswith("warning: ")],
+        charts=[chart_view(chart) for chart in charts],
+        figures=figure_views(figures, out),
         tables=views,
         inputs=_inputs(settings, out),
         files=sorted(
@@ -73,61 +72,35 @@ def write_run_page(
             for path in out.iterdir()
             if path.is_file() and path.name[0] != "." and path.name != PAGE
         ),
-        settings=[(name, _text(value)) for name, value in settings.items() if value is not None],
+        settings=[(name, shown_line(value)) for name, value in settings.items() if value is not None],
     )
     write_text(out / PAGE, page)
     return out / PAGE
 
 
-def _chart(chart: HeatMap) -> dict[str, Any]:
-    numbers = [abs(value) for row in chart.values for value in row if value is not None]
-    largest = max(numbers, default=0.0)
-    axes = f"{chart.column} across, {chart.row} up; blue above zero, orange below; largest {largest:.3g}"
-    return {"title": _text(f"{chart.title} ({axes})"), "svg": heat_map(chart)}
-
-
-def heat_map(chart: HeatMap) -> Markup:
-    """A matrix as inline SVG, last row on top: blue above zero, orange below, zero faint.
-
-    Only numbers and the escaped names of the axes enter the markup.
-    """
-    rows, columns = len(chart.values), max((len(row) for row in chart.values), default=0)
-    size = max(6, min(26, 900 // max(columns, 1)))
+def chart_view(chart: HeatMap) -> dict[str, Any]:
+    """A heat map with its title, which says what the colors mean."""
     numbers = [value for row in chart.values for value in row if value is not None]
-    reach = max((abs(value) for value in numbers), default=0.0) or 1.0
-    cells = []
-    for place, row in enumerate(chart.values):
-        y = (rows - 1 - place) * size
-        for column, value in enumerate(row):
-            if value is None:
-                continue
-            color = "var(--accent)" if value > 0 else "var(--warn)"
-            opacity = 0.08 + 0.92 * abs(value) / reach
-            name = _text(f"{chart.row} {place}, {chart.column} {column}: {value:+.4g}")
-            cells.append(
-                Markup(
-                    '<rect x="{}" y="{}" width="{}" height="{}" style="fill:{};opacity:{:.3f}">'
-                    "<title>{}</title></rect>"
-                ).format(column * size + 46, y, size - 1, size - 1, color, opacity, name)
-            )
-    step = max(1, rows // 16)
-    labels = [
-        Markup('<text x="40" y="{}" text-anchor="end">{}</text>').format(
-            (rows - 1 - place) * size + size * 0.75, place
-        )
-        for place in range(0, rows, step)
+    colors = "blue above zero, orange below" if min(numbers, default=0.0) < 0 else "the darker, the larger"
+    axes = f"{chart.column} across, {chart.row} up; {colors}; largest {max(map(abs, numbers), default=0):.3g}"
+    title = shown_line(f"{chart.title} ({axes})")
+    drawn = heat_map_svg(
+        chart.values,
+        row=chart.row,
+        column=chart.column,
+        name=chart.title,
+        label=lambda value: f"{value:+.4g}",
+    )
+    return {"title": title, "svg": drawn}
+
+
+def figure_views(paths: Sequence[Path], out: Path) -> list[dict[str, str]]:
+    """Figure files as data URIs, with links to the files; those over the size limit are left out."""
+    return [
+        {"title": _title(path), "uri": _uri(path), "href": quote(path.relative_to(out).as_posix())}
+        for path in paths
+        if _fits(path)
     ]
-    labels += [
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            column * size + 46 + size / 2, rows * size + 14, column
-        )
-        for column in range(0, columns, max(1, columns // 16))
-    ]
-    width, height = columns * size + 60, rows * size + 20
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" '
-        'aria-label="{2}">{3}</svg>'
-    ).format(width, height, _text(chart.title), Markup("").join([*cells, *labels]))
 
 
 def _view(title: str, rows: Sequence[Mapping[str, Any]], file: str | None) -> dict[str, Any]:
@@ -139,11 +112,11 @@ def _view(title: str, rows: Sequence[Mapping[str, Any]], file: str | None) -> di
     }
     cells = [[_cell(row.get(name), numeric[name]) for name in names] for row in rows[:MOST_ROWS]]
     return {
-        "title": _text(title),
+        "title": shown_line(title),
         "name": "".join(c if c.isalnum() else "_" for c in title.lower()),
         "file": file,
         "left": max(0, len(rows) - MOST_ROWS),
-        "columns": [{"name": _text(name), "numeric": numeric[name]} for name in names],
+        "columns": [{"name": shown_line(name), "numeric": numeric[name]} for name in names],
         "rows": cells,
     }
 
@@ -151,7 +124,7 @@ def _view(title: str, rows: Sequence[Mapping[str, Any]], file: str | None) -> di
 def _cell(value: Any, numeric: bool) -> dict[str, Any]:
     number = _number(value) if numeric else None
     if number is None:
-        return {"text": _text(value), "numeric": False, "value": ""}
+        return {"text": shown_line(value), "numeric": False, "value": ""}
     return {"text": f"{number:.4g}", "numeric": True, "value": f"{number:.9g}"}
 
 
@@ -162,11 +135,6 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def _text(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]} …")
 
 
 def _title(path: Path) -> str:
