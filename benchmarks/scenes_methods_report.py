@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from hones_eval.core.artifact import read_json, write_json, write_text
+from hones_eval.core.figure import GREY, KINDS
 from hones_eval.core.sites import Neuron, top_neurons
 from hones_eval.jobs.compare import by_layer
 from hones_eval.jobs.verify import Measured
@@ -214,7 +215,7 @@ def curves(reports: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(13.0, 5.6), layout="constrained")
     every = panels(figure, len(reports), sharex=True)
     sizes = [float(size.rstrip("%")) for size in SIZES]
-    colours = dict(zip(("truth", *METHODS), ("black", *figures.COLOURS[:5], figures.GREY), strict=True))
+    colours = dict(zip(("truth", *METHODS), ("black", *KINDS[1:6], GREY), strict=True))
     for axes, report in zip(every, reports, strict=True):
         known = {row["bank"]: row for row in report["masking"]}
         for number, (name, colour) in enumerate(colours.items()):
@@ -245,7 +246,7 @@ def layers_figure(reports: Sequence[Mapping[str, Any]]) -> Figure:
     """Where the top 1 % of HONES, of projection without heads and of the truth are, a panel a task."""
     figure = Figure(figsize=(12.0, 4.8), layout="constrained")
     every = panels(figure, len(reports), sharex=True, sharey=True)
-    shown = {"truth": "black", "hones": figures.COLOURS[0], "dvp": figures.COLOURS[1]}
+    shown = {"truth": "black", "hones": KINDS[1], "dvp": KINDS[2]}
     for axes, report in zip(every, reports, strict=True):
         known = {row["scores"]: row["top_by_layer"] for row in report["agreement"]}
         for number, (name, colour) in enumerate(shown.items()):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hones_eval.choices import DType, How, Neurons, Rows, TunedSites
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
+from hones_eval.pages.parts import HeatMap, Table
 
 if TYPE_CHECKING:
     from hones_eval.api.model import Model
@@ -187,8 +188,42 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
     data: dict[str, Any] = {"out": str(out), "heads": scaled_heads, "neurons": scaled_neurons}
     named = [(scaled_heads, "head"), (scaled_neurons, "neuron")]
     sites = " and ".join(f"{count} {site}{'' if count == 1 else 's'}" for count, site in named if count)
-    headline = f"{sites or 'Nothing'} scaled, by {_least(steering):.4g} to {_most(steering):.4g}"
-    return Answer(lines, data | {"settings": settings, "ranking": ranking.digest}, headline)
+    headline = f"{sites or 'Nothing'} scaled{_factors(steering)}"
+    data |= {"settings": settings, "ranking": ranking.digest}
+    return Answer(lines, data, headline, _tables(steering), _charts(steering))
+
+
+def _factors(steering: "Steering") -> str:
+    """The scales that are not 1."""
+    every = [
+        scale for scales in (steering.head_scales, steering.neuron_scales) for scale in scales[scales != 1]
+    ]
+    if not every:
+        return ""
+    low, high = f"{float(min(every)):.4g}", f"{float(max(every)):.4g}"
+    return f" by {low}" if low == high else f" by {low} to {high}"
+
+
+def _tables(steering: "Steering") -> list[Table]:
+    """Scaled neurons by layer."""
+    rows = [
+        {
+            "layer": layer,
+            "scaled neurons": int((scales != 1).sum()),
+            "smallest scale": float(scales[scales != 1].min()),
+            "largest scale": float(scales[scales != 1].max()),
+        }
+        for layer, scales in enumerate(steering.neuron_scales)
+        if bool((scales != 1).any())
+    ]
+    return [Table("Scaled neurons by layer", rows)]
+
+
+def _charts(steering: "Steering") -> list[HeatMap]:
+    """The scales of the heads, if any is scaled."""
+    if not bool((steering.head_scales != 1).any()):
+        return []
+    return [HeatMap("Scales of the heads", steering.head_scales.tolist(), "layer", "head", neutral=1.0)]
 
 
 def _least(steering: "Steering") -> float:

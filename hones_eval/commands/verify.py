@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hones_eval.choices import Correction, DType, Rows, Sites
 from hones_eval.commands.answer import Answer
+from hones_eval.pages.parts import Table
 
 
 def verify(
@@ -89,4 +90,5 @@ def verify(
         out=out,
     )
     first, *others = found.lines()
-    return Answer([f"wrote {out}: {first}", *others], found.to_json(), found.headline)
+    tables = [Table("Every masked bank", found.rows())]
+    return Answer([f"wrote {out}: {first}", *others], found.to_json(), found.headline, tables)

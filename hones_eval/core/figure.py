@@ -1,8 +1,23 @@
-"""Figures that notebooks show without `import matplotlib.pyplot`."""
+"""Figures that notebooks show without `import matplotlib.pyplot`, and the meaning of their colors."""
 
 from io import BytesIO
+from typing import Any
 
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8c8c8c"
+"""A gain, a loss, and neither."""
+KINDS = ("#000000", "#117733", "#aa4499", "#999933", "#882255", "#44aa99", "#661100", "#888888")
+"""Colors of lines that are neither gains nor losses, each with a marker of `MARKERS`."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+_GAIN = LinearSegmentedColormap.from_list("gain", [ORANGE, "#ffffff", BLUE])
+_LOSS = LinearSegmentedColormap.from_list("loss", [BLUE, "#ffffff", ORANGE])
+_MORE = LinearSegmentedColormap.from_list("more", ["#ffffff", BLUE])
+_MORE_LOSS = LinearSegmentedColormap.from_list("more loss", ["#ffffff", ORANGE])
 
 
 class ShownFigure(Figure):
@@ -12,3 +27,28 @@ class ShownFigure(Figure):
         image = BytesIO()
         self.savefig(image, format="png", dpi=100)
         return image.getvalue()
+
+
+def colors_of(values: ArrayLike, *, loss: bool = False, reach: float | None = None) -> dict[str, Any]:
+    """`cmap`, `vmin` and `vmax` of a heat map: blue for gains, orange for losses, white for 0.
+
+    Where nothing is below 0 the scale begins at 0, since one with two sides would use half of its colors.
+
+    Args:
+        values: of the heat map; NaN and infinity are ignored.
+        loss: whether values above 0 are losses, such as drops of a metric.
+        reach: the end of the scale; by default the largest absolute value.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if reach is None:
+        reach = float(np.abs(known).max(initial=0.0))
+    reach = reach or 1.0
+    if known.min(initial=0.0) >= 0:
+        return {"cmap": _MORE_LOSS if loss else _MORE, "vmin": 0.0, "vmax": reach}
+    return {"cmap": _LOSS if loss else _GAIN, "vmin": -reach, "vmax": reach}
+
+
+def is_dark(value: float, colors: dict[str, Any]) -> bool:
+    """Whether text on this value's color has to be white."""
+    return abs(value) > 0.6 * float(colors["vmax"])

@@ -33,17 +33,11 @@ def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> An
 
     Where nothing is below zero, the scale begins at zero.
     """
-    from matplotlib.colors import LinearSegmentedColormap
+    from hones_eval.core.figure import ShownFigure, colors_of
 
-    from hones_eval.core.figure import ShownFigure
-
-    colors = LinearSegmentedColormap.from_list("gain", ["#d55e00", "#ffffff", "#0072b2"])
-    reach = float(abs(values).max()) or 1.0
     figure = ShownFigure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap=colors, vmin=-reach, vmax=reach, origin="lower", aspect="auto")
-    if float(values.min()) >= 0:
-        image.set(cmap=LinearSegmentedColormap.from_list("more", ["#ffffff", "#0072b2"]), clim=(0, reach))
+    image = axes.imshow(values, **colors_of(values), origin="lower", aspect="auto")
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
     axes.set_title(title, fontsize=9)
@@ -60,12 +54,12 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     """
     from textwrap import fill
 
-    from hones_eval.core.figure import ShownFigure
+    from hones_eval.core.figure import BLUE, GREY, ORANGE, ShownFigure
 
     figure = ShownFigure(figsize=(7, 1.3 + 0.4 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        color = "#0072b2" if row["difference"] > 0 else "#d55e00" if row["difference"] < 0 else "#666666"
+        color = BLUE if row["difference"] > 0 else ORANGE if row["difference"] < 0 else GREY
         low, high = row["interval"] or (row["difference"], row["difference"])
         axes.plot([low, high], [place, place], color=color)
         axes.plot([row["difference"]], [place], "o", color=color)

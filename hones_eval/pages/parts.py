@@ -15,9 +15,13 @@ class Table:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix `[rows][columns]` of scores, under a title; None where there is no site."""
+    """A matrix `[rows][columns]` of scores, under a title; None where there is no site.
+
+    `neutral` is the value without an effect: 0 for scores, 1 for scales.
+    """
 
     title: str
     values: Sequence[Sequence[float | None]]
     row: str
     column: str
+    neutral: float = 0.0

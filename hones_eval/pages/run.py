@@ -16,6 +16,23 @@ from hones_eval.pages.rendering import render
 from hones_eval.pages.text import shown_line
 
 PAGE = "index.html"
+TITLES = {
+    "verify": "Loss by masking the selected sites, and random ones (a dot per random bank)",
+    "layers": "Effect of putting clean activations back, by layer",
+    "means": "The answer and the entropy, by layer",
+    "gains": "Gain by steering, with 95 % intervals",
+    "side_effects": "Gain of each task by scales that were chosen for another one",
+    "spike_in": "Gain over the damaged model, with 95 % intervals",
+    "neurons_by_layer": "Selected neurons by layer",
+    "groups": "Neurons that exactly these rankings share",
+    "neuron_overlaps": "Overlap of the selected neurons",
+    "head_overlaps": "Overlap of the selected heads",
+    "heads": "Scores of all heads",
+    "heads_positive": "Positive scores of all heads",
+    "heads_negative": "Negative scores of all heads",
+    "cross_task": "Loss of one task by masking the neurons of another",
+}
+"""Titles of figures and tables by the names of their files; the others are named after their file."""
 MOST_ROWS, MOST_FIGURES, MOST_TABLES = 500, 30, 12  # on one page
 
 
@@ -81,17 +98,24 @@ def write_run_page(
 def chart_view(chart: HeatMap) -> dict[str, Any]:
     """A heat map with its title, which says what the colors mean."""
     numbers = [value for row in chart.values for value in row if value is not None]
-    colors = "blue above zero, orange below" if min(numbers, default=0.0) < 0 else "the darker, the larger"
-    axes = f"{chart.column} across, {chart.row} up; {colors}; largest {max(map(abs, numbers), default=0):.3g}"
+    middle = f"{chart.neutral:g}"
+    below = min(numbers, default=chart.neutral) < chart.neutral
+    colors = f"blue above {middle}, orange below" if below else f"the darker, the further above {middle}"
+    axes = f"{chart.column} across, {chart.row} up; {colors}; {_ends(numbers)}"
     title = shown_line(f"{chart.title} ({axes})")
     drawn = heat_map_svg(
         chart.values,
         row=chart.row,
         column=chart.column,
         name=chart.title,
-        label=lambda value: f"{value:+.4g}",
+        label=(lambda value: f"{value:+.4g}") if chart.neutral == 0 else "× {:.4g}".format,
+        neutral=chart.neutral,
     )
     return {"title": title, "svg": drawn}
+
+
+def _ends(numbers: Sequence[float]) -> str:
+    return f"from {min(numbers):.3g} to {max(numbers):.3g}" if numbers else "no values"
 
 
 def figure_views(paths: Sequence[Path], out: Path) -> list[dict[str, str]]:
@@ -138,7 +162,7 @@ def _number(value: Any) -> float | None:
 
 
 def _title(path: Path) -> str:
-    return path.stem.replace("_", " ").capitalize()
+    return TITLES.get(path.stem) or path.stem.replace("_", " ").capitalize()
 
 
 def _fits(path: Path) -> bool:

@@ -150,9 +150,9 @@ def _draw(comparison: Comparison, report: Mapping[str, Any], out: Path) -> None:
         if found:
             names = list(report[f"{sites}s_by_layer"])
             values = _square(names, found)
-            title = f"{sites}s: Jaccard index (upper right), by chance in the same layers (lower left)"
+            title = f"Overlap of {sites}s (Jaccard): upper right measured, lower left by chance in the same layers"
             labels = [_short(name, short) for name in names]
-            drawn = figures.matrix(values, labels, labels, title, "Jaccard")
+            drawn = figures.matrix(values, labels, labels, title, "Jaccard index, 0 to 1")
             figures.save(drawn, out / f"{sites}_overlaps.png")
     for field, label in (
         ("head_scores", "head score"),
@@ -191,6 +191,7 @@ def _draw_crossings(crossings: Sequence[Mapping[str, Any]], short: Mapping[str, 
         values[rows.index(crossing["masked"]), columns.index(crossing["measured"])] = (
             np.nan if relative is None else relative
         )
-    title = "mask the neurons of (row), measure (column)"
+    title = "Relative loss of the column's task by masking the neurons of the row's"
     labels = [_short(name, short) for name in rows], list(short_names(columns).values())
-    figures.save(figures.matrix(values, *labels, title, "relative drop"), out / "cross_task.png")
+    drawn = figures.matrix(values, *labels, title, "relative loss of the metric", loss=True)
+    figures.save(drawn, out / "cross_task.png")

@@ -1,4 +1,4 @@
-"""Figures of the logit lens: an example's image beside the likeliest token of every layer."""
+"""Figures of the logit lens: an example's image next to the likeliest token of every layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from hones_eval.core.figure import colors_of, is_dark
 from hones_eval.engine.activations import VIEWS
 from hones_eval.methods.lens import Seen
-from hones_eval.reports.figures import BLUE, ORANGE
+from hones_eval.reports.figures import kind_of
 from hones_eval.reports.trace_figures import plain
 
 TITLES = {
@@ -21,7 +22,7 @@ TITLES = {
     "block": "block output",
 }
 MOST_POSITIONS = 16
-SIDE_BY_SIDE = 5  # positions up to which the four views stand in one row
+SIDE_BY_SIDE = 5  # positions up to which the four views are in one row
 
 
 def lens_figure(
@@ -36,7 +37,8 @@ def lens_figure(
         prompt: the text under the image.
     """
     values = seen.readout.top_probabilities[..., 0].numpy()
-    return _figure(seen, values, top, images, prompt, "probability of the likeliest token", "Blues", 0, 1)
+    label = "probability of the likeliest token"
+    return _figure(seen, values, top, images, prompt, label, colors_of(values, reach=1.0))
 
 
 def difference_figure(
@@ -45,9 +47,8 @@ def difference_figure(
     """The model's minus the other model's probability of the answer as colour; `top` is text in the cells."""
     assert seen.other is not None
     values = (seen.readout.answer - seen.other.answer).numpy()
-    reach = float(np.abs(values).max()) or 1.0
-    label = f"probability of {plain(seen.answer)}: model minus other"
-    return _figure(seen, values, top, images, prompt, label, "RdBu_r", -reach, reach)
+    label = f"probability of {plain(seen.answer)}: model minus other (blue: the model's is larger)"
+    return _figure(seen, values, top, images, prompt, label, colors_of(values))
 
 
 def mean_figure(means: dict[str, NDArray[np.float64]], examples: int) -> Figure:
@@ -56,9 +57,10 @@ def mean_figure(means: dict[str, NDArray[np.float64]], examples: int) -> Figure:
     grid = figure.subplots(2, len(VIEWS), sharex=True, sharey="row", squeeze=False)
     for column, view in enumerate(VIEWS):
         for axes, name in zip(grid[:, column], ("answer", "entropy"), strict=True):
-            for key, colour, label in ((name, BLUE, "model"), (f"other_{name}", ORANGE, "other")):
+            for number, (key, label) in enumerate(((name, "model"), (f"other_{name}", "other"))):
                 if key in means:
-                    axes.plot(means[key][column], marker="o", markersize=3, color=colour, label=label)
+                    color, marker = kind_of(number)
+                    axes.plot(means[key][column], marker=marker, markersize=4, color=color, label=label)
             axes.grid(alpha=0.25, linewidth=0.5)
         grid[0, column].set_title(TITLES[view], fontsize=9)
         grid[1, column].set_xlabel("layer", fontsize=9)
@@ -77,13 +79,11 @@ def _figure(
     images: Sequence[Image.Image],
     prompt: str,
     label: str,
-    colours: str,
-    low: float,
-    high: float,
+    colors: dict[str, Any],
 ) -> Figure:
     shown = min(len(seen.positions), MOST_POSITIONS)
     layers = values.shape[1]
-    down = 2 if shown > SIDE_BY_SIDE else 1
+    down = 1 if shown <= SIDE_BY_SIDE else 2 if shown <= 2 * SIDE_BY_SIDE - 2 else len(VIEWS)
     width, height = max(1.5, 0.62 * shown), max(3.6, 1.4 + 0.27 * layers)
     size = (3.6 + len(VIEWS) // down * width, down * height)
     figure = Figure(figsize=size, layout="constrained")
@@ -92,10 +92,8 @@ def _figure(
     rows = halves[1].subplots(down, len(VIEWS) // down, sharex=True, sharey=True, squeeze=False)
     grid = rows.flatten()
     for place, (axes, view) in enumerate(zip(grid, VIEWS, strict=True)):
-        image = axes.imshow(
-            values[place, :, -shown:], cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto"
-        )
-        _write_tokens(axes, values[place, :, -shown:], [row[-shown:] for row in top[place]], low, high)
+        image = axes.imshow(values[place, :, -shown:], **colors, origin="lower", aspect="auto")
+        _write_tokens(axes, values[place, :, -shown:], [row[-shown:] for row in top[place]], colors)
         axes.set_xticks(
             range(shown), [plain(token) for token in seen.tokens[-shown:]], rotation=90, fontsize=7
         )
@@ -108,12 +106,11 @@ def _figure(
 
 
 def _write_tokens(
-    axes: Axes, values: NDArray[Any], top: Sequence[Sequence[str]], low: float, high: float
+    axes: Axes, values: NDArray[Any], top: Sequence[Sequence[str]], colors: dict[str, Any]
 ) -> None:
     for layer, row in enumerate(top):
         for place, token in enumerate(row):
-            share = (values[layer, place] - low) / (high - low)
-            dark = share > 0.6 if low == 0 else abs(share - 0.5) > 0.3
+            dark = is_dark(values[layer, place], colors)
             shown = plain(token.strip() or token)[:9]
             axes.text(
                 place, layer, shown, ha="center", va="center", fontsize=6, color="white" if dark else "black"

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hones_eval.core.artifact import write_json, write_text
+from hones_eval.core.figure import BLUE, GREY, ORANGE
 from hones_eval.core.files import staged_folder
 from hones_eval.reports import figures
 from hones_eval.reports.comparison import markdown_table
@@ -65,17 +66,20 @@ def figure(report: Mapping[str, Any]) -> Figure:
     drawn = Figure(figsize=(7, 1.2 + 0.4 * len(report["rows"])), layout="constrained")
     axes = drawn.subplots()
     for place, row in enumerate(report["rows"]):
-        axes.plot(row["gain"], place, "o", color=figures.BLUE)
+        color = BLUE if row["gain"] > 0 else ORANGE if row["gain"] < 0 else GREY
+        axes.plot(row["gain"], place, "o", color=color)
         if row["low"] is not None:
-            axes.plot([row["low"], row["high"]], [place, place], color=figures.BLUE, linewidth=1.5)
+            axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.5)
     controls = [row["gain"] for row in report["controls"]]
-    axes.plot(controls, [-1] * len(controls), "|", color="gray", markersize=10)
+    axes.plot(controls, [-1] * len(controls), "|", color=GREY, markersize=10)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.axvline(report["undamaged"] - report["damaged"], color="green", linewidth=0.8, linestyle="--")
+    axes.axvline(report["undamaged"] - report["damaged"], color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(
         range(-1, len(report["rows"])), ["random sites", *(row["scales"] for row in report["rows"])]
     )
-    axes.set_xlabel(f"difference of {report['metric']} to the damaged model (dashed: undamaged)")
+    axes.set_xlabel(f"gain of {report['metric']} over the damaged model (dashed: the undamaged one)")
+    count = report["examples"]["test"]["count"]
+    axes.set_title(f"Repair of a planted damage, {count} examples, 95 % intervals", fontsize=9)
     return drawn
 
 

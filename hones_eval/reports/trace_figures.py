@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hones_eval.choices import What
+from hones_eval.core.figure import colors_of
 from hones_eval.methods.tracing import Traced
-from hones_eval.reports.figures import COLOURS
+from hones_eval.reports.figures import WIDEST, kind_of
 from hones_eval.reports.trace_tables import MEASURES, Curve, RoleMap, changes, recovered
 
 TITLES = {
@@ -37,7 +38,7 @@ def layer_curves(curves: Mapping[str, Mapping[What, Curve]]) -> Figure:
     for row, what in zip(grid, whats, strict=True):
         for axes, measure in zip(row, MEASURES, strict=True):
             for number, (category, found) in enumerate(curves.items()):
-                _line(axes, found[what], measure, category, COLOURS[number % len(COLOURS)])
+                _line(axes, found[what], measure, category, kind_of(number))
             axes.axhline(0, color="black", linewidth=0.6)
             axes.grid(alpha=0.25, linewidth=0.5)
             undefined = sum(getattr(found[what], measure) is None for found in curves.values())
@@ -52,16 +53,17 @@ def layer_curves(curves: Mapping[str, Mapping[What, Curve]]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, found: Curve, measure: str, label: str, colour: str) -> None:
+def _line(axes: Axes, found: Curve, measure: str, label: str, kind: tuple[str, str]) -> None:
     values = getattr(found, measure)
     if values is None:
         return
     places = range(len(values))
-    axes.plot(places, values, marker="o", markersize=3, linewidth=1.3, color=colour, label=label)
+    color, marker = kind
+    axes.plot(places, values, marker=marker, markersize=4, linewidth=1.3, color=color, label=label)
     errors = {"probability_change": found.probability_error, "logit_change": found.logit_error}.get(measure)
     if errors is not None:
         low, high = (np.add(values, sign * 1.96 * np.asarray(errors)) for sign in (-1, 1))
-        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     step = max(1, len(values) // 8)
     axes.set_xticks(range(0, len(values), step))
 
@@ -87,13 +89,17 @@ def role_figure(found: RoleMap, title: str) -> Figure:
         "logit_change": found.logit_change,
         "recovered": [undefined if row is None else row for row in found.recovered],
     }
-    size = (2.2 + len(shown) * max(2.4, 0.28 * layers), 1.3 + 0.24 * len(found.roles))
+    width, height = max(2.4, 0.28 * layers), 0.24 * len(found.roles)
+    side_by_side = 2.2 + len(shown) * width <= WIDEST
+    down, across = (1, len(shown)) if side_by_side else (len(shown), 1)
+    size = (min(WIDEST, 2.2 + across * width), 0.5 + down * (0.8 + height))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axes, (name, values) in zip(grid, shown.items(), strict=True):
         _heat_map(figure, axes, np.asarray(values), TITLES[name])
     labels = [f"{role}  ({count})" for role, count in zip(found.roles, found.pairs, strict=True)]
-    grid[0].set_yticks(range(len(labels)), [plain(label) for label in labels], fontsize=8)
+    for axes in grid[: 1 if side_by_side else None]:
+        axes.set_yticks(range(len(labels)), [plain(label) for label in labels], fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -124,10 +130,8 @@ def pair_figure(pair: Traced, what: What, images: Sequence[Sequence[Image.Image]
 
 
 def _heat_map(figure: Any, axes: Axes, values: NDArray[np.float64], title: str) -> None:
-    reach = float(np.abs(values).max()) or 1.0
-    image = axes.imshow(
-        values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest"
-    )
+    colors = colors_of(values)
+    image = axes.imshow(values, **colors, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
     axes.set_xlabel("layer", fontsize=9)
     axes.set_title(title, fontsize=8)
