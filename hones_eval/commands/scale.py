@@ -186,21 +186,26 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
             "these scales were given, not tested: evaluate them with lmms-eval and hones-eval leaderboard"
         )
     data: dict[str, Any] = {"out": str(out), "heads": scaled_heads, "neurons": scaled_neurons}
-    named = [(scaled_heads, "head"), (scaled_neurons, "neuron")]
-    sites = " and ".join(f"{count} {site}{'' if count == 1 else 's'}" for count, site in named if count)
-    headline = f"{sites or 'Nothing'} scaled{_factors(steering)}"
     data |= {"settings": settings, "ranking": ranking.digest}
-    return Answer(lines, data, headline, _tables(steering), _charts(steering))
+    return Answer(lines, data, _headline(steering), _tables(steering), _charts(steering))
+
+
+def _headline(steering: "Steering") -> str:
+    """What is changed, and by which scales."""
+    counts, parts = steering.counts, []
+    for how in ("scaled", "shifted"):
+        named = [(counts.get(f"{how}_{site}s", 0), site) for site in ("head", "neuron")]
+        sites = [f"{count} {site}{'' if count == 1 else 's'}" for count, site in named if count]
+        if sites:
+            parts.append(f"{' and '.join(sites)} {how}{_factors(steering) if how == 'scaled' else ''}")
+    return ", ".join(parts) or "Nothing is scaled"
 
 
 def _factors(steering: "Steering") -> str:
-    """The scales that are not 1."""
-    every = [
-        scale for scales in (steering.head_scales, steering.neuron_scales) for scale in scales[scales != 1]
-    ]
-    if not every:
-        return ""
-    low, high = f"{float(min(every)):.4g}", f"{float(max(every)):.4g}"
+    """The smallest and the largest of the scales that are not 1."""
+    changed = [scales[scales != 1] for scales in (steering.head_scales, steering.neuron_scales)]
+    ends = [(float(scales.min()), float(scales.max())) for scales in changed if len(scales)]
+    low, high = f"{min(low for low, _ in ends):.4g}", f"{max(high for _, high in ends):.4g}"
     return f" by {low}" if low == high else f" by {low} to {high}"
 
 

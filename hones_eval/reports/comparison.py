@@ -150,7 +150,7 @@ def _draw(comparison: Comparison, report: Mapping[str, Any], out: Path) -> None:
         if found:
             names = list(report[f"{sites}s_by_layer"])
             values = _square(names, found)
-            title = f"Overlap of {sites}s (Jaccard): upper right measured, lower left by chance in the same layers"
+            title = f"Overlap of {sites}s: upper right measured, lower left by chance in the same layers"
             labels = [_short(name, short) for name in names]
             drawn = figures.matrix(values, labels, labels, title, "Jaccard index, 0 to 1")
             figures.save(drawn, out / f"{sites}_overlaps.png")
