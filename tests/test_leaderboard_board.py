@@ -863,9 +863,10 @@ def test_the_csv_has_every_row_and_no_formula(tmp_path: Path) -> None:
     ("count", "better", "told"),
     [
         (
-            5,
+            9,
             True,
-            "That cannot be told: the only row could not be judged (fewer than 6 independent examples)",
+            "That cannot be told: the only row could not be judged "
+            "(too few for a verdict: 9 independent examples)",
         ),
         (1, True, "That cannot be told: the only row could not be judged (only one example)"),
         (10, True, "Yes: 1 better, 0 worse, 0 unclear, 0 not judged"),
