@@ -38,7 +38,9 @@ class RunRecord:
         settings: Mapping[str, Any],
         weights: str,
     ) -> None:
-        """`settings` are the path, strength and attach mode of the steering; `model_args` the wrapper's.
+        """`settings` are path, strength, attach mode, scope and condition of the steering.
+
+        `model_args` are the wrapper's.
 
         `weights` is the digest of the model's weights without the steering.
         """
@@ -61,6 +63,9 @@ class RunRecord:
         """By task with `until`: the strings, and whether the wrapper ends answers there."""
         self.generation: dict[str, dict[str, Any]] = {}
         """By task, the settings that reached `generate`."""
+        self.condition_digests: list[str] = list(settings.get("condition_digests", []))
+        self.decided: dict[str, list[list[int]]] = {}
+        """By task, for each steering with a condition: on how many prompts it acted, of how many."""
 
     def add(self, requests: list[Instance], task_dict: Mapping[str, Any]) -> None:
         """Keep requests, whether answered or found in a cache; padding of a rank is left out."""
@@ -115,10 +120,21 @@ class RunRecord:
             "strength": self._settings["strength"],
             "attach": self._settings["attach"],
             "scope": self._settings["scope"],
+            **self._condition(),
             "provenance": {
                 **self.steering.counts,
                 **self.steering.provenance.to_json(),
             },
+        }
+
+    def _condition(self) -> dict[str, Any]:
+        """The condition, and on how many prompts of each task it held; nothing for a steering without one."""
+        if not self.condition_digests:
+            return {}
+        return {
+            "condition": self._settings["condition"],
+            "condition_digests": self.condition_digests,
+            "acted": self.decided,
         }
 
     def _fingerprints(self) -> dict[str, dict[str, Any]]:

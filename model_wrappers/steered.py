@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -18,7 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hones_eval.core.adapters import apply_adapter, model_source, without_adapter
-from hones_eval.core.attach import AttachedSteering, AttachMode, attach_steering
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.attach import AttachedSteering, AttachMode, Part, attach_parts
 from hones_eval.core.scope import Scope
 from hones_eval.core.steering import Steering
 from hones_eval.core.unwrapping import held_model
@@ -35,6 +35,7 @@ from . import registry
 from .likelihoods import as_results, likelihood, recorded_prompt
 from .run_manifest import RunRecord
 from .settings import ends_at, refuse_contradiction, until
+from .steering_parts import named_steerings, number
 from .watch import Failure, WatchedGenerate, WatchedSource, noticing_logged_errors
 
 
@@ -51,9 +52,10 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     def __init__(
         self,
         steering: str | None = None,
-        strength: float = 1.0,
+        strength: float | list[float] = 1.0,
         attach: AttachMode = "hook",
-        scope: str = "all",
+        scope: str | list[str] = "all",
+        condition: str | list[str | None] | None = None,
         allow_noop: bool = False,
         peft: str | None = None,
         **kwargs: Any,
@@ -67,6 +69,10 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             attach: `hook` (works with quantized and shared weights) or `fold` (no cost at run time).
             scope: the tokens that the steering acts on: all, prompt, image, text, last, generated, or several
                 joined by +, as in image+last.
+            condition: the prompts that the steering acts on: a folder that hones-eval condition wrote,
+                !FOLDER for all others, several joined by + that all have to hold, or re:PATTERN, a regular
+                expression on the prompt. With several steerings, strength, scope and condition may be lists
+                with one value for each.
             allow_noop: run a steering that changes no logit of the first input.
             peft: the folder or hub id of a PEFT adapter, such as a LoRA, to load onto the base model;
                 `org/name@revision` names a revision. With attach=fold it is merged into the weights first.
@@ -79,12 +85,12 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             raise HonesError(
                 "steering= is empty: give a folder or a hub id, or leave it out for the baseline"
             )
-        _check_settings(strength, attach, allow_noop)
-        self._scope = Scope.parse(scope)
-        if steering is None and not self._scope.is_all:
-            raise HonesError(f"scope={scope} says where a steering acts: give steering= too")
+        _check_settings(attach, allow_noop)
+        if steering is None:
+            number(strength)
+            _refuse_without_steering(scope, condition)
         check_arguments(type(self), kwargs | {"peft": peft}, self.base_wrapper)
-        loaded = None if steering is None else _load(str(steering))
+        named = None if steering is None else named_steerings(str(steering), strength, scope, condition)
         base = _class_after(Steered, type(self))
         kwargs = without_adapter(kwargs if peft is None else kwargs | {"peft": peft})
         peft = kwargs.pop("peft", None)
@@ -92,17 +98,18 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self._inner = inner_model(self)
         apply_adapter(self._inner, peft, kwargs.get("pretrained"), merge=attach == "fold")
         weights = weights_digest(self._inner)  # before a steering is folded in
-        attached = None
-        if loaded is not None:
-            _tell_of_overlap(loaded)
-            attached = _attached(self._inner, loaded, attach, float(strength), self._scope)
-        must_act = loaded is not None and strength != 0 and not allow_noop and self._scope.acts_on_prompt
+        attached, must_act, parts = None, False, list[Part]()
+        if named is not None:
+            named = named.with_tokenizer(tokenizer_of(self)) if named.conditions else named
+            parts = named.parts
+            _tell_of_overlap(named.whole)
+            attached = _attached(self._inner, parts, attach)
+            must_act = named.acts_on_prompts and named.strength != 0 and not allow_noop
+        self._acts_everywhere = all(part.acts_everywhere for part in parts)
         self._watched = WatchedGenerate(
             self._inner,
             attached,
-            reattach=lambda: attach_steering(
-                self._inner, cast(Steering, loaded), attach, float(strength), self._scope
-            ),
+            reattach=lambda: attach_parts(Anatomy.of(self._inner), parts, attach, self._inner),
             finish=self.generated,
             must_act=must_act,
         )
@@ -112,16 +119,19 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             wrapper=self,
             model=self._inner,
             model_args=kwargs,
-            steering=loaded,
+            steering=None if named is None else named.whole,
             settings={
                 "path": steering,
-                "strength": float(strength),
+                "strength": 1.0 if named is None else named.strength,
                 "attach": attach,
-                "scope": "all" if self._scope.is_all else str(self._scope),
+                "scope": "all" if named is None else named.scope,
+                "condition": "none" if named is None else named.condition,
+                "condition_digests": [] if named is None else named.conditions,
             },
             weights=weights,
         )
         self.record.generation = self._watched.reached
+        self.record.decided = self._watched.decided
         registry.latest_record = self.record
 
     @classmethod
@@ -132,11 +142,11 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def fingerprint(self) -> str:
-        """The key of cached answers: the digest of the weights, the hub's commits, and the scales' digest."""
+        """The key of cached answers: digests of weights, scales and conditions, and the hub's commits."""
         steering, source = self.record.steering, model_source(self._inner)
         commits = [commit for commit in (source["revision"], source["adapter_revision"]) if commit]
         scales = [] if steering is None else [steering.digest]
-        return "-".join([self.record.weights, *commits, *scales])
+        return "-".join([self.record.weights, *commits, *scales, *self.record.condition_digests])
 
     def generated(self, inputs: Mapping[str, Any], output: Tensor) -> Tensor:
         """The output of `generate` that the base wrapper decodes; a family may change it here."""
@@ -225,7 +235,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return as_results(answers)
 
     def _likelihoods(self, requests: list[Instance]) -> list[Any]:
-        if self.own_likelihoods and self._scope.is_all:
+        if self.own_likelihoods and self._acts_everywhere:
             with suppress(NotImplementedError):
                 return self._through("loglikelihood", requests)
         bar = tqdm(requests, disable=self.rank != 0, desc="Model Responding")
@@ -233,7 +243,8 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def _likelihood(self, request: Instance) -> tuple[float, bool]:
         prompt = recorded_prompt(self._inner, self._asked, request, simple=self.is_simple)
-        return likelihood(self._inner, tokenizer_of(self), prompt, str(request.args[1]).strip())
+        with self._watched.counting(str(request.task_name)):
+            return likelihood(self._inner, tokenizer_of(self), prompt, str(request.args[1]).strip())
 
     def clean(self) -> None:
         """Detach the steering and release the model; lmms-eval calls this after the last answer."""
@@ -292,17 +303,6 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return HonesError(f"{name}: {kind}{message}")
 
 
-def _load(path: str) -> Steering:
-    """The steering of a folder or hub id. Raises: HonesError for a missing folder, or one with a ranking."""
-    folder = Path(path)
-    if (folder / "ranking.json").is_file() and not (folder / "steering.json").is_file():
-        raise HonesError(
-            f"steering={path} is a ranking: make a steering of it with hones-eval scale --ranking {path} "
-            "--out DIR"
-        )
-    return Steering.load(path)
-
-
 def _tell_of_overlap(steering: Steering) -> None:
     """Log how many sites more than one of several steerings scales."""
     settings = steering.provenance.settings
@@ -331,13 +331,11 @@ def inner_model(wrapper: lmms) -> PreTrainedModel:
     return next(iter(found.values()))
 
 
-def _attached(
-    model: PreTrainedModel, steering: Steering, attach: AttachMode, strength: float, scope: Scope
-) -> AttachedSteering:
-    """Attach a steering and log its warnings: many wrappers switch Python's warnings off on import."""
+def _attached(model: PreTrainedModel, parts: list[Part], attach: AttachMode) -> AttachedSteering:
+    """Attach steerings and log their warnings: many wrappers switch Python's warnings off on import."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attached = attach_steering(model, steering, attach, strength, scope)
+        attached = attach_parts(Anatomy.of(model), parts, attach, model)
     for warning in caught:
         logger.warning(str(warning.message))
     return attached
@@ -364,9 +362,15 @@ def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
     return missing
 
 
-def _check_settings(strength: object, attach: object, allow_noop: object) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise HonesError(f"strength={strength!r} should be a number")
+def _refuse_without_steering(scope: object, condition: object) -> None:
+    """Refuse a scope and a condition of no steering. Raises: HonesError."""
+    if isinstance(scope, list) or not Scope.parse(scope).is_all:  # type: ignore[arg-type]  # checked there
+        raise HonesError(f"scope={scope} says where a steering acts: give steering= too")
+    if condition is not None:
+        raise HonesError(f"condition={condition} says when a steering acts: give steering= too")
+
+
+def _check_settings(attach: object, allow_noop: object) -> None:
     if attach not in get_args(AttachMode):
         raise HonesError(f"attach={attach!r} is unknown: use {' or '.join(get_args(AttachMode))}")
     if not isinstance(allow_noop, bool):

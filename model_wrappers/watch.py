@@ -96,6 +96,8 @@ class WatchedGenerate:
         """Generation settings that the user gave, which have to reach the model."""
         self.reached: dict[str, dict[str, Any]] = {}
         """By task, the generation settings that reached the model with its first request."""
+        self.decided: dict[str, list[list[int]]] = {}
+        """By task, for each steering with a condition: on how many prompts it acted, of how many."""
         self._last: tuple[Any, Document | None] = (None, None)
         self._nan_hook = None if attached is None else model.register_forward_hook(self._refuse_nan)
         self._refusing_nan = False
@@ -108,7 +110,8 @@ class WatchedGenerate:
             if self._unproven:
                 self._prove(args, kwargs)
                 self._unproven = False
-            with self.refusing_nan():
+            rows = _row_count(args, kwargs)
+            with self.refusing_nan(), self.counting(self.current[0] if self.current else "", rows):
                 output = self._generated(args, kwargs)
             self.check_ran()
             if isinstance(output, Tensor):
@@ -117,6 +120,21 @@ class WatchedGenerate:
             raise self.failed(error) from error
         self.rows += len(output if isinstance(output, Tensor) else output.sequences)
         return output
+
+    @contextmanager
+    def counting(self, task: str, rows: int | None = None) -> Iterator[None]:
+        """Count the prompts within the block on which steerings with a condition act.
+
+        `rows` is the number of prompts that are given, each of which may become several beams.
+        """
+        before = [] if self._attached is None else self._attached.decided
+        yield
+        after = [] if self._attached is None else self._attached.decided
+        for i, (now, then) in enumerate(zip(after, before, strict=True)):
+            beams = max(1, (now[1] - then[1]) // rows) if rows else 1
+            counts = self.decided.setdefault(task, [[0, 0] for _ in after])[i]
+            counts[0] += (now[0] - then[0]) // beams
+            counts[1] += (now[1] - then[1]) // beams
 
     def _generated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.reader is None:
@@ -258,6 +276,13 @@ def _prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Non
     """The prompt's tokens among the arguments of `generate`."""
     prompt = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
     return prompt if isinstance(prompt, Tensor) else None
+
+
+def _row_count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of prompts among the arguments of `generate`."""
+    prompt = _prompt_of(args, kwargs)
+    prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
+    return len(prompt) if isinstance(prompt, Tensor) else None
 
 
 @contextmanager

@@ -166,6 +166,7 @@ REQUIRED = {
     "power": ["--tasks", "t"],
     "export": ["--steering", "none", "--to", "ia3"],
     "rank": ["--method", "hones", "--model", "none", "--tasks", "t"],
+    "condition": ["--model", "none", "--tasks", "t", "--against", "u"],
     "edit-sites": ["--model_args", "pretrained=none"],
 }
 

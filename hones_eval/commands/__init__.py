@@ -26,6 +26,7 @@ COMMANDS = (
     "task-new",
     "anatomy",
     "edit-sites",
+    "condition",
 )
 
 # Commands that are written as two words.
@@ -45,6 +46,7 @@ ARTIFACTS = {
     "lens": ("lens.json",),
     "spike-in": ("spike_in.json",),
     "power": ("power.json",),
+    "condition": ("condition.json",),
     "edit-sites": ("steering.json",),
     "export": ("config.json", "adapter_config.json"),
 }

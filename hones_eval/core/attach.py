@@ -1,9 +1,9 @@
-"""Attach a steering to a model, by hooks or folded into its weights, and remove it exactly."""
+"""Attach steerings to a model, by hooks or folded into its weights, and remove them exactly."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from hones_eval.core.adapters import ModelSource, model_source
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.changes import SiteChange, site_changes
+from hones_eval.core.condition import AnyCondition, check_conditions
 from hones_eval.core.folding import fold
-from hones_eval.core.hooks import AttachedEdits
+from hones_eval.core.hooks import AttachedEdits, Edit, Site
 from hones_eval.core.pass_checks import check_every_pass
 from hones_eval.core.scope import Scope, Scoped, ScopeTracker
 from hones_eval.core.steering import Steering
@@ -24,13 +25,42 @@ from hones_eval.errors import HonesError
 AttachMode = Literal["hook", "fold"]
 
 
-class AttachedSteering:
-    """A steering attached to a model until `detach`."""
+Conditions = AnyCondition | Sequence[AnyCondition] | None
+"""One condition, several that all have to hold, or none."""
 
-    def __init__(self, attached: AttachedEdits | None, *undo: Callable[[], None]) -> None:
+
+class Part(NamedTuple):
+    """One of several steerings that are attached together, with its strength, scope and conditions."""
+
+    steering: Steering
+    strength: float = 1.0
+    scope: Scope = Scope()
+    conditions: tuple[AnyCondition, ...] = ()
+
+    @property
+    def acts_everywhere(self) -> bool:
+        """Whether it acts on every token of every prompt."""
+        return self.scope.is_all and not self.conditions
+
+
+class AttachedSteering:
+    """Steerings attached to a model until `detach`."""
+
+    def __init__(
+        self,
+        attached: AttachedEdits | None,
+        *undo: Callable[[], None],
+        trackers: Sequence[ScopeTracker] = (),
+    ) -> None:
         """Called by `attach_steering`. `attached` is None when the scales are folded into the weights."""
         self._attached = attached
         self._undo = undo
+        self._conditional = [tracker for tracker in trackers if tracker.has_conditions]
+
+    @property
+    def decided(self) -> list[tuple[int, int]]:
+        """For each steering with a condition: on how many prompts it acted, and how many there were."""
+        return [(tracker.acted, tracker.prompts) for tracker in self._conditional]
 
     def check_ran(self) -> None:
         """Raise EditError when a hook has not run since the last check. Folded scales always act."""
@@ -44,7 +74,13 @@ class AttachedSteering:
 
     def warn_if_nothing_changed(self) -> None:
         """Warn when the hooks ran, but none of them changed its input in its first runs."""
-        if self._attached is not None and self._attached.changed_nothing():
+        for acted, prompts in self.decided:
+            if prompts and not acted:
+                warnings.warn(
+                    f"the condition held for none of {prompts} prompts, so the steering never acted",
+                    stacklevel=3,
+                )
+        if self._attached is not None and not self._conditional and self._attached.changed_nothing():
             warnings.warn(
                 "the steering was attached and ran, but changed no activation: what it scales was 0, or its "
                 "scales are too close to 1",
@@ -63,6 +99,7 @@ def attach_steering(
     how: AttachMode = "hook",
     strength: float = 1.0,
     scope: str | Scope = "all",
+    condition: Conditions = None,
 ) -> AttachedSteering:
     """Scale and shift heads and neurons of `model` until the returned object is detached.
 
@@ -77,12 +114,15 @@ def attach_steering(
         strength: a scale `s` becomes `1 + strength * (s - 1)`; a shift is multiplied by it.
         scope: the tokens that it acts on: `all`, `prompt`, `image`, `text`, `last`, `generated`, several
             joined by `+`, or a `Scope` with positions or texts.
+        condition: the prompts that it acts on: a `Condition`, a `TextCondition`, or several that all have to
+            hold. It is decided once per prompt, by the model without this steering.
 
     Raises:
-        MisfitError: the steering was made for a model of another shape.
-        HonesError: `fold` on weights that cannot be folded, or with a scope other than `all`.
+        MisfitError: the steering or the condition was made for a model of another shape.
+        HonesError: `fold` on weights that cannot be folded, or with a scope other than `all` or a condition;
+            conditions that contradict.
     """
-    return attach_to_anatomy(Anatomy.of(model), steering, how, strength, scope, model)
+    return attach_to_anatomy(Anatomy.of(model), steering, how, strength, scope, model, condition)
 
 
 def attach_to_anatomy(
@@ -92,40 +132,67 @@ def attach_to_anatomy(
     strength: float = 1.0,
     scope: str | Scope = "all",
     called: nn.Module | None = None,
+    condition: Conditions = None,
 ) -> AttachedSteering:
     """Attach a steering to a model whose anatomy is already known. See `attach_steering`.
 
     `called` is the module that users call where it is not the model itself, as after `torch.compile(model)`.
     """
-    scope = Scope.parse(scope)
-    steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
-    steering = steering.at_strength(strength)
-    warn_of_rounding(steering, anatomy.model.dtype)
-    here = model_source(anatomy.model)
-    if here["base_model"] != type(anatomy.model).__name__:  # built in memory, it has no name to compare
-        warn_of_another_model(steering.provenance, here, lambda: weights_digest(anatomy.model))
-    changes = site_changes(anatomy, steering)
+    conditions = () if condition is None else condition if isinstance(condition, Sequence) else (condition,)
+    part = Part(steering, strength, Scope.parse(scope), check_conditions(conditions))
+    return attach_parts(anatomy, [part], how, called)
+
+
+def attach_parts(
+    anatomy: Anatomy, parts: Sequence[Part], how: AttachMode = "hook", called: nn.Module | None = None
+) -> AttachedSteering:
+    """Attach several steerings, each with its strength, scope and conditions. See `attach_steering`.
+
+    They act one after the other. Conditions are decided by the model without any of them.
+    """
+    found = [(part, _changes(anatomy, part)) for part in parts]
     if how == "fold":
-        if not scope.is_all:
-            raise HonesError(f"attach=fold scales every token, so scope={scope} needs attach=hook")
-        return AttachedSteering(None, fold(anatomy, changes))
+        for part in parts:
+            if not part.scope.is_all:
+                raise HonesError(f"attach=fold scales every token, so scope={part.scope} needs attach=hook")
+            if part.conditions:
+                names = "+".join(condition.name for condition in part.conditions)
+                raise HonesError(f"attach=fold acts on every prompt, so condition={names} needs attach=hook")
+        return AttachedSteering(None, *reversed([fold(anatomy, changes) for _, changes in found]))
     if how != "hook":
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
-    undo: list[Callable[[], None]] = []
-    if scope.is_all:
-        attached = AttachedEdits([(change.site, _Scaling(change)) for change in changes])
-    else:
-        tracker = ScopeTracker(anatomy, scope).attach()
-        undo.append(tracker.detach)
-        attached = AttachedEdits(
-            [(change.site, Scoped(_Scaling(change), tracker, change.site.name)) for change in changes]
-        )
-    if changes:
+    layer_of = {site.name: layer for layer, site in enumerate(anatomy.heads_in)}
+    layer_of |= {site.name: layer for layer, site in enumerate(anatomy.neurons_in)}
+    first = min((layer_of[c.site.name] for _, changes in found for c in changes), default=0)
+    any_condition = any(part.conditions for part in parts)
+    made: list[tuple[Site, Edit]] = []
+    trackers: list[ScopeTracker] = []
+    for part, changes in found:
+        if part.acts_everywhere and not any_condition:
+            made += [(change.site, _Scaling(change)) for change in changes]
+            continue
+        tracker = ScopeTracker(anatomy, part.scope, part.conditions, first)
+        trackers.append(tracker)
+        made += [(c.site, Scoped(_Scaling(c), tracker, c.site.name)) for c in changes]
+    undo = [tracker.attach().detach for tracker in trackers]
+    attached = AttachedEdits(made)
+    if made:
         top = called if isinstance(called, nn.Module) else anatomy.model
         # Layers that attend to an image by cross-attention are left out where there is none.
         some = anatomy.reads_states and not anatomy.is_encoder_decoder
         undo.append(check_every_pass(top, anatomy.decoder, attached, some=some))
-    return AttachedSteering(attached, attached.detach, *undo)
+    return AttachedSteering(attached, attached.detach, *undo, trackers=trackers)
+
+
+def _changes(anatomy: Anatomy, part: Part) -> list[SiteChange]:
+    """What a steering changes in a model, after the checks that it fits."""
+    part.steering.check_fits(anatomy.shape, type(anatomy.model).__name__)
+    steering = part.steering.at_strength(part.strength)
+    warn_of_rounding(steering, anatomy.model.dtype)
+    here = model_source(anatomy.model)
+    if here["base_model"] != type(anatomy.model).__name__:  # built in memory, it has no name to compare
+        warn_of_another_model(steering.provenance, here, lambda: weights_digest(anatomy.model))
+    return site_changes(anatomy, steering)
 
 
 @contextmanager
@@ -135,13 +202,14 @@ def steer(
     how: AttachMode = "hook",
     strength: float = 1.0,
     scope: str | Scope = "all",
+    condition: Conditions = None,
 ) -> Iterator[AttachedSteering]:
     """Steer a model for the length of a `with` block. See `attach_steering` for the arguments.
 
     Raises: EditError in a forward pass that bypassed a hook, and at the end of the block when a hook never
         ran in it, so that nothing was steered. Warns when no hook changed an activation.
     """
-    attached = attach_steering(model, steering, how, strength, scope)
+    attached = attach_steering(model, steering, how, strength, scope, condition)
     try:
         yield attached
         attached.check_ever_ran()

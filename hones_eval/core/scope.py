@@ -7,10 +7,15 @@ from that of the embedding; the number of tokens from the decoder's call; and wh
 generated token from the key-value cache. A cache that holds tokens already means that the new token was
 generated.
 
+Conditions (`hones_eval.core.condition`) are decided in the pass over a prompt, and kept for the tokens that
+are generated after it. A direction is read at the input of a layer. If the steering acts in an earlier
+layer already, the pass is first run up to that layer without the steering; otherwise reading costs nothing.
+
 Answers that are scored and not generated follow their prompt within one pass. `answer_follows` says how many
 of the last tokens are the answer: these count as generated.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +23,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.condition import AnyCondition, Condition, TextCondition
 from hones_eval.core.experts import Routed
-from hones_eval.core.hooks import Edit, Site, editing
+from hones_eval.core.hooks import Edit, Site, editing, uncompiled
 from hones_eval.errors import EditError, HonesError
 
 NAMES = ("all", "prompt", "image", "text", "last", "generated")
@@ -125,20 +131,59 @@ class _Call:
     mask: Tensor | None = None
 
 
-class ScopeTracker:
-    """Follows a model's forward passes, and knows which of their tokens are in a scope."""
+class _EnoughError(Exception):
+    """Ends a pass over a prompt whose conditions are decided."""
 
-    def __init__(self, anatomy: Anatomy, scope: Scope) -> None:
+
+_READING: "WeakSet[nn.Module]" = WeakSet()
+"""Models that are running a prompt only to decide a condition: no tracked edit acts meanwhile."""
+
+
+class ScopeTracker:
+    """Follows a model's forward passes, and knows which of their tokens a steering acts on."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        scope: Scope,
+        conditions: Sequence[AnyCondition] = (),
+        first_layer: int = 0,
+    ) -> None:
         """Track `scope` in the model of `anatomy` from `attach` to `detach`.
 
-        Raises: HonesError for an encoder-decoder, whose decoder sees no token of the prompt.
+        Args:
+            anatomy: of the model.
+            scope: the tokens in question.
+            conditions: which all have to hold for a prompt; for other prompts no token is acted on.
+            first_layer: the first layer in which a steering acts. Conditions that are read later need a pass
+                of their own.
+
+        Raises: HonesError for an encoder-decoder, whose decoder sees no token of the prompt, or for a
+            condition where there is no residual stream to read.
         """
+        self._what = (
+            f"scope={scope}" if not conditions else f"condition={'+'.join(c.name for c in conditions)}"
+        )
         if anatomy.is_encoder_decoder:
             raise HonesError(
-                f"scope={scope}: the decoder of {type(anatomy.model).__name__} sees no token of the prompt, "
-                "which its encoder reads: use scope=all"
+                f"{self._what}: the decoder of {type(anatomy.model).__name__} sees no token of the prompt, "
+                f"which its encoder reads: {'leave it out' if conditions else 'use scope=all'}"
             )
         self._model, self._decoder, self.scope = anatomy.model, anatomy.decoder, scope
+        self._texts = [c for c in conditions if isinstance(c, TextCondition)]
+        self._directions = [c for c in conditions if isinstance(c, Condition)]
+        for condition in self._directions:
+            condition.check_fits(anatomy.shape, type(anatomy.model).__name__)
+            if not anatomy.one_stream:
+                anatomy.check_plain_streams()
+        self._layers = anatomy.layers
+        self._reads_first = any(c.layer > first_layer for c in self._directions)
+        self._rows: Tensor | None = None
+        """Whether the conditions hold, bool [rows], of the prompts of the last pass over prompts."""
+        self._undecided: dict[int, Tensor] = {}
+        """The last token of each prompt, by layer that is still to be read."""
+        self.prompts = self.acted = 0
+        """How many prompts were decided, and on how many of them the steering acts."""
         self._undo: list[Callable[[], object]] = []
         self._given = _Call()
         self._embedded: Tensor | None = None
@@ -148,13 +193,20 @@ class ScopeTracker:
 
     @property
     def acting(self) -> Tensor | bool:
-        """The tokens of the current pass in the scope: bool [rows, tokens], or one value for all of them.
+        """The tokens of the current pass to act on: bool [rows, tokens], or one value for all of them.
 
         Raises: EditError outside of a forward pass of the model.
         """
+        if _READING and self._model in _READING:
+            return False
         if self._acting is None:
-            raise EditError(f"scope={self.scope}: a layer was called outside of the model's forward pass")
+            raise EditError(f"{self._what}: a layer was called outside of the model's forward pass")
         return self._acting
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether prompts are decided on."""
+        return bool(self._texts or self._directions)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -172,6 +224,10 @@ class ScopeTracker:
             decoder.register_forward_pre_hook(self._decodes, with_kwargs=True),
             decoder.register_forward_hook(self._decoded, always_call=True),
         ]
+        handles += [
+            self._layers[layer].register_forward_pre_hook(self._reader(layer), with_kwargs=True)
+            for layer in {condition.layer for condition in self._directions}
+        ]
         self._undo = [handle.remove for handle in handles]
         generating = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
         self._undo += [self._watch_generation(module) for module in generating]
@@ -181,7 +237,7 @@ class ScopeTracker:
         """Stop following the model. Safe to call twice."""
         while self._undo:
             self._undo.pop()()
-        self._given = _Call()
+        self._given, self._rows = _Call(), None
         self._decoded()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -197,16 +253,18 @@ class ScopeTracker:
             self._embedded = args[0]
 
     def _decodes(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._model in _READING:
+            return
         given = _arguments(module, args, kwargs)
         tokens = given.get("inputs_embeds")
         tokens = given.get("input_ids") if tokens is None else tokens
         if not isinstance(tokens, Tensor):
-            raise EditError(f"scope={self.scope}: {type(module).__name__} was called without tokens")
+            raise EditError(f"{self._what}: {type(module).__name__} was called without tokens")
         size = (int(tokens.shape[0]), int(tokens.shape[1]))
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past:
-            self._acting = self._generated(size[1], past)
+            self._acting = self._where_decided(self._generated(size[1], past), size)
             return
         ids = _first((self._given.ids, self._embedded, given.get("input_ids")), size)
         mask = _first((self._given.mask, self._prepared, given.get("attention_mask")), size)
@@ -217,19 +275,105 @@ class ScopeTracker:
         found = self._in_prompt(prompt, None if ids is None else ids.cpu())
         if "generated" in self.scope.names:
             found = found | (attended & ~prompt)
+        if self.scope.is_all:
+            found = torch.ones_like(found)
         self._acting = found.to(tokens.device) if bool(found.any()) else False
+        if self.has_conditions:
+            self._decide(module, given, prompt, ids)
+
+    def _decide(
+        self, decoder: nn.Module, given: Mapping[str, Any], prompt: Tensor, ids: Tensor | None
+    ) -> None:
+        """Decide conditions on texts, and prepare those on directions, or decide them by a pass of their own.
+
+        Args:
+            decoder: which is about to be called.
+            given: its arguments.
+            prompt: which tokens are the prompt's, bool [rows, tokens].
+            ids: token ids [rows, tokens], if known.
+        """
+        rows = torch.ones(len(prompt), dtype=torch.bool)
+        if self._texts:
+            known = self._known(None if ids is None else ids.cpu())
+            image = self._images(prompt, known, needed=False)
+            prompts = [row[own].tolist() for row, own in zip(known, prompt & ~image, strict=True)]
+            for text in self._texts:
+                rows &= text.holds(prompts)
+        self._rows = rows
+        last = prompt.long().cumsum(1).argmax(1)
+        self._undecided = {condition.layer: last for condition in self._directions}
+        if not self._undecided:
+            self._finish_deciding()
+        elif self._reads_first:
+            call = {name: copy.deepcopy(x) if _is_cache(x) else x for name, x in given.items()}
+            _READING.add(self._model)
+            try:
+                with torch.no_grad(), uncompiled():
+                    decoder(**call)
+            except _EnoughError:
+                pass
+            finally:
+                _READING.discard(self._model)
+
+    def _reader(self, layer: int) -> Callable[..., None]:
+        """A hook that decides the conditions on the input of a layer."""
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            last = self._undecided.pop(layer, None)
+            if last is None or self._rows is None:
+                return
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != len(last):
+                raise EditError(f"{self._what}: layer {layer} was not called with its residual stream")
+            own = hidden.detach()[torch.arange(len(last), device=hidden.device), last.to(hidden.device)]
+            for condition in self._directions:
+                if condition.layer == layer:
+                    self._rows = self._rows & condition.holds(own).cpu()
+            if not self._undecided:
+                self._finish_deciding()
+                if self._model in _READING:
+                    raise _EnoughError
+
+        return read
+
+    def _finish_deciding(self) -> None:
+        """Count the prompts, and act only where the conditions hold."""
+        assert self._rows is not None
+        self.prompts += len(self._rows)
+        self.acted += int(self._rows.sum())
+        if self._acting is not None:
+            tokens = self._acting.shape[1] if isinstance(self._acting, Tensor) else 1
+            self._acting = self._where_decided(self._acting, (len(self._rows), tokens))
+
+    def _where_decided(self, acting: Tensor | bool, size: tuple[int, int]) -> Tensor | bool:
+        """Of the tokens in the scope, those whose prompt meets the conditions."""
+        rows = self._rows
+        if rows is None or acting is False:
+            return acting
+        if len(rows) != size[0]:
+            raise EditError(
+                f"{self._what}: {size[0]} rows follow {len(rows)} prompts, so it is not known which of them "
+                "the condition holds for"
+            )
+        if bool(rows.all()) or not bool(rows.any()):
+            return acting if bool(rows.all()) else False
+        own = rows[:, None].expand(*size)
+        return own if acting is True else acting & own.to(acting.device)
 
     def _decoded(self, *_: Any) -> None:
+        if self._model in _READING:
+            return
         self._acting = self._embedded = self._prepared = None
+        self._undecided = {}
 
     def _generated(self, tokens: int, past: int) -> bool:
         """Whether tokens that follow a cache of `past` tokens are in the scope."""
         if tokens > 1:
             raise HonesError(
-                f"scope={self.scope}: {tokens} tokens were given after a cache of {past}, so prompt and "
+                f"{self._what}: {tokens} tokens were given after a cache of {past}, so prompt and "
                 "answer are not known apart: generate without prefill chunks or an assistant model"
             )
-        return "generated" in self.scope.names
+        return self.scope.is_all or "generated" in self.scope.names
 
     def _in_prompt(self, prompt: Tensor, ids: Tensor | None) -> Tensor:
         """The tokens of a prompt in the scope, bool [rows, tokens], given which tokens are the prompt's."""
@@ -273,30 +417,39 @@ class ScopeTracker:
     def _known(self, ids: Tensor | None) -> Tensor:
         if ids is None:
             raise HonesError(
-                f"scope={self.scope}: the token ids of this pass are unknown, as the model was called with "
-                "embeddings alone; use scope=prompt, last, generated or all"
+                f"{self._what}: the token ids of this pass are unknown, as the model was called with "
+                "embeddings alone; use scope=prompt, last, generated or all, and no condition on texts"
             )
         return ids
 
     def _watch_generation(self, model: PreTrainedModel) -> Callable[[], object]:
         """Keep masks, and refuse generation without a cache, where every step looks like a prompt."""
-        own = vars(model).get("prepare_inputs_for_generation")
+        name = "prepare_inputs_for_generation"
         prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
 
         @wraps(prepare)
         def checked(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("use_cache") is False:
-                raise HonesError(f"scope={self.scope} needs the key-value cache: use_cache=True")
+                raise HonesError(f"{self._what} needs the key-value cache: use_cache=True")
             self._prepared = kwargs.get("attention_mask")
             return prepare(*args, **kwargs)
 
-        vars(model)["prepare_inputs_for_generation"] = checked
+        # Trackers may stop in any order: one that is inside of another's function goes when that one goes.
+        attributes: dict[str, Any] = vars(model)
+        state = {"below": attributes.get(name), "done": False}
+        checked.__dict__["_scope_tracker"] = state
+        attributes[name] = checked
 
         def undo() -> None:
-            if own is None:
-                vars(model).pop("prepare_inputs_for_generation", None)
-            else:
-                vars(model)["prepare_inputs_for_generation"] = own
+            state["done"] = True
+            while (top := attributes.get(name)) is not None:
+                own = vars(top).get("_scope_tracker") if hasattr(top, "__dict__") else None
+                if own is None or not own["done"]:
+                    return
+                if own["below"] is None:
+                    del attributes[name]
+                else:
+                    attributes[name] = own["below"]
 
         return undo
 
@@ -361,6 +514,11 @@ def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return kwargs
     names = list(inspect.signature(module.forward).parameters)
     return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _is_cache(x: object) -> bool:
+    """Whether an argument of a decoder is a key-value cache, to which a pass adds tokens."""
+    return hasattr(x, "get_seq_length")
 
 
 def _first(tensors: Sequence[Any], size: tuple[int, int]) -> Tensor | None:

@@ -96,7 +96,7 @@ def _differences(
         job.loop.run(examples, MeanActivations(job.replayer, examples, by_answer=False), name)
         for examples, name in ((job.examples, "activations"), (against, "activations against"))
     ]
-    heads, neurons = difference(*both, "all", "all")
+    heads, neurons = difference(both[0], both[1], "all", "all")
     names = (job.examples.task, against.task)
     return heads, neurons, {name: int(t.sums["all examples"]) for name, t in zip(names, both, strict=True)}
 

@@ -1,12 +1,13 @@
 """The base model, wrapper and steering of a run, from its arguments and its manifest."""
 
 import re
-from collections.abc import Mapping
+from ast import literal_eval
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 # Model arguments that select a steering or a device and do not change the base model.
-STEERING_KEYS = frozenset({"steering", "strength", "attach", "scope", "allow_noop"})
+STEERING_KEYS = frozenset({"steering", "strength", "attach", "scope", "condition", "allow_noop"})
 PLACE_KEYS = frozenset({"device", "device_map", "batch_size"})
 MODEL_KEYS = ("pretrained", "model", "model_version", "model_name", "model_id", "path")
 PREFIXES = ("hones_", "vseam_")
@@ -51,11 +52,19 @@ class SteeringRef:
     attach: str
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     scope: str = "all"
+    condition: str = "none"
+    acted: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict, compare=False, hash=False)
+    """By task, for each steering with a condition: on how many prompts it acted, of how many."""
 
     @property
-    def identity(self) -> tuple[str, float, str, str]:
+    def identity(self) -> tuple[str, float, str, str, str]:
         """Equal for two runs with the same steering: by digest if known, else by path."""
-        return (self.digest or self.path, self.strength, self.attach, self.scope)
+        return (self.digest or self.path, self.strength, self.attach, self.scope, self.condition)
+
+    def acted_on(self, task: str) -> str:
+        """On how many prompts of a task the steering acted, as text; empty for one without a condition."""
+        counts = self.acted.get(task, ())
+        return "; ".join(f"acted on {acted} of {prompts} prompts" for acted, prompts in counts)
 
     @property
     def chosen_for(self) -> tuple[str, ...]:
@@ -94,6 +103,8 @@ class SteeringRef:
             words += f" ×{self.strength:g}"
         if self.scope != "all":
             words += f" on {self.scope}"
+        if self.condition != "none":
+            words += f" if {self.condition.rstrip('/').split('/')[-1]}"
         return words
 
 
@@ -154,7 +165,30 @@ def steering_from_arguments(arguments: Mapping[str, str]) -> SteeringRef | None:
         factor = float(strength)
     except ValueError:
         factor = float("nan")
-    scope = arguments.get("scope", "all")
-    if "all" in scope.split("+") or {"generated", "prompt"} <= {*scope.split("+")}:
-        scope = "all"
-    return SteeringRef(str(path), None, factor, arguments.get("attach", "hook"), scope=scope)
+    if strength.startswith("["):  # one for each of several steerings, which the recorded scales contain
+        factor = 1.0
+    scope = _for_each(arguments.get("scope", "all"), _plain_scope)
+    condition = _for_each(arguments.get("condition", "none"), lambda text: text)
+    attach = arguments.get("attach", "hook")
+    return SteeringRef(str(path), None, factor, attach, scope=scope, condition=condition)
+
+
+def _plain_scope(scope: str) -> str:
+    """A scope as manifests have it: `all` for each that names every token."""
+    names = {*scope.split("+")}
+    everything = "all" in names or {"generated", "prompt"} <= names or {"image", "text", "generated"} <= names
+    return "all" if everything else scope
+
+
+def _for_each(text: str, read: Callable[[str], str]) -> str:
+    """A value, or the values of a list for several steerings with `|` between them."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if not text.startswith("["):
+        return read("none" if text == "None" else text)
+    try:
+        values = literal_eval(text.replace("null", "None"))
+    except (ValueError, SyntaxError):
+        return text
+    texts = [read("none" if value is None else str(value)) for value in values]
+    return texts[0] if len(set(texts)) == 1 else "|".join(texts)

@@ -183,6 +183,8 @@ def _steering(content: SteeringRecord) -> SteeringRef:
         strength=content.strength,
         attach=content.attach,
         scope=content.scope,
+        condition=content.condition,
+        acted=content.acted,
         provenance=content.provenance.model_dump(exclude_none=True),
     )
 

@@ -177,6 +177,7 @@ def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
         "Strength": f"{steering.strength:g}",
         "Attached": steering.attach,
         "Tokens": steering.scope,
+        "Condition": "" if steering.condition == "none" else _condition(pair, steering),
         "Method": provenance.get("method"),
         "Settings": _listed(provenance.get("settings")),
         "Chosen on": "; ".join(sets),
@@ -188,6 +189,11 @@ def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:
         ),
     }
     return [(name, shown(value)) for name, value in facts.items() if value]
+
+
+def _condition(pair: Pair, steering: SteeringRef) -> str:
+    counts = steering.acted_on(pair.steered.task)
+    return f"{steering.condition}: {counts}" if counts else steering.condition
 
 
 def _listed(settings: object) -> str:

@@ -149,8 +149,23 @@ def _runs(path: Path, content: ResultsFile, manifests: Sequence[Manifest]) -> li
             wrapper=mine[0].base_wrapper,
             weights=mine[0].base_weights,
         )
-        steering = mine[0].steering
+        steering = _of_all_ranks(mine)
     return [_run(path, content, task, base, steering, mine) for task in content.configs]
+
+
+def _of_all_ranks(manifests: Sequence[Manifest]) -> SteeringRef | None:
+    """The steering of a run, with the prompts that all of its processes have counted."""
+    first = manifests[0].steering
+    if first is None:
+        return None
+    acted: dict[str, list[list[int]]] = {}
+    for steering in (manifest.steering for manifest in manifests):
+        for task, counts in (steering.acted if steering is not None else {}).items():
+            known = acted.setdefault(task, [[0, 0] for _ in counts])
+            acted[task] = [
+                [a + b for a, b in zip(*pair, strict=True)] for pair in zip(known, counts, strict=False)
+            ]
+    return replace(first, acted=acted)
 
 
 def _matching(
@@ -189,6 +204,7 @@ def _same_steering(recorded: SteeringRef | None, named: SteeringRef | None) -> b
     if recorded is None or named is None:
         return recorded is named
     same = recorded.path == named.path and recorded.scope == named.scope
+    same = same and recorded.condition == named.condition
     return same and recorded.strength == named.strength
 
 

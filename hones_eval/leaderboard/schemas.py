@@ -121,6 +121,10 @@ class SteeringRecord(_Lenient):
     strength: Finite
     attach: Name
     scope: Name = "all"
+    condition: Name = "none"
+    acted: dict[Name, list[Annotated[list[Integer], Field(min_length=2, max_length=2)]]] = Field(
+        default_factory=dict
+    )
     provenance: Annotated[ProvenanceRecord, BeforeValidator(lambda value: value or {})] = ProvenanceRecord()
 
 

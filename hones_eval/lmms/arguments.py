@@ -16,7 +16,8 @@ from lmms_eval.utils import _smart_comma_split, handle_arg_string
 from hones_eval.core.files import check_folder
 from hones_eval.errors import HonesError
 
-BEFORE_NAMES = r"steering|pretrained|(?<![A-Za-z0-9_])(?:strength|attach|allow_noop|base|device_map|dtype)"
+_SHORT_NAMES = "strength|attach|scope|condition|allow_noop|base|device_map|dtype"
+BEFORE_NAMES = rf"steering|pretrained|(?<![A-Za-z0-9_])(?:{_SHORT_NAMES})"
 """Names that inside another value, followed by `=`, show that a comma is missing before them."""
 
 
