@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import edited
@@ -18,7 +19,18 @@ def test_on_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["task"] for row in rows} >= {"scenes_vqa_relation", "scenes_ocr"}
     assert all(row["n"] == "24" for row in rows)
     assert float(rows[0]["baseline"]) > 0
-    assert "index.html" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"the whole story: {tmp_path / 'demo' / 'index.html'}" in told
+    story = (tmp_path / "demo" / "index.html").read_text()
+    answer = next(line for line in told.splitlines() if line.startswith("Did it help? ") and ":" in line)
+    assert f'<h1 class="text">{answer.removesuffix(".").partition("; ")[0]}</h1>' in story
+    for step in ("ranking", "verify", "steering", "board"):
+        assert f'<a href="{step}/index.html">' in story
+        page = (tmp_path / "demo" / step / "index.html").read_text()
+        headline = re.search(r"<h1[^>]*>(.*?)</h1>", page)
+        assert headline is not None
+        assert step == "board" or headline[1] in story
+    assert "random neurons cost" in story
 
 
 def test_on_photographs(

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 
 from hones_eval.__main__ import main
+from hones_eval.api.verification import Verification
+from hones_eval.commands import rank
+from hones_eval.core.notebook import html_table
 from hones_eval.core.ranking import Ranking
 from hones_eval.pages import run
 from hones_eval.pages.parts import HeatMap, Table
 from hones_eval.pages.run import write_run_page
+from hones_eval.pages.story import Step, write_story
 from hones_eval.toy import checkpoint_path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -117,6 +122,60 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     assert tags == {tag: count for tag, count in Parsed(harmless).tags.items() if tag != "wbr"}
     assert "\u202e" not in hostile
     assert "\x1b" not in hostile
+
+
+def test_text_from_outside_stays_text_in_the_story_of_a_job(tmp_path: Path) -> None:
+    def story(text: str) -> str:
+        chart = HeatMap(text, [[1.0, -1.0]], text, text, neutral=0.5)
+        step = Step(text, text, [text], text, tmp_path / "ranking" / "index.html", [chart])
+        return write_story(tmp_path, title=text, answer=text, lead=text, steps=[step]).read_text()
+
+    hostile = story(HOSTILE)
+    assert Parsed(hostile).tags == Parsed(story("plain")).tags
+    assert "\u202e" not in hostile
+    assert "\x1b" not in hostile
+    assert "ranking/index.html" in Parsed(hostile).links
+
+
+def test_text_from_outside_stays_text_in_notebooks(ranked: Path) -> None:
+    """The HTML of a ranking, a verification, and a board's rows is made of the same tags for any text."""
+
+    def verification(text: str) -> str:
+        drop = {"value": 0.1, "low": None, "high": None}
+        bank = {"metric": 0.5, "metric_drop": drop, "relative_drop": drop}
+        content = {
+            "metric": text,
+            "sites": text,
+            "examples": {"count": 1},
+            "baseline": {"metric": 0.6},
+            "bank_sizes": {text: 1},
+            "banks": {text: bank},
+            "beyond_random": {text: {"metric": drop}},
+            "random": {"metric": {"drop_mean": 0.0, "drop_largest": 0.0}},
+            "warnings": [text],
+        }
+        return Verification(content)._repr_html_()
+
+    ranking = Ranking.load(ranked)
+    renamed = replace(ranking.provenance, examples=(replace(ranking.provenance.examples[0], task=HOSTILE),))
+    pairs = [
+        (verification(HOSTILE), verification("plain")),
+        (html_table([{HOSTILE: [HOSTILE, 1.0]}], HOSTILE), html_table([{"plain": ["plain", 1.0]}], "plain")),
+        (replace(ranking, provenance=renamed)._repr_html_(), ranking._repr_html_()),
+    ]
+    for hostile, harmless in pairs:
+        assert Parsed(hostile).tags == Parsed(harmless).tags
+        assert not [part for part in ("<img", "\u202e", "\x1b") if part in hostile]
+
+
+def test_a_ranking_without_a_head_that_matters_says_so(ranked: Path) -> None:
+    ranking = Ranking.load(ranked)
+    assert ranking.head_scores is not None
+    task = ranking.provenance.examples[0].task
+    for scores in (ranking.head_scores * 0, -ranking.head_scores.abs()):
+        answer = rank.answer_of(replace(ranking, head_scores=scores), ranked)
+        assert answer.headline == f"No head matters for {task} on these examples"
+    assert rank.answer_of(ranking, ranked).headline.startswith("Heads ")
 
 
 def test_a_chart_keeps_hostile_names_as_text_and_leaves_out_what_is_not_there(tmp_path: Path) -> None:

@@ -236,6 +236,8 @@ def test_the_short_forms_say_what_is_scaled() -> None:
     page = steering._repr_html_()
     assert "org/&lt;model&gt;" in page
     assert "2 of 10 neurons x0.5 to x2" in page
+    turned = replace(steering, provenance=replace(provenance, base_model="org/\u202emodel"))
+    assert "org/⟨U+202E⟩model" in turned._repr_html_()
     assert "vqa (1)" in page
     assert steering.to_pandas().to_dict("records") == [
         {"kind": "head", "layer": 1, "site": 2, "scale": 0.0},

@@ -172,13 +172,13 @@ class _Story:
         say("\nDid it help?")
         answer = leaderboard([self.out / "logs"], self.out / "board")
         words = ["leaderboard", str(self.out / "logs"), "--out", str(self.out / "board")]
-        found = answer.data["answer"].removesuffix(".")
+        found, _, power = answer.data["answer"].removesuffix(".").partition("; ")
         drawn = [self.out / "board" / "leaderboard.svg"]
-        self._add(question, found, words, "board", figures=drawn)
+        self._add(question, found, words, "board", lines=[power] if power else [], figures=drawn)
         page = write_story(
             self.out,
             title="hones-eval demo: from a task to its neurons and back",
-            answer=answer.data["answer"],
+            answer=found,
             lead=f"On the bundled model, with lmms-eval tasks {', '.join(tasks)}. The steps, with what was "
             "found, and a page each:",
             steps=self.steps,

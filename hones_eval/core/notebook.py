@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hones_eval.errors import HonesError
+from hones_eval.errors import HonesError, printable
 
 
 def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -17,15 +17,19 @@ def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
-    """Rows as an HTML table that any notebook shows; every text is escaped."""
+    """Rows as an HTML table that any notebook shows; every text is escaped and printable."""
     columns = list(rows[0]) if rows else []
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
+    head = "".join(f"<th>{safe(name)}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_shown(row[name]))}</td>" for name in columns) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{safe(_shown(row[name]))}</td>" for name in columns) + "</tr>" for row in rows
     )
-    title = f"<caption>{escape(caption)}</caption>"
+    title = f"<caption>{safe(caption)}</caption>"
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def safe(text: Any) -> str:
+    """Text as HTML: without markup, and with control and direction marks spelled out."""
+    return escape(printable(str(text)))
 
 
 def heat_map(values: Any, rows: str, columns: str, label: str, title: str) -> Any:

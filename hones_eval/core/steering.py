@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
 from hones_eval.core.combining import Part, parts_of
+from hones_eval.core.notebook import safe
 from hones_eval.errors import HonesError, MisfitError, first_line
 from hones_eval.limits import LARGEST_SCALE
 
@@ -282,7 +282,7 @@ class Steering:
             ("neurons", _summary(self.neuron_scales, "neurons")),
             *(("shifts", text) for text in self._shift_summary()),
         ]
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        cells = "".join(f"<tr><th>{safe(name)}</th><td>{safe(text)}</td></tr>" for name, text in rows)
         return f"<table><caption>Steering</caption>{cells}</table>"
 
     def to_pandas(self) -> "DataFrame":

@@ -45,6 +45,7 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
     return _render(
         "index.html",
         title=one_line(title),
+        answer=one_line(board.answer, 600),
         tally=tally,
         runs=board.runs,
         rows=[views[place] for place in clearest_first(board.rows)],

@@ -30,6 +30,7 @@ TITLES = {
     "heads": "Scores of all heads",
     "heads_positive": "Positive scores of all heads",
     "heads_negative": "Negative scores of all heads",
+    "leaderboard": "Differences from the baseline, with 95 % intervals",
     "cross_task": "Loss of one task by masking the neurons of another",
 }
 """Titles of figures and tables by the names of their files; the others are named after their file."""
@@ -118,10 +119,15 @@ def _ends(numbers: Sequence[float]) -> str:
     return f"from {min(numbers):.3g} to {max(numbers):.3g}" if numbers else "no values"
 
 
-def figure_views(paths: Sequence[Path], out: Path) -> list[dict[str, str]]:
+def figure_views(paths: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """Figure files as data URIs, with links to the files; those over the size limit are left out."""
     return [
-        {"title": _title(path), "uri": _uri(path), "href": quote(path.relative_to(out).as_posix())}
+        {
+            "title": _title(path),
+            "uri": _uri(path),
+            "href": quote(path.relative_to(out).as_posix()),
+            "wide": path.suffix == ".svg",
+        }
         for path in paths
         if _fits(path)
     ]
