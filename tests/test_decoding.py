@@ -250,26 +250,98 @@ def test_padding_on_the_left(build_family: Callable[[str], Family]) -> None:
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site)), edit
 
 
-def test_logits_along_the_answer_are_handed_on(build_family: Callable[[str], Family]) -> None:
-    family = build_family("qwen2_vl")
-    inputs = inputs_of(family)
-    example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, {"max_new_tokens": 4})
-    seen: dict[SiteEdit, Tensor] = {}
+def forward_tokens(model: PreTrainedModel, run: Callable[[], object]) -> int:
+    """Tokens that pass the FFNs of all layers, counted by hooks."""
+    count = 0
+
+    def add(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal count
+        count += args[0].shape[:-1].numel()
+
+    handles = [layer.mlp.register_forward_pre_hook(add) for layer in plain.layers(model)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def along(
+    example: decoding.GreedyExample, target: list[int], edits: list[SiteEdit]
+) -> dict[SiteEdit, Tensor]:
+    """Logits along a target, unedited under the key None, and under each edit."""
+    reading = example.along(target)
+    assert reading is not None
+    seen: dict[Any, Tensor] = {None: reading.base_logits}
 
     def keep(rows: Rows) -> None:
         seen.update(zip(rows.edits, rows.logits, strict=True))
 
-    edits = means_of(family.model)
-    list(example.answers(edits, keep))
-    assert seen.keys() == set(edits)
-    longer = plain.with_answer(family.model, inputs, example.tokens[:-1])
+    list(example.answers(edits, reading, keep))
+    assert seen.keys() == {None, *edits}
+    return seen
+
+
+def test_logits_along_a_target(family: Family) -> None:
+    """The model's own answer, one that leaves it at once or later, and one that goes on after its end."""
+    inputs = inputs_of(family)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    example = decoder.greedy(inputs, {"max_new_tokens": 4, "min_new_tokens": 4})
+    own, edits = example.tokens, means_of(family.model)
+    other = [(token + 7) % 100 + 50 for token in own]
     prompt = inputs["input_ids"].shape[1]
-    for edit, logits in seen.items():
-        expected = plain.forward(family.model, longer, plain.Edit(*edit.site)).logits[prompt - 1 :]
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert example.covers(example.tokens[:2])
-    assert not example.covers([*example.tokens[:1], 3])
-    assert not example.covers([*example.tokens, 3])
+    for target in (own, own[:2], other[:1], other, [*own[:2], *other], [*own, *other[:2]]):
+        seen = along(example, target, edits)
+        longer = plain.with_answer(family.model, inputs, target[:-1])
+        for edit, logits in seen.items():
+            plainly = None if edit is None else plain.Edit(*edit.site)
+            expected = plain.forward(family.model, longer, plainly).logits[prompt - 1 :]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert decoder.branching.inexact is None
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_a_target_that_leaves_the_answer_costs_its_own_tokens_only(
+    build_family: Callable[[str], Family], rows: int | None
+) -> None:
+    """Counted in tokens through FFNs, as the answer's own pass counts them without a target."""
+    family = build_family("llava")
+    inputs, settings = inputs_of(family), {"max_new_tokens": 3}
+    edits = means_of(family.model)
+    decoder = Decoder(Replayer(Anatomy.of(family.model), rows))
+    example = decoder.greedy(inputs, settings)
+    target = [(example.tokens[0] + 3) % 100 + 50, 60, 61, 62]
+    assert decoder.greedy(inputs, settings).along(target) is not None  # the proof
+    list(example.answers(edits))  # the proof that answers can be continued
+    reading = example.along(target)
+    alone = forward_tokens(family.model, lambda: list(example.answers(edits)))
+    both = forward_tokens(family.model, lambda: list(example.answers(edits, reading, lambda _: None)))
+    # A row runs the FFN of its edit's layer and of those above; in the last layer all positions are read.
+    depth = len(plain.layers(family.model))
+    passes = sum(depth - edit.site.layer for edit in edits)
+    assert both - alone == passes * (len(target) - 1)
+    assert forward_tokens(family.model, lambda: example.along(target[:1])) == 0
+
+
+def test_a_branch_that_is_not_exact_is_noticed(
+    build_family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the target is replayed from the start; a target that needs no branch is still read."""
+    family, ours = build_family("llava"), continuation.KeptKeys.of_rows
+
+    def shifted(self: continuation.KeptKeys, *where: int) -> KeysValues:
+        found = ours(self, *where)
+        return KeysValues(found.keys, found.values.roll(1, 1))
+
+    monkeypatch.setattr(continuation.KeptKeys, "of_rows", shifted)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    example = decoder.greedy(inputs_of(family), {"max_new_tokens": 3, "min_new_tokens": 3})
+    other = [(example.tokens[0] + 3) % 100 + 50, 60, 61]
+    assert example.along(other) is None
+    assert "logits after a replayed prompt differ" in str(decoder.branching.inexact)
+    assert example.along(example.tokens) is not None
+    assert example.along(other[:1]) is not None
 
 
 def test_what_one_pass_does_not_explain_is_decoded_in_full() -> None:
@@ -284,7 +356,7 @@ def test_what_one_pass_does_not_explain_is_decoded_in_full() -> None:
     inputs, settings = inputs_of(family), {"max_new_tokens": 5, "min_new_tokens": 5}
     example = Decoder(Replayer(Anatomy.of(family.model))).greedy(inputs, settings)
     assert example.passes is None
-    assert not example.covers(example.tokens)
+    assert example.along(example.tokens) is None
     item = plain.Item(inputs, settings, [])
     for edit, tokens in example.answers(means_of(family.model)):
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site))

@@ -73,6 +73,14 @@ class KeptKeys:
             found.append(kept.of_row(rows[number], tokens) if number in rows else recorded.of_row(0, tokens))
         return found
 
+    def of_rows(self, layer: int, start: int, count: int, tokens: int) -> KeysValues:
+        """Keys and values of the first `tokens` tokens of consecutive rows that passed a layer's attention.
+
+        `start` and `count` number rows in the order in which the chunk was replayed.
+        """
+        _, kept = self._layers[layer]
+        return KeysValues(*(tensor[start : start + count, :, :tokens] for tensor in kept))
+
 
 def waiting_rows(row: Sequence[KeysValues]) -> int:
     """How many rows of this size may wait."""

@@ -29,6 +29,7 @@ from transformers import (
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.scope import editing_in
+from hones_eval.engine.branches import AlongTarget, Branching
 from hones_eval.engine.continuation import (
     Differing,
     KeptKeys,
@@ -56,6 +57,7 @@ class Decoder:
         """The model that continues answers from their first difference, once it is proven to be exact."""
         self.not_continued: str | None = None
         """Why answers are decoded from the start, where continuing is not exact; else None."""
+        self.branching = Branching(self.anatomy)
 
     @torch.no_grad()
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
@@ -159,16 +161,31 @@ class GreedyExample:
             return False
         return first_difference(self._choices(replayed[None])[0], self.tokens) is None
 
-    def covers(self, target: Sequence[int]) -> bool:
-        """Whether the pass that checks the answer also reads every token of `target`."""
-        return self.passes is not None and self.tokens[: len(target)] == list(target)
+    @torch.no_grad()
+    def along(self, target: Sequence[int]) -> AlongTarget | None:
+        """The logits from which `target` is read, by the pass that checks the answer; None without one."""
+        if self.passes is None:
+            return None
+        return self._decoder.branching.along(
+            self.passes,
+            self.tokens,
+            target,
+            self._can_continue(self.passes),
+            lambda: self._decoder.append(self._inputs, target[:-1]),
+        )
 
     def answers(
-        self, edits: Sequence[SiteEdit], on_rows: Callable[[Rows], None] | None = None
+        self,
+        edits: Sequence[SiteEdit],
+        along: AlongTarget | None = None,
+        on_rows: Callable[[Rows], None] | None = None,
     ) -> Iterator[tuple[SiteEdit, list[int]]]:
         """Yield the answer's tokens under every edit; unchanged answers come before those that are decoded.
 
-        `on_rows` receives the replayed logits [rows, answer, vocabulary] along the unedited answer.
+        Args:
+            edits: one at a time.
+            along: what `along` returned for a target.
+            on_rows: receives the logits [rows, target, vocabulary] along the target.
         """
         if self.passes is None:
             yield from self._decoded(edits)
@@ -179,8 +196,8 @@ class GreedyExample:
         numbers = {edit: number for number, edit in enumerate(edits)}
         verified = self.passes.edited(edits) if kept is None else kept.replay.edited(edits, on_keys=kept)
         for rows in verified:
-            if on_rows is not None:
-                on_rows(rows)
+            if along is not None and on_rows is not None:
+                on_rows(along.of(rows, kept))
             for edit, choices in zip(rows.edits, self._choices(rows.logits), strict=True):
                 place = first_difference(choices, self.tokens)
                 if place is None:

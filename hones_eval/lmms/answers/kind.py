@@ -167,15 +167,22 @@ class EditRun(NamedTuple):
     """Results that a kind computed for later examples together with an earlier one; empty at the start."""
     margins: bool = False
     """Whether the margin of gold answers in words is read too."""
+    log_probability: bool = True
+    """Whether the gold answer's log-probability is wanted where it takes work of its own."""
 
     @classmethod
     def of(
-        cls, replayer: Replayer, examples: Examples, edits: Sequence[SiteEdit], margins: bool = False
+        cls,
+        replayer: Replayer,
+        examples: Examples,
+        edits: Sequence[SiteEdit],
+        margins: bool = False,
+        log_probability: bool = True,
     ) -> "EditRun":
         """Measure `edits` on `examples` with the replayer's model."""
         numbers = {edit: number for number, edit in enumerate(edits)}
-        sharing = SharedReplayer(replayer)
-        return cls(replayer, examples, edits, numbers, Decoder(replayer), sharing, {}, margins)
+        decoder, sharing = Decoder(replayer), SharedReplayer(replayer)
+        return cls(replayer, examples, edits, numbers, decoder, sharing, {}, margins, log_probability)
 
 
 class SteeringRun(Protocol):

@@ -36,20 +36,19 @@ class Target:
         example, decoder = self.example, self.run.decoder
         inputs = decoder.append(example.inputs, example.target_ids[:-1])
         passes = self.run.replayer.record(inputs, len(example.target_ids))
-        self.start(passes)
+        self.start(passes, passes.base_logits)
         for rows in passes.edited(edits):
             self.add(rows)
 
-    def start(self, passes: Passes) -> None:
-        """Read the unedited log-probability from a pass whose first tokens read are the target's.
+    def start(self, passes: Passes, logits: Tensor) -> None:
+        """Read the unedited log-probability from logits [target, vocabulary] that belong to `passes`.
 
-        Raises: HonesError where it is not finite.
+        Raises: HonesError where the logits of the pass are not finite.
         """
         check_finite(passes, self.example.where)
-        logits = passes.base_logits[None]
-        self.base = self._read(logits)[0]
+        self.base = self._read(logits[None])[0]
         if self.margin_drops is not None:
-            self.base_margin = self._read_margins(logits)[0]
+            self.base_margin = self._read_margins(logits[None])[0]
 
     def add(self, rows: Rows) -> None:
         """Read the log-probabilities under some edits."""

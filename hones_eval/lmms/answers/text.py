@@ -41,19 +41,20 @@ class TextAnswers(AnswerKind):
     def under_edits(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
         """Decode once, check the answer under every edit, and decode only the answers that differ.
 
-        Where the answer begins with the target, the same passes also give the target's log-probability.
+        The same passes also give the target's log-probability, where the model can branch off its answer
+        (see `hones_eval.engine.branches`). Otherwise the target is replayed from the start.
         """
         decoded = run.decoder.greedy(example.inputs, example.settings)
         target = Target(run, example)
-        shared = decoded.passes if decoded.covers(example.target_ids) else None
-        if shared is not None:
-            target.start(shared)
+        along = decoded.along(example.target_ids) if run.log_probability else None
+        if along is not None:
+            target.start(along.passes, along.base_logits)
         edits = [run.edits[number] for number in numbers]
         differing: dict[int, str] = {}
-        for edit, tokens in decoded.answers(edits, None if shared is None else target.add):
+        for edit, tokens in decoded.answers(edits, along, target.add):
             if tokens != decoded.tokens:
                 differing[run.numbers[edit]] = run.examples.decode(example.index, tokens)
-        if shared is None:
+        if along is None and run.log_probability:
             target.replay(edits)
         return EditedAnswers(
             base=run.examples.decode(example.index, decoded.tokens),
