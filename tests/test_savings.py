@@ -119,9 +119,42 @@ def test_a_race_among_screened_heads(tmp_path: Path) -> None:
     assert {"race", "screen"} <= ranking.report.keys()
 
 
+def test_a_budget_finds_the_best_head_and_says_what_it_spent(
+    tmp_path: Path, drops: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tmp_path, "--budget", "0.125", "--metric_only")) == 0
+    ranking = Ranking.load(tmp_path)
+    assert ranking.head_scores is not None
+    assert ranking.head_examples is not None
+    assert ranking.report is not None
+    assert ranking.head_log_probability is None
+    assert ranking.report["base_log_probability"] is None
+    budget, seen = ranking.report["budget"], ranking.head_examples
+    exact = drops.mean(0)
+    (best,) = ranking.heads(KEEP)
+    assert exact[best] == exact.max()
+    everywhere = seen == COUNT
+    torch.testing.assert_close(ranking.head_scores[everywhere], exact[everywhere].float())
+    assert budget["head_examples"] == int(seen.sum()) <= 0.125 * 48 * COUNT
+    assert budget["head_examples_of_an_exact_search"] == 48 * COUNT
+    assert budget["heads_measured_on_all_examples"] == int(everywhere.sum()) >= 2 * KEEP
+    assert int(everywhere.sum()) < int((seen > 0).sum()) < 12
+    assert budget["gradient_examples"] == COUNT
+    assert ranking.provenance.settings["budget"] == 0.125
+    said = capsys.readouterr().out
+    assert f"budget 0.125: measured {budget['head_examples']} of 3072 head-examples" in said
+
+
 @pytest.mark.parametrize(
     ("others", "says"),
     [
+        (["--budget", "1"], "--budget must lie between 0 and 1, but is 1.0"),
+        (
+            ["--budget", "0.1", "--race", "0.1"],
+            "--budget screens and drops heads by itself: leave out --race",
+        ),
+        (["--budget", "0.1", "--heads", "5"], "--budget 0.1 pays for 4 of 48 heads on all examples"),
+        (["--budget", "0.1", "--devices", "9"], "at most 8 processes, or leave out --budget"),
         (["--race", "1.5"], "the risk of a race must lie between 0 and 1, not 1.5"),
         (["--race", "0.1", "--heads", "48"], "all 48 heads are wanted, so there is nothing to race for"),
         (

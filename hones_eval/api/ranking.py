@@ -47,6 +47,8 @@ def rank(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
+    budget: float | None = None,
+    metric_only: bool = False,
     edit: HeadEditName = "mean",
     estimate: Estimate = "first_order",
     objective: Objective = "margin",
@@ -77,6 +79,8 @@ def rank(
         race_span: the largest possible difference of the metric between two answers.
         screen: measure only the heads that this estimate finds best.
         screen_share: the share of all heads that is measured after a screen.
+        budget: the share of an exact search's head-examples to measure; chooses screen and race by itself.
+        metric_only: leave out the gold answer's log-probability where it takes passes of its own.
         edit: what replaces a head: the mean of the other heads, zeros, or its output for another example.
         estimate: for `atp`; one gradient, or integrated gradients.
         objective: for `atp`; what the gradient is taken of.
@@ -113,6 +117,8 @@ def rank(
         race_span=race_span,
         screen=screen,
         screen_share=screen_share,
+        budget=budget,
+        metric_only=metric_only,
         edit=edit,
         estimate=estimate,
         objective=objective,
@@ -175,6 +181,8 @@ def check_request(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
+    budget: float | None = None,
+    metric_only: bool = False,
     edit: HeadEditName = "mean",
     estimate: Estimate = "first_order",
     objective: Objective = "margin",
@@ -188,11 +196,12 @@ def check_request(
     Raises: HonesError for settings that do not go together.
     """
     row = registered(method)
-    savings = Savings(race, race_bound, race_span, screen, screen_share)
+    savings = Savings(race, race_bound, race_span, screen, screen_share, budget, metric_only)
     attribution = AttributionSettings(estimate, objective, absolute)
     recorded: dict[str, Any] = dict(savings.settings())
     if recorded and not row.savings:
-        raise HonesError(f"--race and --screen only apply to --method {_having('savings')}, not to {method}")
+        flags = "--budget, --metric_only, --race and --screen"
+        raise HonesError(f"{flags} only apply to --method {_having('savings')}, not to {method}")
     head_edit(edit)
     if edit != "mean":
         if not row.head_edit:

@@ -51,6 +51,8 @@ def rank(
     race_span: float = 1.0,
     screen: Screen | None = None,
     screen_share: float = 0.25,
+    budget: float | None = None,
+    metric_only: bool = False,
     edit: HeadEditName = "mean",
     estimate: Estimate = "first_order",
     objective: Objective = "margin",
@@ -93,6 +95,10 @@ def rank(
         screen: first_order estimates all heads of hones by one backward pass per example, which needs memory
             for gradients, and measures only the best ones. Heads that it leaves out have no score.
         screen_share: the share of all heads that is measured after a screen.
+        budget: for hones; the share of the exact search's work to spend, such as 0.1. Gradients screen the
+            heads, the worst of the others are dropped step by step, and the last few are measured on all
+            examples. The report says what was spent, and bounds the risk of a wrong choice.
+        metric_only: for hones; leave out the gold answer's log-probability where it takes passes of its own.
         edit: what replaces a head, for methods that replace heads. EDITS.
         estimate: for atp; one gradient (first_order), or gradients averaged along the line to the replacement
             (ig, integrated gradients), which takes 4 passes per layer for heads and as many for neurons.
@@ -120,6 +126,8 @@ def rank(
         "race_span": race_span,
         "screen": screen,
         "screen_share": screen_share,
+        "budget": budget,
+        "metric_only": metric_only,
         "edit": edit,
         "estimate": estimate,
         "objective": objective,
@@ -240,6 +248,8 @@ def _hones_lines(report: dict[str, Any]) -> list[str]:
             f"screened by first-order estimates (with gradients): {found['heads_measured']} heads measured; "
             f"the other {found['heads_not_measured']} are stored as 0 and never chosen"
         )
+    if "budget" in report:
+        lines.append(_budget_line(report["budget"]))
     if "race" in report:
         found = report["race"]
         lines.append(
@@ -248,6 +258,21 @@ def _hones_lines(report: dict[str, Any]) -> list[str]:
             f"{len(found['undecided'])} heads measured on all of them"
         )
     return lines
+
+
+def _budget_line(found: dict[str, Any]) -> str:
+    spent, whole, bound = (
+        found["head_examples"],
+        found["head_examples_of_an_exact_search"],
+        found["risk_bound"],
+    )
+    line = (
+        f"budget {found['share']:g}: measured {spent} of {whole} head-examples ({spent / whole:.1%}) after "
+        f"{found['gradient_examples']} gradient passes"
+    )
+    if bound is None or bound == 1:
+        return f"{line}; no bound shows that these are the best of the screened heads"
+    return f"{line}; the best of the screened heads are right with probability at least {1 - bound:.3g}"
 
 
 def _vseam_lines(report: dict[str, Any]) -> list[str]:

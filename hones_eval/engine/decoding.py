@@ -63,10 +63,7 @@ class Decoder:
     def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
         """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers."""
         inputs = started(self.anatomy.model, inputs)
-        plan = _plan(self.anatomy, inputs, settings)
-        output = _generate(
-            self.anatomy, **inputs, **settings, return_dict_in_generate=True, output_logits=True
-        )
+        plan, output = _decoded_by_plan(self.anatomy, inputs, settings)
         tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
         logits = torch.cat(output.logits)
         return GreedyExample(self, inputs, settings, plan, tokens, logits)
@@ -319,35 +316,61 @@ def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-def _plan(anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> _Plan:
-    """Let `generate` prepare its rules and stop before its decoding loop, and return what it prepared."""
+def _decoded_by_plan(
+    anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[_Plan, Any]:
+    """Decode greedily by `generate`, and return the rules that it prepared and its output with logits.
+
+    The rules are only known inside of `generate`. It hands them to a decoding loop of the caller's, which
+    keeps them and calls the loop that `generate` would have called itself. A call of its own for the rules
+    would run the vision tower once more.
+    """
     seen: list[_Plan] = []
 
-    def stop(
-        model: object,
+    def decode(
+        model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        **_: Any,
-    ) -> Tensor:
+        **rest: Any,
+    ) -> Any:
         seen.append(_Plan(input_ids, logits_processor, stopping_criteria, generation_config))
-        return input_ids
+        _check_greedy(generation_config)
+        return type(model)._sample(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **rest,
+        )
 
     try:
-        _generate(anatomy, **inputs, **_without_tokenizer(settings), custom_generate=stop)
+        output = _generate(
+            anatomy,
+            **inputs,
+            **_without_tokenizer(settings),
+            return_dict_in_generate=True,
+            output_logits=True,
+            custom_generate=decode,
+        )
     except (TypeError, ValueError) as error:
+        if seen:  # the settings were accepted: the error is the model's own
+            raise
         raise HonesError(
             f"generate rejects this task's settings: {' '.join(str(error).split())}; "
             "change them with --gen_kwargs"
         ) from error
-    plan = seen[0]
-    if plan.config.do_sample or (plan.config.num_beams or 1) > 1:
+    return seen[0], output
+
+
+def _check_greedy(config: GenerationConfig) -> None:
+    if config.do_sample or (config.num_beams or 1) > 1:
         raise HonesError(
             "heads are ranked by greedy decoding, but this task samples or uses beam search: "
             "pass --gen_kwargs do_sample=False,temperature=0,num_beams=1"
         )
-    return plan
 
 
 def _without_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _tokens_at_once(anatomy: Anatomy) -> int:
     """The tokens per layer call: few on a CPU, to stay in its caches; on a GPU what fits into memory."""
     weight, device = anatomy.unembed.weight, anatomy.device
     if device.type != "cuda":
-        return 1024
+        return 2048
     free, _ = torch.cuda.mem_get_info(device)
     shape = anatomy.shape
     neurons = max([getattr(site.module, "width_per_token", site.width) for site in anatomy.neurons_in])

@@ -30,7 +30,9 @@ def rank(job: Discovery) -> Ranking:
     shape, seed = job.provenance.shape, job.provenance.seed
     job.savings.check(int(shape.head_mask().sum()), job.heads, job.loop.world_size)
     replacement = job.replacement
-    localization = HeadLocalization(job.replayer, job.examples, replacement)
+    localization = HeadLocalization(
+        job.replayer, job.examples, replacement, log_probability=not job.savings.metric_only
+    )
     located = localize(localization, job.loop, job.heads, job.savings, seed)
     scores = located.scores
     chosen = located.top(job.heads)
@@ -151,7 +153,9 @@ def _heads_report(
         "metric": job.examples.metric,
         "higher_is_better": job.examples.higher_is_better,
         "base_metric": localization.base_metric(totals),
-        "base_log_probability": float(totals.sums["log_probability"] / totals.sums["examples"]),
+        "base_log_probability": float(totals.sums["log_probability"] / totals.sums["examples"])
+        if localization.run.log_probability
+        else None,
         "share_of_answers_that_differ": float(
             totals.sums["differing_answers"] / totals.sums["measured"].sum()
         ),

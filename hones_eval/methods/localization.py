@@ -15,12 +15,19 @@ class HeadLocalization(Ablation):
     """One pass over the examples with every head replaced in turn (HONES 1)."""
 
     def __init__(
-        self, replayer: Replayer, examples: TaskExamples, replacement: HeadReplacement | None = None
+        self,
+        replayer: Replayer,
+        examples: TaskExamples,
+        replacement: HeadReplacement | None = None,
+        log_probability: bool = True,
     ) -> None:
-        """Score all heads of the replayer's model on `examples`; by default with mean replacement."""
+        """Score all heads of the replayer's model on `examples`; by default with mean replacement.
+
+        `log_probability` as in `Ablation`.
+        """
         self.heads = all_heads(replayer.anatomy.shape)
         self.replacement = replacement or HeadReplacement.by_mean(replayer.anatomy)
-        super().__init__(replayer, examples, self.replacement.of(self.heads))
+        super().__init__(replayer, examples, self.replacement.of(self.heads), log_probability=log_probability)
 
     def measure(self, example: Example) -> Measurement:
         """Answer one example with every head in play replaced, and score the answers that differ."""
@@ -37,11 +44,16 @@ class HeadLocalization(Ablation):
 
     def cost(self) -> str:
         """The passes per example, and the flags that take fewer."""
-        return f"{len(self.in_play)} head passes per example; --race 0.05 or --screen first_order take fewer"
+        return f"{len(self.in_play)} head passes per example; --budget 0.1 or --race 0.05 take fewer"
 
     def so_far(self, sums: dict[str, Tensor]) -> str:
-        """The heads whose replacement lowers the gold answer's log-probability most."""
-        scores = self.log_probability_scores(Totals(sums, {}))
+        """The heads whose replacement lowers the gold answer's log-probability most, or the metric."""
+        if self.run.log_probability:
+            scores = self.log_probability_scores(Totals(sums, {}))
+        elif self.examples.is_mean:
+            scores = self.scores(Totals(sums, {}))
+        else:
+            return "the metric is computed at the end"
         best = top_heads(scores, min(5, len(self.heads)), self.replayer.anatomy.shape.head_mask())
         return f"best heads so far {', '.join(f'{head.layer}.{head.head}' for head in best)}"
 

@@ -1,6 +1,7 @@
 """A raced ablation: an edit is measured only until it is settled whether it is among the best.
 
-`hones_eval.runs.racing` holds the statistics. This module feeds them with drops of the task's metric.
+`hones_eval.runs.racing` and `hones_eval.runs.elimination` hold the statistics. This module feeds them with
+drops of the task's metric. An example is decoded unedited once for all edits in play.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
 from hones_eval.runs.ablation import Ablation
+from hones_eval.runs.elimination import Elimination
 from hones_eval.runs.measure import Measurement
 from hones_eval.runs.racing import Race
 
@@ -22,8 +24,10 @@ LOOK = 8
 class RacedAblation:
     """Measures each example under the edits that are still in play, by drops of the task's metric."""
 
-    def __init__(self, ablation: Ablation, race: Race, seed: int) -> None:
+    def __init__(self, ablation: Ablation, race: Race | Elimination, seed: int) -> None:
         """Race the edits that `ablation` has in play, on its examples in an order drawn from `seed`.
+
+        `race` decides which edits leave: a race where a bound shows it, an elimination at fixed points.
 
         Raises: HonesError when the metric is not a mean over examples: the bounds only hold for means.
         """
@@ -81,7 +85,8 @@ class RacedAblation:
         return inside
 
     def report(self, delta: float) -> dict[str, Any]:
-        """The outcome of the race as plain JSON; edits are named by their sites."""
+        """The outcome of a race as plain JSON; edits are named by their sites."""
+        assert isinstance(self.race, Race)
         seen, examples = self.race.seen, self.race.examples
         undecided = self._items[self.race.undecided].tolist()
         return {
@@ -94,11 +99,25 @@ class RacedAblation:
             "work_saved": 1 - float(seen.sum()) / (examples * len(self._items)),
         }
 
+    def elimination_report(self) -> dict[str, Any]:
+        """The outcome of an elimination as plain JSON."""
+        assert isinstance(self.race, Elimination)
+        return {
+            "head_examples": int(self.race.seen.sum()),
+            "heads_measured_on_all_examples": len(self.race.undecided),
+            "heads_eliminated": int((self.race.seen < self.race.examples).sum()),
+            "cuts": [list(cut) for cut in self.race.cuts],
+            "risk_bound": self.race.risk(),
+            "order_seed": self.seed,
+        }
+
     def _in_play(self) -> Tensor:
         return self._items[self.race.in_play]
 
     def _refuse_outliers(self, example: Example, sums: dict[str, Tensor]) -> None:
         """Raise HonesError for drops outside the span, for which the bounds do not hold."""
+        if isinstance(self.race, Elimination):  # it needs no span, and then states no bound
+            return
         drops = sums["metric_drop"][self._in_play()]
         lowest, highest = torch.cat([drops, drops.new_zeros(1)]).aminmax()
         widest = float(highest - lowest)

@@ -24,13 +24,22 @@ class Ablation:
     """
 
     def __init__(
-        self, replayer: Replayer, examples: TaskExamples, edits: Sequence[SiteEdit], margins: bool = False
+        self,
+        replayer: Replayer,
+        examples: TaskExamples,
+        edits: Sequence[SiteEdit],
+        margins: bool = False,
+        log_probability: bool = True,
     ) -> None:
-        """Measure `edits` on `examples` with the replayer's model; `margins` adds those of gold answers."""
+        """Measure `edits` on `examples` with the replayer's model.
+
+        `margins` adds those of gold answers. Without `log_probability` that of gold answers is left out where
+        it takes passes of its own.
+        """
         self.replayer = replayer
         self.examples = examples
         self.edits = list(edits)
-        self.run = EditRun.of(replayer, examples, self.edits, margins)
+        self.run = EditRun.of(replayer, examples, self.edits, margins, log_probability)
         self.decoder = self.run.decoder
         self.in_play: Sequence[int] = range(len(self.edits))
         """Numbers of the edits that `measure` runs; racing and screening run fewer than all."""

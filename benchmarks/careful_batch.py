@@ -1,0 +1,281 @@
+"""Localization and attribution beside what a careful engineer writes in an afternoon, not only a naive loop.
+
+Four ways do the same work on the same examples, in turn, in one process, timed by the CPU time of its thread:
+
+    naive     one head, one example, one full forward or one full `generate`
+    batch     all heads as the rows of one batch: one forward, or one `generate`, per example
+    restart   the layer inputs of the unedited pass are kept; per layer, its heads are rows that restart there
+    ours      what `hones-eval rank` runs, its proofs left out (they are made once per run)
+
+The floor is the ratio of multiply-adds, counted in the batch and in ours. Targets are the tasks' gold answers
+on the embedded model, and random tokens elsewhere: not what the model would say. Usage:
+
+    python benchmarks/careful_batch.py [--what heads log_probability neurons] [--models embedded mid]
+                                       [--examples 8] [--dtype float32] [--no_naive]
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from plain_loop import (
+    Clock,
+    TokenTask,
+    answer,
+    examples_for,
+    log_probability,
+    multiply_adds,
+    plain_head,
+    small_llava,
+)
+from torch import Tensor
+
+from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.sites import Head, all_heads
+from hones_eval.engine.decoding import cut_at_end, repeat_example
+from hones_eval.engine.prompts import appended
+from hones_eval.engine.replay import Replayer
+from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.methods.hones import NeuronAttribution
+from hones_eval.methods.localization import HeadLocalization
+from hones_eval.toy import checkpoint_path
+
+TASKS = ("vqa_relation", "ocr", "caption")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Way = Callable[[Any], Any]
+
+
+def in_rows(model: Any, heads: Sequence[Head], count: int) -> ExitStack:
+    """Replace head `heads[i]` in row `i` by the mean of the others; one hook per layer, written out here."""
+    stack = ExitStack()
+    for layer, module in enumerate(model.get_decoder().layers):
+        rows = torch.tensor([i for i, head in enumerate(heads) if head.layer == layer])
+        chosen = torch.tensor([head.head for head in heads if head.layer == layer])
+        if len(rows) == 0:
+            continue
+
+        def replace(_: Any, args: tuple[Tensor], rows: Tensor = rows, chosen: Tensor = chosen) -> Any:
+            x = args[0].unflatten(-1, (count, -1)).clone()
+            some = x[rows]
+            own = some[torch.arange(len(rows)), :, chosen]
+            x[rows, :, chosen] = (some.sum(2) - own) / (count - 1)
+            return (x.flatten(2),)
+
+        stack.callback(module.self_attn.o_proj.register_forward_pre_hook(replace).remove)
+    return stack
+
+
+def batch_answers(model: Any, example: Any, heads: Sequence[Head], count: int) -> list[list[int]]:
+    """Every head's answer, by one `generate` of as many rows."""
+    with in_rows(model, heads, count):
+        output = model.generate(**repeat_example(example.inputs, len(heads)), **example.settings)
+    ends = model.generation_config.eos_token_id
+    new = output[:, example.inputs["input_ids"].shape[1] :].tolist()
+    return [cut_at_end(row, [ends] if isinstance(ends, int) else list(ends or [])) for row in new]
+
+
+def target_values(logits: Tensor, target: Sequence[int]) -> Tensor:
+    """The target's log-probability [rows], from logits [rows, target, vocabulary]."""
+    ids = torch.tensor([list(target)]).expand(len(logits), -1)[..., None]
+    return logits.float().log_softmax(-1).gather(2, ids).sum((1, 2))
+
+
+def batch_values(model: Any, example: Any, heads: Sequence[Head], count: int) -> Tensor:
+    """Every head's log-probability of the target, by one forward of as many rows."""
+    inputs = appended(example.inputs, example.target_ids[:-1])
+    with in_rows(model, heads, count):
+        rows = repeat_example(inputs, len(heads))
+        logits = model(**rows, use_cache=False, logits_to_keep=len(example.target_ids)).logits
+    return target_values(logits, example.target_ids)
+
+
+def restart_values(model: Any, example: Any, heads: Sequence[Head], count: int) -> Tensor:
+    """The same from the recorded input of each head's layer; the layers below it are not run."""
+    decoder, length = model.get_decoder(), len(example.target_ids)
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    with ExitStack() as stack:
+        for layer in decoder.layers:
+            keep = layer.register_forward_pre_hook(
+                lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True
+            )
+            stack.callback(keep.remove)
+        model(**appended(example.inputs, example.target_ids[:-1]), use_cache=False)
+    values = torch.zeros(len(heads))
+    for start in range(len(calls)):
+        numbers = [i for i, head in enumerate(heads) if head.layer == start]
+        here = [heads[i] for i in numbers]
+        if not here:
+            continue
+        x = calls[start][0].expand(len(here), -1, -1)
+        with in_rows(model, here, count):
+            for layer, (_, kwargs) in zip(decoder.layers[start:], calls[start:], strict=True):
+                x = layer(x, **kwargs)
+                x = x[0] if isinstance(x, tuple) else x
+        logits = model.lm_head(decoder.norm(x[:, -length:]))
+        values[numbers] = target_values(logits, example.target_ids)
+    return values
+
+
+def batch_neurons(model: Any, example: Any, heads: Sequence[Head], count: int) -> Tensor:
+    """Write-in contributions [1 + heads, L, I] at the last token, unedited in row 0, by one forward."""
+    kept: list[Tensor] = []
+    layers = model.get_decoder().layers
+    unedited = Head(-1, 0)  # in no layer
+    with in_rows(model, [unedited, *heads], count) as stack:
+        for layer in layers:
+            keep = layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0][:, -1]))
+            stack.callback(keep.remove)
+        model(**repeat_example(example.inputs, 1 + len(heads)), use_cache=False, logits_to_keep=1)
+    direction = model.lm_head.weight[example.target_ids].sum(0)
+    gains = [layer.mlp.down_proj.weight.T @ (direction / direction.norm()) for layer in layers]
+    return torch.stack([z * gain for z, gain in zip(kept, gains, strict=True)], dim=1)
+
+
+def compare(name: str, task: Any, ways: dict[str, Way], check: Callable[[dict[str, Any]], str]) -> None:
+    """Print a row: CPU seconds per example, and how many times longer than ours each way takes."""
+    for way in ways.values():
+        way(0)  # the proofs, and a warm-up
+    clock, found = Clock(), {}
+    for index in range(1, len(task)):
+        for way, run in ways.items():
+            with clock(way):
+                found[way] = run(index)
+    counted = {way: multiply_adds(partial(ways[way], 1)) for way in ("batch", "ours")}
+    own = clock.seconds["ours"]
+    cells = [
+        f"{clock.seconds[way] / own:.2f}" if way in ways else "" for way in ("naive", "batch", "restart")
+    ]
+    print(
+        f"| {name} | {len(task) - 1} | {1e3 * own / (len(task) - 1):.0f} | {' | '.join(cells)} | "
+        f"{counted['batch'] / counted['ours']:.2f} | {check(found)} |",
+        flush=True,
+    )
+
+
+def by_generation(name: str, model: Any, task: Any, naive: bool) -> None:
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
+    heads, count = localization.heads, localization.replayer.anatomy.shape.heads
+    differing: list[float] = []
+
+    def ours(index: int) -> Any:
+        measured = localization.measure(task[index])
+        differing.append(float(measured.sums["differing_answers"]) / len(heads))
+        if task.is_mean:
+            return measured.sums["metric_drop"].tolist()
+        changed = task.kind.changed(measured.record)
+        return [changed.get(number, measured.record["base"]) for number in range(len(heads))]
+
+    def scored(index: int, answers: Sequence[list[int]]) -> list[Any]:
+        texts = [task.decode(index, tokens) for tokens in answers]
+        if not task.is_mean:
+            return texts
+        values = [task.score(index, text)[task.metric] for text in texts]
+        base = task.score(index, task.decode(index, answer(model, task[index])))[task.metric]
+        return [base - value for value in values]
+
+    def batch(index: int) -> Any:
+        return scored(index, batch_answers(model, task[index], heads, count))
+
+    def one_by_one(index: int) -> Any:
+        run = [plain_head(model, head, count, lambda: answer(model, task[index])) for head in heads]
+        return scored(index, run)
+
+    def check(found: dict[str, Any]) -> str:
+        pairs = list(zip(found["batch"], found["ours"], strict=True))
+        equal = sum(a == b if isinstance(a, str) else abs(a - b) < 1e-6 for a, b in pairs)
+        return f"{sum(differing) / len(differing):.0%} differ; {equal} of {len(pairs)} equal"
+
+    ways = {"ours": ours, "batch": batch} | ({"naive": one_by_one} if naive else {})
+    compare(name, task, ways, check)
+
+
+def by_log_probability(name: str, model: Any, task: Any, naive: bool) -> None:
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
+    heads, count = localization.heads, localization.replayer.anatomy.shape.heads
+
+    def ours(index: int) -> Tensor:
+        drops, base = localization.log_probability_drop(task[index])
+        return base - drops
+
+    def one_by_one(index: int) -> Tensor:
+        example = task[index]
+        run = [plain_head(model, head, count, lambda: log_probability(model, example)) for head in heads]
+        return torch.tensor(run)
+
+    ways: dict[str, Way] = {
+        "ours": ours,
+        "batch": lambda index: batch_values(model, task[index], heads, count),
+        "restart": lambda index: restart_values(model, task[index], heads, count),
+    } | ({"naive": one_by_one} if naive else {})
+
+    def check(found: dict[str, Any]) -> str:
+        worst = max(float((found[way] - found["ours"]).abs().max()) for way in found)
+        return f"{worst:.1e}"
+
+    compare(name, task, ways, check)
+
+
+def neurons(name: str, model: Any, task: Any, naive: bool) -> None:
+    anatomy = Anatomy.of(model)
+    every = all_heads(anatomy.shape)
+    heads = [every[i] for i in torch.linspace(0, len(every) - 1, 8).round().int().tolist()]
+    attribution = NeuronAttribution(Replayer(anatomy), heads)
+
+    def ours(index: int) -> Tensor:
+        return attribution.measure(task[index]).sums["drop"]
+
+    def batch(index: int) -> Tensor:
+        found = batch_neurons(model, task[index], heads, anatomy.shape.heads)
+        return found[0] - found[1:]
+
+    def one_by_one(index: int) -> Tensor:
+        base = batch_neurons(model, task[index], [], anatomy.shape.heads)[0]
+        rows = [batch_neurons(model, task[index], [head], anatomy.shape.heads)[1] for head in heads]
+        return base - torch.stack(rows)
+
+    def check(found: dict[str, Any]) -> str:
+        # Below a head's layer nothing changes; a batch of another size rounds differently there.
+        return f"{float((found['batch'] - found['ours']).abs().max()):.1e}"
+
+    compare(name, task, {"ours": ours, "batch": batch} | ({"naive": one_by_one} if naive else {}), check)
+
+
+WHAT = {"heads": by_generation, "log_probability": by_log_probability, "neurons": neurons}
+
+
+@torch.no_grad()
+def main(given: argparse.Namespace) -> None:
+    dtype = DTYPES[given.dtype]
+    print(f"{given.dtype}; CPU milliseconds per example of ours, and how many times longer the others take")
+    print("| work | examples | ours, ms | naive | batch | restart | floor, batch | agreement |")
+    print("|---|---:|---:|---:|---:|---:|---:|---|")
+    for what in given.what:
+        if "embedded" in given.models:
+            lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
+            model = inner_model(lmm).to(dtype)
+            for task in given.tasks:
+                examples = TaskExamples(
+                    lmm, f"scenes_{task}_discovery", model_name="llava_hf", limit=given.examples + 1
+                )
+                WHAT[what](f"{what}, embedded, {task}", model, examples, not given.no_naive)
+        if "mid" in given.models:
+            mid = small_llava(8, 8, 256, 168, spread=0.05).to(dtype)
+            made = examples_for(mid, given.examples + 1, new_tokens=16, target_tokens=3)
+            for example in made:
+                example.inputs["pixel_values"] = example.inputs["pixel_values"].to(dtype)
+            WHAT[what](f"{what}, mid size", mid, TokenTask(made), not given.no_naive)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=list(WHAT))
+    parser.add_argument("--models", nargs="+", default=["embedded", "mid"], choices=["embedded", "mid"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the embedded model")
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--no_naive", action="store_true", help="leave the naive loop out, which is slow")
+    torch.set_num_threads(1)
+    main(parser.parse_args())
