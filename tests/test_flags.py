@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hones_eval.__main__ import main
-from hones_eval.commands import ARTIFACTS, COMMANDS, command
+from hones_eval.commands import ARTIFACTS, BY_PLACE, COMMANDS, command
 from hones_eval.commands.help_texts import choices, command_help, sections
 
 
@@ -167,6 +167,7 @@ REQUIRED = {
     "export": ["--steering", "none", "--to", "ia3"],
     "rank": ["--method", "hones", "--model", "none", "--tasks", "t"],
     "condition": ["--model", "none", "--tasks", "t", "--against", "u"],
+    "pull": ["me/none"],
     "edit-sites": ["--model_args", "pretrained=none"],
 }
 
@@ -180,6 +181,7 @@ def test_no_command_overwrites_the_result_of_another_run(
     file = tmp_path / artifact
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    given = [name, *REQUIRED[name], "--out", str(tmp_path)]
+    out = [str(tmp_path)] if "out" in BY_PLACE.get(name, ()) else ["--out", str(tmp_path)]
+    given = [name, *REQUIRED[name], *out]
     assert f"already holds {artifact} of another run: give --overwrite" in complaint(given, capsys, status=1)
     assert file.read_text() == "{}"

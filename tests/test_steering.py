@@ -175,25 +175,6 @@ def test_a_path_that_is_neither_folder_nor_hub_id_is_one_line(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
 
 
-def test_pushing_uploads_the_two_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The uploaded folder is a valid steering."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    class Client:
-        def create_repo(self, repo_id: str, **kwargs: Any) -> None:
-            calls.append((repo_id, kwargs))
-
-        def upload_folder(self, repo_id: str, folder_path: str) -> None:
-            calls.append((repo_id, {"digest": Steering.load(folder_path).digest}))
-
-    monkeypatch.setattr(steering_module, "HfApi", Client)
-    make().push("me/steering")
-    assert calls == [
-        ("me/steering", {"private": True, "exist_ok": True}),
-        ("me/steering", {"digest": make().digest}),
-    ]
-
-
 @pytest.mark.parametrize("strength", [1e38, -1e38, 3e4])
 def test_a_strength_that_would_overflow_the_activations_is_refused(strength: float) -> None:
     with pytest.raises(HonesError, match=r"strength=.* makes a scale of .*use a smaller strength"):

@@ -27,7 +27,10 @@ COMMANDS = (
     "anatomy",
     "edit-sites",
     "condition",
+    "push",
+    "pull",
 )
+
 
 # Commands that are written as two words.
 TWO_WORDS = {"task-new": "task new"}
@@ -47,10 +50,14 @@ ARTIFACTS = {
     "spike-in": ("spike_in.json",),
     "power": ("power.json",),
     "condition": ("condition.json",),
+    "pull": ("steering.json",),
     "edit-sites": ("steering.json",),
     "export": ("config.json", "adapter_config.json"),
 }
 
+
+# Arguments that are given by their place, without a flag.
+BY_PLACE = {"push": ("folder", "repository"), "pull": ("repository", "out")}
 
 # Commands whose result gets a page, index.html in --out. A board is a page itself.
 PAGED = ("rank", "scale", "verify", "compare", "trace", "lens", "study", "spike-in", "edit")

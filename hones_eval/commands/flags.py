@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hones_eval.commands import ARTIFACTS, COMMANDS, TWO_WORDS, command
+from hones_eval.commands import ARTIFACTS, BY_PLACE, COMMANDS, TWO_WORDS, command
 from hones_eval.commands.help_texts import choices, placeholder, sections
 from hones_eval.errors import UsageError
 
@@ -73,7 +73,10 @@ def parser_of(name: str) -> Any:
     bare = set()
     qualified = function.__qualname__
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.annotation == list[Path] and parameter.default is parameter.empty:
+        if parameter.name in BY_PLACE.get(name, ()):
+            bare.add(parameter.name)
+            parser.add_argument(parameter.name, type=parameter.annotation)
+        elif parameter.annotation == list[Path] and parameter.default is parameter.empty:
             bare.add(parameter.name)
             parser.add_argument(parameter.name, nargs="+", type=Path)
         elif parameter.default is False:
@@ -152,7 +155,7 @@ def _missing(name: str, flags: Sequence[str]) -> str:
     shown = []
     for flag in flags:
         kind = inspect.signature(function).parameters[flag].annotation
-        own = flag.upper() if kind == list[Path] else f"--{flag}"
+        own = flag.upper() if kind == list[Path] or flag in BY_PLACE.get(name, ()) else f"--{flag}"
         text = described.get(flag, "").split(";")[0].split(". ")[0].rstrip(".")
         names = choices(kind)
         shown.append(f"{own} ({f'one of {chr(44).join(names)}'.replace(',', ', ') if names else text})")

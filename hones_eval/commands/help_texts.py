@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from hones_eval.commands import ARTIFACTS, COMMANDS, command
+from hones_eval.commands import ARTIFACTS, BY_PLACE, COMMANDS, command
 
 # Flags that most commands share, by the heading under which they are shown.
 GROUPS = {
@@ -62,7 +62,10 @@ def command_help(name: str) -> str:
     parameters = dict(inspect.signature(function).parameters)
     about, described, examples = sections(function)
     required = [key for key, one in parameters.items() if one.default is one.empty]
-    usage = " ".join(_usage(key, parameters[key].annotation) for key in required)
+    by_place = BY_PLACE.get(name, ())
+    usage = " ".join(
+        key.upper() if key in by_place else _usage(key, parameters[key].annotation) for key in required
+    )
     groups: dict[str, list[str]] = {"Required": required}
     for heading, names in {OWN: _own(parameters), **GROUPS}.items():
         groups[heading] = [key for key in names if key in parameters and key not in required]
@@ -72,7 +75,11 @@ def command_help(name: str) -> str:
     for heading, names in groups.items():
         if names:
             lines += ["", f"{heading}:"]
-            lines += [text for key in names for text in _flag(parameters[key], described.get(key, ""))]
+            for key in names:
+                if key in by_place:
+                    lines += _entry(key.upper(), described.get(key, ""))
+                else:
+                    lines += _flag(parameters[key], described.get(key, ""))
     lines += ["", "Every command:"]
     if name in ARTIFACTS:
         lines += _entry("--overwrite", OVERWRITE)

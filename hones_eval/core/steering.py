@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
 from hones_eval.core.combining import Part, parts_of
+from hones_eval.core.hub import download, upload
+from hones_eval.core.model_card import model_card
 from hones_eval.core.notebook import safe
-from hones_eval.errors import HonesError, MisfitError, first_line
+from hones_eval.errors import HonesError, MisfitError
 from hones_eval.limits import LARGEST_SCALE
 
 if TYPE_CHECKING:
@@ -326,14 +326,19 @@ class Steering:
         Args:
             path: the folder, or a hub id such as `org/name`; several joined by `+` are combined, each with a
                 strength after a colon, as in `runs/a:0.5+runs/b`.
-            revision: a branch, tag or commit of the hub repository.
+            revision: a branch, tag or commit of the hub repository; also `org/name@revision`. The commit that
+                was loaded is recorded in the provenance, `settings["hub"]`.
         """
         folder = Path(path)
         if not folder.exists() and parts_of(str(path)) != [Part(str(path), 1.0)]:
             return cls._load_parts(parts_of(str(path)), revision)
+        hub = None
         if not folder.exists():
-            folder = _download(str(path), revision)
+            found = download(str(path), revision)
+            folder, hub = found.folder, {"repository": found.repo_id, "commit": found.commit}
         _, provenance, tensors = load_artifact(folder, "steering")
+        if hub is not None:
+            provenance = replace(provenance, settings=provenance.settings | {"hub": hub})
         if not SCALES <= set(tensors) <= SCALES | SHIFTS:
             raise HonesError(
                 f"{path}: a steering holds head_scales and neuron_scales, not {sorted(tensors)}; shifts are "
@@ -349,15 +354,32 @@ class Steering:
             return loaded[0][0].at_strength(loaded[0][1])
         return _combined(loaded, [part.path for part in parts])
 
-    def push(self, repo_id: str, *, private: bool = True) -> None:
-        """Upload the two files to a Hugging Face hub model repository; create it when it does not exist."""
+    def push(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        rows: Sequence[Mapping[str, str]] = (),
+        licence: str | None = None,
+    ) -> str:
+        """Upload the two files and a model card to a hub repository; create it when it does not exist.
+
+        Args:
+            repo_id: `org/name`.
+            private: whether a repository that is created is private.
+            rows: rows of a board's `leaderboard.csv` with this steering, for the card.
+            licence: as the hub names licences.
+
+        Returns: the commit.
+        """
         import tempfile
 
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        card = model_card(self.provenance, self.counts, self.digest, repo_id, rows, licence)
+        files["README.md"] = card.encode()
+        return upload(repo_id, files, private=private)
 
 
 SCALES, SHIFTS = {"head_scales", "neuron_scales"}, {"head_shifts", "neuron_shifts"}
@@ -459,14 +481,3 @@ def _summary(scales: Tensor, kind: str) -> str:
         return text
     low, high = float(changed.min()), float(changed.max())
     return f"{text} x{low:g}" if low == high else f"{text} x{low:g} to x{high:g}"
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    try:
-        files = ["steering.json", "steering.safetensors"]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise HonesError(
-            f"no steering at {repo_id!r}: there is no such folder, and the hub has none ({reason})"
-        ) from None

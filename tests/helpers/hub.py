@@ -3,6 +3,7 @@
 With it, lmms-eval's built-in tasks run as they are, through the real command, on a machine without a network.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Repositories = Mapping[str, Mapping[str, bytes]]
@@ -71,14 +73,50 @@ class _HubHandler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         path = unquote(urlsplit(self.path).path)
+        chunked = self.headers.get("Transfer-Encoding", "") == "chunked"
+        size = int(self.headers.get("Content-Length", 0))
+        body = (b"".join(self._chunks()) if chunked else self.rfile.read(size)).decode()
+        if path in ("/api/repos/create", "/api/validate-yaml") or path.startswith("/api/models/"):
+            return self._write(path, body)
         name, _, rest = self._split(path.removeprefix("/api/datasets/"))
         if name not in self.repos or not rest.startswith("paths-info/"):
             return self._missing("RepoNotFound")
         is_json = self.headers.get("Content-Type", "").startswith("application/json")
         asked = json.loads(body)["paths"] if is_json else parse_qs(body)["paths"]
         return self._json([self._entry(name, item) for item in asked if item in self.repos[name]])
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _write(self, path: str, body: str) -> None:
+        """What a client asks to write a model: create it, upload files with a commit."""
+        repos: Any = self.repos
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if not self.headers.get("Authorization"):
+            return self._missing("GatedRepo", status=401)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            if name in repos:
+                return self._reply(409, b"{}", {})
+            repos[name] = {}
+            CREATED[name] = asked
+            return self._json({"url": f"/{name}"})
+        name, _, rest = self._split(path.removeprefix("/api/models/"))
+        if rest.startswith("preupload/"):
+            files = json.loads(body)["files"]
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            return self._json({"files": modes})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        commit = commit_of(repos[name])
+        return self._json({"commitUrl": f"/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
     def _api(self, rest: str) -> None:
         name, _, rest = self._split(rest)
@@ -182,3 +220,5 @@ class _HubHandler(BaseHTTPRequestHandler):
 
 
 LOG: list[str] | None = None
+CREATED: dict[str, Any] = {}
+"""By repository that a client created, what it asked for."""
