@@ -19,7 +19,9 @@ Bound = Literal["betting", "bernstein"]
 Screen = Literal["first_order"]
 """The estimate by which heads are screened before they are measured."""
 
-HowNeurons = Literal["grid", "search", "learned", "learned_no_kl", "random", "tuned"]
+HowNeurons = Literal[
+    "grid", "search", "learned", "learned_no_kl", "random", "tuned", "halving", "signed_neurons"
+]
 """Ways to choose the scales of neurons on development examples."""
 HowHeads = Literal["signed", "topk"]
 """Ways to scale heads by their scores."""
@@ -31,12 +33,25 @@ How = Literal[
     "learned_no_kl",
     "random",
     "tuned",
+    "halving",
     "signed",
     "topk",
+    "signed_neurons",
     "mean_difference",
 ]
 """Every way to scale."""
-Way = Literal["fixed", "grid", "search", "learned", "learned_no_kl", "tuned", "signed", "topk"]
+Way = Literal[
+    "fixed",
+    "grid",
+    "search",
+    "learned",
+    "learned_no_kl",
+    "tuned",
+    "halving",
+    "signed",
+    "topk",
+    "signed_neurons",
+]
 """Ways to scale that a spike-in can repair with."""
 TunedSites = Literal["all", "heads", "neurons"]
 """The sites that `tuned` may scale."""

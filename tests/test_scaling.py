@@ -16,14 +16,17 @@ import hones_eval as he
 from hones_eval.__main__ import main
 from hones_eval.api import scaling as scaling_api
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError, MisfitError
+from hones_eval.jobs import halving
 from hones_eval.jobs.learn import _Fit
 from hones_eval.jobs.mean_difference import mean_difference
 from hones_eval.jobs.scale import Development, choose, grid, layer_groups, search
+from hones_eval.jobs.tune import folds_by_image
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods import scaling
 from hones_eval.runs import checkpoint
@@ -46,8 +49,12 @@ def vseam(own: own_answers.Prepared) -> Ranking:
 
 
 @pytest.fixture(scope="module")
-def development(own: own_answers.Prepared, hones: Ranking) -> Development:
-    lmm = load_lmm(own_answers.MODEL, own.model_args)
+def lmm(own: own_answers.Prepared) -> Any:
+    return load_lmm(own_answers.MODEL, own.model_args)
+
+
+@pytest.fixture(scope="module")
+def development(own: own_answers.Prepared, hones: Ranking, lmm: Any) -> Development:
     examples = TaskExamples(
         lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, offset=4, limit=5
     )
@@ -288,6 +295,142 @@ def test_strengths_of_heads_are_chosen_by_the_command(
     assert main(alone) == 1
     assert "give --model, --model_args and --tasks" in own_answers.complaint(capsys.readouterr().err)
     assert not (tmp_path / "not").exists()
+
+
+def test_signed_neurons_follow_the_direction_by_hand(hones: Ranking) -> None:
+    """Of three selected neurons the strongest moves by the strength, the others in proportion."""
+    scores = torch.zeros_like(hones.neuron_scores)
+    direction = torch.zeros_like(scores)
+    scores[0, 3], scores[1, 0], scores[1, 2] = 9.0, 8.0, 7.0
+    direction[0, 3], direction[1, 0], direction[1, 2], direction[0, 1] = 0.2, -0.4, 0.1, 5.0
+    source = dataclasses.replace(hones.provenance, settings={"neurons": 3 / scores.numel()})
+    ranking = dataclasses.replace(hones, provenance=source, neuron_scores=scores, neuron_direction=direction)
+    expected = torch.ones_like(scores)
+    expected[0, 3], expected[1, 0], expected[1, 2] = 1 + 0.8 * 0.5, 1 - 0.8, 1 + 0.8 * 0.25
+    steering = he.scale(ranking, how="signed_neurons", strength=0.8)
+    torch.testing.assert_close(steering.neuron_scales, expected)
+    assert bool((steering.head_scales == 1).all())
+    # A confirmed ranking has exact effects, which replace the estimate where they were measured.
+    exact, measured = torch.zeros_like(scores), torch.zeros_like(scores)
+    for place, effect in (((0, 3), -0.1), ((1, 0), -0.2), ((1, 2), -0.3)):
+        exact[place], measured[place] = effect, 4
+    confirmed = dataclasses.replace(
+        ranking, neuron_scores=exact, neuron_estimate=scores, neuron_examples=measured
+    )
+    found = scaling.signed_neurons(confirmed, 0.6).neuron_scales
+    assert [float(found[place]) for place in ((0, 3), (1, 0), (1, 2))] == pytest.approx([0.8, 0.6, 0.4])
+    with pytest.raises(HonesError, match="rank with --method atp"):
+        scaling.signed_neurons(hones)
+
+
+def test_strengths_of_signed_neurons_are_chosen_by_the_command(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--limit", 4, "--heads", 4, "--neurons", 0.2, "--out", tmp_path / "atp"]
+    assert main(own.command("rank", "--method", "atp", *flags)) == 0
+    flags = ["--ranking", tmp_path / "atp", "--how", "signed_neurons", "--offset", 4, "--limit", 4]
+    flags += ["--strengths", "[-0.2, 0.2]", "--metric", "log_probability", "--out", tmp_path / "steering"]
+    assert main(own.command("scale", *flags)) == 0
+    settings = Steering.load(tmp_path / "steering").provenance.settings
+    values = settings["metric_by_strength"]
+    assert list(values) == ["-0.2", "0", "0.2"]
+    assert settings["best"] == max(values.values())
+    assert f"strength {settings['strength']:g} is best" in capsys.readouterr().out
+
+
+def test_halving_follows_a_plain_loop_without_gradients(
+    development: Development, own: own_answers.Prepared, lmm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rung keeps the better half by the loss of a plain loop, on a model that refuses gradients."""
+    model = development.replayer.anatomy.model
+    wide = TaskExamples(lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, offset=4, limit=8)
+    monkeypatch.setattr(halving, "CANDIDATES", 6)
+    damage = scaling.scaled_neurons(development.ranking, development.ranking.neurons(0.3), 1 / 3, {})
+    with steer(model, damage, "hook"):
+        handle = model.register_forward_pre_hook(lambda *_: refuse_gradients())
+        job = dataclasses.replace(
+            development,
+            replayer=development.replayer.unproven(),
+            examples=wide,
+            factors=(0.2, 1.0, 3.0),
+            groups=1,
+            heads=3,
+            neurons=0.3,
+        )
+        try:
+            check_halving(job, choose(job, "halving"))
+        finally:
+            handle.remove()
+
+
+def check_halving(job: Development, steering: Steering) -> None:
+    """Compare the rungs and the choice of two groups of sites with a plain loop."""
+    model, wide = job.replayer.anatomy.model, job.examples
+    settings = steering.provenance.settings
+    order = [index for part in folds_by_image(wide, halving.PARTS, 0) for index in part]
+    rows = halving.candidates(2, job.factors, 6, 0)
+    heads, neurons = job.ranking.heads(3), job.ranking.neurons(0.3)
+
+    def loss(row: tuple[float, ...], index: int) -> float:
+        head_scales = torch.ones(job.ranking.head_scores.shape)
+        neuron_scales = torch.ones(job.ranking.neuron_scores.shape)
+        for head in heads:
+            head_scales[head] = row[0]
+        for neuron in neurons:
+            neuron_scales[neuron] = row[1]
+        return plain_loss(model, wide[index], head_scales, neuron_scales)
+
+    alive, sums, done = list(rows), dict.fromkeys(rows, 0.0), 0
+    for rung in settings["rungs"]:
+        for row in alive:
+            sums[row] += sum(loss(row, index) for index in order[done : rung["examples"]])
+        done = rung["examples"]
+        alive = sorted(alive, key=sums.__getitem__)
+        assert rung["candidates"] == len(alive)
+        assert rung["best"] == pytest.approx(sums[alive[0]] / done, rel=1e-4)
+        if done < len(order):
+            alive = alive[: -(-len(alive) // 2)]
+    assert [rung["examples"] for rung in settings["rungs"]] == [1, 2, 4, 8]
+    assert tuple(settings["factors"]) == alive[0]
+    assert settings["loss_without"] == pytest.approx(
+        sum(loss((1, 1), index) for index in order) / 8, rel=1e-4
+    )
+    assert settings["loss"] < settings["loss_without"]
+    assert bool((steering.neuron_scales[tuple(zip(*neurons, strict=True))] == settings["factors"][1]).all())
+
+
+def refuse_gradients() -> None:
+    assert not torch.is_grad_enabled(), "this model has no gradients"
+
+
+def plain_loss(model: Any, example: Any, head_scales: torch.Tensor, neuron_scales: torch.Tensor) -> float:
+    """The mean cross-entropy of an example's target with sites scaled by independent hooks."""
+    handles = []
+    for block, heads, neurons in zip(plain.layers(model), head_scales, neuron_scales, strict=True):
+        for name, row in (("self_attn.o_proj", heads), ("mlp.down_proj", neurons)):
+            module = block.get_submodule(name)
+            wide = row.repeat_interleave(module.in_features // len(row))
+            handles.append(module.register_forward_pre_hook(lambda _, args, wide=wide: (args[0] * wide,)))
+    target = torch.tensor(example.target_ids)
+    ids = torch.cat([example.inputs["input_ids"], target[None, :-1]], dim=1)
+    given = example.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with torch.no_grad():
+            logits = model(**given).logits[0, -len(target) :]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(torch.nn.functional.cross_entropy(logits.double(), target))
+
+
+def test_candidates_of_halving_are_single_groups_and_combinations() -> None:
+    assert halving.candidates(2, (1.0, 2.0), 10, 0) == [(2.0, 1.0), (1.0, 2.0), (2.0, 2.0)]
+    many = halving.candidates(6, (0.5, 1.0, 1.5, 2.0), 20, 0)
+    assert len(many) == len(set(many)) == 20
+    alone = [row for row in many if sum(factor != 1 for factor in row) == 1]
+    assert 10 <= len(alone) < 20
+    with pytest.raises(HonesError, match="no factor but 1"):
+        halving.candidates(2, (1.0,), 10, 0)
 
 
 def test_a_steering_that_would_change_nothing_is_refused(

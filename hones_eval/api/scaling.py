@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # scales that need no model are made without importing lmms-e
 
 FACTOR = 2.0
 HEADS = 10
-DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "mean_difference")
+DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "halving", "mean_difference")
 """Ways that choose on development examples without a score of heads."""
 
 
@@ -67,7 +67,9 @@ def scale(
 
     A scale `s` multiplies a neuron's activation or a head's slice: `a <- s * a`. `fixed` sets `s = factor`
     for the selected neurons; `signed` sets `s = clip(1 + strength * score, 0, 2)` for every head; `topk`
-    sets `s = 1 + enhance` for the best and `s = 1 - suppress` for the worst heads. `mean_difference` adds to
+    sets `s = 1 + enhance` for the best and `s = 1 - suppress` for the worst heads; `signed_neurons` sets
+    `s = clip(1 + strength * d, 0, 2)` for the selected neurons, whose directions `d` are divided by the
+    largest. `mean_difference` adds to
     the best heads, and to neurons if their share is given, a difference of mean activations. It and the other
     ways choose on development examples, and need `model` and `tasks`.
 
@@ -76,20 +78,21 @@ def scale(
         how: the way to choose the scales.
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
         neurons: the share of all neurons to scale, or "all"; by default the ranking's, and for tuned all.
-        strength: signed: lambda in 1 + lambda * score; 1 by default. mean_difference: what the difference is
+        strength: signed: lambda in 1 + lambda * score; 1 by default. signed_neurons: the largest change of a
+            neuron's scale; 0.5 by default. mean_difference: what the difference is
             multiplied by; by default the best of `strengths`.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
         heads: topk: how many heads to enhance, and how many to suppress; mean_difference: how many to shift;
-            10 by default.
+            halving: how many to scale; 10 by default.
         enhance: topk: a in 1 + a; 0.5 by default.
         suppress: topk: b in 1 - b; 0.5 by default.
-        strengths: signed and topk with `tasks`, and mean_difference: the values to try.
-        factors: grid and search: the values to try.
-        groups: search: how many groups of layers get a factor of their own.
+        strengths: signed, topk and signed_neurons with `tasks`, and mean_difference: the values to try.
+        factors: grid, search and halving: the values to try.
+        groups: search and halving: how many groups of layers get a factor of their own.
         beta: learned and random: the weight of KL(original || scaled).
         learning_rate: learned and random: AdamW's.
         epochs: learned and random: passes over the development examples.
-        tuned_sites: tuned: heads, neurons, or all of both.
+        tuned_sites: tuned and halving: heads, neurons, or all of both.
         rates: tuned: the learning rates to try; held-out loss chooses among them.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 to below 1.
@@ -212,6 +215,8 @@ def _given(
         steering = scaling.fixed(ranking, FACTOR if factor is None else factor, neurons)
     elif how == "signed":
         steering = scaling.signed(ranking, 1.0 if strength is None else strength, epsilon or 0.0)
+    elif how == "signed_neurons":
+        steering = scaling.signed_neurons(ranking, 0.5 if strength is None else strength, neurons)
     else:
         steering = scaling.topk(
             ranking,
@@ -227,9 +232,9 @@ def _given(
 # The ways of scaling that read each value; with another way it would be silently ignored.
 READ_BY = {
     "factor": ("fixed",),
-    "strength": ("signed", "mean_difference"),
+    "strength": ("signed", "signed_neurons", "mean_difference"),
     "epsilon": ("signed",),
-    "heads": ("topk", "mean_difference"),
+    "heads": ("topk", "halving", "mean_difference"),
     "enhance": ("topk",),
     "suppress": ("topk",),
     "against": ("mean_difference",),

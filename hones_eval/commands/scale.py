@@ -59,8 +59,10 @@ def scale(
         how: the way to choose the scales. Neurons: fixed (one given factor), or on development examples grid
             (the best factor), search (a factor for each of a few groups of layers), learned (one scale per
             neuron, with the paper's settings), learned_no_kl (without the KL term), random (learned, for a
-            random bank). Heads and neurons: tuned (one scale each; held-out loss chooses heads or
-            neurons, the learning rate and the epoch, so that scales move as far as they help). Heads: signed
+            random bank), signed_neurons (raise those that help and lower those that hurt, by the direction of
+            an atp ranking). Heads and neurons: tuned (one scale each; held-out loss chooses heads or
+            neurons, the learning rate and the epoch, so that scales move as far as they help), halving (a
+            factor for each of a few groups of layers, without gradients). Heads: signed
             (1 + strength * score, clipped to 0..2) or topk (the best times 1 + enhance, the worst times
             1 - suppress), with given strengths or, with --model and --tasks, the best of a grid. Shifts:
             mean_difference (adds to the best heads, and to neurons with --neurons, the difference of mean
@@ -69,22 +71,23 @@ def scale(
         factor: fixed: what the selected neurons are multiplied by; 2 by default.
         neurons: the share of all neurons to scale, or all; by default the share of the ranking, and for
             tuned all.
-        strength: signed: lambda in 1 + lambda * score; 1 by default. mean_difference: what the difference is
+        strength: signed: lambda in 1 + lambda * score; 1 by default. signed_neurons: the largest change of a
+            neuron's scale; 0.5 by default. mean_difference: what the difference is
             multiplied by; by default the best of --strengths.
         epsilon: signed: scores smaller than this are ignored; 0 by default.
         heads: topk: how many heads to enhance, and how many to suppress; mean_difference: how many to shift;
-            10 by default.
+            halving: how many to scale; 10 by default.
         enhance: topk: a in 1 + a; 0.5 by default.
         suppress: topk: b in 1 - b; 0.5 by default.
-        strengths: signed and topk with --tasks, mean_difference: the values to try besides 0, for lambda or
-            for each of a and b; by default 0.5, 1, 2, 4 and 8, or 0.25, 0.5, 0.75 and 1; of mean_difference
-            0.5, 1, 2 and 4.
-        factors: grid and search: the values to try; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
-        groups: search: how many groups of layers get a factor of their own.
+        strengths: signed, topk and signed_neurons with --tasks, mean_difference: the values to try besides 0;
+            by default 0.5, 1, 2, 4 and 8 of signed, 0.25, 0.5, 0.75 and 1 of topk and signed_neurons, and
+            0.5, 1, 2 and 4 of mean_difference.
+        factors: grid, search and halving: the values to try; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
+        groups: search and halving: how many groups of layers get a factor of their own.
         beta: learned and random: the weight of KL(original || scaled).
         learning_rate: learned and random: of AdamW; it falls to a tenth.
         epochs: learned and random: passes over the development examples.
-        tuned_sites: tuned: heads, neurons, or all of both.
+        tuned_sites: tuned and halving: heads, neurons, or all of both.
         rates: tuned: the learning rates to try; by default 0.2.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 (not at all) to below 1.

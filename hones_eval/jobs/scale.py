@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from hones_eval.core.sites import Head, Neuron, matched_random
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
+from hones_eval.jobs.halving import halve
 from hones_eval.jobs.learn import FitSettings, fit
 from hones_eval.jobs.tune import TuneSettings, tune, whole_bank
 from hones_eval.jobs.verify import refuse_shared_images
@@ -24,9 +25,15 @@ from hones_eval.methods.banks import check_fits
 from hones_eval.runs.lightning import Loop
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-STRENGTHS: Mapping[HowHeads, Sequence[float]] = {"signed": (0.5, 1, 2, 4, 8), "topk": (0.25, 0.5, 0.75, 1)}
+WithStrength = HowHeads | Literal["signed_neurons"]
+STRENGTHS: Mapping[WithStrength, Sequence[float]] = {
+    "signed": (0.5, 1, 2, 4, 8),
+    "topk": (0.25, 0.5, 0.75, 1),
+    "signed_neurons": (0.25, 0.5, 0.75, 1),
+}
 
 
+Site = TypeVar("Site", Head, Neuron)
 HARDLY = 0.02
 """Learned scales that are all nearer to 1 than this get a warning."""
 
@@ -101,8 +108,10 @@ def choose(job: Development, how: HowNeurons | HowHeads) -> Steering:
 
 
 def _chosen(job: Development, how: HowNeurons | HowHeads) -> Steering:
-    if how == "signed" or how == "topk":
-        return head_grid(job, how)
+    if how == "signed" or how == "topk" or how == "signed_neurons":
+        return strength_grid(job, how)
+    if how == "halving":
+        return halving(job)
     if how == "grid":
         return grid(job)
     if how == "search":
@@ -140,18 +149,55 @@ def tuned(job: Development) -> Steering:
     """
     bank = job.tuned_bank
     found = tune(job.ranking, job.replayer, job.examples, bank, job.tune, job.loop)
-    settings: dict[str, Any] = {"how": "tuned", "metric": job.examples.metric} | found.report
+    return _unless_worse(job, "tuned", found.steering, found.report)
+
+
+def halving(job: Development) -> Steering:
+    """Choose a factor for each group of the selected sites by successive halving, without gradients.
+
+    The groups are the ranking's best heads and its selected neurons, each cut between layers into `groups`
+    parts. The chosen factors must not lower the metric on the development examples.
+    """
+    groups: list[list[Head | Neuron]] = []
+    if job.tuned_sites in ("all", "heads") and (heads := _best_heads(job)):
+        groups += [[*group] for group in layer_groups(heads, job.groups)]
+    if job.tuned_sites in ("all", "neurons") and (neurons := _best_neurons(job)):
+        groups += [[*group] for group in layer_groups(neurons, job.groups)]
+    if not groups:
+        raise HonesError("the ranking has no scores of the sites to scale: rank with heads or neurons")
+    settings = (job.factors, job.loop, job.tune.seed)
+    found = halve(job.ranking, job.replayer, job.examples, groups, *settings)
+    return _unless_worse(job, "halving", found.steering, found.report)
+
+
+def _best_heads(job: Development) -> list[Head]:
+    if job.sites is not None:
+        return [site for site in job.sites if isinstance(site, Head)]
+    if job.ranking.head_scores is None:
+        return []
+    return job.ranking.heads(min(job.heads, job.ranking.measured_heads))
+
+
+def _best_neurons(job: Development) -> list[Neuron]:
+    return [] if job.sites is None and job.ranking.neuron_scores is None else job.bank
+
+
+def _unless_worse(
+    job: Development, how: str, steering: Steering | None, report: Mapping[str, Any]
+) -> Steering:
+    """A steering chosen by its loss, unless it lowers the metric: then, or for None, one without change."""
+    settings: dict[str, Any] = {"how": how, "metric": job.examples.metric, **report}
     shape = job.ranking.provenance.shape
     unchanged = scaling.of_sites(
         job.ranking, torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons), {}
     )
-    if found.steering is None:
+    if steering is None:
         return scaling.chosen(unchanged, settings, job.example_set)
-    values = measure_candidates(job, {"tuned": found.steering}, "tuned")
-    settings |= {"baseline": values[BASELINE], "best": values["tuned"]}
+    values = measure_candidates(job, {how: steering}, how)
+    settings |= {"baseline": values[BASELINE], "best": values[how]}
     sign = 1.0 if job.examples.higher_is_better else -1.0
-    steering = found.steering if sign * (values["tuned"] - values[BASELINE]) >= 0 else unchanged
-    return scaling.chosen(steering, settings, job.example_set)
+    kept = steering if sign * (values[how] - values[BASELINE]) >= 0 else unchanged
+    return scaling.chosen(kept, settings, job.example_set)
 
 
 def grid(job: Development) -> Steering:
@@ -205,10 +251,11 @@ def search(job: Development) -> Steering:
     return scaling.chosen(_grouped(job, groups, chosen), settings, job.example_set)
 
 
-def head_grid(job: Development, how: HowHeads) -> Steering:
-    """Scale heads by their scores, with the strengths that have the best metric on the development examples.
+def strength_grid(job: Development, how: WithStrength) -> Steering:
+    """Scale sites by their scores, with the strengths that have the best metric on the development examples.
 
     `signed` tries every lambda; `topk` tries every pair of an enhancement and a suppression (V-SEAM 4).
+    `signed_neurons` tries every largest change of a neuron.
 
     Raises: HonesError when no strength changes a scale.
     """
@@ -217,6 +264,10 @@ def head_grid(job: Development, how: HowHeads) -> Steering:
         candidates = {
             f"{strength:g}": scaling.signed(job.ranking, strength, job.epsilon) for strength in tried
         }
+    elif how == "signed_neurons":
+        candidates = {
+            f"{strength:g}": scaling.signed_neurons(job.ranking, strength, job.neurons) for strength in tried
+        }
     else:
         candidates = {
             f"{up:g}, {down:g}": scaling.topk(job.ranking, job.heads, up, down)
@@ -224,11 +275,15 @@ def head_grid(job: Development, how: HowHeads) -> Steering:
         }
     if all(candidate.is_noop for candidate in candidates.values()):
         raise HonesError(
-            f"--how {how}: no strength changes any scale, because every head of the ranking has the score 0; "
-            "rank with more examples"
+            f"--how {how}: no strength changes any scale, because every "
+            f"{'neuron' if how == 'signed_neurons' else 'head'} of the ranking has the score 0; rank with "
+            "more examples"
         )
     found = measure_candidates(job, candidates, how)
-    distances = [float((candidate.head_scales - 1).abs().sum()) for candidate in candidates.values()]
+    distances = [
+        float((candidate.head_scales - 1).abs().sum() + (candidate.neuron_scales - 1).abs().sum())
+        for candidate in candidates.values()
+    ]
     best = list(candidates)[best_of(job, [found[name] for name in candidates], distances)]
     settings = {
         "metric": job.examples.metric,
@@ -256,15 +311,15 @@ def learned_settings(settings: FitSettings, how: HowNeurons) -> FitSettings:
     return replace(settings, beta=0.0) if how == "learned_no_kl" else settings
 
 
-def layer_groups(bank: Sequence[Neuron], count: int) -> list[list[Neuron]]:
+def layer_groups(bank: Sequence[Site], count: int) -> list[list[Site]]:
     """Cut the bank between layers into at most `count` groups of about equal size, lowest layers first."""
     if count < 1:
         raise HonesError(f"--groups {count}: give 1 or more")
-    layers = sorted({neuron.layer for neuron in bank})
-    groups: dict[int, list[Neuron]] = {}
+    layers = sorted({site.layer for site in bank})
+    groups: dict[int, list[Site]] = {}
     below = 0
     for layer in layers:
-        members = [neuron for neuron in bank if neuron.layer == layer]
+        members = [site for site in bank if site.layer == layer]
         # A layer joins the group that the middle one of its neurons falls into. By the first one, a layer
         # with many neurons would be put into the group that it only begins in.
         group = int((below + len(members) / 2) / len(bank) * count)
@@ -318,8 +373,12 @@ def summary(settings: Mapping[str, Any]) -> str:
             return f"mean difference of {groups} examples, times {settings['strength']:g}; not tested"
         best = settings["best"]
         choice = f"the mean difference of {groups} examples, strength {settings['strength']:g}, is best"
+    elif settings["how"] == "signed_neurons":
+        best, choice = settings["best"], f"strength {settings['strength']:g} is best"
     elif settings["how"] == "tuned":
         return _summary_of_tuned(settings)
+    elif settings["how"] == "halving":
+        return _summary_of_halving(settings)
     else:
         losses = [epoch["cross_entropy"] for epoch in settings["epoch_losses"]]
         return (
@@ -328,6 +387,24 @@ def summary(settings: Mapping[str, Any]) -> str:
         )
     values = f"{settings['baseline']:.4g} without steering, {best:.4g} with it"
     return f"{choice} on development examples: {settings['metric']} {values}"
+
+
+def _summary_of_halving(settings: Mapping[str, Any]) -> str:
+    """One line about factors that were chosen by successive halving."""
+    if "factors" not in settings:
+        return (
+            f"none of {settings['candidates']} candidates lowers the loss of {settings['loss_without']:.4g}"
+        )
+    factors = ", ".join(
+        f"{factor:g} for {group['sites']} {group['kind']}"
+        for factor, group in zip(settings["factors"], settings["groups"], strict=True)
+        if factor != 1
+    )
+    return (
+        f"best of {settings['candidates']} candidates: {factors}; loss {settings['loss_without']:.4g} "
+        f"without steering, {settings['loss']:.4g} with it; on development examples {settings['metric']} "
+        f"{settings['baseline']:.4g} without steering, {settings['best']:.4g} with it"
+    )
 
 
 def _summary_of_tuned(settings: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ from hones_eval.stats.verdicts import Judged, judge
 from hones_eval.version import __version__
 
 UNDAMAGED, REPAIR = "undamaged", "exact repair"
-ON_HEADS = ("fixed", "learned", "learned_no_kl", "tuned")
+ON_HEADS = ("fixed", "learned", "learned_no_kl", "tuned", "halving")
 """Ways that can also scale a given bank of heads; the others can only scale a bank of neurons."""
 ON_NEURONS = (*ON_HEADS, "grid", "search")
 

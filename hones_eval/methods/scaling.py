@@ -72,6 +72,33 @@ def signed(ranking: Ranking, strength: float = 1.0, epsilon: float = 0.0) -> Ste
     return _steering(ranking, settings, head_scales=scales)
 
 
+def signed_neurons(ranking: Ranking, strength: float = 0.5, neurons: float | None = None) -> Steering:
+    """Raise the selected neurons that help and lower those that hurt, each by how much it does.
+
+    A neuron's scale is `clip(1 + strength * d / max |d|, 0, 2)`, where `d` is its direction (the signed mean
+    of attribution patching: positive where masking the neuron lowers the objective; in a confirmed ranking
+    its exact effect) and the maximum is over the selected neurons. So `strength` is the largest change.
+
+    Raises: HonesError for a ranking without directions.
+    """
+    if ranking.neuron_direction is None:
+        raise HonesError(
+            "this ranking does not say which neurons help and which hurt: rank with --method atp"
+        )
+    direction = ranking.neuron_direction
+    if ranking.neuron_estimate is not None and ranking.neuron_scores is not None:
+        direction = torch.where(ranking.measured_neurons(), ranking.neuron_scores, direction)
+    bank = ranking.neurons(neurons)
+    values = [float(direction[neuron]) for neuron in bank]
+    largest = max((abs(value) for value in values), default=0.0)
+    scales = torch.ones_like(direction)
+    for neuron, value in zip(bank, values, strict=True):
+        change = _bounded(strength) * value / largest if largest else 0.0
+        scales[neuron] = min(2.0, max(0.0, 1 + change))
+    settings = {"how": "signed_neurons", "strength": strength, "count": len(bank)}
+    return _steering(ranking, settings, neuron_scales=scales)
+
+
 def topk(ranking: Ranking, count: int, enhance: float, suppress: float) -> Steering:
     """Scale the top positive heads by `1 + enhance` and the top negative ones by `1 - suppress` (V-SEAM 4).
 
