@@ -173,7 +173,10 @@ def _check_out(name: str, arguments: dict[str, Any], overwrite: bool) -> None:
             pass
     except OSError as error:
         raise HonesError(f"--out {out}: cannot write in {existing} ({error.strerror})") from None
-    there = [artifact for artifact in ARTIFACTS.get(name, ()) if (out / artifact).is_file()]
+    artifacts = [*ARTIFACTS.get(name, ())]
+    if name == "rank" and "," in arguments["tasks"]:
+        artifacts += [f"{task.strip()}/ranking.json" for task in arguments["tasks"].split(",")]
+    there = [artifact for artifact in artifacts if (out / artifact).is_file()]
     if there and not (overwrite or arguments.get("resume")):
         ways = "--overwrite or --resume" if "resume" in arguments else "--overwrite"
         raise HonesError(

@@ -95,6 +95,32 @@ def test_ranking_by_hones_writes_what_it_says(
     assert (ranking.head_scores > 0).any()
 
 
+def test_several_tasks_get_a_ranking_each(
+    rank: Callable[..., list[str]], rankings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are those of one task at a time; what is there is refused, and kept with --resume."""
+    arguments = rank(tmp_path / "both", tasks="own_a,own_b")
+    assert main(["--json", *arguments]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert list(told["tasks"]) == ["own_a", "own_b"]
+    alone = Ranking.load(rankings / "hones")
+    made = {name: Ranking.load(tmp_path / "both" / name) for name in ("own_a", "own_b")}
+    assert torch.equal(made["own_a"].head_scores, alone.head_scores)
+    assert made["own_b"].provenance.examples[0].task == "own_b"
+    page = (tmp_path / "both" / "index.html").read_text()
+    for name in made:
+        assert f'href="{name}/index.html"' in page
+        assert f"matter most for {name}" in (tmp_path / "both" / name / "index.html").read_text()
+    assert main(arguments) == 1
+    assert "already holds own_a/ranking.json" in capfd.readouterr().err
+    (tmp_path / "both" / "own_b" / "ranking.safetensors").unlink()
+    before = (tmp_path / "both" / "own_a" / "ranking.safetensors").stat().st_mtime_ns
+    assert main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "both" / "own_a" / "ranking.safetensors").stat().st_mtime_ns == before
+    again = Ranking.load(tmp_path / "both" / "own_b")
+    assert torch.equal(again.head_scores, made["own_b"].head_scores)
+
+
 def test_ranking_by_vseam(rankings: Path) -> None:
     ranking = Ranking.load(rankings / "vseam")
     assert ranking.provenance.method == "vseam"
@@ -241,7 +267,8 @@ BAD_RANKS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": "lava_hf"}, "no model named 'lava_hf': did you mean llava_hf"),
     "checkpoint": ({"model_args": "pretrained=/nowhere"}, "pretrained=/nowhere: no such folder"),
     "model_args": ({"model_args": "pretrained"}, "should have the form name=value"),
-    "two tasks": ({"tasks": "own_a,own_b"}, "one task at a time"),
+    "the same task twice": ({"tasks": "own_a,own_a"}, "a task is named twice"),
+    "no second task": ({"tasks": "own_a,own_z"}, "own_z"),
     "group": ({"tasks": "vqav2"}, "vqav2.* group of several tasks; choose one of: vqav2_test, vqav2_val"),
     "limit": ({"limit": 0}, "--limit 0: at least 1 example is needed"),
     "offset": ({"offset": 4}, "own_a.* 4 examples; offset=4 leaves none"),

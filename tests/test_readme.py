@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,27 @@ def test_make_targets_exist() -> None:
     named = {line.split()[1] for line in LINES if line.startswith("make ")}
     assert {"demo", "test"} <= named
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["sc"], {"scale"}),
+        (["rank", "--conf"], {"--config", "--confirm"}),
+        (["leaderboard", "logs", "--im"], {"--images"}),
+        (["rank", "--out", "run"], set()),
+    ],
+)
+def test_shell_completion_as_documented(typed: list[str], wanted: set[str]) -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "commands.md").read_text(), re.DOTALL)
+    words = " ".join(map(shlex.quote, ["hones-eval", *typed]))
+    ask = f'COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _hones_eval; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    program = f'hones-eval() {{ {shlex.quote(sys.executable)} -m hones_eval "$@"; }}'
+    done = subprocess.run(
+        ["bash", "-c", f"{program}\n{block}\n{ask}"], capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == wanted
+    assert not done.stderr
 
 
 def test_every_command_is_in_the_table() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hones_eval.api.model import Model
 from hones_eval.api.task_names import names_in
 from hones_eval.choices import Absolute, Bound, Estimate, Objective, Screen
-from hones_eval.core.artifact import ModelShape, hash_of
+from hones_eval.core.artifact import ModelShape, Provenance, hash_of
 from hones_eval.core.head_edits import HeadEditName, head_edit
 from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
@@ -89,7 +89,8 @@ def rank(
         scope: the tokens at which sites are edited, as in `steer`; for `hones`, `vseam` and `atp`. Other
             scopes than `all` take full passes.
         out: the folder to save the ranking to; while it is measured, progress is kept there in `partial`.
-        resume: continue from the progress that a killed run of the same job left in `out`.
+        resume: continue from the progress that a killed run of the same job left in `out`; a finished
+            ranking of the same job is returned as it is.
 
     A head's HONES score is the drop of the metric when its slice is replaced by the mean of the other heads:
     `score[l, h] = mean over examples of (metric - metric with head (l, h) replaced)`. V-SEAM's is the same
@@ -144,6 +145,8 @@ def rank(
         model.examples(other, include_path=include_path, limit=limit, offset=offset, gen_kwargs=gen_kwargs)
         for other in others
     ]
+    if resume and out is not None and (finished := _finished(Path(out), source)) is not None:
+        return finished
     partial = None
     if out is not None:
         fingerprint = hash_of([__version__, json.dumps(source.to_json(), sort_keys=True)])
@@ -170,6 +173,23 @@ def rank(
         ranking.save(out)
         partial.clear()
     return ranking
+
+
+def _finished(out: Path, source: Provenance) -> Ranking | None:
+    """The ranking in a folder, if it is that of this very job; None otherwise."""
+    if not (out / "ranking.json").is_file() or (out / "partial").is_dir():
+        return None
+    try:
+        saved = Ranking.load(out)
+    except HonesError:  # damaged, or of a version that is too new: it is measured again
+        return None
+    same = [json.dumps(made.to_json(), sort_keys=True) for made in (saved.provenance, source)]
+    return saved if same[0] == same[1] else None
+
+
+def ranked_tasks(tasks: str, method: MethodName) -> list[str]:
+    """The values of `tasks` for one ranking each. Raises: HonesError when a name is empty or given twice."""
+    return [tasks] if registered(method).contrasts_tasks or "," not in tasks else names_in(tasks, "tasks")
 
 
 def check_request(

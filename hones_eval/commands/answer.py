@@ -1,7 +1,7 @@
 """What a command ends with: a few lines for people, and the same for programs."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ class Answer:
     `data`: the same content as JSON-ready values, printed by `--json`.
     `headline`: the answer in one sentence, for the page of the result; by default the first line.
     `tables`, `charts`: shown on that page, beside the figures and tables in the output folder.
+    `parts`: answers of results in subfolders, by the name of the folder; each gets a page of its own.
     """
 
     lines: list[str]
@@ -24,6 +25,7 @@ class Answer:
     headline: str = ""
     tables: Sequence[Table] = ()
     charts: Sequence[HeatMap] = ()
+    parts: Mapping[str, "Answer"] = field(default_factory=dict)
 
 
 class _Output:

@@ -1,6 +1,7 @@
 """`hones-eval rank`."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from hones_eval.core import head_edits
 from hones_eval.core.head_edits import HEAD_EDITS, HeadEditName
 from hones_eval.methods import registry
 from hones_eval.methods.registry import MethodName
+from hones_eval.notes import note
 from hones_eval.pages.parts import HeatMap, Table
 
 if TYPE_CHECKING:
@@ -65,9 +67,10 @@ def rank(
     Args:
         method: METHODS.
         model: any lmms-eval model whose wrapper calls generate, as in lmms-eval --model.
-        tasks: the lmms-eval task to rank on, with free or multiple-choice answers. For entropy, that task and
-            then the tasks to tell it apart from, a,b,c.
-        out: the folder to write ranking.json and ranking.safetensors to.
+        tasks: the lmms-eval task to rank on, with free or multiple-choice answers; several tasks, a,b,c, give
+            a ranking each, with the model loaded once. For entropy, that task and then the tasks to tell it
+            apart from.
+        out: the folder to write ranking.json and ranking.safetensors to; for several tasks, to OUT/TASK.
         model_args: as in lmms-eval --model_args, for example pretrained=FOLDER_OR_HUB_ID.
         include_path: a folder with more task YAML files.
         limit: use at most this many examples.
@@ -135,28 +138,59 @@ def rank(
         "confirm": confirm,
         "scope": scope,
     }
-    ranking_api.check_request(tasks, method, **options)  # type: ignore[arg-type]
+    names = ranking_api.ranked_tasks(tasks, method)
+    for name in names:
+        ranking_api.check_request(name, method, **options)  # type: ignore[arg-type]
     loaded = api.load(
         model, model_args, dtype=dtype, batch_size=batch_size, devices=devices, num_nodes=num_nodes
     )
-    ranking = api.rank(
-        loaded,
-        tasks,
-        method=method,
-        include_path=include_path,
-        limit=limit,
-        offset=offset,
-        gen_kwargs=gen_kwargs,
-        metric=metric,
-        target=target,
-        heads=heads,
-        neurons=neurons,
-        seed=seed,
-        out=out,
-        resume=resume,
-        **options,  # type: ignore[arg-type]
-    )
-    return answer_of(ranking, out, explicit_heads=heads is not None)
+
+    def measured(task: str, folder: Path) -> Answer:
+        ranking = api.rank(
+            loaded,
+            task,
+            method=method,
+            include_path=include_path,
+            limit=limit,
+            offset=offset,
+            gen_kwargs=gen_kwargs,
+            metric=metric,
+            target=target,
+            heads=heads,
+            neurons=neurons,
+            seed=seed,
+            out=folder,
+            resume=resume,
+            **options,  # type: ignore[arg-type]
+        )
+        return answer_of(ranking, folder, explicit_heads=heads is not None)
+
+    if len(names) == 1:
+        return measured(tasks, out)
+    for name in names[1:]:  # a task that cannot be read is told before hours of work on the others
+        loaded.examples(
+            name,
+            include_path=include_path,
+            limit=limit,
+            offset=offset,
+            gen_kwargs=gen_kwargs,
+            metric=metric,
+            target=target,
+        )
+    answers = {}
+    for name in names:
+        note(f"rank: {name}")
+        answers[name] = measured(name, out / name)
+    return _answer_of_several(answers, out)
+
+
+def _answer_of_several(answers: Mapping[str, Answer], out: Path) -> Answer:
+    """Every task's answer, and a table of the headlines."""
+    lines = [line for answer in answers.values() for line in answer.lines]
+    rows = [{"task": name, "found": answer.headline} for name, answer in answers.items()]
+    data = {"out": str(out), "tasks": {name: answer.data for name, answer in answers.items()}}
+    headline = f"{len(answers)} tasks, a ranking each"
+    return Answer(lines, data, headline, [Table("Rankings", rows)], parts=answers)
 
 
 def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Answer:
@@ -179,8 +213,10 @@ def answer_of(ranking: "Ranking", out: Path, explicit_heads: bool = True) -> Ans
     elif method == "vseam":
         lines += _vseam_lines(report)
     lines += _confirmed_lines(report)
+    best = []
     if ranking.head_scores is not None and method in HEAD_UNITS:
         best = ranking.top_heads(min(SHOWN, ranking.measured_heads))
+    if best and best[0][1] > 0:
         unit = HEAD_UNITS[method] if "confirmed" not in report else "drop of the answer's log-probability"
         shown = ", ".join(f"{head.layer}.{head.head} {score:+.4f}" for head, score in best)
         lines.append(f"top heads, as layer.head with the {unit}: {shown}")

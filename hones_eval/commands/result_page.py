@@ -41,6 +41,9 @@ def write_result_page(call: Call, given: Sequence[str], answer: Answer) -> Path:
         given: the command line that it was read from.
         answer: the command's answer.
     """
+    for name, part in answer.parts.items():
+        arguments = call.arguments | {"out": call.arguments["out"] / name}
+        write_result_page(call._replace(arguments=arguments), given, part)
     out = call.arguments["out"]
     told = [line.removeprefix(f"wrote {out}: ") for line in answer.lines]
     lines = [line for line in told if not line.startswith("wrote ")]
@@ -57,6 +60,7 @@ def write_result_page(call: Call, given: Sequence[str], answer: Answer) -> Path:
         },
         tables=answer.tables,
         charts=answer.charts,
+        parts=list(answer.parts),
     )
 
 

@@ -47,6 +47,7 @@ def write_run_page(
     settings: Mapping[str, Any],
     tables: Sequence[Table] = (),
     charts: Sequence[HeatMap] = (),
+    parts: Sequence[str] = (),
 ) -> Path:
     """Write `out/index.html` about the files in `out`.
 
@@ -62,6 +63,7 @@ def write_run_page(
         settings: the flags with their values, without those that do not change the result.
         tables: shown before the CSV files.
         charts: shown before the figure files.
+        parts: names of subfolders with a page of their own.
     """
     shown = [table for table in tables if table.rows]
     views = [_view(table.title, table.rows, None) for table in shown]
@@ -84,6 +86,7 @@ def write_run_page(
         charts=[chart_view(chart) for chart in charts],
         figures=figure_views(figures, out),
         tables=views,
+        parts=[{"name": shown_line(name), "href": f"{quote(name)}/{PAGE}"} for name in parts],
         inputs=_inputs(settings, out),
         files=sorted(
             path.name
