@@ -56,7 +56,8 @@ class SpikeIn:
         development: examples to choose scales on.
         test: examples to report on. The three sets must share no image.
         plant: which sites to damp: the ranking's best neurons, its best heads, or random neurons.
-        neurons: the share of all neurons that is planted, and that a ranking selects.
+        neurons: the share of all neurons that is planted, and that a ranking selects for the ways that
+            scale a selection; `tuned` may scale all heads and neurons.
         heads: the number of heads that is planted, and that a ranking selects.
         damp: the scale of the planted sites, above 0 and below 1.
         method: how the damaged model is ranked.
@@ -288,7 +289,8 @@ def _chosen(
         job.replayer,
         job.development,
         job.loop,
-        job.neurons,
+        # `tuned` chooses among all neurons, as it does by default in `hones-eval scale`.
+        None if way == "tuned" else job.neurons,
         heads=job.heads,
         tune=job.tune,
         sites=bank,
