@@ -111,6 +111,29 @@ def test_the_damage_and_its_repair_are_those_of_plain_hooks(
     assert report["planted_in_rankings"]["undamaged"]["found"] == len(planted)
 
 
+def test_tuned_may_scale_all_sites_as_in_scale(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    """By default `tuned` is not confined to the share of neurons that is planted."""
+    job = SpikeIn(
+        ranking,
+        model.replayer,
+        model.loop,
+        discovery=part(model, own, 0, 2),
+        development=part(model, own, 2, 8),
+        test=part(model, own, 10, 2),
+        neurons=0.3,
+        damp=0.01,
+        method="dvp",
+        trials=1,
+        chosen_on_random=False,
+        tune=TuneSettings(folds=2, epochs=1),
+    )
+    chosen = spike_in(job)["chosen"]["tuned"]
+    shape = ranking.provenance.shape
+    assert chosen["sites"] == shape.layers * (shape.heads + shape.neurons)
+
+
 @pytest.mark.parametrize("method", ["hones", "vseam", "dvp"])
 def test_a_model_that_is_damaged_by_hooks_is_ranked_as_one_with_damaged_weights(
     method: str, model: api.Model, own: own_answers.Prepared, ranking: Ranking
