@@ -1,5 +1,6 @@
 """Masking on held-out examples, compared with a plain loop with its own hooks, through the command."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
-from hones_eval.jobs.verify import Verification, verify
+from hones_eval.jobs import verify as verify_module
+from hones_eval.jobs.verify import Measured, Verification, verify
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.banks import few_trials, head_banks, neuron_banks
 from hones_eval.runs.lightning import Loop
@@ -256,6 +258,51 @@ def test_the_correction_of_a_report_is_the_one_asked_for(
         expected = stats.false_discovery_control(p, method="bh").tolist()
     assert [row["p_adjusted"] for row in tested] == pytest.approx(expected)
     assert [row["p_adjusted"] for row in tested] != pytest.approx(p)
+
+
+def test_random_banks_are_pooled_over_their_seeds(
+    lmm: Any, tasks: Path, rankings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example counts once, with its mean over the banks; the p-value is that of all sign flips."""
+    kept: list[Any] = []
+
+    class Kept(Measured):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            kept.append(self)
+
+    monkeypatch.setattr(verify_module, "Measured", Kept)
+    monkeypatch.setattr(verdicts, "FEWEST_UNITS", 2)
+    report = verify(job(lmm, tasks, Ranking.load(rankings / "hones"), trials=3))
+    (measured,) = kept
+    columns = [k for k, name in enumerate(measured.names) if name.startswith("random")]
+    assert len(columns) == 3
+    for what in ("probability", "metric"):
+        values = measured.first[what] if what == "probability" else measured.by_example[0]
+        drops = values[:, 0] - values[:, columns].mean(1)
+        pooled = report["random"][what]["pooled"]
+        assert pooled["value"] == pytest.approx(report["random"][what]["drop_mean"], abs=1e-12)
+        assert pooled["value"] == pytest.approx(drops.mean(), abs=1e-12)
+        assert pooled["low"] <= drops.mean() <= pooled["high"]
+        if not drops.any():
+            continue
+        flips = np.array([*itertools.product((-1, 1), repeat=len(drops))]) @ drops
+        exact = float((np.abs(flips) >= abs(drops.sum()) - 1e-12).mean())
+        assert pooled["p"] == pytest.approx(exact, abs=0.02)
+        assert pooled["p_adjusted"] == pooled["p"]
+
+
+def test_pooling_a_corpus_metric_takes_the_mean_of_its_values() -> None:
+    """Three answers under two banks: the mean of two corpus values, not that of all answers together."""
+    measured = object.__new__(Measured)
+    measured.names, measured.sign, measured.seed, measured.clusters = ["baseline", "a", "b"], 1.0, 0, None
+    measured.aggregate = lambda results: float(np.prod([1 + x for x in results]))
+    measured.results = [[1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 1.0]]
+    measured.by_example, measured.first = None, {}
+    found = measured.pooled(["a", "b"])
+    assert found.comparison.difference == pytest.approx((2 * 2 * 1 + 1 * 3 * 2) / 2 - 2 * 3 * 1)
+    same = measured.pooled(["baseline", "never measured"])
+    assert same.comparison.difference == 0
 
 
 def test_weights_that_are_not_finite_are_named(lmm: Any, tasks: Path, rankings: Path) -> None:

@@ -81,9 +81,9 @@ class Verification(Mapping[str, Any]):
             )
             lines += _verdict(bank, found["metric_drop"])
         random = self["random"]["metric"]
-        lines.append(
-            f"random banks: drop {random['drop_mean']:.4g} on average, {random['drop_largest']:.4g} at most"
-        )
+        mean = random.get("pooled")  # reports of older versions have no interval of the mean
+        average = f"{random['drop_mean']:.4g}" if mean is None else interval(mean)
+        lines.append(f"random banks: drop {average} on average, {random['drop_largest']:.4g} at most")
         return lines + [f"warning: {warning}" for warning in self["warnings"]]
 
     @property

@@ -156,6 +156,7 @@ def spike_in(job: SpikeIn) -> dict[str, Any]:
         "rows": rows,
         "controls": controls,
         "controls_called_better": sum(row["verdict"] == "better" for row in controls),
+        "controls_pooled": _pooled(job, measured),
         "planted_in_rankings": {
             "undamaged": standing(job.ranking, planted),
             "damaged": standing(ranking, planted),
@@ -264,8 +265,8 @@ def _steerings(
             found[f"{way}, on a random bank"] = _chosen(job, ranking, way, bank)
     names: list[str] = [REPAIR, *job.ways]
     for name in names:
-        for trial in range(job.trials):
-            found[f"random {trial + 1}: {name}"] = shuffled(found[name], job.seed + trial, planted)
+        for trial, control in enumerate(_controls_of(job, name)):
+            found[control] = shuffled(found[name], job.seed + trial, planted)
     return found, chosen
 
 
@@ -314,6 +315,18 @@ def _rows(
     return rows, [
         _row(measured, name, verdict, steerings[name]) for name, verdict in zip(random, alone, strict=True)
     ]
+
+
+def _pooled(job: SpikeIn, measured: Measured) -> list[dict[str, Any]]:
+    """The random controls of each way as one row: the mean over their seeds, judged alone."""
+    return [
+        {"scales": name} | judge([measured.pooled(_controls_of(job, name))])[0].to_json()
+        for name in (REPAIR, *job.ways)
+    ]
+
+
+def _controls_of(job: SpikeIn, name: str) -> list[str]:
+    return [f"random {trial + 1}: {name}" for trial in range(job.trials)]
 
 
 def _row(measured: Measured, name: str, verdict: Judged, steering: Steering) -> dict[str, Any]:

@@ -266,7 +266,10 @@ def _attribution_rows(
     matched = {"drop": float(np.mean(values)), "drop_low": min(values), "drop_high": max(values)}
     like = f"random, layers as hones ({len(values)} banks: mean, least, most)"
     contrasts = measured.contrasts([f"mask {name}" for name in banks])
-    pooled = {**rows[0], **matched, "method": like, "shared_with_hones": 0}
+    alone = judge([measured.pooled(random)])[0]
+    verdict = {"p": alone.p, "p_adjusted": alone.p, "verdict": alone.verdict}
+    verdict |= {"detectable": alone.detectable, "units": alone.units}
+    pooled = {**rows[0], **matched, "method": like, "shared_with_hones": 0, **verdict}
     return [*map(_Pending, rows, contrasts), _Pending(pooled, None)]
 
 

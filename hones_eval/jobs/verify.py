@@ -195,6 +195,32 @@ class Measured:
             for place in places
         ]
 
+    def pooled(self, names: Sequence[str], what: str = "metric") -> Contrast:
+        """Compare the mean over several conditions with the baseline: one thing that was drawn several times.
+
+        Each example counts once, with its mean over the conditions. Testing every draw by itself would find
+        some of them better or worse by chance, and would not use that they agree.
+
+        Args:
+            names: the conditions, such as random banks of several seeds.
+            what: as in `contrasts`.
+        """
+        places = [self.names.index(name) if name in self.names else 0 for name in names]
+        sign = self.sign if what == "metric" else 1.0
+        values, scale = (self.first[what], 1.0) if what != "metric" else (self.by_example or (None, 1.0))
+        if values is not None:
+            mean = values[:, places].mean(1, keepdims=True)
+            return contrasts_of_values(
+                values[:, 0], mean, self.clusters, sign=sign, scale=scale, seed=self.seed
+            )[0]
+
+        def mean_metric(drawn: Sequence[tuple[Any, ...]]) -> float:
+            return float(np.mean([self.aggregate(list(column)) for column in zip(*drawn, strict=True)]))
+
+        baseline = [(result,) * len(places) for result in self.results[0]]
+        conditions = list(zip(*(self.results[place] for place in places), strict=True))
+        return contrast_of_corpus(mean_metric, baseline, conditions, self.clusters, sign=sign, seed=self.seed)
+
     def nothing_to_lose(self) -> str | None:
         """A warning when the unmasked model scores 0; None otherwise."""
         if self.sign < 0 or float(self.values["metric"].observed[0]) != 0:
@@ -220,10 +246,12 @@ class Measured:
     def _random(self) -> list[int]:
         return [k for k, name in enumerate(self.names) if name.startswith("random")]
 
-    def _spread(self, what: str) -> dict[str, float]:
+    def _spread(self, what: str) -> dict[str, Any]:
         drops = [float(self._drop(what, k)(self.values[what].observed)) for k in self._random()]
         spread = float(np.std(drops, ddof=1))
-        return {"drop_mean": float(np.mean(drops)), "drop_sd": spread, "drop_largest": max(drops)}
+        found = {"drop_mean": float(np.mean(drops)), "drop_sd": spread, "drop_largest": max(drops)}
+        contrast = self.pooled([self.names[k] for k in self._random()], what)
+        return found | {"pooled": as_drop(judge([contrast])[0])}
 
     def _beyond(self, name: str) -> dict[str, Any]:
         """The difference between a bank's drop and the mean drop of the random banks."""

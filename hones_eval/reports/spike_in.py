@@ -92,10 +92,13 @@ def _loss(report: Mapping[str, Any]) -> str:
 
 def _controls(report: Mapping[str, Any]) -> str:
     count, better = len(report["controls"]), report["controls_called_better"]
-    return (
+    text = (
         f"The same scales on random sites of the same layers: {better} of {count} are called better, each "
         "tested alone at p < 0.05."
     )
+    # Reports of older versions have no pooled controls.
+    pooled = [f"{row['scales']} {_gain(row)}, {row['verdict']}" for row in report.get("controls_pooled", [])]
+    return f"{text} Pooled over their seeds: {'; '.join(pooled)}." if pooled else text
 
 
 def _gain(row: Row) -> str:

@@ -10,6 +10,7 @@ A row compares one condition with its baseline on the same examples, by the test
    p >= 0.05 is extended to zero.
 5. Intervals stay inside the range of the metric.
 6. Every row states the smallest true gain it would have found with probability 0.8.
+7. Several draws of one thing are pooled: every example counts once, with its mean over the draws.
 """
 
 from collections.abc import Callable, Sequence
