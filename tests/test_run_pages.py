@@ -9,17 +9,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from hones_eval.__main__ import main
 from hones_eval.api.verification import Verification
 from hones_eval.commands import rank
+from hones_eval.core import figure
 from hones_eval.core.notebook import html_table
 from hones_eval.core.ranking import Ranking
 from hones_eval.pages import run
 from hones_eval.pages.parts import HeatMap, Table
 from hones_eval.pages.run import write_run_page
 from hones_eval.pages.story import Step, write_story
+from hones_eval.reports import figures
 from hones_eval.toy import checkpoint_path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -166,6 +170,31 @@ def test_text_from_outside_stays_text_in_notebooks(ranked: Path) -> None:
     for hostile, harmless in pairs:
         assert Parsed(hostile).tags == Parsed(harmless).tags
         assert not [part for part in ("<img", "\u202e", "\x1b") if part in hostile]
+
+
+def test_the_colors_of_figures_have_one_meaning() -> None:
+    """Blue for gains, orange for losses, white for 0; one side where nothing is negative."""
+
+    def color(values: list[float], value: float, *, loss: bool = False) -> str:
+        colors = figure.colors_of(values, loss=loss)
+        return to_hex(colors["cmap"]((value - colors["vmin"]) / (colors["vmax"] - colors["vmin"])))
+
+    assert color([-1, 1], 1) == color([-1, 1], -1, loss=True) == color([0, 1], 1) == figure.BLUE
+    assert color([-1, 1], -1) == color([-1, 1], 1, loss=True) == color([0, 1], 1, loss=True) == figure.ORANGE
+    assert color([-1, 1], 0) == color([0, float("nan")], 0) == "#ffffff"
+    assert figure.colors_of([0.2, 0.6])["vmin"] == 0
+    assert figure.is_dark(1.0, figure.colors_of([0, 1]))
+    assert not figure.is_dark(1.0, figure.colors_of([0, 1], loss=True))
+    assert not figure.is_dark(0.1, figure.colors_of([0, 1]))
+    assert not {figure.BLUE, figure.ORANGE} & set(figure.KINDS)
+
+
+def test_a_matrix_of_many_tasks_is_not_wider_than_a_page() -> None:
+    names = [f"task {k}" for k in range(18)]
+    values = np.eye(18)
+    assert figures.matrix(values, names, names, "overlap", "Jaccard").get_size_inches()[0] <= 13
+    drawn = figures.matrices({"a": values, "b": values, "c": values}, names, names, "gain")
+    assert drawn.get_size_inches()[0] <= 13
 
 
 def test_a_ranking_without_a_head_that_matters_says_so(ranked: Path) -> None:

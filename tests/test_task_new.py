@@ -94,6 +94,17 @@ def test_captions_of_one_image_become_its_references(folder: Path) -> None:
     assert [line["references"] for line in found] == expected
 
 
+def test_the_default_prompt_of_a_box_has_one_article(folder: Path) -> None:
+    rows = [
+        {"image": "box0.png", "phrase": phrase, "box": "1 1 9 9"} for phrase in ("the cup", "A cup", "theme")
+    ]
+    table, out = write(folder / "articles.csv", rows), folder / "articles"
+    flags = ["--csv", str(table), "--images", str(folder / "images"), "--out", str(out)]
+    assert main(["task", "new", *flags]) == 0
+    prompts = [str(line["prompt"]).splitlines()[0] for line in lines(out / "articles.jsonl")]
+    assert prompts == ["Locate the cup.", "Locate the cup.", "Locate the theme."]
+
+
 @pytest.mark.slow
 def test_from_the_tables_to_a_board(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank on discovery images, then a baseline and a steered run of lmms-eval on the test images."""

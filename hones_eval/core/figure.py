@@ -14,8 +14,10 @@ KINDS = ("#000000", "#117733", "#aa4499", "#999933", "#882255", "#44aa99", "#661
 """Colors of lines that are neither gains nor losses, each with a marker of `MARKERS`."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-_GAIN = LinearSegmentedColormap.from_list("gain", [ORANGE, "#ffffff", BLUE])
-_LOSS = LinearSegmentedColormap.from_list("loss", [BLUE, "#ffffff", ORANGE])
+_GAIN = LinearSegmentedColormap.from_list(
+    "gain", [ORANGE, "#ffffff", BLUE], N=257
+)  # an odd number: 0 is white
+_LOSS = LinearSegmentedColormap.from_list("loss", [BLUE, "#ffffff", ORANGE], N=257)
 _MORE = LinearSegmentedColormap.from_list("more", ["#ffffff", BLUE])
 _MORE_LOSS = LinearSegmentedColormap.from_list("more loss", ["#ffffff", ORANGE])
 
@@ -50,5 +52,11 @@ def colors_of(values: ArrayLike, *, loss: bool = False, reach: float | None = No
 
 
 def is_dark(value: float, colors: dict[str, Any]) -> bool:
-    """Whether text on this value's color has to be white."""
-    return abs(value) > 0.6 * float(colors["vmax"])
+    """Whether white text has more contrast on this value's color than black text."""
+    share = (value - colors["vmin"]) / (colors["vmax"] - colors["vmin"])
+    red, green, blue = (
+        part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4
+        for part in colors["cmap"](share)[:3]
+    )
+    # Relative luminance by WCAG; at 0.18 the contrasts with black and with white are equal.
+    return bool(0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18)

@@ -223,6 +223,8 @@ def _documents(
         if fault:
             faults.append(f"row {number}: {fault}")
             continue
+        if prompt == PROMPTS["box"]:  # which has an article of its own
+            row = {**row, "phrase": re.sub(r"^(the|an?)\s+", "", row["phrase"], flags=re.IGNORECASE)}
         documents.append({"image_path": str((folder / name).resolve()), **_content(table, row, kind, prompt)})
     if faults:
         raise TaskError(
