@@ -165,6 +165,7 @@ def test_short_forms_of_a_verification(ranking: he.Ranking, model: he.Model, tmp
     assert "unedited on 4 examples" in repr(found)
     assert len(found.to_pandas()) == 3
     assert found._repr_html_().count("<tr>") == 4
+    assert found.plot()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_names_in_html_are_text(ranking: he.Ranking) -> None:

@@ -65,12 +65,20 @@ def test_hostile_logs_cost_one_row(tmp_path: Path, alone: list[Any], kind: str |
 
 
 def pages(folder: Path) -> str:
-    return "".join(path.read_text() for path in (folder / "board" / "comparisons").iterdir())
+    return "".join(path.read_text() for path in (folder / "board" / "comparisons").glob("*.html"))
+
+
+def image_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in (folder / "board").rglob("*")
+        if path.suffix not in (".html", ".csv", ".md", ".svg", "")
+    ]
 
 
 def image_file(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape("red", 3).save(path)
+    shape("red", 3).resize((384, 288)).save(path)  # larger than a thumbnail: it would get a file
     return path
 
 
@@ -88,6 +96,7 @@ def test_only_images_of_the_logs_get_into_a_page(tmp_path: Path, prefix: str) ->
         media([f"{prefix}{path}"])(bad)
         make_board([bad], tmp_path / "board", resamples=99)
         assert ("data:image/jpeg;base64," in pages(tmp_path)) is shown, path
+        assert bool(image_files(tmp_path)) is shown, path
 
 
 def test_an_image_elsewhere_is_shown_if_the_manifest_recorded_its_hash(tmp_path: Path) -> None:
@@ -104,9 +113,11 @@ def test_an_image_elsewhere_is_shown_if_the_manifest_recorded_its_hash(tmp_path:
         path.write_text(json.dumps(content))
     make_board([bad], tmp_path / "board", resamples=99)
     assert "data:image/jpeg;base64," in pages(tmp_path)
+    assert image_files(tmp_path)
     shape("blue", 4).save(elsewhere)
     make_board([bad], tmp_path / "board", resamples=99)
     assert "data:image/jpeg;base64," not in pages(tmp_path)
+    assert not image_files(tmp_path), "files of an earlier board go with it"
 
 
 def test_images_beyond_the_limits_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +128,7 @@ def test_images_beyond_the_limits_are_left_out(tmp_path: Path, monkeypatch: pyte
             small.setattr(limits, name, limit)
             make_board([tmp_path / "logs"], tmp_path / "board", resamples=99)
             assert "data:image/jpeg;base64," not in pages(tmp_path)
+    assert not image_files(tmp_path), "files of an earlier board go with it"
     make_board([tmp_path / "logs"], tmp_path / "board", resamples=99)
     assert "data:image/jpeg;base64," in pages(tmp_path)
 

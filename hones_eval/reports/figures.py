@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hones_eval.core.artifact import write_bytes
-from hones_eval.core.figure import BLUE, GREY, KINDS, MARKERS, ORANGE, colors_of, is_dark
+from hones_eval.core.figure import BLUE, GREY, KINDS, MARKERS, ORANGE, ShownFigure, colors_of, is_dark
 
 Floats = NDArray[np.float64]
 
@@ -26,13 +26,13 @@ def save(figure: Figure, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def drops(report: Mapping[str, Any]) -> Figure:
+def drops(report: Mapping[str, Any]) -> ShownFigure:
     """Losses by masking the selected banks, with their intervals, and the random ones (HONES 3).
 
     Orange is a loss, blue a gain.
     """
     shown = ["metric"] if report["sites"] == "neurons" else ["metric", "probability", "accuracy"]
-    figure = Figure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
+    figure = ShownFigure(figsize=(3.6 * len(shown), 3.2), layout="constrained")
     chosen = list(report["beyond_random"])
     random = [bank for name, bank in report["banks"].items() if name not in chosen]
     for axes, what in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
