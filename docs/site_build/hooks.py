@@ -24,6 +24,7 @@ PROJECT = (
     "leaderboards/README.md",
     "leaderboards/scenes/README.md",
     "hones_eval/toy/checkpoint/README.md",
+    "hones_eval/smol/card.md",
 )
 IMAGES = (".png", ".svg", ".jpg")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")

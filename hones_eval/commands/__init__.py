@@ -29,11 +29,12 @@ COMMANDS = (
     "condition",
     "push",
     "pull",
+    "smol-build",
 )
 
 
 # Commands that are written as two words.
-TWO_WORDS = {"task-new": "task new"}
+TWO_WORDS = {"task-new": "task new", "smol-build": "smol build"}
 
 # The files that a finished run of a command leaves in --out, at least one of them. An --out that holds one is
 # refused unless --overwrite (or the command's own --resume) is given. Commands that are missing here may be

@@ -28,7 +28,7 @@ class Batch:
     `labels` are shifted already: the token that follows, or -1.
     """
 
-    pixels: torch.Tensor  # [B, 3, 64, 64]
+    pixels: torch.Tensor  # [B, 3, height, width], as the image processor returns them
     ids: torch.Tensor  # [B, T]
     positions: torch.Tensor  # [B, T]
     owner: torch.Tensor  # [B, T]
@@ -46,22 +46,31 @@ class Batch:
 
 
 class Packer:
-    """Packs prompts and answers about images into rows of tokens."""
+    """Packs prompts and answers about images into rows of tokens.
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        """Take template and tokenizer from the processor, so that training sees what evaluation sends."""
-        self.tokenizer = processor.tokenizer
+    A text that does not fit into its row ends the row, or is left out where `skips_long_texts`.
+    """
+
+    skips_long_texts = False
+
+    def __init__(self, processor: LlavaProcessor, image_tokens: int | None = None) -> None:
+        """Take template and tokenizer from the processor, so that training sees what evaluation sends.
+
+        Args:
+            processor: of the model that is trained.
+            image_tokens: tokens per image; by default those of a `SIDE` pixels wide image.
+        """
+        self.processor, self.tokenizer = processor, processor.tokenizer
         message: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question"}]}
         ]
         whole = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, after = whole.replace("<image>", "<image>" * processor_image_tokens(processor)).split(
-            "Question"
-        )
-        self.prefix = self.tokenizer(before)["input_ids"]
-        self.suffix = self.tokenizer(after)["input_ids"]
-        self.end = [self.tokenizer.eos_token_id]
+        tokens = image_tokens or processor_image_tokens(processor)
+        before, after = whole.replace("<image>", "<image>" * tokens).split("Question")
         self._known: dict[str, list[int]] = {}
+        self.prefix = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        self.suffix = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        self.end = [self.tokenizer.eos_token_id]
 
     def pack(
         self, scenes: list[Scene], wishes: list[list[str]], rng: random.Random, width: int = 192
@@ -79,6 +88,8 @@ class Packer:
                 text = question + answer
                 stop = at + len(text)
                 if stop > width:
+                    if self.skips_long_texts:
+                        continue
                     break
                 packed.append(topic)
                 first = len(self.prefix)
@@ -89,7 +100,7 @@ class Packer:
                 at = stop
             topics.append(packed)
         return Batch(
-            pixels=to_pixels([drawing.draw(scene) for scene in scenes]),
+            pixels=self._pixels([drawing.draw(scene) for scene in scenes]),
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),
             owner=torch.from_numpy(owner),
@@ -107,6 +118,9 @@ class Packer:
             if made is not None:
                 texts.append((topic, self._ids(made.prompt) + self.suffix, self._ids(made.answer) + self.end))
         return texts
+
+    def _pixels(self, images: list[NDArray[np.uint8]]) -> torch.Tensor:
+        return to_pixels(images)
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of a text, cached per word: the ids of a word do not depend on its neighbours."""
@@ -141,3 +155,30 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[t
     ).last_hidden_state
     places = batch.labels != IGNORED
     return model.lm_head(states[places]), places
+
+
+def answer_loss(logits: torch.Tensor, places: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of answer tokens; a long answer is weighted by the square root of its length.
+
+    Args:
+        logits: `[M, V]` at the labelled positions.
+        places: `[B, T]`, True at these positions; see `answer_logits`.
+        batch: where they come from.
+    """
+    each = torch.nn.functional.cross_entropy(logits, batch.labels[places], reduction="none")
+    weights = batch.weights[places]
+    return (each * weights).sum() / weights.sum()
+
+
+def verdicts(logits: torch.Tensor, places: torch.Tensor, batch: Batch) -> list[tuple[str, bool]]:
+    """The topic of each text, and whether greedy decoding would give its answer word for word.
+
+    Found by one pass over the right answer: decoding reproduces it if and only if every arg-max agrees.
+    """
+    agrees = torch.ones_like(places)
+    agrees[places] = logits.argmax(-1) == batch.labels[places]
+    return [
+        (topic, bool(agrees[row][batch.owner[row] == number].all()))
+        for row, topics in enumerate(batch.topics)
+        for number, topic in enumerate(topics, start=1)
+    ]

@@ -18,7 +18,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from hones_eval.toy import model as small
-from hones_eval.toy.packing import Batch, Packer, answer_logits
+from hones_eval.toy.packing import Batch, Packer, answer_logits, answer_loss, verdicts
 from hones_eval.toy.scenes import scene
 from hones_eval.toy.sight import teach_sight
 
@@ -111,7 +111,8 @@ class _Run:
         schedule = _schedule(optimizer, rate, self.settings.warmup, sum(part.steps for part in parts))
         for part in chain.from_iterable([item] * item.steps for item in parts):
             self.step += 1
-            loss = _loss(self.model, self._batch(part, rng))
+            batch = self._batch(part, rng)
+            loss = answer_loss(*answer_logits(self.model, batch), batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -143,47 +144,25 @@ class _Run:
         return self.packer.pack([scene("train", first + i) for i in range(images)], wishes, rng, part.width)
 
 
+@torch.no_grad()
 def accuracy(model: LlavaForConditionalGeneration, packer: Packer, images: int) -> dict[str, float]:
-    """Share of development questions of each topic that greedy decoding would answer word for word.
-
-    Found by one pass over the right answer: decoding reproduces it if and only if every arg-max agrees.
-    """
+    """Share of development questions of each topic that greedy decoding would answer word for word."""
     right: dict[str, list[bool]] = {topic: [] for topic in TOPICS}
     rng = random.Random("development")
     model.eval()
     for start in range(0, images, 32):
         wishes = [rng.sample(TOPICS, len(TOPICS)) for _ in range(32)]
         batch = packer.pack([scene("development", i) for i in range(start, start + 32)], wishes, rng)
-        for topic, verdict in _verdicts(model, batch):
+        for topic, verdict in verdicts(*answer_logits(model, batch), batch):
             right[topic].append(verdict)
     model.train()
-    return {topic: sum(verdicts) / len(verdicts) for topic, verdicts in right.items()}
+    return {topic: sum(found) / len(found) for topic, found in right.items()}
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Write the model with everything that stock loaders need."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of answer tokens; a long answer is weighted by the square root of its length."""
-    logits, places = answer_logits(model, batch)
-    each = torch.nn.functional.cross_entropy(logits, batch.labels[places], reduction="none")
-    weights = batch.weights[places]
-    return (each * weights).sum() / weights.sum()
-
-
-@torch.no_grad()
-def _verdicts(model: LlavaForConditionalGeneration, batch: Batch) -> list[tuple[str, bool]]:
-    logits, places = answer_logits(model, batch)
-    agrees = torch.ones_like(places)
-    agrees[places] = logits.argmax(-1) == batch.labels[places]
-    return [
-        (topic, bool(agrees[row][batch.owner[row] == k + 1].all()))
-        for row, topics in enumerate(batch.topics)
-        for k, topic in enumerate(topics)
-    ]
 
 
 def _optimizer(model: LlavaForConditionalGeneration, rate: float) -> torch.optim.Optimizer:
