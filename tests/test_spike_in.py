@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import own_answers
 import plain
@@ -12,8 +13,10 @@ from hones_eval import api
 from hones_eval.__main__ import main
 from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.scope import answer_follows
 from hones_eval.core.sites import Head, Neuron, top_neurons
 from hones_eval.core.steering import Steering
+from hones_eval.engine.decoding import Decoder
 from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import fit
 from hones_eval.jobs.rank import Discovery, discover, provenance
@@ -21,7 +24,7 @@ from hones_eval.jobs.spike_in import SpikeIn, shuffled, spike_in, standing
 from hones_eval.jobs.tune import TuneSettings, folds_by_image, tune
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
-from hones_eval.methods.learning import Fold, TargetLosses
+from hones_eval.methods.learning import AnswerLoss, Fold, LearnedScales, TargetLosses
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +322,101 @@ def test_power_says_how_many_examples_a_difference_needs(
     assert "own_a: 12 examples; the smallest difference found:" in out
     assert main([*given, "--difference", "3", "--overwrite"]) == 1
     assert "--difference 3: give a number between 0 and 1" in own_answers.complaint(capsys.readouterr().err)
+
+
+def plain_match_at_texts(model: api.Model, examples: TaskExamples, scales: torch.Tensor) -> float:
+    """As `plain_match`, where only the text tokens of the prompt are scaled."""
+    image = model.model.config.image_token_id
+    ids: list[torch.Tensor] = []
+
+    def hook(row: torch.Tensor) -> Any:
+        def scale(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            if args[0].shape[1] == 1:
+                return args
+            return (torch.where((ids[-1] != image)[..., None], args[0] * row, args[0]),)
+
+        return scale
+
+    blocks = zip(plain.layers(model.model), scales, strict=True)
+    handles = [block.mlp.down_proj.register_forward_pre_hook(hook(row)) for block, row in blocks]
+    right = 0
+    for i in range(len(examples)):
+        ids.append(examples[i].inputs["input_ids"])
+        tokens = model.model.generate(**examples[i].inputs, **examples[i].settings)[0]
+        right += examples.decode(i, tokens[ids[-1].shape[1] :].tolist()).strip() == examples[i].target
+    for handle in handles:
+        handle.remove()
+    return right / len(examples)
+
+
+def test_the_damage_the_ranking_and_the_repair_act_in_the_scope(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    test = part(model, own, 8, 4)
+    job = SpikeIn(
+        ranking,
+        model.replayer,
+        model.loop,
+        discovery=part(model, own, 4, 1),
+        development=part(model, own, 6, 1),
+        test=test,
+        neurons=0.3,
+        damp=0.01,
+        method="atp",
+        ways=("fixed",),
+        trials=1,
+        chosen_on_random=False,
+        scope="text",
+    )
+    report = spike_in(job)
+    damage = torch.ones_like(ranking.neuron_scores)
+    for neuron in report["planted"]:
+        damage[tuple(neuron)] = 0.01
+    assert report["settings"]["scope"] == "text"
+    assert report["damaged"] == plain_match_at_texts(model, test, damage)
+    assert report["rows"][0]["value"] == report["undamaged"]
+
+
+def test_losses_under_a_scope_are_those_of_a_steering_with_it(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    """Both the losses of many steerings at once, and the loss that learned scales minimize."""
+    examples, replayer = part(model, own, 0, 1), model.replayer.in_scope("last+generated")
+    bank = ranking.neurons(0.3)
+    steering = scaling.scaled_neurons(ranking, bank, 3.0, {})
+    example = examples[0]
+    inputs = Decoder(replayer).append_answer(example.inputs, example.settings, example.target_ids[:-1])
+    count = len(example.target_ids)
+    with (
+        torch.no_grad(),
+        steer(model.model, steering, scope="last+generated"),
+        answer_follows(model.model, count - 1),
+    ):
+        read = model.model(**inputs, use_cache=False).logits[0, -count:].log_softmax(-1)
+    expected = -float(read.gather(1, torch.tensor(example.target_ids)[:, None]).mean())
+    sums = TargetLosses(replayer, [Fold({"steered": steering}, [0])]).measure(example).sums
+    assert float(sums["losses"][1]) == pytest.approx(expected, rel=1e-4)
+    assert abs(float(sums["losses"][0]) - expected) > 1e-3
+    scales = LearnedScales(replayer.anatomy, bank)
+    scales.a.data.fill_(2.0)
+    loss = AnswerLoss(scales, Decoder(replayer), beta=0.0)(example)
+    assert float(loss.cross_entropy) == pytest.approx(expected, rel=1e-4)
+    loss.total.backward()
+    assert bool(scales.a.grad.any())
+
+
+def test_a_scope_that_a_method_does_not_know_is_refused(
+    own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = own.command("spike-in", "--ranking", own.rankings / "hones", "--parts", "[2,3,4]")
+    for flags, message in (
+        (["--method", "dvp", "--scope", "last"], "--scope only applies to --method"),
+        (["--scope", "imge"], "scope='imge' is unknown"),
+    ):
+        assert main([*given, *flags, "--out", str(tmp_path / "not")]) == 1
+        assert message in own_answers.complaint(capsys.readouterr().err)
+    scale = ["scale", "--ranking", str(own.rankings / "hones"), "--how", "fixed", "--scope", "last"]
+    assert main([*scale, "--out", str(tmp_path / "not")]) == 1
+    assert "only applies to scales that are chosen on --tasks" in own_answers.complaint(
+        capsys.readouterr().err
+    )

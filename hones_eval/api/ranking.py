@@ -236,13 +236,16 @@ def check_request(
         check_has_estimates(method)
         recorded["confirm"] = confirm
     if not Scope.parse(scope).is_all:
-        _check_scope(Scope.parse(scope), method)
+        check_scope(scope, method)
         recorded["scope"] = scope
     return _tasks(tasks, method), Options(savings, attribution, recorded)
 
 
-def _check_scope(scope: Scope, method: MethodName) -> None:
+def check_scope(given: str, method: MethodName) -> None:
     """Raise HonesError for a scope that a method does not know, or at which it reads no neurons."""
+    scope = Scope.parse(given)
+    if scope.is_all:
+        return
     if method not in EDITING:
         raise HonesError(f"--scope only applies to --method {', '.join(EDITING)}, not to {method}")
     if method == "hones" and not {"prompt", "text", "last"} & {*scope.names}:

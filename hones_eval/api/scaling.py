@@ -13,6 +13,7 @@ from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import hash_of
 from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.scope import Scope
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
@@ -59,6 +60,7 @@ def scale(
     gen_kwargs: str | None = None,
     metric: str | None = None,
     target: str | None = None,
+    scope: str = "all",
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
@@ -106,6 +108,7 @@ def scale(
         gen_kwargs: as in lmms-eval --gen_kwargs.
         metric: the task's metric to use; by default its first that is a number.
         target: the column, or a template, of the gold answer.
+        scope: the tokens that the scales act on while they are chosen, as in `steer`; steer with the same.
         seed: for the random bank and the order of examples.
         out: the folder to save the steering to.
         resume: continue from the progress that a killed run of the same job left in `out`.
@@ -123,6 +126,7 @@ def scale(
         21
     """
     share = 1.0 if neurons == "all" else neurons
+    where = Scope.parse(scope)
     _refuse_values_of_other_ways(
         how,
         factor=factor,
@@ -134,6 +138,10 @@ def scale(
         against=against,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
+        if not where.is_all:
+            raise HonesError(
+                f"--scope {scope} only applies to scales that are chosen on --tasks, with --model"
+            )
         steering = _given(ranking, how, factor, share, strength, epsilon, heads, enhance, suppress)
         if out is not None:
             steering.save(out)
@@ -168,7 +176,8 @@ def scale(
     tune = replace(tune, rates=tuple(rates)) if rates else tune
     tried = tuple(factors or GRID)
     settings = (share, tried, groups, fit, heads or HEADS, epsilon or 0.0, strengths, tune, tuned_sites)
-    development = Development(ranking, model.replayer, examples, model.loop, *settings)
+    replayer = model.replayer.in_scope(scope)
+    development = Development(ranking, replayer, examples, model.loop, *settings)
     partial = None
     if out is not None:
         pinned = [ranking.digest, development.example_set.hash, *map(str, (how, *settings))]
@@ -176,7 +185,7 @@ def scale(
         # The ranking's provenance too: its settings choose the neurons where --neurons does not.
         pinned.append(json.dumps(ranking.provenance.to_json(), sort_keys=True))
         pinned += [weights_digest(model.anatomy.model), json.dumps(model_source(model.anatomy.model))]
-        pinned += ["" if other is None else other.example_set().hash, f"{heads} {strength}"]
+        pinned += ["" if other is None else other.example_set().hash, f"{heads} {strength} {where}"]
         partial = Partial(Path(out) / "partial", hash_of([__version__, *pinned]), resume)
     model.loop.partial = partial
     try:
@@ -186,6 +195,11 @@ def scale(
             steering = choose(development, how)
     finally:
         model.loop.partial = None
+    if not where.is_all:
+        source = steering.provenance
+        steering = replace(
+            steering, provenance=replace(source, settings=source.settings | {"scope": str(where)})
+        )
     if out is not None and partial is not None and model.loop.is_first:
         if not steering.is_noop:
             steering.save(out)

@@ -49,6 +49,7 @@ def scale(
     batch_size: Rows = "auto",
     devices: int = 1,
     num_nodes: int = 1,
+    scope: str = "all",
     seed: int = 0,
     resume: bool = False,
 ) -> Answer:
@@ -106,6 +107,8 @@ def scale(
         batch_size: how many answers are generated at once; auto fits them to the device.
         devices: processes on this node, one device each.
         num_nodes: number of nodes; torchrun or srun starts the command on each (docs/distributed.md).
+        scope: the tokens that the scales act on while they are chosen on --tasks: all, prompt, image, text,
+            last, generated, or several joined by +; steer with the same scope=.
         seed: for the random bank and the order of examples.
         resume: continue from the progress that a killed run of the same command left in OUT/partial.
 
@@ -157,6 +160,7 @@ def scale(
         gen_kwargs=gen_kwargs,
         metric=metric,
         target=target,
+        scope=scope,
         seed=seed,
         out=out,
         resume=resume,

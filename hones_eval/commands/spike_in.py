@@ -39,6 +39,7 @@ def spike_in(
     num_nodes: int = 1,
     seed: int = 0,
     correction: Correction = "holm",
+    scope: str = "all",
 ) -> Answer:
     """Would this pipeline find a gain here, if there was one? Damage the model and measure the repair.
 
@@ -77,12 +78,17 @@ def spike_in(
         seed: for everything that is drawn at random.
         correction: of p-values over the rows of the report: holm, or benjamini_hochberg for the false
             discovery rate.
+        scope: the tokens at which sites are damped, ranked and scaled: all, prompt, image, text, last,
+            generated, or several joined by +; for --method hones, vseam and atp.
 
     Example:
         hones-eval spike-in --ranking runs/vqa --model llava_hf --model_args pretrained=... \\
             --tasks vqav2_val --parts "[200,200,500]" --damp 0.25 --out runs/vqa-spike-in
     """
     check_damage(damp, trials)
+    from hones_eval.api.ranking import check_scope
+
+    check_scope(scope, method)
     if parts is not None and (len(parts) != 3 or min(parts) < 1):
         raise HonesError(f"--parts {parts}: give three sizes, for discovery, development and test")
     from hones_eval import api
@@ -125,6 +131,7 @@ def spike_in(
         chosen_on_random=chosen_on_random,
         seed=seed,
         correction=correction,
+        scope=scope,
     )
     report = run(job)
     report["settings"] |= loaded.settings(job.test, gen_kwargs=gen_kwargs)

@@ -75,6 +75,11 @@ class Replayer:
         """
         return type(self)(self.anatomy, self._rows, self._scope)
 
+    @property
+    def scope(self) -> Scope:
+        """The tokens that edits act on."""
+        return self._scope
+
     def in_scope(self, scope: str | Scope) -> "Replayer":
         """A replayer of the same model whose edits act on the tokens of a scope."""
         return self if Scope.parse(scope) == self._scope else type(self)(self.anatomy, self._rows, scope)

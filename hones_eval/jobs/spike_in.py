@@ -69,6 +69,7 @@ class SpikeIn:
         tune: the settings of the way `tuned`.
         seed: of everything that is drawn at random.
         correction: of the p-values of the ways and the exact repair.
+        scope: the tokens at which sites are damped, ranked and scaled, as in `steer`.
     """
 
     ranking: Ranking
@@ -90,6 +91,7 @@ class SpikeIn:
     tune: TuneSettings = field(default_factory=TuneSettings)
     seed: int = 0
     correction: Correction = "holm"
+    scope: str = "all"
 
     def __post_init__(self) -> None:
         """Reject a fault that cannot be repaired, a ranking of another model, and sets that share images."""
@@ -126,9 +128,10 @@ def spike_in(job: SpikeIn) -> dict[str, Any]:
     Returns: a JSON-ready report, the same on every process. The model is given back undamaged.
     """
     planted = job.planted
+    job = replace(job, replayer=job.replayer.in_scope(job.scope))
     damage = _scaled(job.ranking, planted, job.damp)
     before = answered(job.loop.run(job.test, AnswersUnder(job.replayer, job.test, {}), "undamaged"))
-    with steer(job.replayer.anatomy.model, damage, job.attach):
+    with steer(job.replayer.anatomy.model, damage, job.attach, scope=job.scope):
         # Replay was proven exact on the undamaged model; hooks may change that.
         job = replace(job, replayer=job.replayer.unproven())
         ranking = _rank(job)
@@ -176,6 +179,7 @@ def spike_in(job: SpikeIn) -> dict[str, Any]:
             "seed": job.seed,
             "attach": job.attach,
             "correction": job.correction,
+            "scope": job.scope,
         },
         "ranking": {"method": job.ranking.provenance.method, "digest": job.ranking.digest},
     }

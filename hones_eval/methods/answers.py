@@ -55,11 +55,11 @@ class AnswersUnder:
         replayer: Replayer,
         examples: TaskExamples,
         steerings: Mapping[str, Steering],
-        scope: str | Scope = "all",
+        scope: str | Scope | None = None,
     ) -> None:
         """Answer unsteered, under the name `baseline`, and under each of `steerings`.
 
-        `scope` are the tokens that the steerings act on.
+        `scope` are the tokens that the steerings act on, by default those of the replayer.
 
         Raises: MisfitError when a steering was made for a model of another shape.
         """
@@ -71,7 +71,7 @@ class AnswersUnder:
             steering.check_fits(self.anatomy.shape, type(self.anatomy.model).__name__)
         self.examples = examples
         self.steerings = dict(steerings)
-        self.scope = Scope.parse(scope)
+        self.scope = replayer.scope if scope is None else Scope.parse(scope)
         self._tracker = None if self.scope.is_all else ScopeTracker(self.anatomy, self.scope)
         self._edits: dict[tuple[str, ...], list[tuple[Site, Edit]]] = {}
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.changes import row_edits
 from hones_eval.core.edits import Scaling
-from hones_eval.core.hooks import Edit, Site, editing
+from hones_eval.core.hooks import Edit, Site
+from hones_eval.core.scope import ScopeTracker, editing_in
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, repeat_example
@@ -38,9 +39,12 @@ class LearnedScales(nn.Module):
         self.a = nn.Parameter(torch.zeros(len(bank), device=anatomy.device))
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Scale the bank within a `with` block; gradients flow to `a`."""
-        with editing(self._edits()):
+    def attached(self, tracker: ScopeTracker | None = None, answer: int = 0) -> Iterator[None]:
+        """Scale the bank within a `with` block; gradients flow to `a`.
+
+        `tracker` knows the tokens that are scaled, by default all; the last `answer` tokens are the answer's.
+        """
+        with editing_in(tracker, self._edits(), answer):
             yield
 
     def scales(self) -> Tensor:
@@ -109,7 +113,8 @@ class AnswerLoss:
             raise HonesError(f"{where}: its target has no tokens to learn from")
         inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
         target = torch.tensor(example.target_ids, device=self.scales.a.device)
-        with self.scales.attached():
+        tracker, answer = self.decoder.replayer.tracker, len(target) - 1
+        with self.scales.attached(tracker, answer):
             scaled = self._logits(inputs, len(target))
         original = None
         if self.beta:
@@ -117,7 +122,7 @@ class AnswerLoss:
                 original = self._logits(inputs, len(target))
         loss = answer_loss(scaled, original, target, self.scales.a, self.beta, self.penalty)
         if not bool(torch.isfinite(loss.total)):
-            with self.scales.attached():
+            with self.scales.attached(tracker, answer):
                 refuse_not_finite(self.scales.anatomy, inputs, where)
         return loss
 
@@ -214,7 +219,7 @@ class TargetLosses:
     def _losses(self, inputs: Mapping[str, Any], chosen: Sequence[Steering], ids: Sequence[int]) -> Tensor:
         """Losses [rows] of the target under some steerings, or of one row without steering for none."""
         rows = max(1, len(chosen))
-        with editing(row_edits(self.anatomy, chosen)):
+        with editing_in(self.decoder.replayer.tracker, row_edits(self.anatomy, chosen), len(ids) - 1):
             logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
         logits = logits[:, -len(ids) :].float()
         target = torch.tensor(ids, device=logits.device).expand(rows, -1)
