@@ -3,7 +3,10 @@
 One process, one thread, the same prompts, timed by the thread's CPU time. A round has one generation of each
 kind in random order; printed are the medians over rounds of the ratio to the same round's baseline, with 95 %
 intervals by bootstrap over rounds. `baseline again` shows the noise, and `bare hook`, hooks that multiply and
-check nothing, what any hook costs. `scope=` are hooks that act on some tokens only. Usage:
+check nothing, what any hook costs. `scope=` are hooks that act on some tokens only. `condition` are hooks that
+act if a condition holds, as it always does here: one is read before the first steered layer, the other in the
+middle, which takes half a pass over the prompt of its own. `shift` are hooks that scale and add. `(IA)^3` is the
+same steering exported as an adapter and run by PEFT. Usage:
 
     python benchmarks/steered.py [--generations 200] [--profile]
 """
@@ -12,7 +15,10 @@ import argparse
 import cProfile
 import pstats
 import random
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +28,15 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
 from hones_eval.core.attach import attach_to_anatomy
 from hones_eval.core.changes import site_changes
+from hones_eval.core.condition import Condition
+from hones_eval.core.export import export_ia3
 from hones_eval.core.sites import neuron_count
 from hones_eval.core.steering import Steering
 
 SCOPES = ("scope=image", "scope=last+generated", "scope=generated")
-WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold", *SCOPES)
+CONDITIONS = {"condition, first layer": 0, "condition, middle layer": 3}
+OTHERS = ("shift", "(IA)^3 in PEFT")
+WAYS = ("baseline", "baseline again", "hook", "bare hook", "fold", *SCOPES, *CONDITIONS, *OTHERS)
 WARM_UP, RESAMPLES = 5, 10_000
 
 
@@ -48,12 +58,30 @@ def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], objec
     if way in SCOPES:
         scope = way.removeprefix("scope=")
         return attach_to_anatomy(anatomy, steering, scope=scope).detach
+    if way in CONDITIONS:
+        source = Provenance("small", None, anatomy.shape, "condition", {}, [])
+        condition = Condition(CONDITIONS[way], torch.ones(anatomy.shape.hidden), -1e9, source)
+        return attach_to_anatomy(anatomy, steering, condition=condition).detach
+    if way == "shift":
+        shifts = 0.01 * (steering.neuron_scales != 1)
+        return attach_to_anatomy(anatomy, replace(steering, neuron_shifts=shifts)).detach
+    if way == "(IA)^3 in PEFT":
+        return adapted(anatomy, steering)
     sites = site_changes(anatomy, steering) if way == "bare hook" else []
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
         for site, scales, _ in sites
     ]
     return lambda: [handle.remove() for handle in handles]
+
+
+def adapted(anatomy: Anatomy, steering: Steering) -> Callable[[], object]:
+    """Load the steering into the model as an (IA)^3 adapter of PEFT; what is given back takes it off."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_ia3(anatomy.model, steering, Path(folder))
+        return PeftModel.from_pretrained(anatomy.model, folder).unload
 
 
 @torch.no_grad()
