@@ -4,7 +4,7 @@ One process, one thread, the same prompts, timed by the thread's CPU time. A rou
 kind in random order; printed are the medians over rounds of the ratio to the same round's baseline, with 95 %
 intervals by bootstrap over rounds. `baseline again` shows the noise, and `bare hook`, hooks that multiply and
 check nothing, what any hook costs. `scope=` are hooks that act on some tokens only. `condition` are hooks
-that act if a condition holds, as it always does here: one is read before the first steered layer, the other in
+that act if a condition holds, as it always does here: one is read before the first steered layer, one in
 the middle, which takes half a pass over the prompt of its own. `shift` are hooks that scale and add. `(IA)^3`
 is the same steering exported as an adapter and run by PEFT. Usage:
 

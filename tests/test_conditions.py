@@ -220,6 +220,7 @@ def test_the_threshold_is_in_the_middle_of_the_widest_gap() -> None:
     cut = best_cut(wanted.double(), others.double())
     assert cut.balanced == pytest.approx(5 / 6)
     assert cut.threshold == 2.0
+    assert cut.margin == pytest.approx(2 / 9)
     assert best_cut(others.double(), others.double()).balanced == 0.5
 
 

@@ -28,7 +28,8 @@ def learn_condition(
 
     The direction is the difference of the mean residual streams of the two tasks' prompts. Layer and
     threshold are those with the highest balanced accuracy on the same examples, about half of all; among
-    equal layers the lowest is taken. The others, with other images, only measure precision and recall.
+    equal layers the one with the widest gap between the tasks is taken. The others, with other images, only
+    measure precision and recall.
 
     Args:
         anatomy: of the model.
@@ -60,7 +61,7 @@ def learn_condition(
     ]
     learned = [_products(part, held_out=False) for part in records]
     cuts = {i: best_cut(learned[0][:, i], learned[1][:, i]) for i in layers}
-    chosen = max(layers, key=lambda i: (cuts[i].balanced, -i))
+    chosen = max(layers, key=lambda i: (cuts[i].balanced, cuts[i].margin, -i))
     tested = [_products(part, held_out=True)[:, chosen] for part in records]
     report = _report(tested, cuts[chosen].threshold, counts)
     report["balanced_accuracy_by_layer"] = {str(i): cuts[i].balanced for i in layers}

@@ -72,10 +72,14 @@ class Projections:
 
 
 class Cut(NamedTuple):
-    """A threshold, and the mean of the shares of both sides that it puts right."""
+    """A threshold, the mean of the shares of both sides that it puts right, and how far it is from values.
+
+    `margin` is the gap around the threshold as a share of the range of all values.
+    """
 
     threshold: float
     balanced: float
+    margin: float
 
 
 def best_cut(wanted: Tensor, others: Tensor) -> Cut:
@@ -91,4 +95,5 @@ def best_cut(wanted: Tensor, others: Tensor) -> Cut:
     balanced = (right + 1 - wrong) / 2
     best = balanced == balanced.max()
     place = int(torch.where(best, gaps, torch.full_like(gaps, -1.0)).argmax())
-    return Cut(float(cuts[place]), float(balanced[place]))
+    width = float(values[-1] - values[0])
+    return Cut(float(cuts[place]), float(balanced[place]), float(gaps[place]) / width if width else 0.0)
