@@ -34,7 +34,7 @@ from hones_eval.methods.learning import Fold, TargetLosses
 from hones_eval.methods.scaling import scaled_neurons
 from hones_eval.reports.comparison import csv_table, markdown_table
 from hones_eval.toy import checkpoint_path
-from hones_eval.toy.ground_truth import TASKS, Effects, load_ground_truth
+from hones_eval.toy.ground_truth import TASKS, Effects, GroundTruth, load_ground_truth
 from hones_eval.toy.yardstick import agreement, captured_effect, masking_area
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -235,7 +235,7 @@ def area_table(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def task_rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def task_rows(cells: Sequence[dict[str, Any]], truth: GroundTruth) -> list[dict[str, Any]]:
     """Per task the examples of its truth, and how well its halves agree about single sites."""
 
     def words(ceiling: float | None) -> str:
@@ -243,20 +243,23 @@ def task_rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             return "unknown: measured without halves"
         return f"{ceiling:.2f}" + (": flat, not scored" if ceiling < CEILING else "")
 
-    first = {found["task"]: found for found in reversed(cells)}
-    return [
-        {
-            "task": found["task"],
-            "images of the truth": found["truth_examples"],
-            "ceiling of neurons": words(found["ceilings"]["neurons"]),
-            "ceiling of heads": words(found["ceilings"]["heads_by_mean"]),
-            "seeds done": sum(cell["task"] == found["task"] for cell in cells),
-        }
-        for found in sorted(first.values(), key=lambda cell: TASKS.index(cell["task"]))
-    ]
+    rows = []
+    for task in TASKS:
+        effects, about = truth.effects[task], truth.report["tasks"][task]
+        k = neuron_count(effects["neurons"].log_probability, 0.01)
+        rows.append(
+            {
+                "task": task,
+                "images of the truth": about["examples"],
+                "ceiling of neurons": words(ceiling_of(effects["neurons"], k)),
+                "ceiling of heads": words(ceiling_of(effects["heads_by_mean"], HEADS)),
+                "seeds done": sum(cell["task"] == task for cell in cells),
+            }
+        )
+    return rows
 
 
-def write(given: argparse.Namespace) -> None:
+def write(given: argparse.Namespace, truth: GroundTruth) -> None:
     """Write `captured.json`, `captured.csv` and `captured.md` of all cells that are done."""
     cells = [read_json(path) for path in given.work.glob("*.json")]
     cells.sort(key=lambda found: (TASKS.index(found["task"]), found["seed"]))
@@ -289,7 +292,7 @@ def write(given: argparse.Namespace) -> None:
         f"seed ranks on its own {first['examples']} discovery images, which the truth did not use, and masks "
         f"on its own {first['test']} test images. Cells show the mean over seeds and the range.\n",
         "## The tasks\n",
-        markdown_table(task_rows(cells)),
+        markdown_table(task_rows(cells, truth)),
         "## Neurons: captured effect of the best 1 %\n",
         markdown_table(table(cells, "neurons")),
         f"## Heads: captured effect of the best {HEADS}\n",
@@ -322,7 +325,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for task in given.tasks:
             cell(model, task, seed, given, truth)
-            write(given)
+            write(given, truth)
 
 
 if __name__ == "__main__":
