@@ -275,6 +275,39 @@ def test_benjamini_hochberg_by_option(tmp_path: Path) -> None:
         assert "Holm" not in text
 
 
+def test_seeds_of_one_steering_are_pooled(tmp_path: Path) -> None:
+    """Three seeds of a random bank, none significant alone, and another factor, which is another thing."""
+    logs = tmp_path / "logs"
+    write_run(logs, QUESTIONS, QUESTIONS.answers(0.0, 1), date=BASE_DATE)
+    wrong = QUESTIONS.answers(0.0, 1)
+    columns = []
+    for k, (start, factor) in enumerate(((0, 2.0), (4, 2.0), (8, 2.0), (0, 3.0))):
+        right = range(start, start + 4)
+        answers = [
+            gold if i in right else no
+            for i, (gold, no) in enumerate(zip(QUESTIONS.golds, wrong, strict=True))
+        ]
+        made = provenance("shapes_discovery") | {"seed": k}
+        made["settings"] = {"how": "fixed", "factor": factor}
+        steered = Steered(f"steerings/{k}", f"{k}" * 64, provenance=made)
+        write_run(logs, QUESTIONS, answers, steered=steered, date=f"20260102_03060{k}")
+        columns.append([float(i in right) for i in range(len(answers))])
+    assert main(["leaderboard", str(logs), "--out", str(tmp_path / "board"), "--json"]) == 0
+    board = build_board([logs])
+    (pooled,) = board.pooled
+    mean = np.mean(columns[:3], axis=0)
+    assert len(pooled.members) == 3
+    assert pooled.comparison.difference == pytest.approx(mean.mean())
+    # Twelve examples gain a third each: of the 2^12 sign patterns two are as far from zero.
+    assert pooled.comparison.test is not None
+    assert pooled.comparison.test.p == pytest.approx(2 / 2**12, abs=2e-3)
+    assert pooled.verdict == "better"
+    assert {row.verdict for row in board.rows} == {"no clear difference"}
+    assert "## Pooled over seeds" in (tmp_path / "board" / "leaderboard.md").read_text()
+    page = (tmp_path / "board" / "index.html").read_text()
+    assert "Pooled over seeds" in page
+
+
 def test_under_ten_examples_there_is_no_verdict(tmp_path: Path) -> None:
     few = Questions.drawn(count=9)
     write_run(tmp_path, few, few.answers(0.0, 1), date=BASE_DATE)

@@ -68,7 +68,9 @@ def answer_of(board: "Board", out: Path) -> Answer:
     lines += _table([_cells(row) for row in board.rows])
     lines.append(board.answer)
     lines.append(f"wrote {out / 'index.html'} and leaderboard.csv, .md and .svg")
-    return Answer(lines, {"out": str(out), "answer": board.answer, "rows": board.records()})
+    pooled = [row.record() for row in board.pooled]
+    data = {"out": str(out), "answer": board.answer, "rows": board.records(), "pooled": pooled}
+    return Answer(lines, data)
 
 
 def _cells(row: "Row") -> list[str]:

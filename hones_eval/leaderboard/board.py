@@ -12,6 +12,7 @@ from hones_eval.choices import Correction
 from hones_eval.core.notebook import data_frame, html_table, interval_plot
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard.pairing import MADE_FOR, Unpaired, pair_runs
+from hones_eval.leaderboard.pooling import Pooled, pool_seeds
 from hones_eval.leaderboard.reading import Run, read_logs
 from hones_eval.leaderboard.rows import Row, compare_pairs
 from hones_eval.stats.verdicts import FEWEST_UNITS, corrected
@@ -36,6 +37,8 @@ class Board:
     written: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     correction: Correction = "holm"
+    pooled: tuple[Pooled, ...] = ()
+    """Steerings that differ in their seed alone, pooled over the seeds."""
 
     @property
     def answer(self) -> str:
@@ -117,6 +120,7 @@ def build_board(
         resamples=resamples,
         warnings=tuple(warnings),
         correction=correction,
+        pooled=tuple(pool_seeds(rows, seed, resamples, correction)),
     )
 
 

@@ -14,10 +14,13 @@ from hones_eval.leaderboard.example_images import ExampleImages, boxes_on
 from hones_eval.leaderboard.examples import examples_of
 from hones_eval.leaderboard.identity import SteeringRef
 from hones_eval.leaderboard.pairing import Pair
+from hones_eval.leaderboard.pooling import Pooled
 from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row
 from hones_eval.leaderboard.scales import Scales, read_scales
-from hones_eval.leaderboard.text import one_line, shown
+from hones_eval.leaderboard.text import number, one_line, probability, shown
 from hones_eval.leaderboard.views import (
+    CSS,
+    SIGNS,
     clearest_first,
     matrix_view,
     method_views,
@@ -61,11 +64,29 @@ def index_page(board: Board, views: Sequence[Mapping[str, Any]], title: str) -> 
         tested=tested_rows(board),
         few=FEW_DIFFERENT,
         correction=CORRECTIONS[board.correction],
+        pooled=[_pooled(row) for row in board.pooled],
         seed=board.seed,
         resamples=board.resamples,
         corpus_resamples=min(CORPUS_RESAMPLES, board.resamples),
         methods=method_views(board),
     )
+
+
+def _pooled(row: Pooled) -> dict[str, Any]:
+    found, interval = row.record(), row.comparison.interval
+    ends = None if interval is None else (number(interval.low, sign=True), number(interval.high, sign=True))
+    return {
+        "steering": one_line(row.label),
+        "task": one_line(str(found["task"])),
+        "metric": one_line(str(found["metric"])),
+        "seeds": found["seeds"],
+        "difference": number(row.comparison.difference, sign=True),
+        "interval": "" if ends is None else ", ".join(ends),
+        "p": probability(row.p_adjusted),
+        "verdict": row.verdict,
+        "css": CSS.get(row.verdict, ""),
+        "sign": SIGNS[row.verdict],
+    }
 
 
 def _left_out(steering: SteeringRef | None, left: Any) -> dict[str, Any]:

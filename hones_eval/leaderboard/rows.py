@@ -148,6 +148,15 @@ def compare_pairs(pairs: Sequence[Pair], seed: int, resamples: int, include_path
     return [_sensible(row) for row in rows]
 
 
+def per_example(pair: Pair, metric: Metric) -> tuple[Floats, Integers | None] | None:
+    """Each example's difference [n] and its image's number; None for a metric without a value per example."""
+    _, scores, clusters = _row(pair, metric, ())
+    if scores.kind not in ("right/wrong", "graded"):
+        return None
+    before, after = _columns(scores)
+    return (after - before) * scores.scale, clusters
+
+
 def _sensible(row: Row) -> Row:
     """No test of a single unit, and an interval that agrees with the test and stays in the metric's range."""
     found = row.comparison

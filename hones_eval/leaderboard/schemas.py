@@ -110,6 +110,8 @@ class ProvenanceRecord(_Lenient):
     weights: Name | None = None
     method: Name | None = None
     settings: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-limits.INTEGER, le=limits.INTEGER)] | None = None
+    ranking: Annotated[dict[str, Any], AfterValidator(_shallow)] | None = None
     examples: Annotated[list[ExampleSetRecord], Field(max_length=limits.EXAMPLE_SETS)] = []
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from hones_eval.leaderboard.board import NONE_STEERED, Board
 from hones_eval.leaderboard.rows import CORPUS_RESAMPLES, Row, Verdict
-from hones_eval.leaderboard.text import cell, plain_cell
+from hones_eval.leaderboard.text import cell, number, plain_cell, probability
 from hones_eval.stats.verdicts import CORRECTIONS
 
 COLUMNS = (
@@ -91,6 +91,8 @@ def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
         if views
         else ["No steered run could be compared with a baseline.", ""]
     )
+    if board.pooled:
+        lines += ["## Pooled over seeds", "", *_pooled_table(board)]
     if NONE_STEERED in board.warnings:
         lines += [f"{NONE_STEERED.capitalize()}.", ""]
     if board.unranked or board.unreadable:
@@ -105,6 +107,40 @@ def markdown_table(board: Board, views: Sequence[Mapping[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _pooled_table(board: Board) -> list[str]:
+    lines = [
+        "| Steering | Task | Metric | Seeds | Change | 95 % interval | "
+        f"p ({CORRECTIONS[board.correction]}) | Verdict |",
+        "|---|---|---|---:|---:|---|---:|---|",
+    ]
+    for row in board.pooled:
+        found = row.record()
+        interval = row.comparison.interval
+        ends = (
+            "none"
+            if interval is None
+            else f"{number(interval.low, sign=True)}, {number(interval.high, sign=True)}"
+        )
+        cells = (
+            cell(row.label),
+            cell(str(found["task"])),
+            cell(str(found["metric"])),
+            str(found["seeds"]),
+            number(row.comparison.difference, sign=True),
+            ends,
+            probability(row.p_adjusted).replace("<", "&lt;"),
+            row.verdict,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Steerings that differ in their seed alone: each example counts once, with its mean change over the "
+        "seeds. P-values are corrected over this table.",
+        "",
+    ]
 
 
 def _summary(board: Board) -> str:
