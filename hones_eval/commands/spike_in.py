@@ -55,7 +55,8 @@ def spike_in(
         model_args: as in lmms-eval --model_args.
         damp: the scale of the planted sites, above 0 and below 1.
         plant: damp the ranking's best neurons or best heads, or random neurons of the same layers.
-        neurons: the share of all neurons to plant and to select.
+        neurons: the share of all neurons to plant, and to select for the ways that scale a selection; tuned
+            may scale all heads and neurons.
         heads: how many heads to plant and to select.
         method: how the damaged model is ranked.
         how: ways to choose the scales, each a row of the table; by default tuned.
