@@ -575,7 +575,10 @@ def test_filters_are_kept_in_the_address(page: Any, board: Path, grounding: Path
 
 def test_words_that_differ_between_two_answers_are_marked(page: Any, tmp_path: Path) -> None:
     questions = Questions("captions", ["Describe it."] * 2, ["a red circle"] * 2)
-    answers = ["a red circle left of a square", "nothing"], ["a blue circle left of the square", "everything"]
+    answers = (
+        ["a red circle left of a square", "nothing"],
+        ["a large blue circle left of the square", "everything"],
+    )
     write_run(tmp_path / "logs", questions, answers[0], date="20260102_030405", manifest=False)
     write_run(
         tmp_path / "logs", questions, answers[1], date="20260102_030505", manifest=False, steered=Steered()
@@ -583,7 +586,7 @@ def test_words_that_differ_between_two_answers_are_marked(page: Any, tmp_path: P
     make_board([tmp_path / "logs"], tmp_path / "board", resamples=99)
     page.goto(only_page(tmp_path / "board").as_uri())
     assert page.locator("#examples del").all_inner_texts() == ["red", "a"]
-    assert page.locator("#examples ins").all_inner_texts() == ["blue", "the"]
+    assert page.locator("#examples ins").all_inner_texts() == ["large", "blue", "the"]
     shown = page.locator("#examples dd").all_inner_texts()
     assert answers[1][0] in shown
     assert answers[1][1] in shown
