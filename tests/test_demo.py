@@ -64,6 +64,10 @@ def test_the_whole_v_seam_path_on_photographs(
     assert "shows the path" in said
     assert "not editable pair-action" in said
     assert "5. Evaluate" in said
+    story = (out / "index.html").read_text()
+    assert "2 edits accepted, 0 rejected, 1 not editable" in story
+    assert re.search(r"recovers most at layer \d|no share of a logit difference to recover", story)
+    assert "8 heads help, 8 hurt" in story
     edits = {row["category"]: row for row in json.loads((out / "edits" / "vseam_pairs.json").read_text())}
     assert set(edits) == {"indoor", "color"}
     trace = json.loads((out / "trace" / "trace.json").read_text())

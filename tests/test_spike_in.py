@@ -25,6 +25,7 @@ from hones_eval.jobs.tune import TuneSettings, folds_by_image, tune
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.learning import AnswerLoss, Fold, LearnedScales, TargetLosses
+from hones_eval.reports.spike_in import headline
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,17 @@ def test_a_model_that_is_damaged_by_hooks_is_ranked_as_one_with_damaged_weights(
         torch.testing.assert_close(by_hook.head_log_probability, by_fold.head_log_probability)
     if by_hook.neuron_scores is not None:
         torch.testing.assert_close(by_hook.neuron_scores, by_fold.neuron_scores, rtol=1e-4, atol=1e-6)
+
+
+def test_the_headline_names_the_best_way_that_is_not_the_exact_repair() -> None:
+    rows = [
+        {"scales": scales, "recovered": {"value": value}, "verdict": "better"}
+        for scales, value in (("exact repair", 1.0), ("fixed", 0.25), ("tuned", 0.5), ("grid", None))
+    ]
+    report = {"rows": rows, "repairable": True, "metric": "acc", "undamaged": 0.9, "damaged": 0.4}
+    assert headline(report) == "tuned recovers 50% of the planted loss: better"
+    assert headline(report | {"repairable": False}).startswith("The damage is not clear")
+    assert headline(report | {"rows": rows[:1]}) == "The damage is clear: acc falls from 0.900 to 0.400."
 
 
 def test_the_command_writes_a_report_a_table_and_a_figure(

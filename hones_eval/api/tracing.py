@@ -264,7 +264,7 @@ def _lines(category: _Category) -> list[str]:
     """The lines that report the result for a pair of tasks."""
     task = category.pairs.clean.task
     lines = [
-        f"{task}: {len(category.counted)} pairs traced; the model is right on both images of "
+        f"{task}: {_pairs(len(category.counted))} traced; the model is right on both images of "
         f"{category.right}; {len(category.left_out)} left out"
     ]
     for what in (each for each in category.counted[0].values if each not in BY_TOKEN):
@@ -281,8 +281,12 @@ def _lines(category: _Category) -> list[str]:
             "answer, so there is no share to recover"
         )
     for reason, keys in _reasons(category).items():
-        lines.append(f"warning: left out {len(keys)} pairs, the first is {keys[0]}: {reason}")
+        lines.append(f"warning: left out {_pairs(len(keys))}, the first is {keys[0]}: {reason}")
     return lines
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'' if count == 1 else 's'}"
 
 
 def _reasons(category: _Category) -> dict[str, list[str]]:

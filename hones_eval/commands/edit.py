@@ -1,6 +1,7 @@
 """`hones-eval edit`."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +146,8 @@ def edit(
         note(f"{report.resumed} edits are kept from an earlier run")
     lines = _lines(report)
     lines.append(f"wrote {out / 'vseam_pairs.json'}, {out / 'report.json'} and {out / 'contact_sheet.html'}")
-    return Answer(lines, {"out": str(out), "by_level": report.by_level(), "left_out": report.left_out})
+    data = {"out": str(out), "by_level": report.by_level(), "left_out": report.left_out}
+    return Answer(lines, data, _headline(report))
 
 
 def _records(
@@ -173,6 +175,17 @@ def _records(
         raise HonesError(f"--images {folder} is not a folder")
     reading = read_records(questions, scene_graphs=scene_graphs, category=category)
     return Reading(reading.records[:limit], reading.problems), folder
+
+
+def _headline(report: "Report") -> str:
+    totals = Counter[str]()
+    for counts in report.by_level().values():
+        totals.update(counts)
+    accepted = totals["accepted"]
+    return (
+        f"{accepted} edit{'' if accepted == 1 else 's'} accepted, {totals['rejected']} rejected, "
+        f"{totals['not_editable']} not editable"
+    )
 
 
 def _summary(report: "Report") -> str:

@@ -139,4 +139,4 @@ def spike_in(
     if not loaded.loop.is_first:
         return Answer([])
     report_of.write(report, out)
-    return Answer([f"wrote {out}", *report_of.lines(report)], report)
+    return Answer([f"wrote {out}", *report_of.lines(report)], report, report_of.headline(report))

@@ -75,4 +75,7 @@ def trace(
         gen_kwargs=gen_kwargs,
         batch_size=batch_size,
     )
-    return Answer(lines, {"out": str(out), "answer": lines})
+    found = next((line for line in lines if " recovers most at " in line), None)
+    tasks = clean.count(",") + 1
+    nothing = f"{tasks} task{'' if tasks == 1 else 's'} traced, no share of a logit difference to recover"
+    return Answer(lines, {"out": str(out), "answer": lines}, found or nothing)

@@ -33,6 +33,18 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def headline(report: Mapping[str, Any]) -> str:
+    """The largest recovered share, that of the exact repair aside, or that there is nothing to recover."""
+    chosen = [row for row in report["rows"] if row["scales"] != "exact repair"]
+    known = [row for row in chosen if row["recovered"]["value"] is not None]
+    if not report["repairable"] or not known:
+        return _loss(report)
+    best = max(known, key=lambda row: row["recovered"]["value"])
+    return (
+        f"{best['scales']} recovers {best['recovered']['value']:.0%} of the planted loss: {best['verdict']}"
+    )
+
+
 def page(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     tests = report["examples"]["test"]
