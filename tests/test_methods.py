@@ -23,6 +23,7 @@ from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.jobs.rank import Discovery, discover, provenance
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
+from hones_eval.methods import hones
 from hones_eval.methods.hones import NeuronAttribution
 from hones_eval.methods.localization import HeadLocalization
 from hones_eval.methods.projection import inverse_document_frequency
@@ -213,6 +214,25 @@ def test_a_corpus_metric_is_computed_again_for_every_head(load: Callable[[str, s
     close(ranking.neuron_scores, importance, 1e-5)
     unweighed = plain.hones_neurons(task.model, task.items, weights)
     assert (importance - unweighed).abs().max() > 1e-3 * importance.max()
+
+
+def test_neurons_take_no_pass_of_their_own_where_their_sums_fit(
+    load: Callable[[str, str], Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass gives the importance that two passes give, of every head that may be chosen."""
+    task = load("qwen2_5_vl", "hones_vqa")
+    with monkeypatch.context() as patch:
+        patch.setattr(hones, "NEURON_BYTES", 0)
+        apart = task.discover("hones")
+
+    def separate(*_: object) -> None:
+        raise AssertionError("neurons took a pass of their own")
+
+    monkeypatch.setattr(NeuronAttribution, "measure", separate)
+    together = task.discover("hones")
+    assert torch.equal(together.head_scores, apart.head_scores)
+    close(together.neuron_scores, apart.neuron_scores.double(), 1e-5)
+    assert together.report == apart.report
 
 
 def test_where_lower_is_better_scores_change_their_sign(

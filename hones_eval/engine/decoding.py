@@ -38,7 +38,16 @@ from hones_eval.engine.continuation import (
     disagreement,
     waiting_rows,
 )
-from hones_eval.engine.passes import ROUNDING, FullPasses, Passes, RowLimit, Rows, SiteEdit, site_edits
+from hones_eval.engine.passes import (
+    ROUNDING,
+    FullPasses,
+    NeuronReader,
+    Passes,
+    RowLimit,
+    Rows,
+    SiteEdit,
+    site_edits,
+)
 from hones_eval.engine.prompts import appended, own_tokens, started
 from hones_eval.engine.replay import Replay, Replayer
 from hones_eval.errors import HonesError, first_line
@@ -176,6 +185,7 @@ class GreedyExample:
         edits: Sequence[SiteEdit],
         along: AlongTarget | None = None,
         on_rows: Callable[[Rows], None] | None = None,
+        on_neurons: NeuronReader | None = None,
     ) -> Iterator[tuple[SiteEdit, list[int]]]:
         """Yield the answer's tokens under every edit; unchanged answers come before those that are decoded.
 
@@ -183,6 +193,7 @@ class GreedyExample:
             edits: one at a time.
             along: what `along` returned for a target.
             on_rows: receives the logits [rows, target, vocabulary] along the target.
+            on_neurons: see `Passes.edited`; receives nothing where `passes` is None.
         """
         if self.passes is None:
             yield from self._decoded(edits)
@@ -191,7 +202,10 @@ class GreedyExample:
         waiting: list[Differing] = []
         kept = KeptKeys(self.passes) if self._can_continue(self.passes) else None
         numbers = {edit: number for number, edit in enumerate(edits)}
-        verified = self.passes.edited(edits) if kept is None else kept.replay.edited(edits, on_keys=kept)
+        if kept is None:
+            verified = self.passes.edited(edits, on_neurons)
+        else:
+            verified = kept.replay.edited(edits, on_neurons, kept)
         for rows in verified:
             if along is not None and on_rows is not None:
                 on_rows(along.of(rows, kept))

@@ -66,6 +66,11 @@ class Savings:
         if self.race is not None or self.screen is not None:
             raise HonesError("--budget screens and drops heads by itself: leave out --race and --screen")
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every head is measured on every example."""
+        return self.race is None and self.screen is None and self.budget is None
+
     def settings(self) -> dict[str, Any]:
         """The settings in use, as a ranking records them."""
         used = [name for name in ("race", "screen", "budget") if getattr(self, name) is not None]

@@ -3,7 +3,7 @@
 The numbered steps (HONES 1 to 4) and the paper are in `docs/glossary.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hones_eval.core import readouts
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head
+from hones_eval.engine.passes import NeuronReader
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
@@ -23,16 +24,18 @@ from hones_eval.methods.projection import check_finite_neurons, write_gains
 from hones_eval.methods.routing import add_routed, routed_zeros, unmeasured_report
 from hones_eval.runs.measure import Measurement, Totals
 
+NEURON_BYTES = 128 * 2**20
+"""Memory up to which neurons are attributed under all heads in the pass that localizes them."""
+NEURONS = "neurons."
+
 
 def rank(job: Discovery) -> Ranking:
-    """Run both passes of HONES: localize heads, then attribute neurons conditioned on the best of them."""
+    """Run HONES: localize heads, then attribute neurons conditioned on the best; in one pass or in two."""
     job.check_counts()
     shape, seed = job.provenance.shape, job.provenance.seed
     job.savings.check(int(shape.head_mask().sum()), job.heads, job.loop.world_size)
     replacement = job.replacement
-    localization = HeadLocalization(
-        job.replayer, job.examples, replacement, log_probability=not job.savings.metric_only
-    )
+    localization = _localization(job, replacement)
     located = localize(localization, job.loop, job.heads, job.savings, seed)
     scores = located.scores
     chosen = located.top(job.heads)
@@ -40,7 +43,10 @@ def rank(job: Discovery) -> Ranking:
     attribution = NeuronAttribution(
         job.replayer, weighted, token_weights=job.token_weights(), replacement=replacement
     )
-    totals = job.loop.run(job.examples, attribution, "neurons")
+    if isinstance(localization, HeadsAndNeurons):
+        totals = localization.neuron_totals(located.totals, weighted)
+    else:
+        totals = job.loop.run(job.examples, attribution, "neurons")
     weights = torch.stack([scores[head] for head in weighted]) if weighted else torch.ones(0)
     report = job.report(len(job.examples)) | _heads_report(job, localization, located, chosen)
     if job.examples.recorder.has_distractors:
@@ -54,6 +60,18 @@ def rank(job: Discovery) -> Ranking:
         neuron_examples=totals.sums.get("routed"),
         report=report | located.report | unmeasured_report(totals, shape),
     )
+
+
+def _localization(job: Discovery, replacement: HeadReplacement) -> HeadLocalization:
+    """The pass over heads; where all of them run on all examples, and sums fit, with the neurons."""
+    with_log_probability = not job.savings.metric_only
+    shape = job.provenance.shape
+    size = int(shape.head_mask().sum()) * shape.layers * shape.neurons * 8
+    passes_on = job.examples.kind.passes_neurons
+    if passes_on and job.savings.is_exact and size <= NEURON_BYTES:
+        weights = job.token_weights()
+        return HeadsAndNeurons(job.replayer, job.examples, replacement, with_log_probability, weights)
+    return HeadLocalization(job.replayer, job.examples, replacement, with_log_probability)
 
 
 class NeuronAttribution:
@@ -101,25 +119,35 @@ class NeuronAttribution:
         """Contributions and drops of one example, for its own target."""
         if example.is_distractor:  # only the correct candidate of a query has the target in its prompt
             return Measurement(self.zeros())
-        gains = write_gains(self.anatomy, example, self.token_weights)
         passes = self.replayer.record(example.inputs, 1)
-        base = [readouts.write_in(z[0], gain) for z, gain in zip(passes.base_neurons(), gains, strict=True)]
-        check_finite_neurons(base, example)
+        sums, reader = self.reader(example, [z[0] for z in passes.base_neurons()])
+        replacement = self.replacement or HeadReplacement.by_mean(self.anatomy)
+        replacement.prepare(example)
+        for _ in passes.edited(replacement.of(self.heads), reader):
+            pass  # the reader takes what is needed; the logits are not
+        return Measurement(sums)
+
+    def reader(self, example: Example, base: Sequence[Tensor]) -> tuple[dict[str, Tensor], NeuronReader]:
+        """One example's sums, and a reader that adds the drops under edits to them.
+
+        Args:
+            example: gives the target.
+            base: unedited FFN activations [I] at the last prompt token, by layer.
+        """
+        gains = write_gains(self.anatomy, example, self.token_weights)
+        contributions = [readouts.write_in(z, gain) for z, gain in zip(base, gains, strict=True)]
+        check_finite_neurons(contributions, example)
         sums = self.zeros()
-        sums["contribution"] += torch.stack([c.double().cpu() for c in base])
-        add_routed(sums, self.anatomy.shape, [z[0] for z in passes.base_neurons()])
+        sums["contribution"] += torch.stack([c.double().cpu() for c in contributions])
+        add_routed(sums, self.anatomy.shape, base)
         sums["examples"] += 1
 
         def add(layer: int, rows: Tensor, activations: Tensor) -> None:
-            drop = base[layer] - readouts.write_in(activations[:, 0], gains[layer])
+            drop = contributions[layer] - readouts.write_in(activations[:, 0], gains[layer])
             drop = drop.clamp(min=0) if self.rectify == "item" else drop
             sums["drop"][rows, layer] = drop.double().cpu()
 
-        replacement = self.replacement or HeadReplacement.by_mean(self.anatomy)
-        replacement.prepare(example)
-        for _ in passes.edited(replacement.of(self.heads), add):
-            pass  # `add` reads what is needed; the logits are not
-        return Measurement(sums)
+        return sums, add
 
     def importance(self, totals: Totals, weights: Tensor) -> Tensor:
         """Importance [L, I]: the weighted mean of the rectified drops over heads.
@@ -142,6 +170,59 @@ class NeuronAttribution:
         drops = (totals.sums["drop"] / count).clamp(min=0)
         weights = weights.double()
         return (torch.einsum("h,hli->li", weights, drops) / weights.sum()).float()
+
+
+class HeadsAndNeurons(HeadLocalization):
+    """One pass that localizes heads and attributes neurons under every head.
+
+    The passes that answer an example already compute the FFN activations under every head's replacement. So
+    conditioning on all heads at once takes no pass more, where its sums [heads, L, I] fit into memory; the
+    heads to condition on are chosen afterwards.
+    """
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        examples: TaskExamples,
+        replacement: HeadReplacement | None = None,
+        log_probability: bool = True,
+        token_weights: Tensor | None = None,
+    ) -> None:
+        """As `HeadLocalization`; `token_weights` as in `NeuronAttribution`."""
+        super().__init__(replayer, examples, replacement, log_probability)
+        self.attribution = NeuronAttribution(
+            replayer, self.heads, token_weights=token_weights, replacement=self.replacement
+        )
+        self.run = self.run._replace(neurons=self)
+        self._sums: dict[str, Tensor] | None = None
+
+    def zeros(self) -> dict[str, Tensor]:
+        """The sums of both."""
+        return super().zeros() | _prefixed(self.attribution.zeros())
+
+    def start(self, example: Example, base: Sequence[Tensor], numbers: Sequence[int]) -> NeuronReader:
+        """See `hones_eval.lmms.answers.kind.NeuronSink`."""
+        self._sums, reader = self.attribution.reader(example, base)
+        heads = torch.tensor(list(numbers))
+        return lambda layer, rows, activations: reader(layer, heads[rows], activations)
+
+    def measure(self, example: Example) -> Measurement:
+        """Both of one example; neurons in passes of their own where its answers cannot be verified by one."""
+        self._sums = None
+        measured = super().measure(example)
+        if self._sums is None or example.is_distractor:
+            self._sums = self.attribution.measure(example).sums
+        return measured._replace(sums=measured.sums | _prefixed(self._sums))
+
+    def neuron_totals(self, totals: Totals, heads: Sequence[Head]) -> Totals:
+        """The totals that `NeuronAttribution` of some of the heads would have."""
+        sums = {name: totals.sums[f"{NEURONS}{name}"] for name in self.attribution.zeros()}
+        chosen = [self.heads.index(head) for head in heads]
+        return Totals(sums | {"drop": sums["drop"][chosen]}, {})
+
+
+def _prefixed(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{NEURONS}{name}": value for name, value in sums.items()}
 
 
 def _heads_report(

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.engine.decoding import Decoder
-from hones_eval.engine.passes import SiteEdit
+from hones_eval.engine.passes import NeuronReader, Passes, SiteEdit
 from hones_eval.engine.prefixes import SharedReplayer
 from hones_eval.engine.replay import Replayer
 from hones_eval.lmms.example import Example
@@ -153,6 +153,16 @@ class Examples(Protocol):
         """The neighboring examples that show the same images, the example itself among them."""
 
 
+class NeuronSink(Protocol):
+    """Takes FFN activations at the last prompt token, from passes that are run for another reason."""
+
+    def start(self, example: Example, base: Sequence[Tensor], numbers: Sequence[int]) -> NeuronReader:
+        """A reader for the passes of an example under the edits with these numbers.
+
+        `base` are the unedited activations [I] by layer.
+        """
+
+
 class EditRun(NamedTuple):
     """The model, the examples and the edits of one pass, as kinds of answers use them."""
 
@@ -169,6 +179,8 @@ class EditRun(NamedTuple):
     """Whether the margin of gold answers in words is read too."""
     log_probability: bool = True
     """Whether the gold answer's log-probability is wanted where it takes work of its own."""
+    neurons: "NeuronSink | None" = None
+    """Takes the FFN activations of the passes that answer an example, if its kind `passes_neurons` on."""
 
     @classmethod
     def of(
@@ -183,6 +195,14 @@ class EditRun(NamedTuple):
         numbers = {edit: number for number, edit in enumerate(edits)}
         decoder, sharing = Decoder(replayer), SharedReplayer(replayer)
         return cls(replayer, examples, edits, numbers, decoder, sharing, {}, margins, log_probability)
+
+    def reader_of(
+        self, example: Example, passes: Passes | None, numbers: Sequence[int]
+    ) -> NeuronReader | None:
+        """A reader of FFN activations for passes whose first position read is the last of the prompt."""
+        if self.neurons is None or passes is None:
+            return None
+        return self.neurons.start(example, [z[0] for z in passes.base_neurons()], numbers)
 
 
 class SteeringRun(Protocol):
@@ -220,6 +240,8 @@ class AnswerKind(ABC):
     """The metric that this kind brings with it; None where the task's metrics score the answers."""
     many_answers = False
     """Whether almost every edit gives an answer of its own, so that results are not worth remembering."""
+    passes_neurons = False
+    """Whether the passes of `under_edits` pass FFN activations on to the run's `neurons`."""
     replaces_decoding: str | None = None
     """What a ranking's report says instead of how answers were decoded; None where they are decoded."""
 

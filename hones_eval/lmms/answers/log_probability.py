@@ -29,6 +29,7 @@ class LogProbabilityAnswers(AnswerKind):
     """The log-probability of the gold answer, which is also the metric; nothing is decoded."""
 
     name = LOG_PROBABILITY
+    passes_neurons = True
     metric = LOG_PROBABILITY
     replaces_decoding = "not asked for: the metric is the target's log-probability"
 
@@ -40,7 +41,7 @@ class LogProbabilityAnswers(AnswerKind):
         """Replay the edits on prompt and target."""
         run.decoder.learn_type(example.inputs, example.settings)
         target = Target(run, example)
-        target.replay([run.edits[number] for number in numbers])
+        target.replay([run.edits[number] for number in numbers], neurons=True)
         metric = OwnMetric(target.base, target.drops)
         return EditedAnswers(as_text(target.base), {}, target.base, target.drops, 0, metric=metric)
 

@@ -31,13 +31,14 @@ class Target:
         self.base_margin = 0.0
         self.margin_drops = torch.zeros(len(run.edits), dtype=torch.float64) if run.margins else None
 
-    def replay(self, edits: Sequence[SiteEdit]) -> None:
-        """Replay edits on prompt and target."""
+    def replay(self, edits: Sequence[SiteEdit], neurons: bool = False) -> None:
+        """Replay edits on prompt and target; with `neurons` the run's sink gets the FFN activations."""
         example, decoder = self.example, self.run.decoder
         inputs = decoder.append(example.inputs, example.target_ids[:-1])
         passes = self.run.replayer.record(inputs, len(example.target_ids))
         self.start(passes, passes.base_logits)
-        for rows in passes.edited(edits):
+        numbers = [self.run.numbers[edit] for edit in edits]
+        for rows in passes.edited(edits, self.run.reader_of(example, passes, numbers) if neurons else None):
             self.add(rows)
 
     def start(self, passes: Passes, logits: Tensor) -> None:

@@ -33,6 +33,7 @@ class TextAnswers(AnswerKind):
     """Generated text, greedily decoded."""
 
     name = "text"
+    passes_neurons = True
 
     def recorder(self, task: RecordedTask) -> Recorder | None:
         """A recorder for every task that generates; other kinds are asked first."""
@@ -51,7 +52,8 @@ class TextAnswers(AnswerKind):
             target.start(along.passes, along.base_logits)
         edits = [run.edits[number] for number in numbers]
         differing: dict[int, str] = {}
-        for edit, tokens in decoded.answers(edits, along, target.add):
+        reader = run.reader_of(example, decoded.passes, numbers)
+        for edit, tokens in decoded.answers(edits, along, target.add, reader):
             if tokens != decoded.tokens:
                 differing[run.numbers[edit]] = run.examples.decode(example.index, tokens)
         if along is None and run.log_probability:
