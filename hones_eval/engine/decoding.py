@@ -165,7 +165,16 @@ class GreedyExample:
         worst = (replayed - generated).abs().max() / generated.abs().max()
         if not bool(worst <= ROUNDING[replayed.dtype]):
             return False
-        return first_difference(self._choices(replayed[None])[0], self.tokens) is None
+        return first_difference(self.choices(replayed[None])[0], self.tokens) is None
+
+    def forget(self) -> None:
+        """Free the memory of the pass that checks the answer; `recall` records it again."""
+        self.passes = None
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Record the pass that checks the answer again, after `forget`."""
+        self.passes = self._decoder.record(self._inputs, self.tokens)
 
     @torch.no_grad()
     def along(self, target: Sequence[int]) -> AlongTarget | None:
@@ -209,7 +218,7 @@ class GreedyExample:
         for rows in verified:
             if along is not None and on_rows is not None:
                 on_rows(along.of(rows, kept))
-            for edit, choices in zip(rows.edits, self._choices(rows.logits), strict=True):
+            for edit, choices in zip(rows.edits, self.choices(rows.logits), strict=True):
                 place = first_difference(choices, self.tokens)
                 if place is None:
                     yield edit, self.tokens
@@ -234,7 +243,7 @@ class GreedyExample:
         mask = self._inputs.get("attention_mask")
         return kept and self._decoder.not_continued is None and (mask is None or bool(mask.all()))
 
-    def _choices(self, logits: Tensor) -> list[list[int]]:
+    def choices(self, logits: Tensor) -> list[list[int]]:
         """Greedy choices along the unedited answer, from logits [rows, answer, vocabulary]."""
         if not len(self._plan.processors):
             plain: list[list[int]] = logits.argmax(-1).tolist()

@@ -15,6 +15,7 @@ from hones_eval.core.sites import Head
 from hones_eval.engine.passes import NeuronReader
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
+from hones_eval.lmms.answers.together import worth_sharing
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.methods.discovery import Discovery, sharing_report
 from hones_eval.methods.head_replacement import HeadReplacement
@@ -63,15 +64,23 @@ def rank(job: Discovery) -> Ranking:
 
 
 def _localization(job: Discovery, replacement: HeadReplacement) -> HeadLocalization:
-    """The pass over heads; where all of them run on all examples, and sums fit, with the neurons."""
+    """The pass over heads.
+
+    Where all heads run on all examples, questions about one image are checked together, if the first group
+    shares most of its tokens. Otherwise neurons are attributed in the same pass, if their sums fit into
+    memory.
+    """
     with_log_probability = not job.savings.metric_only
     shape = job.provenance.shape
     size = int(shape.head_mask().sum()) * shape.layers * shape.neurons * 8
-    passes_on = job.examples.kind.passes_neurons
-    if passes_on and job.savings.is_exact and size <= NEURON_BYTES:
+    exact = job.savings.is_exact and job.examples.kind.passes_neurons
+    together = exact and worth_sharing(job.examples.with_same_images(0), job.replayer.anatomy)
+    if exact and not together and size <= NEURON_BYTES:
         weights = job.token_weights()
         return HeadsAndNeurons(job.replayer, job.examples, replacement, with_log_probability, weights)
-    return HeadLocalization(job.replayer, job.examples, replacement, with_log_probability)
+    localization = HeadLocalization(job.replayer, job.examples, replacement, with_log_probability)
+    localization.run = localization.run._replace(share=together)
+    return localization
 
 
 class NeuronAttribution:
@@ -247,7 +256,7 @@ def _heads_report(
         "neurons_conditioned_on": "heads" if positive else "nothing: no chosen head has a positive score",
     }
     report |= job.examples.recorder.report()
-    if job.examples.recorder.shares_prompts:
+    if job.examples.recorder.shares_prompts or localization.run.share:
         report |= sharing_report(localization.run.sharing, totals)
     return report
 

@@ -181,6 +181,8 @@ class EditRun(NamedTuple):
     """Whether the gold answer's log-probability is wanted where it takes work of its own."""
     neurons: "NeuronSink | None" = None
     """Takes the FFN activations of the passes that answer an example, if its kind `passes_neurons` on."""
+    share: bool = False
+    """Whether generated answers to questions about one image are checked together."""
 
     @classmethod
     def of(

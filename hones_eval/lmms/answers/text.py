@@ -13,6 +13,7 @@ from hones_eval.lmms.answers.kind import (
     SteeringRun,
 )
 from hones_eval.lmms.answers.target import Target
+from hones_eval.lmms.answers.together import Together
 from hones_eval.lmms.example import Example
 
 
@@ -40,6 +41,13 @@ class TextAnswers(AnswerKind):
         return TextRecorder(task)
 
     def under_edits(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
+        """The answers to one example, or those that its group has given ahead; see `answers.together`."""
+        if not run.share:
+            return self._alone(run, example, numbers)
+        together: Together = run.ahead.setdefault(self.name, Together(self._alone))
+        return together.of(run, example, numbers)
+
+    def _alone(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
         """Decode once, check the answer under every edit, and decode only the answers that differ.
 
         The same passes also give the target's log-probability, where the model can branch off its answer
