@@ -1,7 +1,7 @@
 """Generated answers to several questions about one image: checked together, beside one by one.
 
 A LLaVA of random weights, so small that edits change few answers, with 144 image tokens and 26 words per
-question. Both ways measure all heads on the same examples, in turn, timed by the CPU time of this thread. Usage:
+question. Both ways measure all heads on the same examples, in turn, timed by CPU time of the thread. Usage:
 
     python benchmarks/questions.py [--questions 4 8 16] [--dtype float32]
 """
