@@ -137,6 +137,8 @@ class _EnoughError(Exception):
 
 _READING: "WeakSet[nn.Module]" = WeakSet()
 """Models that are running a prompt only to decide a condition: no tracked edit acts meanwhile."""
+_readings = [0]
+"""How many they are: a set of weak references is too slow to ask at every module of every token."""
 
 
 class ScopeTracker:
@@ -180,6 +182,8 @@ class ScopeTracker:
         self._reads_first = any(c.layer > first_layer for c in self._directions)
         self._rows: Tensor | None = None
         """Whether the conditions hold, bool [rows], of the prompts of the last pass over prompts."""
+        self._verdict: Tensor | bool = True
+        """The same, as one value where it is the same for all rows."""
         self._undecided: dict[int, Tensor] = {}
         """The last token of each prompt, by layer that is still to be read."""
         self.prompts = self.acted = 0
@@ -197,7 +201,7 @@ class ScopeTracker:
 
         Raises: EditError outside of a forward pass of the model.
         """
-        if _READING and self._model in _READING:
+        if _readings[0] and self._model in _READING:
             return False
         if self._acting is None:
             raise EditError(f"{self._what}: a layer was called outside of the model's forward pass")
@@ -253,7 +257,7 @@ class ScopeTracker:
             self._embedded = args[0]
 
     def _decodes(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._model in _READING:
+        if _readings[0] and self._model in _READING:
             return
         given = _arguments(module, args, kwargs)
         tokens = given.get("inputs_embeds")
@@ -275,11 +279,13 @@ class ScopeTracker:
         found = self._in_prompt(prompt, None if ids is None else ids.cpu())
         if "generated" in self.scope.names:
             found = found | (attended & ~prompt)
-        if self.scope.is_all:
-            found = torch.ones_like(found)
-        self._acting = found.to(tokens.device) if bool(found.any()) else False
+        acting = self.scope.is_all or (found.to(tokens.device) if bool(found.any()) else False)
+        self._acting = acting
         if self.has_conditions:
             self._decide(module, given, prompt, ids)
+            if self._undecided:  # read in this pass, before the first layer in which the steering acts
+                return
+            self._acting = self._where_decided(acting, size)
 
     def _decide(
         self, decoder: nn.Module, given: Mapping[str, Any], prompt: Tensor, ids: Tensor | None
@@ -307,12 +313,14 @@ class ScopeTracker:
         elif self._reads_first:
             call = {name: copy.deepcopy(x) if _is_cache(x) else x for name, x in given.items()}
             _READING.add(self._model)
+            _readings[0] += 1
             try:
                 with torch.no_grad(), uncompiled():
                     decoder(**call)
             except _EnoughError:
                 pass
             finally:
+                _readings[0] -= 1
                 _READING.discard(self._model)
 
     def _reader(self, layer: int) -> Callable[..., None]:
@@ -329,10 +337,13 @@ class ScopeTracker:
             for condition in self._directions:
                 if condition.layer == layer:
                     self._rows = self._rows & condition.holds(own).cpu()
-            if not self._undecided:
-                self._finish_deciding()
-                if self._model in _READING:
-                    raise _EnoughError
+            if self._undecided:
+                return
+            self._finish_deciding()
+            if self._model in _READING:
+                raise _EnoughError
+            assert self._acting is not None
+            self._acting = self._where_decided(self._acting, (int(hidden.shape[0]), int(hidden.shape[1])))
 
         return read
 
@@ -341,13 +352,12 @@ class ScopeTracker:
         assert self._rows is not None
         self.prompts += len(self._rows)
         self.acted += int(self._rows.sum())
-        if self._acting is not None:
-            tokens = self._acting.shape[1] if isinstance(self._acting, Tensor) else 1
-            self._acting = self._where_decided(self._acting, (len(self._rows), tokens))
+        every = bool(self._rows.all())
+        self._verdict = every if every or not bool(self._rows.any()) else self._rows
 
     def _where_decided(self, acting: Tensor | bool, size: tuple[int, int]) -> Tensor | bool:
         """Of the tokens in the scope, those whose prompt meets the conditions."""
-        rows = self._rows
+        rows, verdict = self._rows, self._verdict
         if rows is None or acting is False:
             return acting
         if len(rows) != size[0]:
@@ -355,8 +365,8 @@ class ScopeTracker:
                 f"{self._what}: {size[0]} rows follow {len(rows)} prompts, so it is not known which of them "
                 "the condition holds for"
             )
-        if bool(rows.all()) or not bool(rows.any()):
-            return acting if bool(rows.all()) else False
+        if isinstance(verdict, bool):
+            return acting if verdict else False
         own = rows[:, None].expand(*size)
         return own if acting is True else acting & own.to(acting.device)
 
