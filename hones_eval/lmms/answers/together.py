@@ -141,8 +141,10 @@ class Together:
 def worth_sharing(group: Sequence[Example], anatomy: Anatomy) -> bool:
     """Whether prompts about one image share enough tokens."""
     prompts = [example.inputs for example in group]
+    if len(group) < FEWEST or anatomy.reads_states or not all("input_ids" in inputs for inputs in prompts):
+        return False
     lengths = [own_tokens(inputs).shape[1] for inputs in prompts]
-    if len(group) < FEWEST or not (prefix := shared_length(prompts, anatomy)):
+    if not (prefix := shared_length(prompts, anatomy)):
         return False
     left = prefix + len(group) * (max(lengths) - prefix)
     return left <= SAVING * sum(lengths)
