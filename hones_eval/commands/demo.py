@@ -177,7 +177,7 @@ class _Story:
         self._add(question, found, words, "board", lines=[power] if power else [], figures=drawn)
         page = write_story(
             self.out,
-            title="hones-eval demo: from a task to its neurons and back",
+            title="hones-eval demo: what was found, step by step",
             answer=found,
             lead=f"On the bundled model, with lmms-eval tasks {', '.join(tasks)}. The steps, with what was "
             "found, and a page each:",

@@ -50,8 +50,8 @@ class Board:
         if len(reasons) == len(self.rows):
             subject = "the only row" if len(reasons) == 1 else f"none of the {len(reasons)} rows"
             could = "could not be judged" if len(reasons) == 1 else "could be judged"
-            listed = "; ".join(dict.fromkeys(reasons))
-            return f"Did it help? That cannot be told: {subject} {could} ({listed})."
+            parts = Counter(part for reason in reasons for part in reason.split("; "))
+            return f"Did it help? That cannot be told: {subject} {could} ({parts.most_common(1)[0][0]})."
         helped = "No"
         if counts["better"]:
             helped = "In part" if counts["worse"] else "Yes"
