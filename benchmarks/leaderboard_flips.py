@@ -1,4 +1,4 @@
-"""A page of ten thousand examples that changed, in a browser: `leaderboard_flips.py [EXAMPLES]`.
+"""A page that lists ten thousand examples, in a browser: `leaderboard_flips.py [EXAMPLES]`.
 
 One baseline and one steered run that draws every score anew, so that about half of the examples change; every
 example has an image. Prints the size of the page and what Chromium takes to load, page and search it.
@@ -31,7 +31,7 @@ def main(examples: int = 22_000) -> None:
         write_logs(logs, runs=2, examples=examples, changed=1.0)
         add_images(logs)
         make_board([logs], out, images=False)
-        (path,) = (out / "comparisons").iterdir()
+        (path,) = (out / "comparisons").glob("*.html")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             print(f"{path.stat().st_size / 1e6:.1f} MB, {report(browser.new_page(), path)}")
