@@ -1,6 +1,7 @@
 """Spike-ins, tuned scales and power through the commands, compared with plain hooks and loops."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,33 @@ def test_tuned_scales_are_the_mean_of_folds_that_were_learned_apart(
     changed = int((heads != 1).sum()), int((neurons != 1).sum())
     assert changed[kind == "heads"] == 0, "only the chosen kind is scaled"
     assert found.report["scaled_sites"] == sum(changed) > 0
+    assert not found.report["folds_disagree"]
+    everything = list(range(8))
+    assert found.report["loss_of_mean"] == pytest.approx(
+        plain_loss(model, examples, everything, neurons, heads), rel=1e-3
+    )
+
+
+def test_a_mean_that_does_worse_than_its_folds_gives_way_to_scales_learned_from_all_images(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = part(model, own, 4, 8)
+    settings = TuneSettings(rates=(0.2,), epochs=2, folds=2)
+    bank = [Head(layer, head) for layer in range(4) for head in range(2)]
+    monkeypatch.setattr("hones_eval.jobs.tune._mean", harmful_mean)
+    found = tune(ranking, model.replayer, examples, bank, settings, model.loop)
+    assert found.report["folds_disagree"]
+    assert found.report["loss_of_mean"] > found.report["held_out_loss"]
+    learned = fit(model.replayer, examples, bank, settings.fit_settings(0.2), model.loop)
+    heads, _ = learned.epochs[found.report["best_epoch"] - 1]
+    assert found.steering is not None
+    torch.testing.assert_close(found.steering.head_scales, heads)
+
+
+def harmful_mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:
+    """Scales that take all heads out."""
+    one = steerings[0]
+    return scaling.of_sites(ranking, torch.zeros_like(one.head_scales), one.neuron_scales, {})
 
 
 def plain_loss(

@@ -419,4 +419,5 @@ def _summary_of_tuned(settings: Mapping[str, Any]) -> str:
         f"{settings['metric']} {settings['baseline']:.4g} without steering, {settings['best']:.4g} with it; "
         f"{settings['scaled_sites']} of {settings['sites']} sites are scaled, by at most "
         f"{settings['largest_change']:.2g}"
+        + ("; folds disagree, so scales were learned from all images" if settings["folds_disagree"] else "")
     )

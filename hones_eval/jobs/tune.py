@@ -4,7 +4,9 @@ The development images are cut into folds. For each fold, scales are learned fro
 loss is measured on the fold itself. So every development image is held out once, and the settings are chosen
 by the loss on all of them. On a quarter of the images alone, a model that is hardly ever wrong may show
 nothing to learn. The result is the mean over the folds of the scales at the chosen rate and epoch. Each
-fold's scales follow the noise of its own images as well, and the mean keeps what the folds agree on.
+fold's scales follow the noise of its own images as well, and the mean keeps what the folds agree on. Folds
+may also find different repairs of one fault, whose mean repairs nothing: if the mean's loss on all
+development images exceeds the held-out loss, scales are learned once more, from all of them.
 
 Where a bank has heads and neurons, the scales of each kind are learned apart, and the held-out loss also
 chooses the kind. Learned together they fit the noise of a few dozen images better, and a fault in one of them
@@ -100,7 +102,8 @@ def tune(
 
     Scales are learned once per kind of site, learning rate and fold. Then one pass measures, for every image,
     the loss of the target without steering and under the scales of its own fold at the end of every epoch.
-    The kind, rate and epoch with the smallest loss win, and the steering has the mean scales of their folds.
+    The kind, rate and epoch with the smallest loss win, and the steering has the mean scales of their folds,
+    or scales learned from all images where the folds disagree.
     """
     kinds = {
         kind: sites
@@ -132,11 +135,24 @@ def tune(
         return Tuned(None, report)
     best_kind, best_rate, best_epoch = best.split(", ")
     chosen = _mean(ranking, [fold.steerings[best] for fold in folds])
+    report["loss_of_mean"] = _loss(replayer, examples, chosen, loop)
+    report["folds_disagree"] = report["loss_of_mean"] > by_name[best]
+    if report["folds_disagree"]:
+        fitting = settings.fit_settings(float(best_rate))
+        again = fit(replayer, examples, kinds[best_kind], fitting, loop, name="tune-all")
+        chosen = scaling.of_sites(ranking, *again.epochs[int(best_epoch) - 1], {})
     changes = torch.cat([(chosen.head_scales - 1).flatten(), (chosen.neuron_scales - 1).flatten()]).abs()
     report |= {"kind": best_kind, "learning_rate": float(best_rate), "best_epoch": int(best_epoch)}
     report |= {"held_out_loss": by_name[best]}
     report |= {"largest_change": float(changes.max()), "scaled_sites": int((changes > 0).sum())}
     return Tuned(chosen, report)
+
+
+def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: Loop) -> float:
+    """The mean loss of the target over all examples, under one steering."""
+    measure = TargetLosses(replayer, [Fold({"mean": steering}, range(len(examples)))])
+    totals = loop.run(examples, measure, "tune-mean")
+    return float(totals.sums["losses"][1] / totals.sums["examples"])
 
 
 def _mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:
