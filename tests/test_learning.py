@@ -212,7 +212,7 @@ def test_initial_scales_change_nothing_and_an_edit_that_never_ran_is_an_error(
 def test_the_divergence_is_from_the_original_to_the_scaled() -> None:
     scaled, original = torch.randn(3, 5), torch.randn(3, 5)
     target, a = torch.tensor([0, 4, 2]), torch.tensor([0.5, -0.5])
-    loss = answer_loss(scaled, original, target, a, beta=0.1, penalty=0.01)
+    loss = answer_loss(scaled, original, target[:, None].tolist(), a, beta=0.1, penalty=0.01)
     theirs = torch.nn.functional.kl_div(scaled.log_softmax(-1), original.softmax(-1), reduction="batchmean")
     entropy = torch.nn.functional.cross_entropy(scaled, target)
     torch.testing.assert_close(loss.divergence, theirs)

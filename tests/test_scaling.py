@@ -404,14 +404,19 @@ def refuse_gradients() -> None:
 
 
 def plain_loss(model: Any, example: Any, head_scales: torch.Tensor, neuron_scales: torch.Tensor) -> float:
-    """The mean cross-entropy of an example's target with sites scaled by independent hooks."""
+    """The mean cross-entropy of an example's target, with sites scaled by independent hooks.
+
+    The end of the answer is one more token of it, where `max_new_tokens` leaves room.
+    """
     handles = []
     for block, heads, neurons in zip(plain.layers(model), head_scales, neuron_scales, strict=True):
         for name, row in (("self_attn.o_proj", heads), ("mlp.down_proj", neurons)):
             module = block.get_submodule(name)
             wide = row.repeat_interleave(module.in_features // len(row))
             handles.append(module.register_forward_pre_hook(lambda _, args, wide=wide: (args[0] * wide,)))
-    target = torch.tensor(example.target_ids)
+    has_room = len(example.target_ids) < example.settings["max_new_tokens"]
+    end = [example.settings["eos_token_id"]] if has_room else []
+    target = torch.tensor([*example.target_ids, *end])
     ids = torch.cat([example.inputs["input_ids"], target[None, :-1]], dim=1)
     given = example.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:

@@ -205,8 +205,12 @@ def test_the_command_writes_a_report_a_table_and_a_figure(
 def test_tuned_scales_are_the_mean_of_folds_that_were_learned_apart(
     model: api.Model, own: own_answers.Prepared, ranking: Ranking
 ) -> None:
-    """The held-out loss is that of a plain loop over folds, and the steering the mean of their scales."""
-    examples = part(model, own, 4, 8)
+    """The held-out loss is that of a plain loop over folds, and the steering the mean of their scales.
+
+    The end of the answer counts as a token, since `max_new_tokens` leaves room for it.
+    """
+    room = "max_new_tokens=5"
+    examples = model.examples("own_a", include_path=own.tasks, offset=4, limit=8, gen_kwargs=room)
     settings = TuneSettings(rates=(0.05, 0.2), epochs=2, sparsity=0.1, folds=2)
     banks = {
         "heads": [Head(layer, head) for layer in range(4) for head in range(2)],
@@ -287,8 +291,9 @@ def plain_loss(
     indices: list[int],
     neurons: torch.Tensor | None,
     heads: torch.Tensor | None = None,
+    with_end: bool = True,
 ) -> float:
-    """The mean cross-entropy of the targets' tokens, by independent hooks."""
+    """The mean cross-entropy of the targets' tokens, and of the answer's end, by independent hooks."""
     total = 0.0
     for index in indices:
         example = examples[index]
@@ -299,13 +304,18 @@ def plain_loss(
                     row = scales[layer].repeat_interleave(module.in_features // scales.shape[1])
                     hook = module.register_forward_pre_hook(lambda _, args, row=row: (args[0] * row,))
                     handles.append(hook)
-        longer = plain.with_answer(model.model, example.inputs, example.target_ids)
+        ids = example.target_ids
+        if with_end:
+            end = model.model.generation_config.eos_token_id
+            assert isinstance(end, int)
+            ids = [*ids, end]
+        longer = plain.with_answer(model.model, example.inputs, ids)
         start = example.inputs["input_ids"].shape[1]
         with torch.no_grad():
             logits = model.model(**longer).logits[0, start - 1 : -1]
         for handle in handles:
             handle.remove()
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.target_ids)))
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)))
     return total / len(indices)
 
 
@@ -319,7 +329,8 @@ def test_held_out_losses_of_many_steerings_are_those_of_one_at_a_time(
     assert int(totals.sums["examples"]) == 2
     found = (totals.sums["losses"] / 2).tolist()
     scales = [None, *(steering.neuron_scales for steering in steerings.values())]
-    assert found == pytest.approx([plain_loss(model, examples, [1, 3], one) for one in scales], rel=1e-4)
+    expected = [plain_loss(model, examples, [1, 3], one, with_end=False) for one in scales]
+    assert found == pytest.approx(expected, rel=1e-4)
     assert len({round(value, 4) for value in found}) == 4
 
 

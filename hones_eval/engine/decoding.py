@@ -333,6 +333,12 @@ def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
     return repeated
 
 
+def end_tokens(model: PreTrainedModel, settings: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer, by the settings of a call of `generate` or else by the model's own."""
+    ends = settings.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
     """The tokens up to and including the first end token; in a batch, padding follows it."""
     ends = [i for i, token in enumerate(tokens) if token in end_tokens]

@@ -150,7 +150,9 @@ def _losses(
     rung: int,
 ) -> dict[str, float]:
     """The sum of the gold answer's loss over some examples under each steering, and without one as ""."""
-    totals = loop.run(examples, TargetLosses(replayer, [Fold(steerings, indices)]), f"halving-{rung + 1}")
+    totals = loop.run(
+        examples, TargetLosses(replayer, [Fold(steerings, indices)], with_end=True), f"halving-{rung + 1}"
+    )
     return dict(zip(["", *steerings], totals.sums["losses"].tolist(), strict=True))
 
 

@@ -45,9 +45,12 @@ class FitSettings:
     penalty has no unit, and means the same for every model and task.
     """
 
+    with_end: bool = False
+    """Whether the end of a generated answer counts as one more token of it."""
+
     def recorded(self) -> dict[str, Any]:
         """The settings as an artifact records them: `floor` and `sparsity` only where they are used."""
-        unused = [name for name in ("floor", "sparsity") if not getattr(self, name)]
+        unused = [name for name in ("floor", "sparsity", "with_end") if not getattr(self, name)]
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -98,7 +101,9 @@ def fit(
             f"give a number of --devices that divides {settings.accumulate}"
         )
     scales = LearnedScales(replayer.anatomy, bank)
-    loss = AnswerLoss(scales, _decoder(replayer, examples), settings.beta, settings.penalty)
+    loss = AnswerLoss(
+        scales, _decoder(replayer, examples), settings.beta, settings.penalty, settings.with_end
+    )
     chosen = range(len(examples)) if indices is None else indices
     module = _Fit(loss, examples, settings, loop, chosen, name)
     trainer = _trainer(settings, loop, replayer.anatomy.device.type == "cuda")

@@ -8,6 +8,9 @@ fold's scales follow the noise of its own images as well, and the mean keeps wha
 may also find different repairs of one fault, whose mean repairs nothing: if the mean's loss on all
 development images exceeds the held-out loss, scales are learned once more, from all of them.
 
+The end of a generated answer counts as one more token of it. Otherwise scales are found by which answers
+begin well and do not stop.
+
 Where a bank has heads and neurons, the scales of each kind are learned apart, and the held-out loss also
 chooses the kind. Learned together they fit the noise of a few dozen images better, and a fault in one of them
 worse.
@@ -79,6 +82,7 @@ class TuneSettings:
             limit=self.ceiling - 1,
             floor=-1.0,
             sparsity=self.sparsity,
+            with_end=True,
             seed=self.seed,
         )
 
@@ -120,7 +124,7 @@ def tune(
             for epoch, (heads, neurons) in enumerate(fitted.epochs, start=1):
                 found[f"{kind}, {rate:g}, {epoch}"] = scaling.of_sites(ranking, heads, neurons, {})
         folds.append(Fold(found, part))
-    totals = loop.run(examples, TargetLosses(replayer, folds), "tune-held-out")
+    totals = loop.run(examples, TargetLosses(replayer, folds, with_end=True), "tune-held-out")
     without, *losses = (totals.sums["losses"] / totals.sums["examples"]).tolist()
     by_name = dict(zip(folds[0].steerings, losses, strict=True))
     best = min(by_name, key=by_name.__getitem__)
@@ -150,7 +154,7 @@ def tune(
 
 def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: Loop) -> float:
     """The mean loss of the target over all examples, under one steering."""
-    measure = TargetLosses(replayer, [Fold({"mean": steering}, range(len(examples)))])
+    measure = TargetLosses(replayer, [Fold({"mean": steering}, range(len(examples)))], with_end=True)
     totals = loop.run(examples, measure, "tune-mean")
     return float(totals.sums["losses"][1] / totals.sums["examples"])
 

@@ -12,7 +12,7 @@ from hones_eval.core.changes import row_edits
 from hones_eval.core.hooks import Edit, Site
 from hones_eval.core.scope import Scope, ScopeTracker, editing_in
 from hones_eval.core.steering import Steering
-from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.engine.decoding import Decoder, cut_at_end, end_tokens, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
 from hones_eval.engine.prompts import own_tokens
 from hones_eval.engine.replay import Replayer
@@ -136,7 +136,7 @@ class AnswersUnder:
         """The texts that the wrapper makes of the new tokens of every row of a `generate`."""
         # Counted from the end, as only some families return the prompt before the new tokens.
         new = output.sequences[:, -len(output.logits) :].tolist()
-        ends = self._end_tokens(example)
+        ends = end_tokens(self.anatomy.model, example.settings)
         return [self.examples.decode(example.index, cut_at_end(tokens, ends)) for tokens in new]
 
     @contextmanager
@@ -150,10 +150,6 @@ class AnswersUnder:
         if names not in self._edits:
             self._edits[names] = row_edits(self.anatomy, [self.steerings[name] for name in names])
         return self._edits[names]
-
-    def _end_tokens(self, example: Example) -> list[int]:
-        ends = example.settings.get("eos_token_id", self._config("eos_token_id"))
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     def _ends_by_token(self, example: Example) -> bool:
         """Whether each row ends by its own tokens; stop strings and other criteria see the whole batch."""

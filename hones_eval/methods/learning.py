@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
@@ -17,12 +16,13 @@ from hones_eval.core.hooks import Edit, Site
 from hones_eval.core.scope import ScopeTracker, editing_in
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
-from hones_eval.engine.decoding import Decoder, repeat_example
+from hones_eval.engine.decoding import Decoder, end_tokens, repeat_example
 from hones_eval.engine.passes import refuse_not_finite
 from hones_eval.engine.prompts import own_tokens
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
+from hones_eval.lmms.examples.dataset import TARGET_TOKENS
 from hones_eval.runs.measure import Measurement
 
 
@@ -98,10 +98,19 @@ class AnswerLoss:
     """The loss of one example under learned scales (HONES 4)."""
 
     def __init__(
-        self, scales: LearnedScales, decoder: Decoder, beta: float = 0.05, penalty: float = 1e-5
+        self,
+        scales: LearnedScales,
+        decoder: Decoder,
+        beta: float = 0.05,
+        penalty: float = 1e-5,
+        with_end: bool = False,
     ) -> None:
-        """Cross-entropy of the answer, `beta` times KL(original || scaled), `penalty` times mean(a^2)."""
+        """Cross-entropy of the answer, `beta` times KL(original || scaled), `penalty` times mean(a^2).
+
+        `with_end` counts the end of a generated answer as one more token of it.
+        """
         self.scales, self.decoder, self.beta, self.penalty = scales, decoder, beta, penalty
+        self.with_end = with_end
 
     def __call__(self, example: Example) -> Loss:
         """Teacher-force the target after the prompt, with the scales and, for the KL term, without them.
@@ -111,16 +120,16 @@ class AnswerLoss:
         where = f"{example.task}, doc_id {example.doc_id}"
         if not example.target_ids:
             raise HonesError(f"{where}: its target has no tokens to learn from")
-        inputs = self.decoder.append(example.inputs, example.target_ids[:-1])
-        target = torch.tensor(example.target_ids, device=self.scales.a.device)
-        tracker, answer = self.decoder.replayer.tracker, len(target) - 1
+        wanted = wanted_tokens(self.scales.anatomy.model, example, self.with_end)
+        inputs = self.decoder.append(example.inputs, example.target_ids[: len(wanted) - 1])
+        tracker, answer = self.decoder.replayer.tracker, len(wanted) - 1
         with self.scales.attached(tracker, answer):
-            scaled = self._logits(inputs, len(target))
+            scaled = self._logits(inputs, len(wanted))
         original = None
         if self.beta:
             with torch.no_grad():
-                original = self._logits(inputs, len(target))
-        loss = answer_loss(scaled, original, target, self.scales.a, self.beta, self.penalty)
+                original = self._logits(inputs, len(wanted))
+        loss = answer_loss(scaled, original, wanted, self.scales.a, self.beta, self.penalty)
         if not bool(torch.isfinite(loss.total)):
             with self.scales.attached(tracker, answer):
                 refuse_not_finite(self.scales.anatomy, inputs, where)
@@ -134,23 +143,50 @@ class AnswerLoss:
 def answer_loss(
     scaled: Float[Tensor, "tokens vocabulary"],
     original: Float[Tensor, "tokens vocabulary"] | None,
-    target: Int[Tensor, " tokens"],
+    wanted: Sequence[Sequence[int]],
     a: Float[Tensor, " bank"],
     beta: float,
     penalty: float,
 ) -> Loss:
     """Mean answer-token cross-entropy + `beta` KL(original || scaled) on answer tokens + `penalty` mean(a^2).
 
-    `original` may be None where `beta` is 0. Computed in float32 (HONES 4).
+    `wanted` holds the tokens that count as right at each position. `original` may be None where `beta` is 0.
+    Computed in float32 (HONES 4).
     """
     log_scaled = torch.log_softmax(scaled.float(), -1)
-    cross_entropy = F.nll_loss(log_scaled, target.to(scaled.device))
+    cross_entropy = token_losses(log_scaled, wanted).mean()
     divergence = torch.zeros((), device=scaled.device)
     if original is not None:
         log_original = torch.log_softmax(original.float(), -1)
         divergence = (log_original.exp() * (log_original - log_scaled)).sum(-1).mean()
     total = cross_entropy + beta * divergence + penalty * a.square().mean().to(scaled.device)
     return Loss(total, cross_entropy.detach(), divergence.detach())
+
+
+def wanted_tokens(model: PreTrainedModel, example: Example, with_end: bool) -> list[list[int]]:
+    """The tokens that count as right at each position of the gold answer.
+
+    Args:
+        model: its generation settings name the tokens that end an answer.
+        example: its target is teacher-forced.
+        with_end: add the end of the answer, which any of the end tokens makes. Otherwise scales are learned
+            by which the answer begins well and goes on for too long. Margins and choices have no end, and a
+            target that fills `max_new_tokens` needs none.
+    """
+    wanted = [[token] for token in example.target_ids]
+    is_text = example.details is None and bool(example.settings)
+    is_cut = len(wanted) >= min(example.settings.get("max_new_tokens") or TARGET_TOKENS, TARGET_TOKENS)
+    ends = end_tokens(model, example.settings) if with_end and is_text and not is_cut else []
+    return [*wanted, ends] if ends else wanted
+
+
+def token_losses(log_probabilities: Tensor, wanted: Sequence[Sequence[int]]) -> Tensor:
+    """Cross-entropies [..., tokens] from log-probabilities [..., tokens, vocabulary]."""
+    found = [
+        -log_probabilities[..., position, list(tokens)].logsumexp(-1)
+        for position, tokens in enumerate(wanted)
+    ]
+    return torch.stack(found, dim=-1)
 
 
 @contextmanager
@@ -186,8 +222,12 @@ class TargetLosses:
     steerings of all folds have the same names. Examples of no fold are not measured.
     """
 
-    def __init__(self, replayer: Replayer, folds: Sequence[Fold]) -> None:
-        """Measure the examples of every fold under the steerings of the fold, and without steering."""
+    def __init__(self, replayer: Replayer, folds: Sequence[Fold], with_end: bool = False) -> None:
+        """Measure the examples of every fold under the steerings of the fold, and without steering.
+
+        `with_end` counts the end of a generated answer as one more token of it.
+        """
+        self.with_end = with_end
         self.anatomy, self.limit, self.decoder = replayer.anatomy, replayer.limit, Decoder(replayer)
         self.names = list(folds[0].steerings)
         self._of = {index: fold.steerings for fold in folds for index in fold.indices}
@@ -204,24 +244,26 @@ class TargetLosses:
         if example.index not in self._of:
             return Measurement(self.zeros(), None)
         steerings = self._of[example.index]
-        inputs = self.decoder.append_answer(example.inputs, example.settings, example.target_ids[:-1])
-        losses = [self._losses(inputs, [], example.target_ids)]
+        wanted = wanted_tokens(self.anatomy.model, example, self.with_end)
+        answer = example.target_ids[: len(wanted) - 1]
+        inputs = self.decoder.append_answer(example.inputs, example.settings, answer)
+        losses = [self._losses(inputs, [], wanted)]
         length = own_tokens(inputs).shape[1]
         losses += self.limit.chunks(
             self.names,
             length,
-            lambda cut: self._losses(inputs, [steerings[name] for name in cut], example.target_ids),
+            lambda cut: self._losses(inputs, [steerings[name] for name in cut], wanted),
         )
         sums = {"losses": torch.cat(losses), "examples": torch.ones((), dtype=torch.float64)}
         return Measurement(sums, None)
 
     @torch.no_grad()
-    def _losses(self, inputs: Mapping[str, Any], chosen: Sequence[Steering], ids: Sequence[int]) -> Tensor:
+    def _losses(
+        self, inputs: Mapping[str, Any], chosen: Sequence[Steering], wanted: Sequence[Sequence[int]]
+    ) -> Tensor:
         """Losses [rows] of the target under some steerings, or of one row without steering for none."""
         rows = max(1, len(chosen))
-        with editing_in(self.decoder.replayer.tracker, row_edits(self.anatomy, chosen), len(ids) - 1):
+        with editing_in(self.decoder.replayer.tracker, row_edits(self.anatomy, chosen), len(wanted) - 1):
             logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
-        logits = logits[:, -len(ids) :].float()
-        target = torch.tensor(ids, device=logits.device).expand(rows, -1)
-        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        return losses.mean(1).double().cpu()
+        log_probabilities = logits[:, -len(wanted) :].float().log_softmax(-1)
+        return token_losses(log_probabilities, wanted).mean(1).double().cpu()
