@@ -89,7 +89,10 @@ def test_a_loaded_model_gives_the_ranking_of_its_wrapper(model: he.Model) -> Non
     [
         ({"method": "honse"}, "there is no method 'honse': choose one of hones, vseam, "),
         ({"heads": 1000}, "heads 1000: cannot choose 1000 of 48 heads (6 layers of 8): ask for 1 to 48"),
-        ({"method": "vseam", "race": 0.1}, "race and screen only apply to method hones, not to vseam"),
+        (
+            {"method": "vseam", "race": 0.1},
+            "budget, metric_only, race and screen only apply to method hones, not to vseam",
+        ),
     ],
 )
 def test_errors_name_arguments_as_python_does(model: he.Model, given: dict[str, Any], says: str) -> None:

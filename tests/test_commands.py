@@ -427,7 +427,7 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "hones",
         "fixed",
         {"strength": 3},
-        "--strength only applies .*signed and mean_difference, not to fixed",
+        "--strength only applies .*signed, signed_neurons and mean_difference, not to fixed",
     ),
     "factor of signed": (
         "vseam",
@@ -439,7 +439,7 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "vseam",
         "signed",
         {"heads": 3},
-        "--heads only applies .*topk and mean_difference, not",
+        "--heads only applies .*topk, halving and mean_difference, not",
     ),
     "against of fixed": ("hones", "fixed", {"against": "own_b"}, "--against only applies .*mean_difference"),
     "no task": ("hones", "mean_difference", {}, "give --model, --model_args and --tasks"),

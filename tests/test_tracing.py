@@ -356,7 +356,7 @@ def test_the_command_averages_what_its_tables_hold(
     }
     said = capsys.readouterr().out
     assert "4 pairs traced" in said
-    assert "left out 1 pairs, the first is q2: its clean and edited answers agree" in said
+    assert "left out 1 pair, the first is q2: its clean and edited answers agree" in said
     layers, by_token, roles = (table(out / f"{name}.csv") for name in ("layers", "tokens", "roles"))
     for what in ("image", "last"):
         for layer, mean in enumerate(found[what]["logit_change"]):

@@ -13,7 +13,6 @@ from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import hash_of
 from hones_eval.core.lock import writes_to_out
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.scope import Scope
 from hones_eval.core.steering import Steering
 from hones_eval.core.weights import weights_digest
 from hones_eval.errors import HonesError
@@ -126,7 +125,6 @@ def scale(
         21
     """
     share = 1.0 if neurons == "all" else neurons
-    where = Scope.parse(scope)
     _refuse_values_of_other_ways(
         how,
         factor=factor,
@@ -138,7 +136,7 @@ def scale(
         against=against,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
-        if not where.is_all:
+        if scope != "all":
             raise HonesError(
                 f"--scope {scope} only applies to scales that are chosen on --tasks, with --model"
             )
@@ -157,12 +155,14 @@ def scale(
                 f"--{flag} {value:g} leaves nothing to choose on --tasks {tasks}: leave one of them out; "
                 "--strengths gives the values to try"
             )
+    from hones_eval.core.scope import Scope
     from hones_eval.jobs.learn import FitSettings
     from hones_eval.jobs.mean_difference import mean_difference
     from hones_eval.jobs.scale import GRID, Development, choose, summary
     from hones_eval.jobs.tune import TuneSettings
     from hones_eval.runs.checkpoint import Partial
 
+    where = Scope.parse(scope)
     task_settings: dict[str, Any] = {
         "include_path": include_path,
         "limit": limit,
@@ -258,4 +258,6 @@ READ_BY = {
 def _refuse_values_of_other_ways(how: str, **given: float | str | None) -> None:
     for name, value in given.items():
         if value is not None and how not in READ_BY[name]:
-            raise HonesError(f"--{name} only applies to --how {' and '.join(READ_BY[name])}, not to {how}")
+            *others, last = READ_BY[name]
+            ways = f"{', '.join(others)} and {last}" if others else last
+            raise HonesError(f"--{name} only applies to --how {ways}, not to {how}")

@@ -87,16 +87,16 @@ def spike_in(
             --tasks vqav2_val --parts "[200,200,500]" --damp 0.25 --out runs/vqa-spike-in
     """
     check_damage(damp, trials)
-    from hones_eval.api.ranking import check_scope
-
-    check_scope(scope, method)
     if parts is not None and (len(parts) != 3 or min(parts) < 1):
         raise HonesError(f"--parts {parts}: give three sizes, for discovery, development and test")
     from hones_eval import api
+    from hones_eval.api.ranking import check_scope
     from hones_eval.core.ranking import Ranking
     from hones_eval.jobs.spike_in import SpikeIn
     from hones_eval.jobs.spike_in import spike_in as run
     from hones_eval.reports import spike_in as report_of
+
+    check_scope(scope, method)
 
     scores = Ranking.load(ranking)
     loaded = api.load(
