@@ -3,6 +3,7 @@
 import base64
 import csv
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def write_run_page(
         "run.js",
         command=command,
         made_by=shown_line(made_by),
-        headline=shown_line(headline),
+        headline=shown_line(headline[:1].upper() + headline[1:]),
         warnings=[shown_line(line) for line in lines if line.startswith("warning: ")],
         lines=[shown_line(line) for line in lines if not line.startswith("warning: ")],
         charts=[chart_view(chart) for chart in charts],
@@ -171,7 +172,7 @@ def _number(value: Any) -> float | None:
 
 
 def _title(path: Path) -> str:
-    return TITLES.get(path.stem) or path.stem.replace("_", " ").capitalize()
+    return TITLES.get(path.stem) or re.sub(r"_|(?<=[a-z])(?=\d)", " ", path.stem).capitalize()
 
 
 def _fits(path: Path) -> bool:
