@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hones_eval.errors import HonesError
-from hones_eval.runs.racing import STAKES, betting_gain, centre
+from hones_eval.runs.racing import STAKES, Contest, betting_gain, centre
 
 ROUNDS = 2
 """How often items are dropped before the last ones are measured on all examples."""
@@ -92,7 +92,7 @@ def _ends(sizes: list[int], measurements: float) -> list[float]:
     return ends
 
 
-class Elimination:
+class Elimination(Contest):
     """Which of some items have the highest means, with a number of measurements that is fixed in advance."""
 
     def __init__(self, items: int, keep: int, examples: int, cuts: Sequence[Cut], span: float = 1.0) -> None:
@@ -105,27 +105,10 @@ class Elimination:
             cuts: when items are dropped; see `schedule`.
             span: the largest absolute value, for which the risk is computed.
         """
-        self.keep, self.examples, self.span, self.cuts = keep, examples, span, cuts
-        self.place = torch.zeros(items, dtype=torch.int64)
-        """0 in play, 1 in, -1 out."""
-        self.seen = torch.zeros(items, dtype=torch.int64)
+        super().__init__(items, keep, examples)
+        self.span, self.cuts = span, cuts
         self.values = torch.zeros(0, items, dtype=torch.float64)
         """What was measured [examples, items]; 0 where an item was no longer in play."""
-
-    @property
-    def in_play(self) -> Tensor:
-        """Numbers of the items that are still measured, ascending."""
-        return (self.place == 0).nonzero()[:, 0]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every item is in or out."""
-        return not bool((self.place == 0).any())
-
-    @property
-    def undecided(self) -> Tensor:
-        """Numbers of the items that were measured on all examples."""
-        return (self.seen == self.examples).nonzero()[:, 0]
 
     def add(self, values: Tensor) -> None:
         """Take in examples: the quantity of every item in play [examples, items in play]."""

@@ -85,7 +85,33 @@ def bernstein_gain(x: Tensor, expected: Tensor, span: float, stakes: Tensor, mea
     return y * (x - expected) / width - psi * ((x - mean) / width).square()
 
 
-class Race:
+class Contest:
+    """Which items are in play, in or out, and how many examples each was measured on."""
+
+    def __init__(self, items: int, keep: int, examples: int) -> None:
+        """Start with all of some items in play; `keep` of them are wanted, of `examples` in the whole set."""
+        self.keep, self.examples = keep, examples
+        self.place = torch.zeros(items, dtype=torch.int64)
+        """0 in play, 1 in, -1 out."""
+        self.seen = torch.zeros(items, dtype=torch.int64)
+
+    @property
+    def in_play(self) -> Tensor:
+        """Numbers of the items that are still measured, ascending."""
+        return (self.place == 0).nonzero()[:, 0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every item is in or out."""
+        return not bool((self.place == 0).any())
+
+    @property
+    def undecided(self) -> Tensor:
+        """Numbers of the items that were measured on all examples, since nothing settled them before."""
+        return (self.seen == self.examples).nonzero()[:, 0]
+
+
+class Race(Contest):
     """Which of some items have the highest means of a bounded quantity over a finite set of examples."""
 
     def __init__(
@@ -111,29 +137,12 @@ class Race:
             raise HonesError(f"the risk of a race must lie between 0 and 1, not {delta}")
         if not 1 <= keep <= items:
             raise HonesError(f"cannot keep {keep} of {items} items: keep 1 to {items}")
-        self.keep, self.examples, self.span, self.bound = keep, examples, span, bound
+        super().__init__(items, keep, examples)
+        self.span, self.bound = span, bound
         self.threshold = math.log(max(1, keep * (items - keep)) / delta)
-        self.place = torch.zeros(items, dtype=torch.int64)
-        """0 in play, 1 in, -1 out."""
-        self.seen = torch.zeros(items, dtype=torch.int64)
         self.sums = torch.zeros(items, dtype=torch.float64)
         self._wealth = torch.zeros(len(STAKES), items, items, dtype=torch.float64)
         self._settle()
-
-    @property
-    def in_play(self) -> Tensor:
-        """Numbers of the items that are still measured, ascending."""
-        return (self.place == 0).nonzero()[:, 0]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every item is in or out."""
-        return not bool((self.place == 0).any())
-
-    @property
-    def undecided(self) -> Tensor:
-        """Numbers of the items that no bound settled: they were measured on all examples."""
-        return (self.seen == self.examples).nonzero()[:, 0]
 
     def add(self, values: Tensor) -> None:
         """Take in examples: the quantity of every item in play [examples, items in play]."""
