@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from hones_eval.__main__ import main as hones_eval
 from hones_eval.core.steering import Steering
+from hones_eval.jobs.spike_in import shuffled
 from hones_eval.toy import checkpoint_path
 
 QUESTIONS = ("vqa_object", "vqa_attribute", "vqa_relation")
@@ -46,24 +44,13 @@ def steering(work: Path, method: str, task: str, examples: int) -> Path:
     return folder / "steering"
 
 
-def control(work: Path, method: str, task: str, examples: int, seed: int = 0) -> Path:
+def control(original: Path, folder: Path, seed: int = 0) -> Path:
     """The scales of a steering on other heads and neurons of the same layers, drawn at random."""
-    original = Steering.load(steering(work, method, task, examples))
-    folder = work / f"{method}-{task}-random"
-    generator = torch.Generator().manual_seed(seed)
-    settings = original.provenance.settings | {"how": "random", "control_for": original.digest, "seed": seed}
-    replace(
-        original,
-        head_scales=shuffled(original.head_scales, generator),
-        neuron_scales=shuffled(original.neuron_scales, generator),
-        provenance=replace(original.provenance, settings=settings),
-    ).save(folder)
+    steered = Steering.load(original)
+    settings = steered.provenance.settings | {"how": "random", "control_for": steered.digest, "seed": seed}
+    drawn = shuffled(steered, seed)
+    replace(drawn, provenance=replace(drawn.provenance, settings=settings)).save(folder)
     return folder
-
-
-def shuffled(scales: Tensor, generator: torch.Generator) -> Tensor:
-    """Scales [L, N] in a random order within each layer."""
-    return torch.stack([layer[torch.randperm(len(layer), generator=generator)] for layer in scales])
 
 
 def model_flags() -> tuple[str, ...]:
@@ -75,26 +62,30 @@ def run_ours(*arguments: str) -> None:
         sys.exit(1)
 
 
-def evaluate(work: Path, name: str, steered: Path | None, limit: int, tasks: Sequence[str] = TESTED) -> None:
+def evaluate(
+    logs: Path, steered: Path | None, limit: int, tasks: Sequence[str] = TESTED, offset: int = 0
+) -> None:
     """One lmms-eval run over all of some tasks, unless its results are there."""
-    logs = work / "logs" / name
     if list(logs.rglob("*results.json")):
         return
     args = MODEL if steered is None else f"{MODEL},steering={steered}"
     command = [sys.executable, "-m", "lmms_eval", "--model", "hones_llava", "--model_args", args]
     command += ["--tasks", ",".join(f"scenes_{task}" for task in tasks), "--limit", str(limit)]
-    command += ["--batch_size", "1", "--log_samples", "--output_path", str(logs)]
+    command += ["--offset", str(offset), "--batch_size", "1", "--log_samples", "--output_path", str(logs)]
     subprocess.run(command, check=True)
 
 
 def board(out: Path, work: Path, examples: int, limit: int) -> None:
     checkpoint_path(CHECKPOINT)  # compares the weights with their hash
-    evaluate(work, "baseline", None, limit)
+    evaluate(work / "logs" / "baseline", None, limit)
     for method, tasks in (("hones", TASKS), ("vseam", QUESTIONS)):
         for task in tasks:
-            evaluate(work, f"{method}-{task}", steering(work, method, task, examples), limit)
+            steered = steering(work, method, task, examples)
+            evaluate(work / "logs" / f"{method}-{task}", steered, limit)
     for method, task in CONTROLLED:
-        evaluate(work, f"{method}-{task}-random", control(work, method, task, examples), limit)
+        name = f"{method}-{task}-random"
+        drawn = control(steering(work, method, task, examples), work / name)
+        evaluate(work / "logs" / name, drawn, limit)
     run_ours("leaderboard", str(work / "logs"), "--out", str(out), "--pages", str(PAGES),
              "--title", "Scenes: steering and side effects")  # fmt: skip
 

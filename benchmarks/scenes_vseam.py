@@ -76,7 +76,7 @@ def verify(work: Path, out: Path, examples: int, test: int) -> None:
 def rescale(work: Path, out: Path, examples: int, test: int) -> None:
     """All steerings that change something, on their own level, as it is and shifted."""
     tasks = {level: [level, f"{level}_shifted"] for level in LEVELS}
-    evaluate(work, "baseline", None, test, [task for level in LEVELS for task in tasks[level]])
+    evaluate(work / "logs" / "baseline", None, test, [task for level in LEVELS for task in tasks[level]])
     for level in LEVELS:
         for how in STRENGTHS:
             name = f"{level.removeprefix('vqa_')}_{how}"
@@ -84,7 +84,7 @@ def rescale(work: Path, out: Path, examples: int, test: int) -> None:
             if Steering.load(steered).is_noop:
                 print(f"{name} changes nothing, so it is not evaluated")
                 continue
-            evaluate(work, name, steered, test, tasks[level])
+            evaluate(work / "logs" / name, steered, test, tasks[level])
     made = work / "rescaled"
     title = "Scenes: heads rescaled by V-SEAM"
     run_ours("leaderboard", str(work / "logs"), "--out", str(made), "--title", title)

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,13 @@ from typing import Any
 import captured_effect
 import numpy as np
 import torch
-from scenes_board import shuffled
+from scenes_board import control
 
 from hones_eval import api
 from hones_eval.__main__ import main as hones_eval
 from hones_eval.core.artifact import read_json, write_json, write_text
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import matched_random, neuron_count, top_neurons
-from hones_eval.core.steering import Steering
 from hones_eval.jobs.new_task import task_file
 from hones_eval.methods.scaling import scaled_neurons
 from hones_eval.reports.comparison import csv_table, markdown_table
@@ -181,15 +179,7 @@ def tune(study: Study, task: str, limit: int, folder: Path) -> None:
         "scale", "--ranking", str(study.ranking(task, "atp")), "--how", "tuned", *study.flags(),
         "--tasks", f"scenes_{task}_development", "--limit", str(limit), "--out", str(folder), "--overwrite",
     )  # fmt: skip
-    tuned = Steering.load(folder)
-    generator = torch.Generator().manual_seed(0)
-    settings = tuned.provenance.settings | {"how": "random", "control_for": tuned.digest}
-    replace(
-        tuned,
-        head_scales=shuffled(tuned.head_scales, generator),
-        neuron_scales=shuffled(tuned.neuron_scales, generator),
-        provenance=replace(tuned.provenance, settings=settings),
-    ).save(folder.with_name(f"{folder.name}-random"))
+    control(folder, folder.with_name(f"{folder.name}-random"))
 
 
 def evaluate(study: Study, steering: Path | None, limit: int, logs: Path) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Does steering help on the toy model, with the ranking and the scales that repair planted faults?
+
+    python benchmarks/scenes_gains.py --out leaderboards/scenes/gains --work runs/scenes_gains
+
+For each of seven tasks, on images as they are and on shifted images: `rank --method atp` on discovery images,
+`scale --how tuned` with default settings on development images, and the same scales on random heads and neurons
+of the same layers as a control. lmms-eval measures them on test images that no earlier study used (from the
+200th on). Two boards:
+
+own    each steering and its control on its own task, as it is and shifted
+side   each steering on the other tasks: its side effects
+
+Rankings, steerings and logs stay in the work folder, and a second run continues from there.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from scenes_board import CHECKPOINT, TASKS, TESTED, control, evaluate, model_flags, run_ours
+
+from hones_eval.toy import checkpoint_path
+from hones_eval.toy.documents import CANDIDATES
+
+IMAGES = ("", "_shifted")
+FIRST = 200
+"""The first test image: the studies and spike-ins by which the defaults were chosen used those before it."""
+FIRST_QUERY = 50
+"""The same for retrieval, whose queries have an image each and `CANDIDATES` examples."""
+
+
+def steering(work: Path, task: str, images: str, count: int) -> Path:
+    """Rank and tune for one task; kept in the work folder."""
+    folder = work / f"{task}{images}"
+    limit = str(count - count % CANDIDATES if task == "retrieval" else count)  # whole queries
+    if not (folder / "ranking" / "ranking.json").is_file():
+        run_ours("rank", "--method", "atp", *model_flags(), "--tasks", f"scenes_{task}{images}_discovery",
+                 "--limit", limit, "--out", str(folder / "ranking"))  # fmt: skip
+    if not (folder / "steering" / "steering.json").is_file():
+        run_ours(
+            "scale", "--ranking", str(folder / "ranking"), "--how", "tuned", *model_flags(),
+            "--tasks", f"scenes_{task}{images}_development", "--limit", limit,
+            "--out", str(folder / "steering"),
+        )  # fmt: skip
+    return folder / "steering"
+
+
+def measure(logs: Path, steered: Path | None, tasks: Sequence[str], images: int) -> None:
+    """Measure a steering on fresh test images; retrieval starts at another example, in a run of its own."""
+    retrieval = [task for task in tasks if task.startswith("retrieval")]
+    others = [task for task in tasks if task not in retrieval]
+    if others:
+        evaluate(logs / "others", steered, images, others, FIRST)
+    if retrieval:
+        queries = min(images, 50) * CANDIDATES
+        evaluate(logs / "retrieval", steered, queries, retrieval, FIRST_QUERY * CANDIDATES)
+
+
+def boards(given: argparse.Namespace) -> None:
+    """Make every steering and control, measure them, and write both boards."""
+    checkpoint_path(CHECKPOINT)  # compares the weights with their hash
+    own, side = given.work / "own", given.work / "side"
+    measure(side / "baseline", None, TESTED, given.side)
+    for task in TASKS:
+        pair = (task, f"{task}_shifted")
+        measure(own / f"{task}-baseline", None, pair, given.test)
+        for images in IMAGES:
+            name = f"{task}{images}"
+            steered = steering(given.work, task, images, given.examples)
+            measure(own / name, steered, pair, given.test)
+            drawn = control(steered, given.work / name / "control")
+            measure(own / f"{name}-random", drawn, pair, given.test)
+            measure(side / name, steered, [other for other in TESTED if other not in pair], given.side)
+    for logs, title in ((own, "Scenes: tuned steerings on their own tasks"), (side, "Scenes: side effects")):
+        run_ours("leaderboard", str(logs), "--out", str(given.out / logs.name), "--pages", "12",
+                 "--overwrite", "--title", title)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("leaderboards/scenes/gains"))
+    parser.add_argument("--work", type=Path, default=Path("runs/scenes_gains"))
+    parser.add_argument("--examples", type=int, default=166, help="to discover on, and to choose scales on")
+    parser.add_argument("--test", type=int, default=300, help="test images of a steering's own task")
+    parser.add_argument("--side", type=int, default=50, help="test images of each other task")
+    boards(parser.parse_args())
