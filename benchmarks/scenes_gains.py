@@ -3,9 +3,9 @@
     python benchmarks/scenes_gains.py --out leaderboards/scenes/gains --work runs/scenes_gains
 
 For each of seven tasks, on images as they are and on shifted images: `rank --method atp` on discovery images,
-`scale --how tuned` with default settings on development images, and the same scales on random heads and neurons
-of the same layers as a control. lmms-eval measures them on test images that no earlier study used (from the
-200th on). Two boards:
+`scale --how tuned` with default settings on development images, and as a control the same scales on random
+heads and neurons of the same layers. lmms-eval measures them on test images that no earlier study used (from
+the 200th on). Two boards:
 
 own    each steering and its control on its own task, as it is and shifted
 side   each steering on the other tasks: its side effects
