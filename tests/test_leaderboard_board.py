@@ -1,6 +1,7 @@
 """From folders to rows: reading, pairing, refusing, marking; nothing is lost for one bad file."""
 
 import csv
+import dataclasses
 import html
 import json
 import math
@@ -273,6 +274,44 @@ def test_benjamini_hochberg_by_option(tmp_path: Path) -> None:
         text = (tmp_path / "board" / name).read_text(encoding="utf-8")
         assert "p (Benjamini-Hochberg)" in text
         assert "Holm" not in text
+
+
+def test_questions_without_images_are_judged_one_by_one(tmp_path: Path) -> None:
+    """A manifest records no image for any of them; that is not one image that all of them share."""
+    write_pair(tmp_path, dataclasses.replace(QUESTIONS, images=()))
+    (row,) = board_of(tmp_path).rows
+    assert row.images is None
+    assert row.units == 60
+    assert row.comparison.test is not None
+    assert row.comparison.test.method == "McNemar exact"
+
+
+def test_only_runs_of_one_model_and_learning_rate_are_pooled(tmp_path: Path) -> None:
+    """Steerings that differ in their seed are no draws of one thing if anything else differs too."""
+    write_run(tmp_path, QUESTIONS, BEFORE, date=BASE_DATE)
+    write_run(tmp_path, QUESTIONS, BEFORE, date="20260102_030406", more_args=",dtype=bfloat16")
+    for k, (rate, more) in enumerate(((0.1, ""), (0.1, ",dtype=bfloat16"), (0.2, ""))):
+        made = provenance("shapes_discovery") | {"seed": k}
+        made["settings"] = {"how": "learned", "learning_rate": rate, "seed": k}
+        steered = Steered(f"steerings/{k}", f"{k}" * 64, provenance=made)
+        write_run(tmp_path, QUESTIONS, AFTER, steered=steered, date=f"20260102_03060{k}", more_args=more)
+    board = board_of(tmp_path)
+    assert len(board.rows) == 3
+    assert not board.pooled
+
+
+def test_a_pooled_interval_agrees_with_its_test(tmp_path: Path) -> None:
+    """Few examples change, so that the bootstrap interval excludes zero although the test finds nothing."""
+    write_run(tmp_path, QUESTIONS, QUESTIONS.answers(0.0, 1), date=BASE_DATE)
+    for k in range(2):
+        answers = [*QUESTIONS.golds[:5], *QUESTIONS.answers(0.0, 1)[5:]]
+        steered = Steered(f"steerings/{k}", f"{k}" * 64, provenance=provenance("shapes") | {"seed": k})
+        write_run(tmp_path, QUESTIONS, answers, steered=steered, date=f"20260102_03060{k}")
+    (pooled,) = board_of(tmp_path).pooled
+    assert pooled.comparison.test is not None
+    assert pooled.comparison.test.p > 0.05
+    assert pooled.comparison.interval is not None
+    assert pooled.comparison.interval.low <= 0
 
 
 def test_seeds_of_one_steering_are_pooled(tmp_path: Path) -> None:

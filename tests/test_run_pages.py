@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -213,6 +214,24 @@ def test_a_chart_keeps_hostile_names_as_text_and_leaves_out_what_is_not_there(tm
     assert parsed.tags["rect"] == 3
     assert parsed.tags["script"] == 1
     assert parsed.tags["img"] == 0
+
+
+def test_numbers_of_neurons_are_shown_whole(tmp_path: Path) -> None:
+    """A neuron is one of ten thousands: with four figures it would be another one."""
+    page = page_of(tmp_path, tables=[Table("Neurons", [{"layer": 31, "neuron": 11007, "score": 0.123456}])])
+    assert re.findall(r'data-value="[^"]*"><span class="text">([^<]*)<', page) == ["31", "11007", "0.1235"]
+
+
+def test_links_lead_to_folders_with_any_name_and_long_settings_are_no_folder(tmp_path: Path) -> None:
+    source, out = tmp_path / "a #1 50%?", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    page_of(source)
+    settings = {"ranking": source, "model_args": "pretrained=" + "x" * 5000}
+    assert "../a%20%231%2050%25%3F/index.html" in Parsed(page_of(out, settings=settings)).links
+    step = Step("Which?", "These", page=source / "index.html")
+    story = write_story(tmp_path, title="a", answer="b", lead="c", steps=[step]).read_text()
+    assert "a%20%231%2050%25%3F/index.html" in Parsed(story).links
 
 
 def test_long_tables_are_cut_and_large_figures_left_out(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hones_eval.core import steering as steering_module
 from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance, read_json, save_artifact
+from hones_eval.core.condition import parse_conditions
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, MisfitError
 
@@ -197,6 +198,13 @@ def test_a_steering_by_hand_scales_the_named_sites_only(build_family: Callable[[
     assert torch.equal(steering.neuron_scales, neurons)
     assert steering.provenance.method == "by hand"
     assert not Steering.by_hand(model, neurons={(2, 12): 2.0}).is_noop
+
+
+@pytest.mark.parametrize("load", [Steering.load, parse_conditions])
+def test_a_name_that_no_folder_can_have_is_an_error_of_one_line(load: Callable[[str], object]) -> None:
+    for name in ("x" * 300, f"{'x' * 300}+runs/b"):
+        with pytest.raises(HonesError):
+            load(name)
 
 
 @pytest.mark.parametrize("site", [(4, 0), (0, 4), (-1, 0), (0, -1)])

@@ -27,7 +27,8 @@ from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.banks import few_trials, head_banks, neuron_banks
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats import verdicts
-from hones_eval.stats.resampling import numbered, resample_means, resample_metric, resample_results
+from hones_eval.stats.clusters import by_images
+from hones_eval.stats.resampling import resample_means, resample_metric, resample_results
 
 WRAPPER = own_answers.MODEL
 
@@ -372,4 +373,4 @@ def test_a_recomputed_corpus_metric_agrees_with_the_mean_where_it_is_a_mean() ->
 
 
 def test_examples_of_the_same_images_share_a_number() -> None:
-    assert numbered([["x"], ["y"], ["x"], [], []]).tolist() == [0, 1, 0, 2, 3]
+    assert by_images([["x"], ["y"], ["x"], [], []]).tolist() == [0, 1, 0, 2, 3]

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hones_eval.core.files import check_folder
+from hones_eval.core.files import check_folder, exists, is_regular
 from hones_eval.errors import HonesError, first_line
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_adapter(model: Model, source: str, *, revision: str | None = None, merg
     from peft.utils import load_peft_weights
 
     check_folder("peft", source)
-    if revision is None and not Path(source).exists() and "@" in source:
+    if revision is None and not exists(source) and "@" in source:
         source, _, revision = source.rpartition("@")
     if has_adapter(model) or adapter_of(model) is not None:
         raise HonesError(f"peft={source}: the model has an adapter already; only one is supported")
@@ -155,7 +155,7 @@ def has_adapter(model: nn.Module) -> bool:
 def adapter_base(source: str) -> str | None:
     """The base model that an adapter folder names; None when `source` is not an adapter folder."""
     path = Path(source) / "adapter_config.json"
-    if not path.is_file() or (Path(source) / "config.json").is_file():
+    if not is_regular(path) or is_regular(Path(source) / "config.json"):
         return None
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -203,7 +203,7 @@ def effective_weight(module: nn.Module, width: int) -> Tensor:
 
 def _commit_of(source: str, revision: str | None) -> str | None:
     """The commit of an adapter from the hub, as its cached file's path tells; None for a folder."""
-    if Path(source).exists():
+    if exists(source):
         return None
     from huggingface_hub import try_to_load_from_cache
 

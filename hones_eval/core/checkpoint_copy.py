@@ -37,7 +37,7 @@ class CannotCopyError(Exception):
 
 def checkpoint_folder(name: str) -> Path:
     """The folder of a checkpoint; one from the hub is downloaded, or found in the hub's cache."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 

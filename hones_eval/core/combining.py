@@ -1,8 +1,8 @@
 """Names of several steerings at once, as in `steering=a:0.5+b`."""
 
-from pathlib import Path
 from typing import NamedTuple
 
+from hones_eval.core.files import exists
 from hones_eval.errors import HonesError
 
 
@@ -20,7 +20,7 @@ def parts_of(text: str) -> list[Part]:
 
     Raises: HonesError for a part without a path.
     """
-    if Path(text).exists():
+    if exists(text):
         return [Part(text, 1.0)]
     found = []
     for part in text.split("+"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
+from hones_eval.core.files import exists
 from hones_eval.errors import HonesError, MisfitError
 
 PATTERN = "re:"
@@ -157,7 +158,7 @@ def parse_conditions(text: str) -> tuple[AnyCondition, ...]:
         pattern = text.removeprefix("!").removeprefix(PATTERN)
         return (TextCondition(pattern, negated=text.startswith("!")),)
     found: list[AnyCondition] = []
-    for part in [text] if Path(text.removeprefix("!")).exists() else text.split("+"):
+    for part in [text] if exists(text.removeprefix("!")) else text.split("+"):
         path = part.strip().removeprefix("!")
         if not path:
             raise HonesError(f"condition={text}: a part has no folder: write FOLDER+!FOLDER")

@@ -308,6 +308,11 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def exists(path: str | Path) -> bool:
+    """Whether a path leads to a file or folder. Paths that the system cannot hold lead to none."""
+    return os.path.exists(path)  # `Path.exists` raises for a name that is too long
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """Read a regular file of at most `most` bytes. Raises: HonesError that names the file."""
     try:

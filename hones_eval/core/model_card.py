@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hones_eval.core.artifact import Provenance
+from hones_eval.core.files import exists
 from hones_eval.version import __version__
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -54,7 +55,7 @@ def model_card(
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name has the form of a hub id, and is no folder here."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not exists(name)
 
 
 def _tag(method: str) -> str:

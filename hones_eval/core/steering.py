@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hones_eval.core.artifact import ModelShape, Provenance, digest, load_artifact, save_artifact
 from hones_eval.core.combining import Part, parts_of
+from hones_eval.core.files import exists
 from hones_eval.core.hub import download, upload
 from hones_eval.core.model_card import model_card
 from hones_eval.core.notebook import safe
@@ -330,10 +331,10 @@ class Steering:
                 was loaded is recorded in the provenance, `settings["hub"]`.
         """
         folder = Path(path)
-        if not folder.exists() and parts_of(str(path)) != [Part(str(path), 1.0)]:
+        if not exists(folder) and parts_of(str(path)) != [Part(str(path), 1.0)]:
             return cls._load_parts(parts_of(str(path)), revision)
         hub = None
-        if not folder.exists():
+        if not exists(folder):
             found = download(str(path), revision)
             folder, hub = found.folder, {"repository": found.repo_id, "commit": found.commit}
         _, provenance, tensors = load_artifact(folder, "steering")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hones_eval.core.ranking import Ranking
@@ -33,6 +34,7 @@ from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
 from hones_eval.methods.learning import Fold, TargetLosses
 from hones_eval.runs.lightning import Loop
+from hones_eval.stats.clusters import by_images
 
 FEWEST_IMAGES = 8
 RECORDED = ("epochs", "ceiling", "sparsity", "beta", "seed", "folds")
@@ -171,11 +173,8 @@ def folds_by_image(examples: TaskExamples, count: int, seed: int) -> list[list[i
 
     Raises: HonesError with fewer than eight images.
     """
-    owners: dict[tuple[str, ...], list[int]] = {}
-    for index in range(len(examples)):
-        shown = tuple(sorted(set(examples[index].image_hashes))) or (f"none {index}",)
-        owners.setdefault(shown, []).append(index)
-    groups = list(owners.values())
+    clusters = by_images([examples[index].image_hashes for index in range(len(examples))])
+    groups = [np.flatnonzero(clusters == cluster).tolist() for cluster in np.unique(clusters)]
     if len(groups) < FEWEST_IMAGES:
         raise HonesError(
             f"{len(groups)} development images are too few to hold some out: raise --limit to "

@@ -18,8 +18,9 @@ from hones_eval.methods import scaling
 from hones_eval.methods.answers import BASELINE, Answered, AnswersUnder, answered
 from hones_eval.methods.banks import check_fits, few_trials, head_banks, neuron_banks
 from hones_eval.runs.lightning import Loop
+from hones_eval.stats.clusters import by_images
 from hones_eval.stats.paired import Floats
-from hones_eval.stats.resampling import example_values, numbered, resample_means, resample_results
+from hones_eval.stats.resampling import example_values, resample_means, resample_results
 from hones_eval.stats.verdicts import Contrast, Judged, contrast_of_corpus, contrasts_of_values, judge
 from hones_eval.version import __version__
 
@@ -141,7 +142,7 @@ class Measured:
         self.names = list(records[0].answers)
         self.sign = 1.0 if examples.higher_is_better else -1.0
         self.seed, self.aggregate = seed, examples.aggregate
-        self.clusters = numbered([record.image_hashes for record in records])
+        self.clusters = by_images([record.image_hashes for record in records])
         self.results = [[record.answers[name].result for record in records] for name in self.names]
         self.by_example = example_values(examples.metric, examples.aggregate, self.results)
         metric = resample_results(examples.metric, examples.aggregate, self.results, self.clusters, seed=seed)

@@ -1,8 +1,9 @@
 """Several seeds of one steering as one row: is there an effect beyond the luck of one draw?
 
 Steerings are draws of one thing if they differ in their seed alone: the same method, way of scaling, task,
-numbers of examples, strength and scope. Each example counts once, with its mean difference over the seeds,
-and the mean differences are tested as graded scores are. Metrics of a whole corpus are not pooled.
+numbers of examples, strength and scope, on the same base model and with the same settings of the run. Each
+example counts once, with its mean difference over the seeds, and the mean differences are tested as graded
+scores are. Metrics of a whole corpus are not pooled.
 """
 
 from collections import defaultdict
@@ -14,18 +15,25 @@ import numpy as np
 
 from hones_eval.choices import Correction
 from hones_eval.leaderboard.identity import SteeringRef
-from hones_eval.leaderboard.rows import Row, Verdict, per_example
+from hones_eval.leaderboard.rows import Row, Verdict, per_example, sensible
 from hones_eval.stats.paired import Comparison, compare_graded
 from hones_eval.stats.verdicts import FEWEST_UNITS, corrected
 
+LEARNED = ("learning_rate", "accumulate", "penalty", "clip_norm", "limit")
 GIVEN = {
     "fixed": ("factor",),
+    "learned": LEARNED,
+    "learned_no_kl": LEARNED,
+    "random": LEARNED,
+    "tuned": ("rates", "sites"),
+    "halving": ("factors_tried",),
+    "mean_difference": ("strength",),
     "signed": ("lambda", "epsilon"),
     "topk": ("enhance", "suppress", "heads"),
     "signed_neurons": ("strength",),
 }
 """The settings that belong to a way of scaling where they were given, and not chosen on examples."""
-SHARED = ("count", "beta", "epochs", "ceiling", "sparsity", "folds")
+SHARED = ("count", "beta", "epochs", "ceiling", "sparsity", "folds", "heads", "against")
 """Settings that are never a result."""
 
 
@@ -78,13 +86,15 @@ def pool_seeds(rows: Sequence[Row], seed: int, resamples: int, correction: Corre
     for row in rows:
         steering = row.pair.steered.steering
         if steering is not None and row.metric.higher_is_better is not None:
-            groups[row.group, thing(steering)].setdefault(seeds(steering), row)
+            run = row.pair.steered
+            place = (run.base, *row.group[1:], *sorted(run.settings.items()))
+            groups[place, thing(steering)].setdefault(seeds(steering), row)
     found = [_pooled(list(members.values()), seed, resamples) for members in groups.values()]
-    pooled = [one for one in found if one is not None]
-    p = [test.p for one in pooled if (test := one.comparison.test) is not None]
+    pooled = [row for row in found if row is not None]
+    p = [test.p for row in pooled if (test := row.comparison.test) is not None]
     return [
-        replace(one, p_adjusted=adjusted, correction=correction)
-        for one, adjusted in zip(pooled, corrected(p, correction), strict=True)
+        replace(row, p_adjusted=adjusted, correction=correction)
+        for row, adjusted in zip(pooled, corrected(p, correction), strict=True)
     ]
 
 
@@ -134,6 +144,7 @@ def _pooled(members: Sequence[Row], seed: int, resamples: int) -> Pooled | None:
         columns.append(differences)
     mean = np.mean(columns, axis=0)[:, None]
     (comparison,) = compare_graded(mean, clusters, seed=seed, resamples=resamples)
+    comparison = sensible(replace(first, comparison=comparison)).comparison
     if comparison.test is None:
         return None
     return Pooled(tuple(members), comparison, first.units)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from hones_eval.leaderboard.pairing import Pair
 from hones_eval.leaderboard.reading import Metric
 from hones_eval.leaderboard.reuse import reused_examples
 from hones_eval.leaderboard.samples import Floats, Integers
+from hones_eval.stats.clusters import by_images
 from hones_eval.stats.corpus import compare_corpus
 from hones_eval.stats.paired import Comparison, compare_graded, compare_right_wrong
 from hones_eval.stats.verdicts import ALPHA
@@ -145,7 +147,7 @@ def compare_pairs(pairs: Sequence[Pair], seed: int, resamples: int, include_path
         found = compare_graded(columns, jobs[0][2], seed=seed, resamples=resamples)
         for (place, _, _), comparison in zip(jobs, found, strict=True):
             rows[place] = replace(rows[place], comparison=comparison)
-    return [_sensible(row) for row in rows]
+    return [sensible(row) for row in rows]
 
 
 def per_example(pair: Pair, metric: Metric) -> tuple[Floats, Integers | None] | None:
@@ -157,7 +159,7 @@ def per_example(pair: Pair, metric: Metric) -> tuple[Floats, Integers | None] | 
     return (after - before) * scores.scale, clusters
 
 
-def _sensible(row: Row) -> Row:
+def sensible(row: Row) -> Row:
     """No test of a single unit, and an interval that agrees with the test and stays in the metric's range."""
     found = row.comparison
     if row.units < 2 and (found.test or found.interval):
@@ -214,10 +216,15 @@ def _clusters(pair: Pair, filter_name: str) -> Integers | None:
     """A number for each example's image, if examples share images; None if each has its own."""
     both = pair.baseline.samples[filter_name], pair.steered.samples[filter_name]
     images = next((samples.images for samples in both if samples.images is not None), None)
-    if images is None or len(set(images)) == len(images):
+    if images is None:
         return None
-    codes = {shown: k for k, shown in enumerate(dict.fromkeys(images))}
-    return np.array([codes[shown] for shown in images], dtype=np.int64)
+    clusters = _clusters_of(images)
+    return None if len(np.unique(clusters)) == len(clusters) else clusters
+
+
+@lru_cache(maxsize=8)  # the rows of a board mostly have the same examples
+def _clusters_of(images: tuple[tuple[str, ...], ...]) -> Integers:
+    return by_images(images)
 
 
 def _columns(scores: Scores) -> tuple[Floats, Floats]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hones_eval.core.files import write_text
+from hones_eval.core.files import is_regular, write_text
 from hones_eval.limits import IMAGE_BYTES
 from hones_eval.pages.drawing import heat_map_svg
 from hones_eval.pages.parts import HeatMap, Table
@@ -159,7 +159,12 @@ def _cell(value: Any, numeric: bool) -> dict[str, Any]:
     number = _number(value) if numeric else None
     if number is None:
         return {"text": shown_line(value), "numeric": False, "value": ""}
-    return {"text": f"{number:.4g}", "numeric": True, "value": f"{number:.9g}"}
+    return {"text": _figures(number), "numeric": True, "value": f"{number:.12g}"}
+
+
+def _figures(number: float) -> str:
+    """A number with four figures, and whole numbers, such as those of neurons, with all of them."""
+    return str(int(number)) if number.is_integer() and abs(number) < 1e12 else f"{number:.4g}"
 
 
 def _number(value: Any) -> float | None:
@@ -188,8 +193,14 @@ def _inputs(settings: Mapping[str, Any], out: Path) -> list[dict[str, str]]:
     """Links to the pages of the results that this one was made from."""
     found = []
     for value in settings.values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, str | Path) and one and (Path(one) / PAGE).is_file() and Path(one) != out:
-                page = Path(os.path.relpath(Path(one) / PAGE, out))
-                found.append({"name": Path(one).name, "href": page.as_posix()})
+        for folder in value if isinstance(value, list) else [value]:
+            if isinstance(folder, str | Path) and folder and Path(folder) != out:
+                page = Path(folder) / PAGE
+                if is_regular(page):
+                    found.append({"name": shown_line(page.parent.name), "href": relative_link(page, out)})
     return found
+
+
+def relative_link(page: Path, out: Path) -> str:
+    """The address of a page, seen from a page in the folder `out`."""
+    return quote(Path(os.path.relpath(page, out)).as_posix())

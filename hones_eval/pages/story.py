@@ -1,6 +1,5 @@
 """The page of a job of several steps: the answer, then each step with its finding and a link to its page."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from hones_eval.core.files import write_text
 from hones_eval.pages.parts import HeatMap
 from hones_eval.pages.rendering import render
-from hones_eval.pages.run import PAGE, chart_view, figure_views
+from hones_eval.pages.run import PAGE, chart_view, figure_views, relative_link
 from hones_eval.pages.text import shown_line
 
 
@@ -63,7 +62,7 @@ def _view(step: Step, out: Path) -> dict[str, Any]:
         "found": shown_line(step.found),
         "lines": [shown_line(line) for line in step.lines],
         "command": shown_line(step.command),
-        "page": "" if step.page is None else Path(os.path.relpath(step.page, out)).as_posix(),
+        "page": "" if step.page is None else relative_link(step.page, out),
         "charts": [chart_view(chart) for chart in step.charts],
         "figures": figure_views(step.figures, out),
     }

@@ -130,10 +130,3 @@ def example_values(
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, Real) else float("nan")
-
-
-def numbered(images: Sequence[Sequence[str]]) -> Integers:
-    """A number per example [n]; examples with the same images share it."""
-    known: dict[tuple[str, ...], int] = {}
-    places = enumerate(tuple(shown) for shown in images)
-    return np.array([known.setdefault(shown or (f"none {k}",), len(known)) for k, shown in places])
