@@ -124,6 +124,14 @@ def test_a_stated_risk_is_not_exceeded() -> None:
         assert sum(risk <= level for risk in wrong) <= level * runs
 
 
+def test_an_item_that_always_has_the_largest_value_is_surely_the_best() -> None:
+    values = rights(64, [1.0, 0.5, 0.1], 3)
+    values[0] = 1.0
+    risk = eliminated(values, 1, [Cut(16, 2), Cut(32, 1)]).risk()
+    assert risk is not None
+    assert risk < 1e-6
+
+
 def test_values_beyond_the_span_state_no_risk() -> None:
     values = 3 * rights(64, [0.9, 0.5, 0.1], 3)
     assert eliminated(values, 1, [Cut(16, 2), Cut(32, 1)]).risk() is None

@@ -93,6 +93,17 @@ def test_choosing_heads_and_neurons() -> None:
     assert len(ranking.neurons(0.1)) == 10
 
 
+def test_heads_that_a_layer_lacks_are_not_chosen() -> None:
+    """Their scores are stored as 0, which is more than the score of any head here."""
+    shape = dataclasses.replace(SHAPE, layer_heads=[1, 3])
+    scores = torch.tensor([[-0.1, 0.0, 0.0], [-0.4, -0.2, -0.3]])
+    ranking = Ranking(dataclasses.replace(PROVENANCE, shape=shape), head_scores=scores)
+    assert ranking.measured_heads == 4
+    assert ranking.heads(4) == [Head(0, 0), Head(1, 1), Head(1, 2), Head(1, 0)]
+    with pytest.raises(HonesError, match="cannot choose 5 of the 4 heads"):
+        ranking.heads(5)
+
+
 def test_what_a_ranking_has_not_cannot_be_chosen() -> None:
     empty = Ranking(provenance=PROVENANCE)
     with pytest.raises(HonesError, match="no head scores"):

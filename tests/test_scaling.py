@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import own_answers
 import plain
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import hones_eval as he
 from hones_eval.__main__ import main
@@ -288,6 +292,7 @@ def test_strengths_of_heads_are_chosen_by_the_command(
     for flags, message in (
         (["--offset", 2, "--limit", 4], "2 of the 4 images of own_a"),
         (["--offset", 4, "--enhance", 0.5], "--enhance 0.5 leaves nothing to choose on --tasks own_a"),
+        (["--offset", 4, "--heads", 0], "cannot choose 0 of 16 heads"),
     ):
         assert main([*own.command("scale", *chosen[:-1], tmp_path / "not"), *map(str, flags)]) == 1
         assert message in own_answers.complaint(capsys.readouterr().err)
@@ -499,6 +504,52 @@ def test_resumed_scaling_gives_the_same_steering(
     reports = [json.loads((tmp_path / name / "steering.json").read_text()) for name in ("whole", "pieces")]
     assert reports[0] == reports[1]
     assert not (tmp_path / "pieces" / "partial").exists()
+
+
+def test_processes_that_were_killed_at_different_steps_go_on_from_the_newer_one(
+    own: own_answers.Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes resume, of which one has saved one step and the other two. One process made the steps."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
+    flags += ["--how", "learned", "--neurons", 0.2]
+    assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
+    step, made = _Fit.training_step, [0]
+    (tmp_path / "two" / "partial").mkdir(parents=True)
+    for rank, saved in enumerate((1, 2)):
+
+        def counting(self: _Fit, *given: Any, saved: int = saved) -> object:
+            made[0] += 1
+            if made[0] > 4 * saved:
+                raise HonesError("interrupted")
+            return step(self, *given)
+
+        made[0], out = 0, tmp_path / f"killed {rank}"
+        with monkeypatch.context() as patched:
+            patched.setattr(_Fit, "training_step", counting)
+            assert main(own.command("scale", *flags, "--out", out)) == 1
+        (path,) = (out / "partial").glob("learn-*.safetensors")
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        assert about["done"] == 4 * saved
+        about["done"] //= 2  # each of two processes has half of a step's examples
+        name = path.name.replace("-0-of-1", f"-{rank}-of-2")
+        kept = {"about": json.dumps(about)}
+        save_file(load_file(path), tmp_path / "two" / "partial" / name, metadata=kept)
+    resumed = own.command("scale", *flags, "--out", tmp_path / "two", "--resume", "--devices", 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "hones_eval", *resumed],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (Steering.load(tmp_path / name) for name in ("whole", "two"))
+    torch.testing.assert_close(two.neuron_scales, one.neuron_scales, rtol=0, atol=1e-4)
+    losses = [steering.provenance.settings["epoch_losses"] for steering in (one, two)]
+    for epoch, other in zip(*losses, strict=True):
+        assert epoch == pytest.approx(other, rel=1e-3)
 
 
 def test_scaling_is_not_resumed_with_other_weights_at_the_same_path(

@@ -197,6 +197,7 @@ def test_the_command_writes_a_report_a_table_and_a_figure(
     for flags, message in (
         (["--damp", "0"], "--damp 0: give a scale above 0"),
         (["--parts", "[1]"], "--parts"),
+        (["--test_limit", "9"], "--test_limit has no effect with --parts"),
     ):
         assert main([*given, *flags, "--out", str(tmp_path / "not")]) == 1
         assert message in own_answers.complaint(capsys.readouterr().err)
@@ -334,6 +335,18 @@ def test_held_out_losses_of_many_steerings_are_those_of_one_at_a_time(
     assert len({round(value, 4) for value in found}) == 4
 
 
+def test_a_loss_that_is_not_finite_is_named_and_never_the_smallest(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking
+) -> None:
+    """A comparison with NaN is false, so that the scales with such a loss would be chosen as the best."""
+    examples = part(model, own, 4, 2)
+    steerings = {"plain": scaling.fixed(ranking, 2.0, 0.2), "huge": scaling.fixed(ranking, 2.0, 0.2)}
+    object.__setattr__(steerings["huge"], "neuron_scales", steerings["huge"].neuron_scales * 1e38)
+    losses = TargetLosses(model.replayer, [Fold(steerings, [0, 1])])
+    with pytest.raises(HonesError, match=r"own_a, doc_id \d+, under the scales huge: the FFN activations of"):
+        losses.measure(examples[0])
+
+
 def test_a_strong_sparsity_keeps_every_scale_at_one_and_settings_are_checked(
     model: api.Model, own: own_answers.Prepared, ranking: Ranking
 ) -> None:
@@ -371,8 +384,12 @@ def test_power_says_how_many_examples_a_difference_needs(
     out = capsys.readouterr().out
     assert "263 examples if 3% (gains alone) of the answers change" in out
     assert "own_a: 12 examples; the smallest difference found:" in out
-    assert main([*given, "--difference", "3", "--overwrite"]) == 1
-    assert "--difference 3: give a number between 0 and 1" in own_answers.complaint(capsys.readouterr().err)
+    for wrong, message in (
+        (["--difference", "3"], "--difference 3: give a number between 0 and 1"),
+        (["--deviation", "0.5", "--examples", "0"], "--examples 0: give 1 or more"),
+    ):
+        assert main([*given, *wrong, "--overwrite"]) == 1
+        assert message in own_answers.complaint(capsys.readouterr().err)
 
 
 def plain_match_at_texts(model: api.Model, examples: TaskExamples, scales: torch.Tensor) -> float:

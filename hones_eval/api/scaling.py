@@ -175,7 +175,17 @@ def scale(
     tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed)
     tune = replace(tune, rates=tuple(rates)) if rates else tune
     tried = tuple(factors or GRID)
-    settings = (share, tried, groups, fit, heads or HEADS, epsilon or 0.0, strengths, tune, tuned_sites)
+    settings = (
+        share,
+        tried,
+        groups,
+        fit,
+        HEADS if heads is None else heads,
+        epsilon or 0.0,
+        strengths,
+        tune,
+        tuned_sites,
+    )
     replayer = model.replayer.in_scope(scope)
     development = Development(ranking, replayer, examples, model.loop, *settings)
     partial = None

@@ -51,7 +51,7 @@ def power(
         examples_for_right_wrong,
     )
 
-    _check(difference, changed, rows, target_power, deviation)
+    _check(difference, changed, rows, target_power, examples, deviation)
     alpha = 0.05 / rows
     shares = sorted(set(CHANGED if changed is None else changed))
     needed: dict[str, int | None] = {
@@ -79,7 +79,7 @@ def power(
         by_task[name] = {"examples": used, "detectable_by_share": found}
         smallest = ", ".join(
             f"{'none' if least is None else f'{least:.3f}'} "
-            f"({f'{float(share):.0%} change' if float(share) else 'gains alone'})"
+            f"({f'{100 * float(share):g}% change' if float(share) else 'gains alone'})"
             for share, least in found.items()
         )
         lines.append(f"{name}: {used:,} examples; the smallest difference found: {smallest}")
@@ -95,7 +95,12 @@ def power(
 
 
 def _check(
-    difference: float, changed: list[float] | None, rows: int, target_power: float, deviation: float | None
+    difference: float,
+    changed: list[float] | None,
+    rows: int,
+    target_power: float,
+    examples: int | None,
+    deviation: float | None,
 ) -> None:
     if not 0 < difference < 1:
         raise HonesError(f"--difference {difference:g}: give a number between 0 and 1, 0.03 for three points")
@@ -105,12 +110,14 @@ def _check(
         raise HonesError(f"--rows {rows}: give 1 or more")
     if not 0 < target_power < 1:
         raise HonesError(f"--target_power {target_power:g}: give a probability between 0 and 1")
+    if examples is not None and examples < 1:
+        raise HonesError(f"--examples {examples}: give 1 or more")
     if deviation is not None and deviation <= 0:
         raise HonesError(f"--deviation {deviation:g}: give a number above 0")
 
 
 def _share(share: float, difference: float) -> str:
-    return f"{share:.0%}" if share > difference else f"{difference:.0%} (gains alone)"
+    return f"{100 * share:g}%" if share > difference else f"{100 * difference:g}% (gains alone)"
 
 
 def _number(count: int | None) -> str:

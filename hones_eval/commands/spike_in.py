@@ -89,6 +89,10 @@ def spike_in(
     check_damage(damp, trials)
     if parts is not None and (len(parts) != 3 or min(parts) < 1):
         raise HonesError(f"--parts {parts}: give three sizes, for discovery, development and test")
+    given = {"limit": limit, "test_limit": test_limit, "discovery": discovery, "development": development}
+    unused = [name for name, value in given.items() if value is not None]
+    if parts is not None and unused:
+        raise HonesError(f"--{unused[0]} has no effect with --parts, which cuts --tasks {tasks} itself")
     from hones_eval import api
     from hones_eval.api.ranking import check_scope
     from hones_eval.core.ranking import Ranking

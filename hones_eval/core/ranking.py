@@ -70,11 +70,9 @@ class Ranking:
         """The `count` measured heads with the highest `head_scores`; ties are broken by (layer, head)."""
         if self.head_scores is None:
             raise HonesError("this ranking has no head scores")
-        shape = self.provenance.shape
-        measured = None if shape.layer_heads is None else shape.head_mask()
-        if self.head_examples is not None:
-            measured = (self.head_examples > 0) & (True if measured is None else measured)
-        return top_heads(self.head_scores, count, measured)
+        if self.head_examples is None and self.provenance.shape.layer_heads is None:
+            return top_heads(self.head_scores, count)
+        return top_heads(self.head_scores, count, self._measured_heads())
 
     def neurons(self, fraction: float | None = None) -> list[Neuron]:
         """The best `fraction` of all neurons (default: the one that the ranking was made with, else 1 %)."""
@@ -102,10 +100,13 @@ class Ranking:
 
     @property
     def measured_heads(self) -> int:
-        """How many heads have a score: all, or those that a screen left."""
-        if self.head_scores is None:
-            return 0
-        return int(self.head_scores.numel() if self.head_examples is None else (self.head_examples > 0).sum())
+        """How many heads have a score: all that exist, or those that a screen left."""
+        return 0 if self.head_scores is None else int(self._measured_heads().sum())
+
+    def _measured_heads(self) -> Tensor:
+        """Which heads [L, H] have a score: those that exist, and that were measured on an example."""
+        there = self.provenance.shape.head_mask()
+        return there if self.head_examples is None else there & (self.head_examples > 0)
 
     def top_heads(self, count: int = 10) -> list[tuple[Head, float]]:
         """The `count` best heads with their scores, best first.

@@ -17,7 +17,7 @@ from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
 from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
 from hones_eval.runs.checkpoint import Progress
-from hones_eval.runs.lightning import Loop, Meeting, one_fails_all_fail
+from hones_eval.runs.lightning import Loop, Meeting, from_all, one_fails_all_fail
 from hones_eval.runs.progress import ProgressLines
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps per parameter
@@ -185,7 +185,9 @@ class Slots(Dataset[Slot]):
 class _Fit(LightningModule):  # type: ignore[misc]
     """Makes AdamW steps on `a` alone; the model is not part of this module, so Lightning does not touch it.
 
-    To resume a killed run, each step saves `a`, the optimizer's moments and the sums of the losses.
+    To resume a killed run, each step saves `a`, the optimizer's moments and the sums of the losses. After a
+    step these are the same on every process. But the last file that a process wrote before it was killed may
+    be a step older than that of another one, so all of them continue from the newest file.
     """
 
     def __init__(
@@ -206,6 +208,9 @@ class _Fit(LightningModule):  # type: ignore[misc]
         self.steps = settings.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
         self.losses = torch.zeros(settings.epochs, 3, dtype=torch.float64)
+        """Sums over this process's examples since the start, by epoch."""
+        self.losses_before = torch.zeros_like(self.losses)
+        """Sums over the examples of all processes, before a resume."""
         self.snapshots = torch.zeros(settings.epochs, len(loss.scales.bank))
         self.done = 0
         self._resumed: Progress | None = None
@@ -216,10 +221,12 @@ class _Fit(LightningModule):  # type: ignore[misc]
         return 0 if self._resumed is None else self._resumed.done // self.slots_per_step
 
     def setup(self, stage: str) -> None:
-        self._resumed = None if self.partial is None else self.partial.load(*self._checkpoint)
+        own = None if self.partial is None else self.partial.load(*self._checkpoint)
+        found = [progress for progress in from_all(own) if progress is not None]
+        self._resumed = max(found, key=lambda progress: progress.done, default=None)
         if self._resumed is not None:
             self.done = self._resumed.done
-            self.losses = self._resumed.sums["losses"]
+            self.losses_before = self._resumed.sums["losses"]
             self.snapshots = self._resumed.sums["snapshots"]
             self.scales.a.data.copy_(self._resumed.sums["a"])
 
@@ -274,15 +281,20 @@ class _Fit(LightningModule):  # type: ignore[misc]
         if self.partial is not None and self.done < self.steps * self.slots_per_step:
             state = self.optimizers().optimizer.state[self.scales.a]
             sums = {name: state[name] for name in MOMENTS}
-            sums |= {"a": self.scales.a.detach(), "losses": self.losses, "snapshots": self.snapshots}
+            sums |= {"a": self.scales.a.detach(), "losses": self._all_losses(), "snapshots": self.snapshots}
             self.partial.save(*self._checkpoint, Progress(self.done, sums, {}), last=False)
 
     def on_train_epoch_end(self) -> None:
-        gathered = self.all_gather(self.losses.to(self.device)).reshape(-1, *self.losses.shape).sum(0)
         self.history = [
             {"cross_entropy": entropy / count, "divergence": divergence / count}
-            for entropy, divergence, count in gathered.tolist()
+            for entropy, divergence, count in self._all_losses().tolist()
         ]
+
+    def _all_losses(self) -> Tensor:
+        """The sums of the losses [epochs, 3] over the examples of all processes, which all call this."""
+        gathered = self.all_gather(self.losses.to(self.device)).reshape(-1, *self.losses.shape)
+        total: Tensor = self.losses_before + gathered.sum(0).cpu()
+        return total
 
     def scales_by_epoch(self) -> list[tuple[Tensor, Tensor]]:
         """The scales of heads [L, H] and neurons [L, I] at the end of every epoch."""

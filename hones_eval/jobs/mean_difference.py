@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from hones_eval.core.sites import top_heads
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.jobs.scale import Development, best_of, measure_candidates
@@ -46,10 +45,9 @@ def mean_difference(
     shape = job.ranking.provenance.shape
     chosen_heads = torch.zeros(shape.layers, shape.heads, 1)
     chosen_neurons = torch.zeros(shape.layers, shape.neurons)
-    scores = job.ranking.head_scores
-    if count and scores is None:
+    if count and job.ranking.head_scores is None:
         raise HonesError("this ranking has no head scores: give --neurons and --heads 0")
-    for head in top_heads(scores, count) if scores is not None and count else []:
+    for head in job.ranking.heads(count) if count else []:
         chosen_heads[head] = 1
     for neuron in job.ranking.neurons(job.neurons) if job.neurons is not None else []:
         chosen_neurons[neuron] = 1

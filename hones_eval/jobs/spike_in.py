@@ -112,10 +112,9 @@ class SpikeIn:
     def planted(self) -> list[Head] | list[Neuron]:
         """The sites that are damped."""
         if self.plant == "heads":
-            scores = self.ranking.head_scores
-            if scores is None:
+            if self.ranking.head_scores is None:
                 raise HonesError("this ranking has no head scores: plant neurons, or rank with heads")
-            return top_heads(scores, self.heads)
+            return self.ranking.heads(self.heads)
         bank = self.ranking.neurons(self.neurons)
         if self.plant == "random":
             return matched_random(bank, self.ranking.provenance.shape, self.seed)

@@ -169,7 +169,7 @@ def _scored(
     shape = job.provenance.shape
     there = shape.head_mask() if name == "head" else ranking.measured_neurons()
     wanted = job.heads if name == "head" else neuron_count(estimate[shape.neuron_mask()], job.neurons)
-    last = float(drops[:best].sort(descending=True).values[wanted - 1])
+    last = float(drops[:best].sort(descending=True).values[min(wanted, best) - 1])
     about = {
         "candidates": best,
         "selected": wanted,

@@ -245,6 +245,8 @@ class TargetLosses:
             return Measurement(self.zeros(), None)
         steerings = self._of[example.index]
         wanted = wanted_tokens(self.anatomy.model, example, self.with_end)
+        if not wanted:
+            raise HonesError(f"{example.where}: its target has no tokens to measure the loss of")
         answer = example.target_ids[: len(wanted) - 1]
         inputs = self.decoder.append_answer(example.inputs, example.settings, answer)
         losses = [self._losses(inputs, [], wanted)]
@@ -255,7 +257,20 @@ class TargetLosses:
             lambda cut: self._losses(inputs, [steerings[name] for name in cut], wanted),
         )
         sums = {"losses": torch.cat(losses), "examples": torch.ones((), dtype=torch.float64)}
+        self._refuse_not_finite(example, inputs, sums["losses"], len(wanted) - 1)
         return Measurement(sums, None)
+
+    def _refuse_not_finite(
+        self, example: Example, inputs: Mapping[str, Any], losses: Tensor, answer: int
+    ) -> None:
+        """Raise HonesError that names the steering of a loss that is not finite, since it ranks nowhere."""
+        broken = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        if broken:
+            name = ["", *self.names][broken[0]]
+            chosen = [self._of[example.index][name]] if name else []
+            with editing_in(self.decoder.replayer.tracker, row_edits(self.anatomy, chosen), answer):
+                under = f", under the scales {name}" if name else ""
+                refuse_not_finite(self.anatomy, inputs, f"{example.where}{under}")
 
     @torch.no_grad()
     def _losses(

@@ -4,8 +4,10 @@ This is the direction of inference-time intervention and of contrastive activati
 chosen heads and neurons. Activations are those at the last token of the prompt, where an answer begins.
 """
 
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,12 +72,12 @@ class MeanActivations:
             return "all"
         answer: Any = self._answers.measure(example).record.answers[BASELINE]
         value = answer.result[self.examples.metric]
-        if not isinstance(value, bool | int | float):
+        if not isinstance(value, Real | np.bool_):
             raise HonesError(
                 f"{self.examples.metric} of {self.examples.task} is no number per example, so right and "
                 "wrong answers are not known: choose another --metric, or compare two tasks with --against"
             )
-        return GROUPS[0] if (value >= 0.5) == self.examples.higher_is_better else GROUPS[1]
+        return GROUPS[0] if (float(value) >= 0.5) == self.examples.higher_is_better else GROUPS[1]
 
 
 def difference(of: Totals, minus: Totals, group: str, other: str) -> tuple[Tensor, Tensor]:

@@ -137,12 +137,13 @@ class Elimination(Contest):
         """
         found = torch.full((len(self.place),), torch.inf, dtype=torch.float64)
         last = float(self.values[:, self.place == 1].mean(0).min())
+        span = max(self.span - last, 1e-9 * self.span)  # 0 where the last selected item always has the span
         stakes = torch.tensor(STAKES, dtype=torch.float64)
         for item in (self.seen < self.examples).nonzero()[:, 0].tolist():
             x = last - self.values[: int(self.seen[item]), item]
             before = torch.cat([x.new_zeros(1), x.cumsum(0)[:-1]])
             expected = torch.stack([centre(total, i, self.examples) for i, total in enumerate(before)])
-            gains = betting_gain(x, expected, self.span - last, stakes).cumsum(1)
+            gains = betting_gain(x, expected, span, stakes).cumsum(1)
             found[item] = (torch.logsumexp(gains, 0) - math.log(len(STAKES))).max().exp()
         return found
 

@@ -292,7 +292,7 @@ class _Pass(LightningModule):  # type: ignore[misc]
         others = partial.load_others(*self._place)
         heirs: dict[str, int] = {}
         done = set(self.records)
-        for rank, files in enumerate(_from_all({name: list(of.records) for name, of in others.items()})):
+        for rank, files in enumerate(from_all({name: list(of.records) for name, of in others.items()})):
             for name, indices in files.items():
                 heirs.setdefault(name, rank)
                 done.update(indices)
@@ -379,7 +379,7 @@ class _Bar(TQDMProgressBar):  # type: ignore[misc]
         return str(self.trainer.lightning_module.name)
 
 
-def _from_all(own: Any) -> list[Any]:
+def from_all(own: Any) -> list[Any]:
     """An object of every rank, on every rank."""
     if not several():
         return [own]
@@ -392,7 +392,7 @@ def _gather(records: dict[int, Any]) -> dict[int, Any]:
     """The records of all ranks; an index that two ranks measured is an error."""
     if not several():
         return records
-    shares: list[dict[int, Any]] = _from_all(records)
+    shares: list[dict[int, Any]] = from_all(records)
     together: dict[int, Any] = {}
     for share in shares:
         twice = together.keys() & share.keys()
