@@ -246,11 +246,11 @@ def test_tuned_scales_are_the_mean_of_folds_that_were_learned_apart(
         for fold in folds
     ]
     measured = [
-        plain_loss(model, examples, fold, neurons, heads)
-        for fold, (heads, neurons) in zip(folds, learned, strict=True)
+        plain_loss(model, examples, fold, found_in.neuron_scales, found_in.head_scales)
+        for fold, found_in in zip(folds, learned, strict=True)
     ]
     assert found.report["held_out_loss"] == pytest.approx(sum(measured) / 2, rel=1e-3)
-    heads, neurons = (torch.stack(scales).mean(0) for scales in zip(*learned, strict=True))
+    heads, neurons = (torch.stack(scales).mean(0) for scales in zip(*(x[:2] for x in learned), strict=True))
     torch.testing.assert_close(found.steering.head_scales, heads)
     torch.testing.assert_close(found.steering.neuron_scales, neurons)
     assert found.report["kind"] == kind
@@ -275,9 +275,9 @@ def test_a_mean_that_does_worse_than_its_folds_gives_way_to_scales_learned_from_
     assert found.report["folds_disagree"]
     assert found.report["loss_of_mean"] > found.report["held_out_loss"]
     learned = fit(model.replayer, examples, bank, settings.fit_settings(0.2), model.loop)
-    heads, _ = learned.epochs[found.report["best_epoch"] - 1]
+    last = learned.epochs[found.report["best_epoch"] - 1]
     assert found.steering is not None
-    torch.testing.assert_close(found.steering.head_scales, heads)
+    torch.testing.assert_close(found.steering.head_scales, last.head_scales)
 
 
 def harmful_mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:

@@ -50,6 +50,7 @@ def scale(
     rates: Sequence[float] | None = None,
     ceiling: float = 4.0,
     sparsity: float = 0.2,
+    shifts: bool = False,
     model: Model | None = None,
     tasks: str | None = None,
     against: str | None = None,
@@ -97,6 +98,8 @@ def scale(
         rates: tuned: the learning rates to try; held-out loss chooses among them.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 to below 1.
+        shifts: tuned: learn shifts beside the scales too, `a <- s * a + b`; held-out loss chooses whether to
+            use them.
         model: what `load` returned, for the ways that choose on development examples.
         tasks: the development task, with other images than the ranking's.
         against: mean_difference: a task whose mean activations are subtracted from those of `tasks`; by
@@ -134,6 +137,7 @@ def scale(
         enhance=enhance,
         suppress=suppress,
         against=against,
+        shifts=shifts or None,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
         if scope != "all":
@@ -172,7 +176,7 @@ def scale(
     examples = model.examples(tasks, **task_settings, metric=metric, target=target)
     other = None if against is None else model.examples(against, **task_settings)
     fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
-    tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed)
+    tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed, shifts=shifts)
     tune = replace(tune, rates=tuple(rates)) if rates else tune
     tried = tuple(factors or GRID)
     settings = (
@@ -262,6 +266,7 @@ READ_BY = {
     "enhance": ("topk",),
     "suppress": ("topk",),
     "against": ("mean_difference",),
+    "shifts": ("tuned",),
 }
 
 

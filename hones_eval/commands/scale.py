@@ -35,6 +35,7 @@ def scale(
     rates: list[float] | None = None,
     ceiling: float = 4.0,
     sparsity: float = 0.2,
+    shifts: bool = False,
     model: str | None = None,
     model_args: str = "",
     tasks: str | None = None,
@@ -92,6 +93,8 @@ def scale(
         rates: tuned: the learning rates to try; by default 0.2.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 (not at all) to below 1.
+        shifts: tuned: learn shifts beside the scales too (a vector per head, a number per neuron, which is
+            added after scaling); held-out loss chooses whether to use them.
         model: for the ways that choose on development examples, as in lmms-eval --model.
         model_args: as in lmms-eval --model_args.
         tasks: the development task, with other images than the ranking's.
@@ -151,6 +154,7 @@ def scale(
         rates=rates,
         ceiling=ceiling,
         sparsity=sparsity,
+        shifts=shifts,
         model=loaded,
         tasks=tasks,
         against=against,
@@ -173,11 +177,13 @@ def answer_of(steering: "Steering", ranking: "Ranking", out: Path, model: "Model
     settings = steering.provenance.settings
     counts = steering.counts
     scaled_heads, scaled_neurons = counts["scaled_heads"], counts["scaled_neurons"]
+    shifted = [counts.get(f"shifted_{kind}", 0) for kind in ("heads", "neurons")]
+    changed = [f"{scaled_heads} heads and {scaled_neurons} neurons are scaled"]
     if steering.has_shifts:
-        shifted = [counts.get(f"shifted_{kind}", 0) for kind in ("heads", "neurons")]
-        lines = [f"wrote {out}: {shifted[0]} heads and {shifted[1]} neurons are shifted"]
-    else:
-        lines = [f"wrote {out}: {scaled_heads} heads and {scaled_neurons} neurons are scaled"]
+        changed = changed if scaled_heads or scaled_neurons else []
+        changed.append(f"{shifted[0]} heads and {shifted[1]} neurons are shifted")
+    lines = [f"wrote {out}: {', '.join(changed)}"]
+    if scaled_heads or scaled_neurons or not steering.has_shifts:
         lines.append(f"scales go from {_least(steering):.4g} to {_most(steering):.4g}")
     if model is not None:
         from hones_eval.jobs.scale import summary

@@ -276,7 +276,7 @@ class _Scaling(edits.Scaling):
             scales = scales.to(weight.device)
             shifts = None if shifts is None else shifts.to(weight.device)
         super().__init__(scales, shifts)
-        self._kept = scales
+        self._kept, self._added = scales, shifts
 
     def scales(self, like: Tensor) -> Tensor:
         """The scales, which are moved once."""
@@ -286,12 +286,12 @@ class _Scaling(edits.Scaling):
 
     def shifts(self, like: Tensor) -> Tensor | None:
         """The shifts, which are moved once."""
-        if self._shifts is not None and self._shifts.device != like.device:
-            self._shifts = self._shifts.to(like.device)
-        return self._shifts
+        if self._added is not None and self._added.device != like.device:
+            self._added = self._added.to(like.device)
+        return self._added
 
     def __call__(self, x: Tensor) -> Tensor:
         """Change the input of a linear layer; runs at every generated token."""
-        if self._shifts is None:
+        if self._added is None:
             return edits.scale(x, self.scales(x))
         return super().__call__(x)

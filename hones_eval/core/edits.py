@@ -91,20 +91,25 @@ def scale_and_shift(
 class Scaling:
     """An edit that scales, and optionally shifts, every feature, also of routed neurons."""
 
-    def __init__(self, scales: Tensor | Callable[[], Tensor], shifts: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scales: Tensor | Callable[[], Tensor],
+        shifts: Tensor | Callable[[], Tensor] | None = None,
+    ) -> None:
         """Scale by `scales` [features], by a row of its own for each row of the batch [rows, features], or by
-        what a function gives when the edit runs. Then add `shifts`, of the same shape; None adds nothing."""
+        the result of a function that is called when the edit runs. Then add `shifts`, which are given in the
+        same ways; None adds nothing.
+        """
         self._scales = scales
         self._shifts = shifts
 
     def scales(self, like: Tensor) -> Tensor:
         """The scales, on the device of a tensor."""
-        found = self._scales if isinstance(self._scales, Tensor) else self._scales()
-        return found.to(like.device)
+        return _now(self._scales).to(like.device)
 
     def shifts(self, like: Tensor) -> Tensor | None:
         """The shifts, on the device of a tensor; None where nothing is added."""
-        return None if self._shifts is None else self._shifts.to(like.device)
+        return None if self._shifts is None else _now(self._shifts).to(like.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scale the input [rows, tokens, features] of a linear layer."""
@@ -121,6 +126,10 @@ class Scaling:
         if shifts is None:
             return scale(part.values, scales)
         return scale_and_shift(part.values, scales, part.of_pairs(shifts))
+
+
+def _now(numbers: Tensor | Callable[[], Tensor]) -> Tensor:
+    return numbers if isinstance(numbers, Tensor) else numbers()
 
 
 def patch_positions(

@@ -92,6 +92,19 @@ def all_heads(shape: ModelShape) -> list[Head]:
     return [Head(layer, head) for layer in range(shape.layers) for head in range(shape.heads_of(layer))]
 
 
+def scales_of(
+    shape: ModelShape, sites: Sequence[Head | Neuron], values: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Scales of heads [L, H] and neurons [L, I]: one value per site, and 1 for every other site."""
+    heads, neurons = torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons)
+    for scales, kind in ((heads, Head), (neurons, Neuron)):
+        chosen = [(*site, value) for site, value in zip(sites, values, strict=True) if isinstance(site, kind)]
+        if chosen:
+            layers, numbers, own = zip(*chosen, strict=True)
+            scales[torch.tensor(layers), torch.tensor(numbers)] = torch.tensor(own, dtype=torch.float32)
+    return heads, neurons
+
+
 def _top(scores: Tensor, count: int, kind: str) -> list[tuple[int, int]]:
     if scores.ndim != 2:
         raise HonesError(f"scores must be [layers, {kind}], but have the shape {tuple(scores.shape)}")

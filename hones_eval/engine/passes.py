@@ -180,6 +180,26 @@ def recorded_neurons(anatomy: Anatomy, layer: int, kept: Mapping[str, Tensor], r
     return anatomy.padded(kept[site.name])
 
 
+@torch.no_grad()
+def last_activations(anatomy: Anatomy, inputs: Mapping[str, Any], count: int) -> tuple[Tensor, Tensor]:
+    """Activations at the last tokens of one prompt, float64 on the CPU; 0 where a layer lacks the site.
+
+    Returns: those of heads [count, L, H, d] and of neurons [count, L, I].
+    """
+    shape = anatomy.shape
+    with recording(present([*anatomy.heads_in, *anatomy.neurons_in]), slice(-count, None)) as kept:
+        anatomy.model(**inputs, use_cache=False)
+    heads = torch.zeros(count, shape.layers, shape.heads, shape.head_width, dtype=torch.float64)
+    for layer, site in enumerate(anatomy.heads_in):
+        own, width = shape.heads_of(layer), shape.head_width_of(layer)
+        if site.width and own:
+            heads[:, layer, :own, :width] = kept[site.name][0].double().cpu().view(count, own, width)
+    neurons = [
+        recorded_neurons(anatomy, layer, kept, count)[0].double().cpu() for layer in range(shape.layers)
+    ]
+    return heads, torch.stack(neurons, dim=1)
+
+
 def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
     """Edits for hooks on a batch of rows: `edits[i]` acts in row `i` only; one hook per linear layer."""
     places = sorted({(edit.site.layer, edit.is_head) for edit in edits})

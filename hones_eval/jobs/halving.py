@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.sites import Head, Neuron, scales_of
 from hones_eval.core.steering import Steering
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
@@ -133,12 +133,9 @@ def candidates(groups: int, factors: Sequence[float], most: int, seed: int) -> l
 
 
 def _steering(ranking: Ranking, groups: Groups, factors: Sequence[float]) -> Steering:
-    shape = ranking.provenance.shape
-    heads, neurons = torch.ones(shape.layers, shape.heads), torch.ones(shape.layers, shape.neurons)
-    for group, factor in zip(groups, factors, strict=True):
-        for site in group:
-            (heads if isinstance(site, Head) else neurons)[site] = factor
-    return scaling.of_sites(ranking, heads, neurons, {})
+    sites = [site for group in groups for site in group]
+    own = [factor for group, factor in zip(groups, factors, strict=True) for _ in group]
+    return scaling.of_sites(ranking, *scales_of(ranking.provenance.shape, sites, own), {})
 
 
 def _losses(

@@ -15,7 +15,7 @@ from hones_eval.engine.decoding import Decoder
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
-from hones_eval.methods.learning import AnswerLoss, LearnedScales, cosine, frozen
+from hones_eval.methods.learning import AnswerLoss, Learned, LearnedScales, cosine, frozen
 from hones_eval.runs.checkpoint import Progress
 from hones_eval.runs.lightning import Loop, Meeting, from_all, one_fails_all_fail
 from hones_eval.runs.progress import ProgressLines
@@ -55,15 +55,14 @@ class FitSettings:
 
 
 class Fitted(NamedTuple):
-    """Learned scales of neurons [L, I] and heads [L, H], with the settings and losses to record.
+    """Learned scales and shifts, with the settings and losses to record.
 
-    `epochs` holds the scales (heads, neurons) at the end of every epoch.
+    `epochs` holds those at the end of every epoch.
     """
 
-    scales: Tensor
-    head_scales: Tensor
+    learned: Learned
     report: dict[str, Any]
-    epochs: list[tuple[Tensor, Tensor]]
+    epochs: list[Learned]
 
 
 def fit(
@@ -74,8 +73,9 @@ def fit(
     loop: Loop,
     indices: Sequence[int] | None = None,
     name: str = "learn",
+    units: Tensor | None = None,
 ) -> Fitted:
-    """Learn one scale per site of a bank; every process gets the same scales.
+    """Learn one scale per site of a bank, and its shift if asked for; every process gets the same.
 
     Args:
         replayer: the model.
@@ -85,6 +85,7 @@ def fit(
         loop: the processes to learn on.
         indices: the examples to learn from; by default all.
         name: of this run in the checkpoint folder.
+        units: to learn shifts too, the unit of each site's shift, [bank]; `limit` and `sparsity` are in it.
 
     Raises: HonesError when the processes cannot share the steps evenly, or a loss is not finite.
     """
@@ -100,7 +101,7 @@ def fit(
             f"{loop.world_size} processes cannot share steps of {settings.accumulate} examples evenly: "
             f"give a number of --devices that divides {settings.accumulate}"
         )
-    scales = LearnedScales(replayer.anatomy, bank)
+    scales = LearnedScales(replayer.anatomy, bank, units)
     loss = AnswerLoss(
         scales, _decoder(replayer, examples), settings.beta, settings.penalty, settings.with_end
     )
@@ -115,7 +116,7 @@ def fit(
     report = settings.recorded() | {"steps": steps, "last_learning_rate": module.last_rate()}
     largest = float(scales.a.detach().abs().max())
     report |= {"epoch_losses": module.history, "largest_change": largest}
-    return Fitted(scales.scales(), scales.head_scales(), report, module.scales_by_epoch())
+    return Fitted(scales.learned(), report, module.learned_by_epoch())
 
 
 def _decoder(replayer: Replayer, examples: TaskExamples) -> Decoder:
@@ -211,7 +212,7 @@ class _Fit(LightningModule):  # type: ignore[misc]
         """Sums over this process's examples since the start, by epoch."""
         self.losses_before = torch.zeros_like(self.losses)
         """Sums over the examples of all processes, before a resume."""
-        self.snapshots = torch.zeros(settings.epochs, len(loss.scales.bank))
+        self.snapshots = torch.zeros(settings.epochs, len(loss.scales.a))
         self.done = 0
         self._resumed: Progress | None = None
 
@@ -273,7 +274,7 @@ class _Fit(LightningModule):  # type: ignore[misc]
             a = self.scales.a
             if self.settings.sparsity:
                 a.copy_(a.sign() * (a.abs() - rate * self.settings.sparsity).clamp(min=0))
-            a.clamp_(floor, self.settings.limit)
+        self.scales.clamp_(floor, self.settings.limit)
         epoch, left = divmod(self.done, self.steps_per_epoch * self.slots_per_step)
         if not left:
             self.snapshots[epoch - 1] = self.scales.a.detach().cpu()
@@ -296,12 +297,12 @@ class _Fit(LightningModule):  # type: ignore[misc]
         total: Tensor = self.losses_before + gathered.sum(0).cpu()
         return total
 
-    def scales_by_epoch(self) -> list[tuple[Tensor, Tensor]]:
-        """The scales of heads [L, H] and neurons [L, I] at the end of every epoch."""
+    def learned_by_epoch(self) -> list[Learned]:
+        """The scales and shifts at the end of every epoch."""
         last, found = self.scales.a.detach().clone(), []
         for snapshot in self.snapshots:
             self.scales.a.data.copy_(snapshot)
-            found.append((self.scales.head_scales(), self.scales.scales()))
+            found.append(self.scales.learned())
         self.scales.a.data.copy_(last)
         return found
 

@@ -122,7 +122,12 @@ def _chosen(job: Development, how: HowNeurons | HowHeads) -> Steering:
 
 
 def _hardly_moved(job: Development, steering: Steering) -> str | None:
-    """A warning when scales were learned but none is far enough from 1 to matter; None otherwise."""
+    """A warning when scales were learned but none is far enough from 1 to matter; None otherwise.
+
+    Where shifts were learned as well, the scales need not have moved.
+    """
+    if steering.has_shifts:
+        return None
     changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
     dtype, largest = job.replayer.anatomy.model.dtype, float(changes.max())
     if largest == 0:
@@ -302,7 +307,8 @@ def learned(job: Development, how: Literal["learned", "learned_no_kl", "random"]
         bank = matched_random(job.bank, job.ranking.provenance.shape, settings.seed)
     fitted = fit(job.replayer, job.examples, bank, settings, job.loop)
     recorded = {"how": how, "count": len(bank), **fitted.report}
-    steering = scaling.of_sites(job.ranking, fitted.head_scales, fitted.scales, {})
+    heads, neurons = fitted.learned.head_scales, fitted.learned.neuron_scales
+    steering = scaling.of_sites(job.ranking, heads, neurons, {})
     return scaling.chosen(steering, recorded, job.example_set)
 
 
@@ -419,5 +425,11 @@ def _summary_of_tuned(settings: Mapping[str, Any]) -> str:
         f"{settings['metric']} {settings['baseline']:.4g} without steering, {settings['best']:.4g} with it; "
         f"{settings['scaled_sites']} of {settings['sites']} sites are scaled, by at most "
         f"{settings['largest_change']:.2g}"
+        + (
+            f"; {settings['shifted_sites']} are shifted, by at most {settings['largest_shift']:.2g} times "
+            "their usual activation"
+            if "shifted_sites" in settings
+            else ""
+        )
         + ("; folds disagree, so scales were learned from all images" if settings["folds_disagree"] else "")
     )

@@ -14,6 +14,11 @@ begin well and do not stop.
 Where a bank has heads and neurons, the scales of each kind are learned apart, and the held-out loss also
 chooses the kind. Learned together they fit the noise of a few dozen images better, and a fault in one of them
 worse.
+
+Shifts are learned beside scales if asked for: `z` becomes `s * z + b`. They are two more kinds, heads with
+shifts and neurons with shifts, so the held-out loss also tells whether shifts help. Steps, ceiling and
+sparsity of a shift are in units of the usual size of the site's activation, which makes them as free of a
+dimension as those of a scale.
 """
 
 from collections.abc import Sequence
@@ -32,7 +37,7 @@ from hones_eval.errors import HonesError
 from hones_eval.jobs.learn import FitSettings, fit
 from hones_eval.lmms.examples import TaskExamples
 from hones_eval.methods import scaling
-from hones_eval.methods.learning import Fold, TargetLosses
+from hones_eval.methods.learning import ActivationSizes, Fold, Learned, SiteSizes, TargetLosses
 from hones_eval.runs.lightning import Loop
 from hones_eval.stats.clusters import by_images
 
@@ -54,6 +59,7 @@ class TuneSettings:
             because the held-out loss already guards against learning too much.
         folds: the number of parts that the images are cut into; each part is held out once.
         seed: of the split, of the order of the examples, and of the random bank.
+        shifts: whether shifts are learned beside the scales, where the held-out loss is smaller with them.
     """
 
     rates: tuple[float, ...] = (0.2,)
@@ -63,6 +69,7 @@ class TuneSettings:
     beta: float = 0.0
     folds: int = 4
     seed: int = 0
+    shifts: bool = False
 
     def __post_init__(self) -> None:
         """Reject settings that cannot be used."""
@@ -104,27 +111,25 @@ def tune(
     settings: TuneSettings,
     loop: Loop,
 ) -> Tuned:
-    """Learn one scale per site of a bank; every process gets the same.
+    """Learn one scale, and if asked for a shift, per site of a bank; every process gets the same.
 
     Scales are learned once per kind of site, learning rate and fold. Then one pass measures, for every image,
     the loss of the target without steering and under the scales of its own fold at the end of every epoch.
     The kind, rate and epoch with the smallest loss win, and the steering has the mean scales of their folds,
     or scales learned from all images where the folds disagree.
     """
-    kinds = {
-        kind: sites
-        for kind, of in (("heads", Head), ("neurons", Neuron))
-        if (sites := [site for site in bank if isinstance(site, of)])
-    }
+    sizes = _sizes(replayer, examples, loop) if settings.shifts else None
+    kinds = _kinds(bank, sizes)
     folds = []
     for number, part in enumerate(folds_by_image(examples, settings.folds, settings.seed), start=1):
         train = sorted({*range(len(examples))} - {*part})
         found: dict[str, Steering] = {}
         for kind, rate in product(kinds, settings.rates):
-            name = f"tune-{kind}-{rate:g}-{number}"
-            fitted = fit(replayer, examples, kinds[kind], settings.fit_settings(rate), loop, train, name)
-            for epoch, (heads, neurons) in enumerate(fitted.epochs, start=1):
-                found[f"{kind}, {rate:g}, {epoch}"] = scaling.of_sites(ranking, heads, neurons, {})
+            name, fitting = f"tune-{kind}-{rate:g}-{number}", settings.fit_settings(rate)
+            sites, units = kinds[kind]
+            fitted = fit(replayer, examples, sites, fitting, loop, train, name, units)
+            for epoch, learned in enumerate(fitted.epochs, start=1):
+                found[f"{kind}, {rate:g}, {epoch}"] = _steering(ranking, learned)
         folds.append(Fold(found, part))
     totals = loop.run(examples, TargetLosses(replayer, folds, with_end=True), "tune-held-out")
     without, *losses = (totals.sums["losses"] / totals.sums["examples"]).tolist()
@@ -133,6 +138,7 @@ def tune(
     report = {
         **{name: getattr(settings, name) for name in RECORDED},
         "rates": list(settings.rates),
+        **({"shifts": True} if settings.shifts else {}),
         "sites": len(bank),
         "held_out_loss_without": without,
         "held_out_loss_by_kind_rate_and_epoch": by_name,
@@ -145,13 +151,59 @@ def tune(
     report["folds_disagree"] = report["loss_of_mean"] > by_name[best]
     if report["folds_disagree"]:
         fitting = settings.fit_settings(float(best_rate))
-        again = fit(replayer, examples, kinds[best_kind], fitting, loop, name="tune-all")
-        chosen = scaling.of_sites(ranking, *again.epochs[int(best_epoch) - 1], {})
-    changes = torch.cat([(chosen.head_scales - 1).flatten(), (chosen.neuron_scales - 1).flatten()]).abs()
+        sites, units = kinds[best_kind]
+        again = fit(replayer, examples, sites, fitting, loop, name="tune-all", units=units)
+        chosen = _steering(ranking, again.epochs[int(best_epoch) - 1])
     report |= {"kind": best_kind, "learning_rate": float(best_rate), "best_epoch": int(best_epoch)}
-    report |= {"held_out_loss": by_name[best]}
-    report |= {"largest_change": float(changes.max()), "scaled_sites": int((changes > 0).sum())}
+    report |= {"held_out_loss": by_name[best], **_changes(chosen, sizes)}
     return Tuned(chosen, report)
+
+
+class _Kind(NamedTuple):
+    """Sites of one kind, and the units of their shifts; None where none are learned."""
+
+    sites: list[Head | Neuron]
+    units: torch.Tensor | None
+
+
+def _kinds(bank: Sequence[Head | Neuron], sizes: SiteSizes | None) -> dict[str, _Kind]:
+    """The heads and the neurons of a bank, and each of them once more with shifts, if any are learned."""
+    kinds = {
+        kind: _Kind(sites, None)
+        for kind, of in (("heads", Head), ("neurons", Neuron))
+        if (sites := [site for site in bank if isinstance(site, of)])
+    }
+    if sizes is None:
+        return kinds
+    shifted = {f"{kind} with shifts": _Kind(sites, sizes.units(sites)) for kind, (sites, _) in kinds.items()}
+    return kinds | shifted
+
+
+def _sizes(replayer: Replayer, examples: TaskExamples, loop: Loop) -> SiteSizes:
+    """The usual sizes of all activations on the development examples."""
+    totals = loop.run(examples, ActivationSizes(replayer, with_end=True), "tune-sizes")
+    return SiteSizes.of(replayer.anatomy.shape, totals)
+
+
+def _steering(ranking: Ranking, learned: Learned) -> Steering:
+    heads, neurons, *shifts = learned
+    return scaling.of_sites(ranking, heads, neurons, {}, *shifts)
+
+
+def _changes(steering: Steering, sizes: SiteSizes | None) -> dict[str, Any]:
+    """How many sites are scaled and shifted, and by how much at most."""
+    changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
+    found = {"largest_change": float(changes.max()), "scaled_sites": int((changes > 0).sum())}
+    if sizes is None or not steering.has_shifts:
+        return found
+    counts = steering.counts
+    found["shifted_sites"] = counts.get("shifted_heads", 0) + counts.get("shifted_neurons", 0)
+    relative = []
+    if steering.head_shifts is not None:
+        relative.append(float((steering.head_shifts.abs().amax(-1) / sizes.heads).max()))
+    if steering.neuron_shifts is not None:
+        relative.append(float((steering.neuron_shifts.abs() / sizes.neurons).max()))
+    return found | {"largest_shift": max(relative)}
 
 
 def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: Loop) -> float:
@@ -162,10 +214,18 @@ def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: 
 
 
 def _mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:
-    """The steering with the mean scales of several."""
+    """The steering with the mean scales and shifts of several."""
     heads = torch.stack([steering.head_scales for steering in steerings]).mean(0)
     neurons = torch.stack([steering.neuron_scales for steering in steerings]).mean(0)
-    return scaling.of_sites(ranking, heads, neurons, {})
+    head_shifts = _mean_shifts([steering.head_shifts for steering in steerings])
+    neuron_shifts = _mean_shifts([steering.neuron_shifts for steering in steerings])
+    return scaling.of_sites(ranking, heads, neurons, {}, head_shifts, neuron_shifts)
+
+
+def _mean_shifts(shifts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The mean of shifts, of which None is all 0; None where all are."""
+    present = [tensor for tensor in shifts if tensor is not None]
+    return torch.stack(present).sum(0) / len(shifts) if present else None
 
 
 def folds_by_image(examples: TaskExamples, count: int, seed: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Learned scales: one parameter per site of a bank. The model is frozen and serves as its own teacher."""
+"""Learned scales, and shifts, of the sites of a bank. The model is frozen and serves as its own teacher."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,80 +10,129 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.artifact import ModelShape
 from hones_eval.core.changes import row_edits
 from hones_eval.core.edits import Scaling
 from hones_eval.core.hooks import Edit, Site
 from hones_eval.core.scope import ScopeTracker, editing_in
-from hones_eval.core.sites import Head, Neuron
+from hones_eval.core.sites import Head, Neuron, scales_of
 from hones_eval.core.steering import Steering
 from hones_eval.engine.decoding import Decoder, end_tokens, repeat_example
-from hones_eval.engine.passes import refuse_not_finite
+from hones_eval.engine.passes import last_activations, refuse_not_finite
 from hones_eval.engine.prompts import own_tokens
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example
 from hones_eval.lmms.examples.dataset import TARGET_TOKENS
-from hones_eval.runs.measure import Measurement
+from hones_eval.runs.measure import Measurement, Totals
+
+
+class Learned(NamedTuple):
+    """Learned scales of heads [L, H] and neurons [L, I], and shifts [L, H, d] and [L, I] if learned."""
+
+    head_scales: Tensor
+    neuron_scales: Tensor
+    head_shifts: Tensor | None = None
+    neuron_shifts: Tensor | None = None
 
 
 class LearnedScales(nn.Module):
-    """The only parameters: `a` [bank], by which a site's activation becomes `z * (1 + a)` (HONES 4)."""
+    """The only parameters: `a`, which holds the change of the scale of each site of a bank (HONES 4).
 
-    def __init__(self, anatomy: Anatomy, bank: Sequence[Head | Neuron]) -> None:
-        """Start at `a = 0`, which leaves the model unchanged."""
+    A site's activation `z` becomes `z * (1 + a)`. Where shifts are learned as well, `a` is followed by one
+    number per feature: one for a neuron, `d` for a head. `z` becomes `z * (1 + a) + unit * c`, with those
+    numbers `c` and a unit per site. With the usual size of the site's activation as its unit, `c` has no
+    dimension, like `a`, so that one learning rate, one ceiling and one sparsity serve both.
+    """
+
+    def __init__(self, anatomy: Anatomy, bank: Sequence[Head | Neuron], units: Tensor | None = None) -> None:
+        """Start at `a = 0`, which leaves the model unchanged. `units` [bank] are those of shifts, if any."""
         super().__init__()
         if not bank:
             raise HonesError("the selection of sites is empty: there is nothing to learn scales for")
         self.anatomy = anatomy
         self.bank = list(bank)
-        self.a = nn.Parameter(torch.zeros(len(bank), device=anatomy.device))
+        widths = torch.tensor([self._width(site) for site in self.bank])
+        self._starts = len(self.bank) + widths.cumsum(0) - widths  # where the shifts of a site begin in `a`
+        self._units = None if units is None else units.repeat_interleave(widths).to(anatomy.device)
+        count = len(self.bank) + (0 if units is None else int(widths.sum()))
+        self.a = nn.Parameter(torch.zeros(count, device=anatomy.device))
+        self._edits = self._made_edits()
 
     @contextmanager
     def attached(self, tracker: ScopeTracker | None = None, answer: int = 0) -> Iterator[None]:
-        """Scale the bank within a `with` block; gradients flow to `a`.
+        """Scale, and shift, the bank within a `with` block; gradients flow to `a`.
 
         `tracker` knows the tokens that are scaled, by default all; the last `answer` tokens are the answer's.
         """
-        with editing_in(tracker, self._edits(), answer):
+        with editing_in(tracker, self._edits, answer):
             yield
 
-    def scales(self) -> Tensor:
-        """`1 + a` for the bank's neurons and 1 elsewhere, [L, I] float32 on the CPU."""
-        shape = self.anatomy.shape
-        return self._filled(torch.ones(shape.layers, shape.neurons), Neuron)
+    @torch.no_grad()
+    def clamp_(self, floor: float, limit: float) -> None:
+        """Keep the changes of scales between `floor` and `limit`, and shifts between -`limit` and `limit`."""
+        count = len(self.bank)
+        self.a[:count].clamp_(floor, limit)
+        self.a[count:].clamp_(-limit, limit)
 
-    def head_scales(self) -> Tensor:
-        """`1 + a` for the bank's heads and 1 elsewhere, [L, H] float32 on the CPU."""
-        shape = self.anatomy.shape
-        return self._filled(torch.ones(shape.layers, shape.heads), Head)
+    def learned(self) -> Learned:
+        """Scales, and shifts if they are learned, as a steering has them: float32 on the CPU."""
+        shape, count = self.anatomy.shape, len(self.bank)
+        scales = scales_of(shape, self.bank, [1 + a for a in self.a[:count].tolist()])
+        if self._units is None:
+            return Learned(*scales)
+        shifts = self._shifts().detach().cpu()
+        heads = torch.zeros(shape.layers, shape.heads, shape.head_width)
+        neurons = torch.zeros(shape.layers, shape.neurons)
+        starts = self._starts - count
+        of_heads, of_neurons = _places(self.bank)
+        for place in of_heads.tolist():
+            site, start = self.bank[place], int(starts[place])
+            heads[site][: self._width(site)] = shifts[start : start + self._width(site)]
+        layers, numbers = torch.tensor(self.bank).T
+        neurons[layers[of_neurons], numbers[of_neurons]] = shifts[starts[of_neurons]]
+        return Learned(*scales, heads, neurons)
 
-    def _filled(self, scales: Tensor, kind: type[Head | Neuron]) -> Tensor:
-        for site, a in zip(self.bank, self.a.tolist(), strict=True):
-            if isinstance(site, kind):
-                scales[site] = 1 + a
-        return scales
+    def _width(self, site: Head | Neuron) -> int:
+        return self.anatomy.shape.head_width_of(site.layer) if isinstance(site, Head) else 1
 
-    def _edits(self) -> list[tuple[Site, Edit]]:
+    def _shifts(self) -> Tensor:
+        """All shifts of the bank, one after the other."""
+        assert self._units is not None
+        return self.a[len(self.bank) :] * self._units
+
+    def _made_edits(self) -> list[tuple[Site, Edit]]:
         """One edit per linear layer whose input holds a site of the bank."""
         members: dict[tuple[bool, int], list[int]] = {}
         for place, site in enumerate(self.bank):
             members.setdefault((isinstance(site, Head), site.layer), []).append(place)
         edits: list[tuple[Site, Edit]] = []
         for (heads, layer), places in sorted(members.items()):
-            numbers = torch.tensor([self.bank[place][1] for place in places])
             where = (self.anatomy.heads_in if heads else self.anatomy.neurons_in)[layer]
-            width = self.anatomy.shape.head_width_of(layer) if heads else 1
-            edits.append((where, self._edit(places, numbers, width, where.width // width)))
+            edits.append((where, self._edit(torch.tensor(places), where.width)))
         return edits
 
-    def _edit(self, places: Sequence[int], numbers: Tensor, width: int, count: int) -> Edit:
-        """Scale sites of a layer that has `count` of them, each `width` features wide, by `1 + a[places]`."""
+    def _edit(self, places: Tensor, features: int) -> Edit:
+        """Scale and shift the sites of one kind at these places of the bank, all in one layer.
+
+        `features` is the width of the layer's input. Scales and shifts are computed in float32: a bfloat16
+        scale near 1 would lose small steps.
+        """
+        device = self.a.device
+        width = self._width(self.bank[int(places[0])])
+        numbers = torch.tensor([self.bank[place][1] for place in places.tolist()])
+        columns = (numbers[:, None] * width + torch.arange(width)).flatten().to(device)
+        starts = self._starts[places] - len(self.bank)
+        own = (starts[:, None] + torch.arange(width)).flatten().to(device)
+        repeated = places.repeat_interleave(width).to(device)
 
         def scales() -> Tensor:
-            ones = torch.ones(count, device=self.a.device)
-            return ones.index_put((numbers.to(self.a.device),), 1 + self.a[places]).repeat_interleave(width)
+            return torch.ones(features, device=device).index_put((columns,), 1 + self.a[repeated])
 
-        return Scaling(scales)  # computed in float32: a bfloat16 scale near 1 would lose small steps
+        def shifts() -> Tensor:
+            return torch.zeros(features, device=device).index_put((columns,), self._shifts()[own])
+
+        return Scaling(scales, None if self._units is None else shifts)
 
 
 class Loss(NamedTuple):
@@ -282,3 +331,70 @@ class TargetLosses:
             logits: Tensor = self.anatomy.model(**repeat_example(inputs, rows), use_cache=False).logits
         log_probabilities = logits[:, -len(wanted) :].float().log_softmax(-1)
         return token_losses(log_probabilities, wanted).mean(1).double().cpu()
+
+
+class ActivationSizes:
+    """One pass: the mean squares of all activations, at the tokens by which the target is predicted.
+
+    These are the last token of the prompt and those of the target. The first tokens of a prompt, whose
+    activations are huge in many models, are left out.
+    """
+
+    def __init__(self, replayer: Replayer, with_end: bool = False) -> None:
+        """Measure one model; `with_end` counts the end of a generated answer as one more token of it."""
+        self.anatomy, self.decoder, self.with_end = replayer.anatomy, Decoder(replayer), with_end
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Sums of squares of heads [L, H], over all their features, and of neurons [L, I]; counted tokens."""
+        shape = self.anatomy.shape
+        sizes = {"heads": (shape.layers, shape.heads), "neurons": (shape.layers, shape.neurons), "tokens": ()}
+        return {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+    def measure(self, example: Example) -> Measurement:
+        """The sums of one example."""
+        count = len(wanted_tokens(self.anatomy.model, example, self.with_end))
+        if not count:
+            raise HonesError(f"{example.where}: its target has no tokens to predict")
+        answer = example.target_ids[: count - 1]
+        inputs = self.decoder.append_answer(example.inputs, example.settings, answer)
+        heads, neurons = last_activations(self.anatomy, inputs, count)
+        squares = {"heads": heads.square().sum((0, -1)), "neurons": neurons.square().sum(0)}
+        if not all(bool(torch.isfinite(sums).all()) for sums in squares.values()):
+            refuse_not_finite(self.anatomy, inputs, example.where)
+        return Measurement(squares | {"tokens": torch.tensor(float(count), dtype=torch.float64)}, None)
+
+
+class SiteSizes(NamedTuple):
+    """The usual size of an activation: of heads [L, H], per feature, and of neurons [L, I]; never 0."""
+
+    heads: Tensor
+    neurons: Tensor
+
+    @classmethod
+    def of(cls, shape: ModelShape, totals: Totals) -> "SiteSizes":
+        """Root mean squares. A site whose activation is always 0 gets the mean size of its layer's others."""
+        sums = totals.sums
+        widths = torch.tensor([max(1, shape.head_width_of(layer)) for layer in range(shape.layers)])
+        heads = (sums["heads"] / sums["tokens"] / widths[:, None]).sqrt()
+        return cls(_without_zeros(heads), _without_zeros((sums["neurons"] / sums["tokens"]).sqrt()))
+
+    def units(self, bank: Sequence[Head | Neuron]) -> Tensor:
+        """The units of the shifts of a bank's sites, [bank]."""
+        found, (layers, numbers) = torch.ones(len(bank)), torch.tensor(bank).T
+        for sizes, places in zip(self, _places(bank), strict=True):
+            found[places] = sizes[layers[places], numbers[places]]
+        return found
+
+
+def _places(bank: Sequence[Head | Neuron]) -> tuple[Tensor, Tensor]:
+    """The places of a bank that have heads, and those that have neurons."""
+    is_head = torch.tensor([isinstance(site, Head) for site in bank])
+    return is_head.nonzero().flatten(), (~is_head).nonzero().flatten()
+
+
+def _without_zeros(sizes: Tensor) -> Tensor:
+    """Sizes [L, sites] float32, with the mean of a layer's others for 0, and 1 where a layer has only 0."""
+    active = sizes > 0
+    mean = sizes.sum(1, keepdim=True) / active.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.where(active, sizes, mean).float()

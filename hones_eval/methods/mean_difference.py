@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hones_eval.core.hooks import recording
-from hones_eval.engine.passes import present, recorded_neurons
+from hones_eval.engine.passes import last_activations
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
 from hones_eval.lmms.examples import Example, TaskExamples
@@ -48,21 +47,10 @@ class MeanActivations:
     @torch.no_grad()
     def measure(self, example: Example) -> Measurement:
         """Record one example's activations at the last prompt token, in the group of its answer."""
-        anatomy, shape = self.anatomy, self.anatomy.shape
-        sites = present([*anatomy.heads_in, *anatomy.neurons_in])
-        with recording(sites, slice(-1, None)) as kept:
-            anatomy.model(**example.inputs, use_cache=False)
-        heads = torch.zeros(shape.layers, shape.heads, shape.head_width, dtype=torch.float64)
-        for layer, site in enumerate(anatomy.heads_in):
-            if site.width and shape.heads_of(layer):
-                own = kept[site.name][0, -1].double().cpu()
-                count, width = shape.heads_of(layer), shape.head_width_of(layer)
-                heads[layer, :count, :width] = own.view(count, width)
-        neurons = [recorded_neurons(anatomy, layer, kept, 1)[0, -1] for layer in range(shape.layers)]
+        heads, neurons = last_activations(self.anatomy, example.inputs, 1)
         group = self._group(example)
         sums = self.zeros()
-        sums[f"{group} heads"] = heads
-        sums[f"{group} neurons"] = torch.stack([z.double().cpu() for z in neurons])
+        sums[f"{group} heads"], sums[f"{group} neurons"] = heads[0], neurons[0]
         sums[f"{group} examples"] = torch.ones((), dtype=torch.float64)
         return Measurement(sums)
 

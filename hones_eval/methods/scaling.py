@@ -34,10 +34,16 @@ def of_neurons(ranking: Ranking, scales: Tensor, settings: dict[str, Any]) -> St
 
 
 def of_sites(
-    ranking: Ranking, head_scales: Tensor, neuron_scales: Tensor, settings: dict[str, Any]
+    ranking: Ranking,
+    head_scales: Tensor,
+    neuron_scales: Tensor,
+    settings: dict[str, Any],
+    head_shifts: Tensor | None = None,
+    neuron_shifts: Tensor | None = None,
 ) -> Steering:
-    """A steering with these scales of heads [L, H] and neurons [L, I]."""
-    return _steering(ranking, settings, head_scales=head_scales, neuron_scales=neuron_scales)
+    """A steering with these scales of heads [L, H] and neurons [L, I], and shifts [L, H, d] and [L, I]."""
+    steering = _steering(ranking, settings, head_scales=head_scales, neuron_scales=neuron_scales)
+    return dataclasses.replace(steering, head_shifts=head_shifts, neuron_shifts=neuron_shifts)
 
 
 def chosen(steering: Steering, settings: dict[str, Any], development: ExampleSet) -> Steering:
