@@ -124,7 +124,7 @@ def summary(work: Path) -> list[dict[str, Any]]:
 
 
 def _row(report: dict[str, Any]) -> dict[str, Any]:
-    tuned = next(row for row in report["rows"] if row["scales"] == "tuned")
+    tuned = _tuned(report)
     share = tuned["recovered"]
     ends = "" if share["low"] is None else f" [{share['low']:.2f}, {share['high']:.2f}]"
     standing = report["planted_in_rankings"]["damaged"]
@@ -161,6 +161,10 @@ def write(work: Path, out: Path, command: str) -> None:
         "Controls are the same scales on random sites of the same layers, none of them planted, each tested "
         "alone at p < 0.05.\n",
         markdown_table([_kind_row(kind, reports) for kind in KINDS if _of(kind, reports)]),
+        "## By task\n",
+        "The recovered share of all seeds together: the sum of the gains over the sum of the losses, and in "
+        "brackets the smallest and the largest share of a seed. Seeds have images of their own.\n",
+        markdown_table(_by_task(reports)),
         "## Every fault\n",
         markdown_table(rows),
     ]
@@ -177,15 +181,34 @@ def _of(kind: str, reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [report for report in reports if report["kind"] == kind]
 
 
+def _by_task(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The share of the loss that `tuned` recovers, over all seeds of a task and a kind of fault."""
+    rows = []
+    for task in TASKS:
+        row: dict[str, Any] = {"task": task}
+        for kind in KINDS:
+            own = [report for report in _of(kind, reports) if report["task"] == task]
+            if not own:
+                continue
+            losses = [report["undamaged"] - report["damaged"] for report in own]
+            gains = [_tuned(report)["gain"] for report in own]
+            shares = [gain / loss for gain, loss in zip(gains, losses, strict=True) if loss]
+            ends = f" ({min(shares):.2f} to {max(shares):.2f})" if len(shares) > 1 else ""
+            row[kind] = f"{sum(gains) / sum(losses):.2f}{ends}" if sum(losses) else "no loss"
+        rows.append(row)
+    return [{column: row.get(column, "") for column in ("task", *KINDS)} for row in rows]
+
+
+def _tuned(report: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in report["rows"] if row["scales"] == "tuned")
+
+
 def _kind_row(kind: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How often faults of one kind are recovered, and random sites are called better."""
     own = _of(kind, reports)
     repairable = [report for report in own if report["repairable"]]
     goal = GOALS["heads" if kind.endswith("heads") else "neurons"]
-    shares = [
-        next(row for row in report["rows"] if row["scales"] == "tuned")["recovered"]["value"]
-        for report in repairable
-    ]
+    shares = [_tuned(report)["recovered"]["value"] for report in repairable]
     enough = sum(share >= goal - 1e-9 for share in shares)
     return {
         "fault": kind,
