@@ -22,7 +22,7 @@ from hones_eval.core.artifact import Provenance
 from hones_eval.core.attach import Part as Attached
 from hones_eval.core.attach import attach_parts, attach_steering, steer
 from hones_eval.core.condition import Condition, TextCondition, parse_conditions
-from hones_eval.core.scope import Scope
+from hones_eval.core.scope import Scope, answer_follows
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, MisfitError
 from hones_eval.leaderboard.identity import SteeringRef, steering_from_arguments
@@ -122,6 +122,36 @@ def test_a_direction_decides_for_every_row_of_a_batch_and_stays_decided(setup: S
         assert answers(setup, setup.both) == wanted
     assert answers(setup, setup.both) == plain_answers
     assert not any(module._forward_pre_hooks for module in setup.family.model.modules())
+
+
+def test_a_steering_of_generated_tokens_needs_no_pass_to_decide(setup: Setup) -> None:
+    """It leaves the prompt as it is, also in layers before the one that is read.
+
+    An answer that follows the prompt in the same pass is steered in those layers already.
+    """
+    model, calls = setup.family.model, [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    handle = plain.layers(model)[0].register_forward_pre_hook(count)
+    wanted = expected(setup, setup.steering, (False, True), "generated")
+    assert wanted != expected(setup, setup.steering, (False, False))
+    passes = []
+    for scope in ("generated", "last+generated"):
+        with steer(model, setup.steering, scope=scope, condition=setup.condition):
+            calls[0] = 0
+            found = answers(setup, setup.alone[1])
+            passes.append(calls[0])
+            assert scope != "generated" or found == [wanted[1]]
+    assert passes == [SHORT["max_new_tokens"], SHORT["max_new_tokens"] + 1]
+    handle.remove()
+    longer = plain.with_answer(model, setup.alone[1], wanted[1][:2])
+    with torch.no_grad(), answer_follows(model, 2):
+        with steer(model, setup.steering, scope="generated"):
+            logits = model(**longer).logits
+        with steer(model, setup.steering, scope="generated", condition=setup.condition):
+            assert torch.equal(model(**longer).logits, logits)
 
 
 def test_beams_and_static_caches_follow_their_prompt(setup: Setup) -> None:

@@ -163,7 +163,11 @@ def attach_parts(
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
     layer_of = {site.name: layer for layer, site in enumerate(anatomy.heads_in)}
     layer_of |= {site.name: layer for layer, site in enumerate(anatomy.neurons_in)}
-    first = min((layer_of[c.site.name] for _, changes in found for c in changes), default=0)
+    # A part that acts on generated tokens alone leaves the prompt, of which conditions are read, as it is.
+    first, first_in_prompt = (
+        min((layer_of[c.site.name] for part, changes in found if counts(part) for c in changes), default=last)
+        for counts, last in ((lambda _: True, 0), (lambda part: part.scope.acts_on_prompt, len(layer_of)))
+    )
     any_condition = any(part.conditions for part in parts)
     made: list[tuple[Site, Edit]] = []
     trackers: list[ScopeTracker] = []
@@ -171,7 +175,7 @@ def attach_parts(
         if part.acts_everywhere and not any_condition:
             made += [(change.site, _Scaling(change)) for change in changes]
             continue
-        tracker = ScopeTracker(anatomy, part.scope, part.conditions, first)
+        tracker = ScopeTracker(anatomy, part.scope, part.conditions, first, first_in_prompt)
         trackers.append(tracker)
         made += [(c.site, Scoped(_Scaling(c), tracker, c.site.name)) for c in changes]
     undo = [tracker.attach().detach for tracker in trackers]

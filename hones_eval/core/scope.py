@@ -8,8 +8,9 @@ generated token from the key-value cache. A cache that holds tokens already mean
 generated.
 
 Conditions (`hones_eval.core.condition`) are decided in the pass over a prompt, and kept for the tokens that
-are generated after it. A direction is read at the input of a layer. If the steering acts in an earlier
-layer already, the pass is first run up to that layer without the steering; otherwise reading costs nothing.
+are generated after it. A direction is read at the input of a layer. If the steering acts on the prompt in an
+earlier layer already, the pass is first run up to that layer without the steering; otherwise reading costs
+nothing.
 
 Answers that are scored and not generated follow their prompt within one pass. `answer_follows` says how many
 of the last tokens are the answer: these count as generated.
@@ -131,6 +132,9 @@ class _Call:
     mask: Tensor | None = None
 
 
+_NOTHING = _Call()
+
+
 class _EnoughError(Exception):
     """Ends a pass over a prompt whose conditions are decided."""
 
@@ -150,6 +154,7 @@ class ScopeTracker:
         scope: Scope,
         conditions: Sequence[AnyCondition] = (),
         first_layer: int = 0,
+        first_in_prompt: int | None = None,
     ) -> None:
         """Track `scope` in the model of `anatomy` from `attach` to `detach`.
 
@@ -159,6 +164,7 @@ class ScopeTracker:
             conditions: which all have to hold for a prompt; for other prompts no token is acted on.
             first_layer: the first layer in which a steering acts. Conditions that are read later need a pass
                 of their own.
+            first_in_prompt: the first layer in which one acts on tokens of the prompt, if another one.
 
         Raises: HonesError for an encoder-decoder, whose decoder sees no token of the prompt, or for a
             condition where there is no residual stream to read.
@@ -179,7 +185,9 @@ class ScopeTracker:
             if not anatomy.one_stream:
                 anatomy.check_plain_streams()
         self._layers = anatomy.layers
-        self._reads_first = any(c.layer > first_layer for c in self._directions)
+        last_read = max((c.layer for c in self._directions), default=-1)
+        self._reads_first = last_read > first_layer
+        self._reads_prompt_first = last_read > (first_layer if first_in_prompt is None else first_in_prompt)
         self._rows: Tensor | None = None
         """Whether the conditions hold, bool [rows], of the prompts of the last pass over prompts."""
         self._verdict: Tensor | bool = True
@@ -189,7 +197,7 @@ class ScopeTracker:
         self.prompts = self.acted = 0
         """How many prompts were decided, and on how many of them the steering acts."""
         self._undo: list[Callable[[], object]] = []
-        self._given = _Call()
+        self._given = _NOTHING
         self._embedded: Tensor | None = None
         self._prepared: Any = None
         """The attention mask as `generate` has it, before it becomes the masks of a static cache."""
@@ -223,7 +231,6 @@ class ScopeTracker:
         embedding = model.get_input_embeddings()
         handles = [
             model.register_forward_pre_hook(self._called, with_kwargs=True),
-            model.register_forward_hook(self._returned, always_call=True),
             embedding.register_forward_pre_hook(self._embeds),
             decoder.register_forward_pre_hook(self._decodes, with_kwargs=True),
             decoder.register_forward_hook(self._decoded, always_call=True),
@@ -241,15 +248,13 @@ class ScopeTracker:
         """Stop following the model. Safe to call twice."""
         while self._undo:
             self._undo.pop()()
-        self._given, self._rows = _Call(), None
+        self._rows = None
         self._decoded()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = _arguments(module, args, kwargs)
         self._given = _Call(given.get("input_ids"), given.get("attention_mask"))
-
-    def _returned(self, *_: Any) -> None:
-        self._given, self._embedded = _Call(), None
+        self._embedded = None
 
     def _embeds(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # The first embedding of a pass is the prompt's; some models embed single tokens after it.
@@ -310,7 +315,7 @@ class ScopeTracker:
         self._undecided = {condition.layer: last for condition in self._directions}
         if not self._undecided:
             self._finish_deciding()
-        elif self._reads_first:
+        elif self._reads_first if _ANSWERS.get(self._model) else self._reads_prompt_first:
             call = {name: copy.deepcopy(x) if _is_cache(x) else x for name, x in given.items()}
             _READING.add(self._model)
             _readings[0] += 1
@@ -373,6 +378,7 @@ class ScopeTracker:
     def _decoded(self, *_: Any) -> None:
         if self._model in _READING:
             return
+        self._given = _NOTHING
         self._acting = self._embedded = self._prepared = None
         self._undecided = {}
 
@@ -494,9 +500,17 @@ class Scoped:
         if hasattr(edit, "routed"):
             self.routed = self._routed
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Tensor:
         """Edit the tokens in the scope of an input [..., features]."""
+        # Compiled code leaves out what depends on the tokens. Where nothing is compiled, leaving the compiler
+        # out would cost more at every generated token than all the rest of this method.
+        return self._uncompiled(x) if torch.compiler.is_compiling() else self._edited(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, x: Tensor) -> Tensor:
+        return self._edited(x)
+
+    def _edited(self, x: Tensor) -> Tensor:
         acting = self._tracker.acting
         if isinstance(acting, bool):
             return self._edit(x) if acting else x
