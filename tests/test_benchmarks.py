@@ -213,14 +213,14 @@ HEAD = f"""\
 
 lmms-eval's own tasks, unmodified: a baseline and a steered run by the `lmms-eval` command, `hones-eval rank`
 by both methods, and the row that `hones-eval leaderboard` makes of the two runs. `tests/test_benchmarks.py`
-finds what stands here, with the embedded model and tiny data sets that have the real ones' columns and types
+finds the contents of this page, with the embedded model and tiny data sets that have the real ones' columns and types
 (`{REWRITE}=1` rewrites this page; otherwise the test compares).
 
 - **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/lmms/targets.py`,
   the task's own `doc_to_target`, or a column that was proposed. Rankings name it
 - **metric**: the task's first that is a number, which `rank` measures by default; `--metric` takes any other
 - **rank**: heads measured by replay, neurons by what they write; the metric without an edit is the one that
-  `lmms-eval` reports, but for MMMU's, which guesses at random where an answer names no choice; here each
+  `lmms-eval` reports, except for MMMU, which guesses at random where an answer names no choice; here each
   example guesses the same every time
 - **steered run**: the same prompts and images as the baseline, and other answers
 - **row**: how many of the task's metrics are compared, of how many; the second table says how

@@ -23,7 +23,7 @@ from hones_eval.lmms.playback import Playback
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 REWRITE = "HONES_EVAL_REWRITE_DOCS"
-COLUMNS = ("unsteered", "steered", "replay", "fold", "batches", "two pictures", "choices")
+COLUMNS = ("unsteered", "steered", "replay", "fold", "batches", "two images", "choices")
 ONE_AT_A_TIME = "one question at a time"
 
 
@@ -122,12 +122,12 @@ def test_batches_padded_on_the_left_give_the_answers_of_single_questions(at: Vis
 
 def test_two_images(at: Visit, found: Found) -> None:
     if not families.RECIPES[at.door.family](False).several_images:
-        found[at.door]["two pictures"] = "one picture a question"
+        found[at.door]["two images"] = "one image per question"
         return
     both, one = ask(at.baseline, [BOTH, BOTH._replace(pictures=BOTH.pictures[:1])])
     assert [both] == at.plainly([BOTH])
     assert both != one
-    found[at.door]["two pictures"] = "yes"
+    found[at.door]["two images"] = "yes"
 
 
 def test_log_likelihoods_of_choices_are_those_of_generating_them(at: Visit, found: Found) -> None:
@@ -168,14 +168,14 @@ with `base=` is the stock wrapper, steered; `--model hones_hf` is this package's
 - **replay**: edited passes replayed from one recording have the logits of hooked forwards, over all heads
 - **fold**: scales folded into the weights give the logits and answers of hooks
 - **batches**: batches of two and three, padded on the left, give the logits and answers of single questions
-- **two pictures**: in one question, as transformers has them
+- **two images**: in one question, as transformers has them
 - **choices**: in tasks of log-likelihoods the loss of a choice is that of its tokens when transformers is
-  made to generate them one by one, behind the prompt of an answer; replay over it is exact
+  made to generate them one by one, after the prompt of an answer; replay over it is exact
 
 "yes" is to 1e-4 of the largest logit in float32, answers being equal. Some stock wrappers load bfloat16
 whatever they are told; there logits agree to its rounding (8 % of the largest logit at most), and answers may
 flip where two tokens are that close. `hones_hf` takes the checkpoint's own type, or `dtype=`; the rows below
-are in float32. With several pictures LLaVA-OneVision does not cut them into tiles under `hones_hf`, as
+are in float32. With several images LLaVA-OneVision does not cut them into tiles under `hones_hf`, as
 transformers' chat template has it; `llava_hf` cuts each as if it were the only one.
 
 | family | type | how to run it |{"".join(f" {column} |" for column in COLUMNS)}

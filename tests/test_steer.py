@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape, Provenance
-from hones_eval.core.attach import attach_steering, attach_to_anatomy, steer
+from hones_eval.core.attach import Part, attach_parts, attach_steering, attach_to_anatomy, steer
 from hones_eval.core.steering import Steering
 from hones_eval.errors import EditError, HonesError, MisfitError
 
@@ -230,6 +230,18 @@ def test_hooks_that_no_forward_pass_reached_are_an_error(build_family: Callable[
         attached.check_ran()
         with pytest.raises(EditError, match=r"the first at layers\.0\.self_attn\.o_proj"):
             attached.check_ran()
+
+
+def test_where_one_of_several_steerings_cannot_be_folded_none_is() -> None:
+    family = families.build("llava")
+    anatomy, before = Anatomy.of(family.model), fingerprint(family.model)
+    first, second = (Steering.by_hand(anatomy, neurons={(layer, 5): 0.5}) for layer in (0, 1))
+    weight = anatomy.neurons_in[1].module.weight
+    anatomy.neurons_in[1].module.weight = nn.Parameter(weight.data.to(torch.float8_e4m3fn), False)
+    with pytest.raises(HonesError, match="has quantized weights"):
+        attach_parts(anatomy, [Part(first), Part(second)], "fold")
+    anatomy.neurons_in[1].module.weight = weight
+    assert fingerprint(family.model) == before
 
 
 def test_fold_refuses_a_weight_that_another_layer_shares() -> None:

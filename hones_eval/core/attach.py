@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -158,7 +158,10 @@ def attach_parts(
             if part.conditions:
                 names = "+".join(condition.name for condition in part.conditions)
                 raise HonesError(f"attach=fold acts on every prompt, so condition={names} needs attach=hook")
-        return AttachedSteering(None, *reversed([fold(anatomy, changes) for _, changes in found]))
+        with ExitStack() as stack:  # of several, one may not be foldable: then none stays in the weights
+            for _, changes in found:
+                stack.callback(fold(anatomy, changes))
+            return AttachedSteering(None, stack.pop_all().close)
     if how != "hook":
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
     layer_of = {site.name: layer for layer, site in enumerate(anatomy.heads_in)}
@@ -178,14 +181,17 @@ def attach_parts(
         tracker = ScopeTracker(anatomy, part.scope, part.conditions, first, first_in_prompt)
         trackers.append(tracker)
         made += [(c.site, Scoped(_Scaling(c), tracker, c.site.name)) for c in changes]
-    undo = [tracker.attach().detach for tracker in trackers]
-    attached = AttachedEdits(made)
-    if made:
-        top = called if isinstance(called, nn.Module) else anatomy.model
-        # Layers that attend to an image by cross-attention are left out where there is none.
-        some = anatomy.reads_states and not anatomy.is_encoder_decoder
-        undo.append(check_every_pass(top, anatomy.decoder, attached, some=some))
-    return AttachedSteering(attached, attached.detach, *undo, trackers=trackers)
+    with ExitStack() as stack:
+        for tracker in trackers:
+            stack.callback(tracker.attach().detach)
+        attached = AttachedEdits(made)
+        stack.callback(attached.detach)
+        if made:
+            top = called if isinstance(called, nn.Module) else anatomy.model
+            # Layers that attend to an image by cross-attention are left out where there is none.
+            some = anatomy.reads_states and not anatomy.is_encoder_decoder
+            stack.callback(check_every_pass(top, anatomy.decoder, attached, some=some))
+        return AttachedSteering(attached, stack.pop_all().close, trackers=trackers)
 
 
 def _changes(anatomy: Anatomy, part: Part) -> list[SiteChange]:

@@ -27,7 +27,7 @@ NAMES = ["stop", "one way", "exit", "sale"]
 def shown(index: int) -> dict[str, Any]:
     """The image of a scene, as `datasets` stores it."""
     file = io.BytesIO()
-    to_image(draw(SCENES[index])).save(file, "PNG")
+    to_image(draw(scenes.scene("test", index))).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -439,7 +439,8 @@ def mmmu() -> bytes:
         _, colour = colour_question(i)
         choices = sorted({colour, *scenes.COLORS[:3]})
         is_open = i == COUNT - 1
-        pictures = {f"image_{k}": shown((i + k - 1) % COUNT) if k <= count else None for k in range(1, 8)}
+        places = [i, COUNT + 2 * i, COUNT + 2 * i + 1]  # no image is shown with two questions
+        pictures = {f"image_{k}": shown(places[k - 1]) if k <= count else None for k in range(1, 8)}
         rows.append(
             {
                 "id": f"validation_{('Art', 'Math', 'History', 'Math')[i]}_{i}",
