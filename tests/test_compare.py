@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hones_eval.__main__ import main
+from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
@@ -55,19 +56,31 @@ def test_groups_are_disjoint_and_cover_the_banks() -> None:
 
 
 def test_chance_of_sharing_matches_an_enumeration_of_all_draws() -> None:
-    """Enumerate all pairs of banks with one site in the first layer of four and two in the second."""
-    layers = [list(itertools.combinations(range(4), size)) for size in (1, 2)]
+    """Enumerate all pairs of banks with one of four sites in one layer, and two of five in another."""
+    widths = (4, 5)
+    layers = [list(itertools.combinations(range(widths[i]), size)) for i, size in enumerate((1, 2))]
     banks = [{(0, i) for i in one} | {(1, i) for i in two} for one in layers[0] for two in layers[1]]
     counts = np.bincount([len(a & b) for a in banks for b in banks], minlength=4)
-    found = chance_of_sharing([1, 2], [1, 2], 4)
+    found = chance_of_sharing([1, 2], [1, 2], widths)
     assert found.tolist() == pytest.approx((counts / counts.sum()).tolist())
 
 
+def test_sites_that_a_layer_lacks_cannot_be_shared() -> None:
+    """Two rankings select all that there is: they agree by chance, although one layer has only two heads."""
+    shape = ModelShape(layers=2, heads=4, head_width=2, hidden=8, neurons=3, vocabulary=9, layer_heads=[2, 4])
+    source = Provenance("base", None, shape, "hones", {}, [ExampleSet("task", "test", 1, 0, "hash")])
+    scores = torch.ones(2, 4).masked_fill(~shape.head_mask(), 0)
+    rankings = {name: Ranking(source, head_scores=scores) for name in "ab"}
+    (found,) = Comparison(rankings, heads=6).overlaps()["heads"]
+    assert (found.jaccard, found.chance, found.chance_by_layer) == pytest.approx((1, 1, 1))
+    assert found.p_by_layer == pytest.approx(1)
+
+
 def test_overlaps_distinguish_crowding_in_a_layer_from_agreement() -> None:
-    width, layers = 50, 4
+    width = 50
     a = [Head(3, i) for i in range(20)]
     b = [Head(3, i) for i in range(12, 32)]
-    (found,) = overlaps({"a": a, "b": b}, layers, width)
+    (found,) = overlaps({"a": a, "b": b}, [width] * 4)
     assert (found.shared, found.jaccard) == (8, 8 / 32)
     draws = torch.stack(
         [torch.randperm(width, generator=torch.Generator().manual_seed(i))[:20] for i in range(4000)]
@@ -76,7 +89,7 @@ def test_overlaps_distinguish_crowding_in_a_layer_from_agreement() -> None:
     assert found.chance_by_layer == pytest.approx(float((shared / (40 - shared)).mean()), abs=0.005)
     assert found.p_by_layer == pytest.approx(float((shared >= 8).double().mean()), abs=0.03)
     assert found.chance < 0.25 * found.chance_by_layer
-    assert overlaps({"a": a, "b": []}, layers, width)[0].jaccard == 0
+    assert overlaps({"a": a, "b": []}, [width] * 4)[0].jaccard == 0
 
 
 def test_sharing_within_levels_matches_an_enumeration_of_all_permutations() -> None:
@@ -91,7 +104,7 @@ def test_sharing_within_levels_matches_an_enumeration_of_all_permutations() -> N
         "a -": [Head(0, 0)],
     }
     levels = dict(zip("abcdef", ["one", "one", "one", "two", "two", "two"], strict=True))
-    found = {row.levels: row for row in sharing({"heads": overlaps(banks, 2, 8)}, levels)}
+    found = {row.levels: row for row in sharing({"heads": overlaps(banks, [8, 8])}, levels)}
     sets = {name[0]: set(bank) for name, bank in banks.items() if name[1:] == " +" and bank}
     jaccard = {
         pair: len(sets[pair[0]] & sets[pair[1]]) / len(sets[pair[0]] | sets[pair[1]])

@@ -312,6 +312,20 @@ def own_task(folder: Path, target: str) -> Path:
     return folder
 
 
+def test_a_metric_whose_direction_is_not_stated_is_better_if_higher(llava: Any, tmp_path: Path) -> None:
+    folder = own_task(tmp_path / "own", "colour")
+    text = OWN_TASK.replace(
+        "exact_match, aggregation: mean, higher_is_better: true", "right, aggregation: mean"
+    )
+    text += "process_results: !function pictures.process\n"
+    (folder / "own.yaml").write_text(text % "colour")
+    with (folder / "pictures.py").open("a") as file:
+        file.write("\ndef process(doc, results):\n    return {'right': float(results[0] == doc['colour'])}\n")
+    examples = TaskExamples(llava, "own_colours", model_name="llava_hf", include_path=folder)
+    assert examples.metric == "right"
+    assert examples.higher_is_better
+
+
 def test_a_users_own_task_and_its_mistakes(llava: Any, tmp_path: Path) -> None:
     def build(include_path: Path, **arguments: Any) -> TaskExamples:
         return TaskExamples(

@@ -85,9 +85,10 @@ class Comparison:
     def overlaps(self) -> dict[str, list[Overlap]]:
         """The overlap of every pair of banks, by kind of site."""
         shape = next(iter(self.rankings.values())).provenance.shape
+        layers = range(shape.layers)
         return {
-            "neurons": overlaps(self.neuron_banks(), shape.layers, shape.neurons),
-            "heads": overlaps(self.head_banks(), shape.layers, shape.heads),
+            "neurons": overlaps(self.neuron_banks(), [shape.neurons_of(layer) for layer in layers]),
+            "heads": overlaps(self.head_banks(), [shape.heads_of(layer) for layer in layers]),
         }
 
     def report(self) -> dict[str, Any]:
@@ -173,19 +174,22 @@ def by_layer(bank: Sequence[Site], layers: int) -> list[int]:
     return [counts[layer] for layer in range(layers)]
 
 
-def overlaps(banks: Mapping[str, Sequence[Site]], layers: int, width: int) -> list[Overlap]:
-    """The Jaccard index of every pair of banks, and its value by chance, overall and layer by layer."""
-    return [_overlap(first, second, banks, layers, width) for first, second in combinations(banks, 2)]
+def overlaps(banks: Mapping[str, Sequence[Site]], widths: Sequence[int]) -> list[Overlap]:
+    """The Jaccard index of every pair of banks, and its value by chance, overall and layer by layer.
+
+    Args:
+        banks: the sites of each bank.
+        widths: the number of sites that each layer has.
+    """
+    return [_overlap(first, second, banks, widths) for first, second in combinations(banks, 2)]
 
 
-def _overlap(
-    first: str, second: str, banks: Mapping[str, Sequence[Site]], layers: int, width: int
-) -> Overlap:
-    a, b = banks[first], banks[second]
+def _overlap(first: str, second: str, banks: Mapping[str, Sequence[Site]], widths: Sequence[int]) -> Overlap:
+    a, b, layers = banks[first], banks[second], len(widths)
     shared = len({*a} & {*b})
     union = len({*a} | {*b})
-    anywhere = chance_of_sharing([len(a)], [len(b)], layers * width)
-    same_layers = chance_of_sharing(by_layer(a, layers), by_layer(b, layers), width)
+    anywhere = chance_of_sharing([len(a)], [len(b)], [sum(widths)])
+    same_layers = chance_of_sharing(by_layer(a, layers), by_layer(b, layers), widths)
     return Overlap(
         first,
         second,
@@ -197,7 +201,7 @@ def _overlap(
     )
 
 
-def chance_of_sharing(a: Sequence[int], b: Sequence[int], width: int) -> Floats:
+def chance_of_sharing(a: Sequence[int], b: Sequence[int], widths: Sequence[int]) -> Floats:
     """The probabilities that two random banks share 0, 1, 2, ... sites.
 
     Within a layer the number of shared sites is hypergeometric; over layers the distributions convolve.
@@ -205,10 +209,10 @@ def chance_of_sharing(a: Sequence[int], b: Sequence[int], width: int) -> Floats:
     Args:
         a: the number of sites of one bank in each layer.
         b: the same for the other bank.
-        width: the number of sites in a layer.
+        widths: the number of sites in each layer.
     """
     total = np.ones(1)
-    for in_a, in_b in zip(a, b, strict=True):
+    for in_a, in_b, width in zip(a, b, widths, strict=True):
         most = min(in_a, in_b)
         total = np.convolve(total, stats.hypergeom.pmf(np.arange(most + 1), width, in_a, in_b))
     return total

@@ -84,9 +84,12 @@ class Scorer:
         return self.task.aggregation()[metric] is mean
 
     def metrics(self) -> dict[str, bool]:
-        """Whether higher is better, for every metric of the task, in the task's order."""
+        """Whether higher is better, for every metric of the task, in the task's order.
+
+        It is where a task does not say: lmms-eval then has None for metrics that are not its own.
+        """
         better = self.task.higher_is_better()
-        return {str(name): bool(better.get(name, True)) for name in self.task.aggregation()}
+        return {str(name): better.get(name) is not False for name in self.task.aggregation()}
 
     def _thinking(self) -> list[Any]:
         config = self.task.config
