@@ -213,8 +213,8 @@ HEAD = f"""\
 
 lmms-eval's own tasks, unmodified: a baseline and a steered run by the `lmms-eval` command, `hones-eval rank`
 by both methods, and the row that `hones-eval leaderboard` makes of the two runs. `tests/test_benchmarks.py`
-finds the contents of this page, with the embedded model and tiny data sets that have the real ones' columns and types
-(`{REWRITE}=1` rewrites this page; otherwise the test compares).
+finds the figures of this page, with the embedded model and tiny data sets whose columns and types are those
+of the real ones (`{REWRITE}=1` rewrites this page; otherwise the test compares).
 
 - **target**: where the gold answer is from, proven by scoring it: an adapter of `hones_eval/lmms/targets.py`,
   the task's own `doc_to_target`, or a column that was proposed. Rankings name it

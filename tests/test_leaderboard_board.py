@@ -20,6 +20,7 @@ from make_logs import Questions, Steered, exact, item, provenance, write_run
 from scipy.stats import false_discovery_control
 
 from hones_eval.__main__ import main
+from hones_eval.core.figure import BLUE
 from hones_eval.errors import HonesError
 from hones_eval.leaderboard import Board, build_board, make_board
 from hones_eval.leaderboard.manifest import SharedRequests
@@ -284,6 +285,15 @@ def test_questions_without_images_are_judged_one_by_one(tmp_path: Path) -> None:
     assert row.units == 60
     assert row.comparison.test is not None
     assert row.comparison.test.method == "McNemar exact"
+
+
+def test_a_gain_is_blue_in_plots_also_where_lower_is_better(tmp_path: Path) -> None:
+    errors = {"errors": lambda answer, gold: float(answer != gold)}
+    write_pair(tmp_path, metrics=errors, higher_is_better=False)
+    board = board_of(tmp_path)
+    assert board.rows[0].comparison.difference < 0
+    (axes,) = board.plot().axes
+    assert axes.lines[1].get_color() == BLUE
 
 
 def test_only_runs_of_one_model_and_learning_rate_are_pooled(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from hones_eval.core.changes import row_edits
 from hones_eval.core.hooks import editing
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError, MisfitError
+from hones_eval.leaderboard.identity import SteeringRef
+from hones_eval.leaderboard.pages import _shifts
+from hones_eval.leaderboard.scales import Scales, read_scales
 
 RED = Image.new("RGB", (64, 48), "red")
 
@@ -235,3 +238,19 @@ def test_an_export_that_cannot_hold_shifts_is_refused(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hones-eval:")]
     assert says in line
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_page_of_a_comparison_counts_shifts(tmp_path: Path) -> None:
+    """A steering that only shifts scales no head and no neuron, but it is not one that changes nothing."""
+    shape = ModelShape(layers=2, heads=4, head_width=2, hidden=8, neurons=6, vocabulary=9)
+    made = make(shape)
+    steering = replace(made, head_scales=torch.ones(2, 4), neuron_scales=torch.ones(2, 6))
+    steering.save(tmp_path / "steering")
+    named = SteeringRef(str(tmp_path / "steering"), steering.digest, 1.0, "hook")
+    found = read_scales(named, tmp_path / "logs" / "results.json")
+    assert isinstance(found, Scales)
+    counts = steering.counts
+    assert found.shifted == (counts["shifted_heads"], counts["shifted_neurons"])
+    (shown,) = _shifts(found)
+    assert f"{found.shifted[0]} heads and {found.shifted[1]} neurons get something added" in shown["text"]
+    assert _shifts(Scales(found.heads, found.scaled_neurons)) == []

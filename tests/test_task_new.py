@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,35 @@ def test_splits_share_no_image_and_leave_none_out(kind: str, folder: Path) -> No
     assert len(set().union(*splits)) == COUNT
 
 
+def test_copies_of_an_image_are_in_one_split(folder: Path, tmp_path: Path) -> None:
+    """The same pixels under two names are one image: `verify` would refuse it in two splits."""
+    rows = rows_of("question")
+    copies = [row | {"image": f"copy_of_{row['image']}"} for row in rows]
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    for row, copy in zip(rows, copies, strict=True):
+        shutil.copy(images / row["image"], images / copy["image"])
+    flags = ["--csv", str(write(tmp_path / "own.csv", [*rows, *copies])), "--images", str(images)]
+    assert main(["task", "new", *flags, "--out", str(tmp_path / "tasks")]) == 0
+    splits = [
+        {Path(line["image_path"]).name for line in lines(tmp_path / "tasks" / f"own_{split}.jsonl")}
+        for split in ("discovery", "development", "test")
+    ]
+    assert [len(split) for split in splits] == [12, 4, 8]
+    for split in splits:
+        assert {f"copy_of_{name}".removeprefix("copy_of_copy_of_") for name in split} == split
+
+
+def test_boxes_are_those_of_the_image_as_it_is_displayed(folder: Path, tmp_path: Path) -> None:
+    """A camera that is held upright stores a wide image and the note to turn it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "upright.jpg", exif=exif)
+    rows = [{"image": "upright.jpg", "phrase": "dot", "box": "10 40 30 60"}]
+    flags = ["--csv", str(write(tmp_path / "own.csv", rows)), "--images", str(tmp_path)]
+    assert main(["task", "new", *flags, "--out", str(tmp_path / "tasks")]) == 0
+
+
 def test_captions_of_one_image_become_its_references(folder: Path) -> None:
     found = lines(folder / "tasks" / "own_caption.jsonl")
     expected = [list(document.references) for document in documents("caption", "plain", "test", COUNT)]
@@ -139,6 +169,9 @@ def test_scores_are_those_of_plain_definitions() -> None:
     document = {"references": ["the red circle", "a circle"], "answer": "10 10 30 30"}
     assert question_results(document, ["A Circle."]) == {"exact_match": 1.0}
     assert question_results(document, ["a square"]) == {"exact_match": 0.0}
+    symbol = {"references": ["+"]}
+    found = [question_results(symbol, [answer])["exact_match"] for answer in ("+", "", "-", ".")]
+    assert found == [1.0, 0.0, 0.0, 0.0]
     assert box_results(document, ["[10, 10, 30, 20]"]) == {"iou": 0.5, "iou_at_least_50": 1.0}
     assert box_results(document, ["10 10 30"]) == {"iou": 0.0, "iou_at_least_50": 0.0}
     results = [caption_results(document, ["the red circle is here"])["bleu_4"]]
@@ -155,6 +188,10 @@ def drop_column(rows: Rows) -> None:
 def empty_cell(rows: Rows) -> None:
     rows[3]["answer"] = ""
     rows[5]["answer"] = ""
+
+
+def bars_alone(rows: Rows) -> None:
+    rows[3]["answer"] = " | "
 
 
 def lost_image(rows: Rows) -> None:
@@ -187,6 +224,7 @@ def outer_box(rows: Rows) -> None:
     [
         ("question", drop_column, "fit no kind of task; needed are choice: question, answer, choices"),
         ("question", empty_cell, "2 of 12 rows cannot be used, the first is row 4: its answer is empty"),
+        ("question", bars_alone, "1 of 12 rows cannot be used, the first is row 4: its answer is empty"),
         (
             "question",
             lost_image,

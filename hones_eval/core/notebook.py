@@ -53,7 +53,8 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     """A matplotlib.figure.Figure of differences with their intervals, by task, metric and steering.
 
     Args:
-        rows: mappings with `task`, `metric`, `steering`, `difference` and `interval`.
+        rows: mappings with `task`, `metric`, `steering`, `difference`, `interval` and `gain`, which is the
+            difference, positive where it is better, or None where no direction is better.
         title: the finding, in a sentence.
     """
     from textwrap import fill
@@ -63,7 +64,8 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     figure = ShownFigure(figsize=(7, 1.3 + 0.4 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        color = BLUE if row["difference"] > 0 else ORANGE if row["difference"] < 0 else GREY
+        gain = row["gain"] or 0.0
+        color = BLUE if gain > 0 else ORANGE if gain < 0 else GREY
         low, high = row["interval"] or (row["difference"], row["difference"])
         axes.plot([low, high], [place, place], color=color)
         axes.plot([row["difference"]], [place], "o", color=color)

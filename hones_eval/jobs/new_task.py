@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
 
 from hones_eval.choices import TaskKind
 from hones_eval.core.files import check_plain, staged_folder, write_text
-from hones_eval.core.images import UNREADABLE, refuse_truncated_images
+from hones_eval.core.images import UNREADABLE, as_displayed, image_hash, refuse_truncated_images
 from hones_eval.errors import TaskError, first_line
 
 Row = Mapping[str, str]
@@ -83,8 +83,10 @@ def new_task(
     found = _kind(table, rows, kind)
     name = _task_name(name or table.stem)
     column = _image_column(table, rows)
-    documents = _documents(table, rows, images, column, found, prompt or PROMPTS[found])
-    splits = _splits(documents)
+    shown = {name: _image(images, name) for name in dict.fromkeys(row[column] for row in rows)}
+    documents = _documents(table, rows, images, column, found, prompt or PROMPTS[found], shown)
+    known = {str((images / name).resolve()): image for name, image in shown.items()}
+    splits = _splits(documents, {path: image.hash for path, image in known.items() if image.fault is None})
     tasks = {f"{name}{suffix and '_'}{suffix}": part for suffix, part in {"": documents, **splits}.items()}
     with staged_folder(out, last=[f"{task}.yaml" for task in tasks]) as folder:
         for task, chosen in tasks.items():
@@ -209,17 +211,28 @@ def _image_column(table: Path, rows: Sequence[Row]) -> str:
     return found
 
 
+class _Image(NamedTuple):
+    """An image as it is displayed: its width and height, and the hash of its pixels; or its fault."""
+
+    size: tuple[int, int] = (0, 0)
+    hash: str = ""
+    fault: str | None = None
+
+
 def _documents(
-    table: Path, rows: Sequence[Row], folder: Path, column: str, kind: str, prompt: str
+    table: Path,
+    rows: Sequence[Row],
+    folder: Path,
+    column: str,
+    kind: str,
+    prompt: str,
+    shown: Mapping[str, _Image],
 ) -> list[dict[str, Any]]:
     documents, faults = [], []
-    sizes: dict[str, tuple[int, int] | str] = {}
     for number, row in enumerate(rows, start=1):
         name = row[column]
-        if name not in sizes:
-            sizes[name] = _size(folder, name)
-        size = sizes[name]
-        fault = size if isinstance(size, str) else _fault(row, kind, size)
+        image = shown[name]
+        fault = image.fault or _fault(row, kind, image.size)
         if fault:
             faults.append(f"row {number}: {fault}")
             continue
@@ -233,22 +246,22 @@ def _documents(
     return _merged(documents) if kind == "caption" else documents
 
 
-def _size(folder: Path, name: str) -> tuple[int, int] | str:
-    """Width and height of an image, or what is wrong with it. The whole file is decoded."""
+def _image(folder: Path, name: str) -> _Image:
+    """Read an image. The whole file is decoded, and rotated as its camera says."""
     if not name:
-        return "it names no image"
+        return _Image(fault="it names no image")
     try:
         with refuse_truncated_images(), Image.open(folder / name) as opened:
-            opened.load()
-            return opened.size
+            displayed = as_displayed(opened)
+            return _Image(displayed.size, image_hash(displayed))
     except FileNotFoundError:
-        return f"there is no image {name} in {folder}"
+        return _Image(fault=f"there is no image {name} in {folder}")
     except (*UNREADABLE, MemoryError) as error:
-        return f"the image {name} cannot be read: {first_line(error)}"
+        return _Image(fault=f"the image {name} cannot be read: {first_line(error)}")
 
 
 def _fault(row: Row, kind: str, size: tuple[int, int]) -> str | None:
-    empty = next((column for column in NEEDED[kind] if not row[column]), None)
+    empty = next((column for column in NEEDED[kind] if not _several(row[column])), None)
     if empty:
         return f"its {empty} is empty"
     if kind == "choice" and row["answer"] not in _several(row["choices"]):
@@ -301,17 +314,26 @@ def _merged(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _splits(documents: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Assign whole images to splits, in the order of a hash of their file names."""
+def _splits(
+    documents: Sequence[dict[str, Any]], hashes: Mapping[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Assign whole images to splits, in the order of a hash of their file names.
+
+    Files with the same pixels, by their `hashes`, are one image.
+    """
     paths = sorted(
         {document["image_path"] for document in documents},
         key=lambda path: hashlib.sha256(Path(path).name.encode()).digest(),
     )
+    same: dict[str, list[str]] = {}
+    for path in paths:
+        same.setdefault(hashes[path], []).append(path)
+    images = list(same.values())
     splits: dict[str, list[dict[str, Any]]] = {}
     share = 0.0
     for name, part in SHARES.items():
-        first, share = round(share * len(paths)), share + part
-        chosen = set(paths[first : round(share * len(paths))])
+        first, share = round(share * len(images)), share + part
+        chosen = {path for image in images[first : round(share * len(images))] for path in image}
         splits[name] = [document for document in documents if document["image_path"] in chosen]
     return {name: chosen for name, chosen in splits.items() if chosen}
 

@@ -75,7 +75,7 @@ class Board:
 
     def plot(self) -> Any:
         """A matplotlib.figure.Figure: each row's difference with its 95 % interval, gains in blue."""
-        return interval_plot(self.records(), self.answer)
+        return interval_plot([row.record() | {"gain": row.gain} for row in self.rows], self.answer)
 
     def __repr__(self) -> str:
         """The answer, in short."""

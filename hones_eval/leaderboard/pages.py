@@ -161,7 +161,7 @@ def _scales(steering: SteeringRef, pair: Pair) -> dict[str, Any]:
     found = read_scales(steering, pair.steered.results_path)
     if isinstance(found, str):
         return {"scales": [], "no_scales": one_line(found, 300)}
-    return {"scales": [_heads(found), _neurons(found)], "no_scales": ""}
+    return {"scales": [_heads(found), _neurons(found), *_shifts(found)], "no_scales": ""}
 
 
 def _heads(scales: Scales) -> dict[str, str]:
@@ -183,6 +183,14 @@ def _neurons(scales: Scales) -> dict[str, str]:
     fullest = int(np.argmax(counts))
     text = f"Neurons: {sum(counts):,} are scaled, most of them ({counts[fullest]:,}) in layer {fullest}."
     return {"image": neurons_svg(counts), "text": text}
+
+
+def _shifts(scales: Scales) -> list[dict[str, str]]:
+    """How many sites are shifted, that is, get something added; nothing for a steering that only scales."""
+    heads, neurons = scales.shifted
+    if not heads and not neurons:
+        return []
+    return [{"image": "", "text": f"Shifts: {heads:,} heads and {neurons:,} neurons get something added."}]
 
 
 def _facts(pair: Pair, steering: SteeringRef) -> list[tuple[str, str]]:

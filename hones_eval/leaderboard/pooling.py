@@ -33,7 +33,7 @@ GIVEN = {
     "signed_neurons": ("strength",),
 }
 """The settings that belong to a way of scaling where they were given, and not chosen on examples."""
-SHARED = ("count", "beta", "epochs", "ceiling", "sparsity", "folds", "heads", "against")
+SHARED = ("count", "beta", "epochs", "ceiling", "sparsity", "folds", "heads", "against", "shifts")
 """Settings that are never a result."""
 
 

@@ -20,10 +20,14 @@ HEADER_BYTES = 1 << 20  # of the JSON at the start of a safetensors file
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """`heads` `[L, H]` and the number of scaled neurons per layer `[L]`, at the strength of the run."""
+    """`heads` `[L, H]` and the number of scaled neurons per layer `[L]`, at the strength of the run.
+
+    `shifted` counts the heads and the neurons that are shifted.
+    """
 
     heads: NDArray[np.float64]
     scaled_neurons: tuple[int, ...]
+    shifted: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def read_scales(steering: SteeringRef, logs: Path) -> Scales | str:
     folder = find_folder(steering, logs)
     if folder is None:
         return f"the folder {steering.path} was not found"
-    digest = read_header(folder).get("digest")
-    if steering.digest is not None and digest != steering.digest:
+    header = read_header(folder)
+    if steering.digest is not None and header.get("digest") != steering.digest:
         return f"the folder {steering.path} now holds a different steering from the one that ran"
     path = folder / "steering.safetensors"
     try:
@@ -66,7 +70,11 @@ def read_scales(steering: SteeringRef, logs: Path) -> Scales | str:
     if scaled.size > limits.CHART_HEADS:
         return f"{scaled.size:,} heads are too many to draw (at most {limits.CHART_HEADS:,})"
     counts = tuple(int(count) for count in (neurons != 1).sum(axis=1))
-    return Scales(scaled, counts)
+    heads_shifted, neurons_shifted = (
+        count if isinstance(count := header.get(f"shifted_{kind}"), int) else 0
+        for kind in ("heads", "neurons")
+    )
+    return Scales(scaled, counts, (heads_shifted, neurons_shifted))
 
 
 def _matrix(content: bytes, name: str) -> NDArray[np.float32]:

@@ -56,7 +56,9 @@ def box_in(text: str) -> list[float] | None:
 
 
 def _normalized(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+    """A text without case, punctuation and repeated spaces; one of symbols alone, such as `+`, keeps them."""
+    folded = text.casefold()
+    return " ".join(re.sub(r"[^\w\s]", " ", folded).split()) or " ".join(folded.split())
 
 
 def _iou(a: Sequence[float], b: Sequence[float]) -> float:

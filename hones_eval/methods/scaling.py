@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hones_eval.core.artifact import ExampleSet, Provenance
 from hones_eval.core.ranking import Ranking
-from hones_eval.core.sites import Head, Neuron, top_heads
+from hones_eval.core.sites import Head, Neuron, scales_of, top_heads
 from hones_eval.core.steering import Steering
 from hones_eval.errors import HonesError
 from hones_eval.limits import LARGEST_SCALE
@@ -132,24 +132,24 @@ def scaled_neurons(
     ranking: Ranking, bank: Sequence[Neuron], factor: float, settings: dict[str, Any]
 ) -> Steering:
     """A steering that multiplies every neuron of a bank by one factor; the factor 0 masks them."""
-    if not bank:
-        raise HonesError("the selection of neurons is empty: there is nothing to scale")
-    scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.neurons)
-    for neuron in bank:
-        scales[neuron] = _bounded(factor)
-    return _steering(ranking, settings, neuron_scales=scales)
+    return _scaled(ranking, bank, "neurons", factor, settings)
 
 
 def scaled_heads(
     ranking: Ranking, heads: Sequence[Head], factor: float, settings: dict[str, Any]
 ) -> Steering:
     """A steering that multiplies every head of a bank by one factor; the factor 0 masks them."""
-    if not heads:
-        raise HonesError("the selection of heads is empty: there is nothing to scale")
-    scales = torch.ones(ranking.provenance.shape.layers, ranking.provenance.shape.heads)
-    for head in heads:
-        scales[head] = factor
-    return _steering(ranking, settings, head_scales=scales)
+    return _scaled(ranking, heads, "heads", factor, settings)
+
+
+def _scaled(
+    ranking: Ranking, bank: Sequence[Head | Neuron], kind: str, factor: float, settings: dict[str, Any]
+) -> Steering:
+    if not bank:
+        raise HonesError(f"the selection of {kind} is empty: there is nothing to scale")
+    return of_sites(
+        ranking, *scales_of(ranking.provenance.shape, bank, [_bounded(factor)] * len(bank)), settings
+    )
 
 
 def _positive(scores: Tensor, count: int) -> list[Head]:
