@@ -13,7 +13,7 @@ from hones_eval.runs.measure import Measurement
 
 
 def is_held_out(example: Example) -> bool:
-    """Whether an example is tested on. Half of all images are held out, in every task that shows them."""
+    """Whether an example is tested on. Half of all images are, in every task; the first image decides."""
     return int(hash_of(example.content[:1]), 16) % 2 == 1
 
 
