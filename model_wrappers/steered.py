@@ -88,7 +88,7 @@ class Steered(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         _check_settings(attach, allow_noop)
         if steering is None:
             number(strength)
-            _refuse_without_steering(scope, condition)
+            _refuse_without_steering(strength, scope, condition)
         check_arguments(type(self), kwargs | {"peft": peft}, self.base_wrapper)
         named = None if steering is None else named_steerings(str(steering), strength, scope, condition)
         base = _class_after(Steered, type(self))
@@ -362,8 +362,10 @@ def _missing_devices(base: type, kwargs: Mapping[str, Any]) -> dict[str, str]:
     return missing
 
 
-def _refuse_without_steering(scope: object, condition: object) -> None:
-    """Refuse a scope and a condition of no steering. Raises: HonesError."""
+def _refuse_without_steering(strength: object, scope: object, condition: object) -> None:
+    """Refuse a strength, a scope and a condition of no steering. Raises: HonesError."""
+    if isinstance(strength, list) or number(strength) != 1:
+        raise HonesError(f"strength={strength} says how strongly a steering acts: give steering= too")
     if isinstance(scope, list) or not Scope.parse(scope).is_all:  # type: ignore[arg-type]  # checked there
         raise HonesError(f"scope={scope} says where a steering acts: give steering= too")
     if condition is not None:

@@ -77,8 +77,8 @@ def named_steerings(path: str, strength: Any, scope: Any, condition: Any) -> Nam
     for name, value in lists.items():
         if len(value) != len(names):
             raise HonesError(
-                f"{name}={value} has {len(value)} values, and steering={path} {len(names)} steerings: give "
-                "one value for each, or one for all"
+                f"{name}={value} has {_counted(len(value), 'value')}, and steering={path} "
+                f"{_counted(len(names), 'steering')}: give one value for each, or one for all"
             )
     columns = [value if isinstance(value, list) else [value] * len(names) for value in given.values()]
     parts = [
@@ -88,6 +88,10 @@ def named_steerings(path: str, strength: Any, scope: Any, condition: Any) -> Nam
     whole = Steering.combine([(part.steering, part.strength) for part in parts])
     scopes, conditions = [_scope(part.scope) for part in parts], [_text(when) for when in columns[2]]
     return Named(parts, whole, 1.0, _joined(scopes), _joined(conditions))
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def _joined(texts: Sequence[str]) -> str:

@@ -443,6 +443,24 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "against of fixed": ("hones", "fixed", {"against": "own_b"}, "--against only applies .*mean_difference"),
     "no task": ("hones", "mean_difference", {}, "give --model, --model_args and --tasks"),
+    "rates of fixed": (
+        "hones",
+        "fixed",
+        {"rates": [0.1]},
+        "--rates only applies to --how tuned, not to fixed",
+    ),
+    "sites of grid": (
+        "hones",
+        "grid",
+        {"tuned_sites": "heads"},
+        "--tuned_sites only applies .*tuned and halving",
+    ),
+    "strengths alone": (
+        "vseam",
+        "signed",
+        {"strengths": [1]},
+        "--strengths are tried on development examples",
+    ),
 }
 
 

@@ -481,7 +481,8 @@ def test_resumed_scaling_gives_the_same_steering(
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
     flags += ["--metric", "log_probability"]  # which every factor changes
-    flags += ["--how", how, "--groups", 2, "--neurons", 0.2, "--factors", "[0, 1, 3]"]
+    flags += ["--how", how, "--groups", 2, "--neurons", 0.2]
+    flags += ["--factors", "[0, 1, 3]"] if how == "search" else []
     assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
     step, made, allowed = getattr(module, method), [0], [0]
 
@@ -677,3 +678,5 @@ def test_the_command_chooses_the_strength_of_a_mean_difference(
         assert Steering.load(tmp_path / "out").has_shifts
     else:
         assert "no strength helped" in captured.err
+    assert main(["own_a" if part == "own_b" else part for part in given] + ["--overwrite"]) == 1
+    assert "--tasks and --against are both own_a" in own_answers.complaint(capsys.readouterr().err)

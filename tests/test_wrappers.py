@@ -492,6 +492,8 @@ def test_invalid_settings_are_refused(
     ):
         with pytest.raises(HonesError, match=message):
             build(llava, **({"steering": steering} | wrong))
+    with pytest.raises(HonesError, match="strength=2 says how strongly a steering acts: give steering= too"):
+        build(llava, strength=2)
     with pytest.raises(MisfitError, match="does not fit"):
         build(llava, steering=str(steerings["instructblip"]))
     with pytest.raises(HonesError, match="has no argument 'sterring': did you mean steering"):

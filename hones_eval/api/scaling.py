@@ -22,6 +22,8 @@ from hones_eval.version import __version__
 if TYPE_CHECKING:  # scales that need no model are made without importing lmms-eval and Lightning
     from hones_eval.api.model import Model
 
+CEILING = 4.0
+SPARSITY = 0.2
 FACTOR = 2.0
 HEADS = 10
 DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "halving", "mean_difference")
@@ -48,8 +50,8 @@ def scale(
     epochs: int = 2,
     tuned_sites: TunedSites = "all",
     rates: Sequence[float] | None = None,
-    ceiling: float = 4.0,
-    sparsity: float = 0.2,
+    ceiling: float = CEILING,
+    sparsity: float = SPARSITY,
     shifts: bool = False,
     model: Model | None = None,
     tasks: str | None = None,
@@ -138,12 +140,20 @@ def scale(
         suppress=suppress,
         against=against,
         shifts=shifts or None,
+        rates=rates,
+        factors=factors,
+        strengths=strengths,
+        tuned_sites=None if tuned_sites == "all" else tuned_sites,
+        ceiling=None if ceiling == CEILING else ceiling,
+        sparsity=None if sparsity == SPARSITY else sparsity,
     )
     if how == "fixed" or (how not in DEVELOPED and model is None and tasks is None):
         if scope != "all":
             raise HonesError(
                 f"--scope {scope} only applies to scales that are chosen on --tasks, with --model"
             )
+        if strengths:
+            raise HonesError("--strengths are tried on development examples: give --model and --tasks too")
         steering = _given(ranking, how, factor, share, strength, epsilon, heads, enhance, suppress)
         if out is not None:
             steering.save(out)
@@ -267,10 +277,16 @@ READ_BY = {
     "suppress": ("topk",),
     "against": ("mean_difference",),
     "shifts": ("tuned",),
+    "rates": ("tuned",),
+    "factors": ("grid", "search", "halving"),
+    "strengths": ("signed", "topk", "signed_neurons", "mean_difference"),
+    "tuned_sites": ("tuned", "halving"),
+    "ceiling": ("tuned",),
+    "sparsity": ("tuned",),
 }
 
 
-def _refuse_values_of_other_ways(how: str, **given: float | str | None) -> None:
+def _refuse_values_of_other_ways(how: str, **given: float | str | Sequence[float] | None) -> None:
     for name, value in given.items():
         if value is not None and how not in READ_BY[name]:
             *others, last = READ_BY[name]

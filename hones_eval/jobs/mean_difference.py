@@ -89,6 +89,11 @@ def _differences(
         right, wrong = GROUPS
         heads, neurons = difference(totals, totals, right, wrong)
         return heads, neurons, {group: int(totals.sums[f"{group} examples"]) for group in GROUPS}
+    if against.example_set().hash == job.examples.example_set().hash:
+        raise HonesError(
+            f"--tasks and --against are both {against.task}: the difference of their means is 0; leave "
+            "--against out to compare right with wrong answers"
+        )
     refuse_shared_images(job.ranking.provenance, against.example_set(), "choosing shifts")
     both = [
         job.loop.run(examples, MeanActivations(job.replayer, examples, by_answer=False), name)
