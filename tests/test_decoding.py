@@ -17,6 +17,7 @@ from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine import continuation, decoding
 from hones_eval.engine.caches import ROOM, KeysValues
 from hones_eval.engine.decoding import Decoder, cut_at_end, repeat_example
+from hones_eval.engine.encoders import encoders
 from hones_eval.engine.passes import FullPasses, Rows, SiteEdit, replaced_by_mean
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
@@ -194,8 +195,8 @@ def test_keys_and_values_that_are_not_the_models_own_are_noticed(
     """Then answers that differ are decoded from the start, and are right all the same."""
     family, ours = build_family(name), continuation.KeptKeys.of
 
-    def shifted(self: continuation.KeptKeys, number: int, tokens: int) -> list[KeysValues]:
-        return [KeysValues(one.keys, one.values.roll(1, 1)) for one in ours(self, number, tokens)]
+    def shifted(self: continuation.KeptKeys, number: int, tokens: int, copy: bool) -> list[KeysValues]:
+        return [KeysValues(kept.keys, kept.values.roll(1, 1)) for kept in ours(self, number, tokens, copy)]
 
     monkeypatch.setattr(continuation.KeptKeys, "of", shifted)
     decoder = Decoder(Replayer(Anatomy.of(family.model)))
@@ -314,6 +315,7 @@ def test_a_target_that_leaves_the_answer_costs_its_own_tokens_only(
     target = [(example.tokens[0] + 3) % 100 + 50, 60, 61, 62]
     assert decoder.greedy(inputs, settings).along(target) is not None  # the proof
     list(example.answers(edits))  # the proof that answers can be continued
+    decoder.guesses = False  # guesses, of which the second run knows more, change the number of tokens
     reading = example.along(target)
     alone = forward_tokens(family.model, lambda: list(example.answers(edits)))
     both = forward_tokens(family.model, lambda: list(example.answers(edits, reading, lambda _: None)))
@@ -382,6 +384,125 @@ def test_a_model_that_cannot_be_replayed_is_verified_by_full_passes() -> None:
     item = plain.Item(inputs, settings, [])
     for edit, tokens in example.answers(means_of(family.model)):
         assert tokens == plain.answer(family.model, item, plain.Edit(*edit.site))
+
+
+def no_generate(*_: object, **__: object) -> None:
+    raise AssertionError("the unedited answer was decoded by generate")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_answers_that_are_guessed(
+    build_family: Callable[[str], Family], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right guess, wrong ones from some token on, and one that is longer than the answer."""
+    family = build_family(name)
+    inputs, edits = inputs_of(family), means_of(family.model)
+    longest = plain.answer(family.model, plain.Item(inputs, {"max_new_tokens": 6, "min_new_tokens": 6}, []))
+    place = next(i for i in range(2, 6) if longest[i] not in longest[:i])
+    settings = {"max_new_tokens": 8, "eos_token_id": longest[place]}
+    item = plain.Item(inputs, settings, [])
+    own = plain.answer(family.model, item)
+    expected = {edit: plain.answer(family.model, item, plain.Edit(*edit.site)) for edit in edits}
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    first = decoder.greedy(inputs, settings, own[:-1])
+    assert dict(first.answers(edits)) == expected
+    assert decoder.continuing is not None
+    monkeypatch.setattr(type(family.model), "_sample", no_generate)
+    other = (own[0] + 5) % 100 + 50
+    for likely in (own[:-1], [other, *own[1:-1]], [*own[:-2], other], own[:1], [*own[:-1], other, other]):
+        for decoder.guesses in (True, False):
+            decoder.changed = 0.0
+            example = decoder.greedy(inputs, settings, likely)
+            assert example.tokens == own, likely
+    assert dict(example.answers(edits)) == expected
+    for room in (1, 2**30):  # where most answers change, the unedited one is decoded with the others
+        decoder.changed = 1.0
+        monkeypatch.setattr(continuation, "BYTES", room)
+        example = decoder.greedy(inputs, settings, own[:-1])
+        assert len(example.tokens) == 1
+        assert dict(example.answers(edits)) == expected
+        assert example.tokens == own
+
+
+@pytest.mark.parametrize("change", ["a longer prompt", "padding", "rules", "a near tie", "experts"])
+def test_answers_are_guessed_only_where_one_pass_is_known_to_equal_generate(
+    build_family: Callable[[str], Family], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = build_family("llava")
+    inputs, settings = inputs_of(family), {"max_new_tokens": 4}
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    list(decoder.greedy(inputs, settings).answers(means_of(family.model)))
+    ids = inputs["input_ids"]
+    if change == "a longer prompt":
+        inputs = inputs_of(family, f"{QUESTION} {QUESTION}")
+    elif change == "padding":
+        mask = torch.cat([torch.zeros_like(ids[:, :1]), torch.ones_like(ids[:, 1:])], dim=1)
+        inputs = {**inputs, "attention_mask": mask}
+    elif change == "rules":
+        settings = {**settings, "repetition_penalty": 1.1}
+    elif change == "a near tie":
+        monkeypatch.setattr(decoding, "near_tie", lambda _: True)
+    else:
+        monkeypatch.setattr(type(decoder.anatomy.shape), "has_experts", True)
+    monkeypatch.setattr(type(family.model), "_sample", no_generate)
+    with pytest.raises(AssertionError, match="decoded by generate"):
+        decoder.greedy(inputs, settings, [60, 61])
+
+
+def test_a_near_tie_is_one_that_rounding_could_turn() -> None:
+    logits = torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0 - 1e-4, 0.0]])
+    assert not decoding.near_tie(logits[:1])
+    assert decoding.near_tie(logits)
+
+
+def test_rows_that_end_early_are_left_out_and_guesses_save_passes(
+    build_family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in passes and rows, the second time with all answers known."""
+    family = build_family("llava")
+    inputs, edits = inputs_of(family), means_of(family.model)
+    longest = plain.answer(family.model, plain.Item(inputs, {"max_new_tokens": 12, "min_new_tokens": 12}, []))
+    settings = {"max_new_tokens": 12, "eos_token_id": [longest[3], 0, *range(60, 90)]}
+    item = plain.Item(inputs, settings, [])
+    expected = {edit: plain.answer(family.model, item, plain.Edit(*edit.site)) for edit in edits}
+    monkeypatch.setattr(continuation, "LARGE", 2)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    example = decoder.greedy(inputs, settings)
+    assert dict(example.answers(edits)) == expected
+    sizes: list[tuple[int, int]] = []
+    ours = continuation._Batch.step
+
+    def counted(batch: Any, *rest: Any) -> None:
+        ours(batch, *rest)
+        sizes.append((len(batch.edits), len(batch.alive)))
+
+    monkeypatch.setattr(continuation._Batch, "step", counted)
+    passes = []
+    for decoder.guesses in (False, True):
+        sizes.clear()
+        assert dict(example.answers(edits)) == expected
+        passes.append(len(sizes))
+        assert all(
+            2 * alive > rows for (rows, _), (_, alive) in zip(sizes[1:], sizes, strict=False) if rows > 1
+        )
+    assert passes[1] < passes[0]
+
+
+def test_images_are_encoded_once_per_example(build_family: Callable[[str], Family]) -> None:
+    family = build_family("llava")
+    calls: list[int] = []
+    handle = encoders(Anatomy.of(family.model))[0].register_forward_hook(lambda *_: calls.append(1))
+    inputs = inputs_of(family)
+    decoder = Decoder(Replayer(Anatomy.of(family.model)))
+    decoder.greedy(inputs, {"max_new_tokens": 3})  # the proof
+    inner: list[int] = []
+    vision = encoders(decoder.anatomy)[0]
+    layer = next(module for name, module in vision.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_hook(lambda *_: inner.append(1))
+    example = decoder.greedy(inputs, {"max_new_tokens": 3})
+    assert example.passes is not None
+    assert len(inner) == 1 < len(calls)
+    handle.remove()
 
 
 @pytest.mark.parametrize(

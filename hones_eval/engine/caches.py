@@ -25,8 +25,12 @@ class KeysValues(NamedTuple):
     values: Tensor
 
     def of_row(self, row: int, tokens: int) -> "KeysValues":
-        """A copy of the first `tokens` tokens of one row."""
-        return KeysValues(*(tensor[row : row + 1, :, :tokens].clone() for tensor in self))
+        """The first `tokens` tokens of one row, which keep all rows in memory."""
+        return KeysValues(*(tensor[row : row + 1, :, :tokens] for tensor in self))
+
+    def copied(self) -> "KeysValues":
+        """A copy."""
+        return KeysValues(*(tensor.clone() for tensor in self))
 
 
 class RecordedCache(DynamicCache):
@@ -64,6 +68,11 @@ class RoomyCache(Cache):
         for layer in self._roomy:
             layer.reach(rows, tokens)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but some, in the given order."""
+        for layer in self._roomy:
+            layer.keep(rows)
+
 
 class _RoomyLayer(DynamicLayer):
     keys: Tensor
@@ -86,6 +95,11 @@ class _RoomyLayer(DynamicLayer):
 
     def reach(self, rows: int, tokens: int) -> None:
         self.keys, self.values = self._keys[:rows, :, :tokens], self._values[:rows, :, :tokens]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        chosen = torch.tensor(list(rows), device=self._keys.device)
+        self._keys, self._values = self._keys[chosen], self._values[chosen]
+        self.reach(len(rows), min(self.keys.shape[2], self._keys.shape[2]))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -7,8 +7,15 @@ answer. If all agree, decoding under the edit gives the unedited answer. Only ed
 decoded, from their first difference, with the keys and values of the replayed pass (see
 `hones_eval.engine.continuation`).
 
-The check is valid only where one pass over prompt and answer gives the logits that `generate` saw. Every
-example is tested for this, and is decoded in full under every edit where it fails.
+The check is valid only where one pass over prompt and answer gives the logits that `generate` saw. Examples
+are tested for this, and are decoded in full under every edit where it fails.
+
+Once it has held for `generate`, two ways to the unedited answer cost less:
+
+- The answer is guessed, and the pass that checks edits also shows whether the guess is right. Where it is
+  wrong, decoding continues from its first wrong token, and the result is tested as that of `generate` is.
+- Where most edits change the answer, checking them is of no use. Then only the prompt is replayed, and all
+  rows are decoded together, the unedited one among them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +45,8 @@ from hones_eval.engine.continuation import (
     disagreement,
     waiting_rows,
 )
+from hones_eval.engine.drafts import Drafts
+from hones_eval.engine.encoders import encoded_once
 from hones_eval.engine.passes import (
     ROUNDING,
     FullPasses,
@@ -48,9 +57,14 @@ from hones_eval.engine.passes import (
     SiteEdit,
     site_edits,
 )
-from hones_eval.engine.prompts import appended, own_tokens, started
+from hones_eval.engine.prompts import ANSWER_IDS, appended, own_tokens, started
 from hones_eval.engine.replay import Replay, Replayer
 from hones_eval.errors import HonesError, first_line
+
+WORTH_GUESSING = 0.4
+"""The share of right guesses above which answers are guessed although decoding cannot continue from them."""
+MOST = 0.5
+"""The share of changed answers above which edited answers are decoded without being checked."""
 
 
 class Decoder:
@@ -66,16 +80,98 @@ class Decoder:
         """The model that continues answers from their first difference, once it is proven to be exact."""
         self.not_continued: str | None = None
         """Why answers are decoded from the start, where continuing is not exact; else None."""
+        self.drafts = Drafts()
+        self.guesses: bool | None = None
+        """Whether several tokens at once may be passed to `continuing`; None while that is not proven."""
+        self.changed = 0.0
+        """The share of edits that changed the answer, a running mean over the examples so far."""
+        self._explained = self._guesses = self._right = 0
         self.branching = Branching(self.anatomy)
 
     @torch.no_grad()
-    def greedy(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> "GreedyExample":
-        """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers."""
+    def greedy(
+        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], likely: Sequence[int] | None = None
+    ) -> "GreedyExample":
+        """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers.
+
+        `likely` are the tokens of an answer that is worth checking before decoding. With them the unedited
+        answer may be known only after `GreedyExample.answers` has started.
+        """
         inputs = started(self.anatomy.model, inputs)
-        plan, output = _decoded_by_plan(self.anatomy, inputs, settings)
-        tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
-        logits = torch.cat(output.logits)
-        return GreedyExample(self, inputs, settings, plan, tokens, logits)
+
+        def guessed(plan: _Plan) -> GreedyExample | None:
+            if likely is None or not self._may_guess(inputs, plan):
+                return None
+            if self.continuing is not None and self.changed > MOST:
+                return self._undecoded(inputs, settings, plan)
+            return self._guessed(inputs, settings, plan, [*likely, *plan.end_tokens[:1]])
+
+        with encoded_once(self.anatomy):
+            plan, output = _decoded_by_plan(self.anatomy, inputs, settings, guessed)
+            if isinstance(output, GreedyExample):
+                example = output
+            else:
+                tokens: list[int] = output.sequences[0, plan.prompt.shape[1] :].tolist()
+                example = GreedyExample(self, inputs, settings, plan, tokens, torch.cat(output.logits))
+                if example.passes is not None:
+                    self._explained = max(self._explained, own_tokens(inputs).shape[1])
+        self.drafts.learn(example.tokens)
+        return example
+
+    def _may_guess(self, inputs: Mapping[str, Any], plan: "_Plan") -> bool:
+        """Whether one pass is known to give the logits of `generate` for an example like this one.
+
+        It must have done so for a prompt that is at least as long, because windows of attention depend on
+        the length. Routing in a mixture of experts depends on rounding, so each example is tested there.
+        """
+        mask, length = inputs.get("attention_mask"), own_tokens(inputs).shape[1]
+        plain = not ({ANSWER_IDS, "token_type_ids"} & inputs.keys()) and not self.anatomy.shape.has_experts
+        whole = mask is None or bool(mask.all())
+        known = length <= self._explained and self.replayer.inexact is None and self.not_continued is None
+        return plain and whole and known and not len(plan.processors)
+
+    def _guessed(
+        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], plan: "_Plan", guess: list[int]
+    ) -> "GreedyExample | None":
+        """Decode by checking a guess, and by continuing from its first wrong token; None where that fails."""
+        worth = self._right + 1 >= WORTH_GUESSING * (self._guesses + 2)
+        if not guess or (self.continuing is None and not worth):
+            return None
+        passes = self.record(inputs, guess)
+        if not isinstance(passes, Replay) or passes.keys_values is None:
+            return None
+        chosen: list[int] = passes.base_logits.argmax(-1).tolist()
+        place = first_difference(chosen, guess)
+        same = len(guess) if place is None else place
+        text = torch.cat([plan.prompt, torch.tensor([guess], device=plan.prompt.device)], dim=1)
+        ends = [bool(plan.ended(text[:, : plan.prompt.shape[1] + i + 1])) for i in range(same)]
+        self._guesses += 1
+        self._right += place is None
+        if any(ends[: len(guess) - 1]) or near_tie(passes.base_logits[: same + 1]):
+            return None
+        if place is None:
+            return GreedyExample(self, inputs, settings, plan, guess, passes=passes) if ends[-1] else None
+        if self.continuing is None:
+            return None
+        tokens = own_tokens(inputs).shape[1] + place
+        row = Differing(None, place, chosen[place], [kept.of_row(0, tokens) for kept in passes.keys_values])
+        drafts = self.drafts if self.guesses else None
+        continued = continue_decoding(self.continuing, self.anatomy, plan, guess, [row], drafts)
+        parts = [passes.base_logits[: place + 1], *([continued.first] if len(continued.first) else [])]
+        logits = torch.cat(parts)
+        if near_tie(logits):
+            return None
+        return GreedyExample(self, inputs, settings, plan, continued.answers[0], logits)
+
+    def _undecoded(
+        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], plan: "_Plan"
+    ) -> "GreedyExample | None":
+        """An example whose unedited answer is decoded together with the edited ones."""
+        passes = self.record(inputs, [0])  # the last token of an answer is not part of its pass
+        if not isinstance(passes, Replay) or passes.keys_values is None or near_tie(passes.base_logits):
+            return None
+        first = [int(passes.base_logits[0].argmax())]
+        return GreedyExample(self, inputs, settings, plan, first, passes=passes, decoded=False)
 
     def learn_type(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Learn the token type id of answers, in families whose inputs carry token types; once per model."""
@@ -140,22 +236,39 @@ class GreedyExample:
         settings: Mapping[str, Any],
         plan: _Plan,
         tokens: list[int],
-        logits: Tensor,
+        logits: Tensor | None = None,
+        passes: Replay | None = None,
+        decoded: bool = True,
     ) -> None:
-        """Made by `Decoder.greedy`; `tokens` is the unedited answer."""
+        """Made by `Decoder.greedy`.
+
+        Args:
+            decoder: made it.
+            inputs: of the prompt.
+            settings: of `generate`.
+            plan: the rules of decoding.
+            tokens: the unedited answer, or only its first token where it is not `decoded`.
+            logits: those that chose `tokens`, to test whether one pass explains them.
+            passes: the pass over prompt and answer, where it is known to explain them.
+            decoded: whether the unedited answer is known; otherwise `answers` decodes it with the others.
+        """
         self.tokens = tokens
-        self.passes: Passes | None = None
+        self.passes: Passes | None = passes
         self._decoder, self._inputs, self._settings, self._plan = decoder, inputs, settings, plan
+        self._decoded_yet = decoded
         if not tokens:
             raise HonesError("generate returned no new token: set max_new_tokens to at least 1")
+        if passes is not None:
+            return
+        assert logits is not None
         # Text has token type 0 in most families that mark their image tokens. Where prompts are attended to
         # in both directions (PaliGemma), answers have type 1. The logits of `generate` show which one is
         # right.
         for answer_type in (decoder.answer_type, 1 - decoder.answer_type):
             decoder.answer_type = answer_type
-            passes = decoder.record(inputs, tokens)
-            if self._explains(passes.base_logits, logits):
-                self.passes = passes
+            recorded = decoder.record(inputs, tokens)
+            if self._explains(recorded.base_logits, logits):
+                self.passes = recorded
                 return
             if "token_type_ids" not in inputs:
                 break
@@ -207,27 +320,49 @@ class GreedyExample:
         if self.passes is None:
             yield from self._decoded(edits)
             return
+        kept = KeptKeys(self.passes) if self._can_continue(self.passes) else None
+        changed = 0
+        for edit, tokens in self._verified(edits, along, on_rows, on_neurons, kept):
+            changed += tokens != self.tokens
+            yield edit, tokens
+        self._decoder.changed += (changed / max(1, len(edits)) - self._decoder.changed) / 2
+
+    def _verified(
+        self,
+        edits: Sequence[SiteEdit],
+        along: AlongTarget | None,
+        on_rows: Callable[[Rows], None] | None,
+        on_neurons: NeuronReader | None,
+        kept: KeptKeys | None,
+    ) -> Iterator[tuple[SiteEdit, list[int]]]:
+        """The answers by replayed passes, whose keys and values `kept` holds."""
+        assert self.passes is not None
         differing: list[SiteEdit] = []
         waiting: list[Differing] = []
-        kept = KeptKeys(self.passes) if self._can_continue(self.passes) else None
         numbers = {edit: number for number, edit in enumerate(edits)}
         if kept is None:
             verified = self.passes.edited(edits, on_neurons)
         else:
             verified = kept.replay.edited(edits, on_neurons, kept)
+            if not self._decoded_yet:
+                assert kept.replay.keys_values is not None
+                waiting.append(Differing(None, 0, self.tokens[0], kept.replay.keys_values))
         for rows in verified:
             if along is not None and on_rows is not None:
                 on_rows(along.of(rows, kept))
-            for edit, choices in zip(rows.edits, self.choices(rows.logits), strict=True):
-                place = first_difference(choices, self.tokens)
+            made = self.choices(rows.logits)
+            found = [first_difference(choices, self.tokens) if self._decoded_yet else 0 for choices in made]
+            # Rows that are most of their chunk hold its keys and values as they are, at most twice their own.
+            few = 2 * sum(place is not None for place in found) < len(found)
+            for edit, choices, place in zip(rows.edits, made, found, strict=True):
                 if place is None:
                     yield edit, self.tokens
                 elif kept is None:
                     differing.append(edit)
                 else:
-                    before = kept.of(numbers[edit], self._length + place)
+                    before = kept.of(numbers[edit], self._length + place, copy=few)
                     waiting.append(Differing(edit, place, choices[place], before))
-                    if len(waiting) == waiting_rows(before):
+                    if len(waiting) >= waiting_rows(before):
                         yield from self._continued(waiting)
                         waiting = []
         yield from self._continued(waiting)
@@ -258,11 +393,12 @@ class GreedyExample:
         """Continue answers from their first difference; the first such row proves whether that is exact."""
         decoder, rows = self._decoder, sorted(rows, key=lambda row: row.place)
         for row in rows:
-            if decoder.continuing is not None or decoder.not_continued is not None:
+            if decoder.not_continued is not None or decoder.guesses is not None:
                 break
-            self._prove(row)
+            if decoder.continuing is None or self._has_rest(row):
+                self._prove(row)
         if decoder.continuing is None:
-            yield from self._decoded([row.edit for row in rows])
+            yield from self._decoded([row.edit for row in rows if row.edit])
             return
         run = partial(self._continue, decoder.continuing)
         limit = RowLimit(max(1, len(rows)) if self._plan.ends_by_token else 1, self._length)
@@ -272,30 +408,50 @@ class GreedyExample:
     def _continue(
         self, model: PreTrainedModel, rows: Sequence[Differing]
     ) -> list[tuple[SiteEdit, list[int]]]:
-        continued = continue_decoding(model, self._decoder.anatomy, self._plan, self.tokens, rows)
-        answers = [cut_at_end(row, self._plan.end_tokens) for row in continued.answers.tolist()]
-        return [(row.edit, answer) for row, answer in zip(rows, answers, strict=True)]
+        decoder = self._decoder
+        drafts = decoder.drafts if decoder.guesses else None
+        continued = continue_decoding(model, decoder.anatomy, self._plan, self.tokens, rows, drafts)
+        for row, answer in zip(rows, continued.answers, strict=True):
+            decoder.drafts.learn(answer)
+            if row.edit is None:
+                self.tokens, self._decoded_yet = answer, True
+        return [(row.edit, answer) for row, answer in zip(rows, continued.answers, strict=True) if row.edit]
+
+    def _has_rest(self, row: Differing) -> bool:
+        """Whether the unedited answer goes on after the token that differs, so that a guess can be made."""
+        return row.edit is not None and row.place + 1 < len(self.tokens)
 
     def _prove(self, row: Differing) -> None:
-        """Find a model that can continue, by comparing its logits with those of a hooked pass."""
+        """Find a model that can continue, by comparing its logits with those of a hooked pass.
+
+        The rest of the unedited answer is passed as a guess first. Otherwise one token is decoded at a time.
+        """
         decoder, reasons = self._decoder, []
-        for model in candidates(decoder.anatomy):
-            try:
-                continued = continue_decoding(model, decoder.anatomy, self._plan, self.tokens, [row])
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                reasons.append(f"it cannot be called with the next token alone ({first_line(error)})")
-                continue
-            answer = cut_at_end(continued.answers[0].tolist(), self._plan.end_tokens)
-            if len(answer) == continued.start + 1:  # the differing token ends the answer: nothing to compare
-                return
-            inputs = decoder.append(self._inputs, answer[:-1])
-            full = next(iter(FullPasses(decoder.anatomy, inputs, len(answer)).edited([row.edit])))
-            reason = disagreement(continued, full.logits[0])
-            if reason is None:
-                decoder.continuing = model
-                return
-            reasons.append(reason)
-        decoder.not_continued = "; ".join(reasons)
+        for model in candidates(decoder.anatomy) if decoder.continuing is None else [decoder.continuing]:
+            for guesses in (True, False) if self._has_rest(row) else (False,):
+                reason = self._inexact(model, row, Drafts() if guesses else None)
+                if reason is None:
+                    decoder.continuing = model
+                    decoder.guesses = guesses if self._has_rest(row) else None
+                    return
+                reasons.append(reason)
+        if any(reasons):
+            decoder.continuing, decoder.not_continued = None, "; ".join(dict.fromkeys(reasons))
+
+    def _inexact(self, model: PreTrainedModel, row: Differing, drafts: Drafts | None) -> str | None:
+        """Why a model does not continue a row exactly, or None; empty where the row shows nothing."""
+        decoder = self._decoder
+        try:
+            continued = continue_decoding(model, decoder.anatomy, self._plan, self.tokens, [row], drafts)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            return f"it cannot be called with the next tokens alone ({first_line(error)})"
+        answer = continued.answers[0]
+        if len(answer) == continued.start + 1:  # the differing token ends the answer: nothing to compare
+            return ""
+        inputs = decoder.append(self._inputs, answer[:-1])
+        assert row.edit is not None
+        full = next(iter(FullPasses(decoder.anatomy, inputs, len(answer)).edited([row.edit])))
+        return disagreement(continued, full.logits[0])
 
     def _decoded(self, edits: Sequence[SiteEdit]) -> Iterator[tuple[SiteEdit, list[int]]]:
         """Decode under each edit from the start; as one batch where only end tokens stop an answer."""
@@ -345,10 +501,21 @@ def cut_at_end(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
+def near_tie(logits: Tensor) -> bool:
+    """Whether rounding could change a greedy choice from logits [..., vocabulary]."""
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return bool(((best - second) <= 2 * ROUNDING[logits.dtype] * logits.abs().max()).any())
+
+
 def _decoded_by_plan(
-    anatomy: Anatomy, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+    anatomy: Anatomy,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    guessed: Callable[[_Plan], GreedyExample | None],
 ) -> tuple[_Plan, Any]:
     """Decode greedily by `generate`, and return the rules that it prepared and its output with logits.
+
+    `guessed` is called with the rules first; what it returns, if anything, replaces the output.
 
     The rules are only known inside of `generate`. It hands them to a decoding loop of the caller's, which
     keeps them and calls the loop that `generate` would have called itself. A call of its own for the rules
@@ -366,6 +533,8 @@ def _decoded_by_plan(
     ) -> Any:
         seen.append(_Plan(input_ids, logits_processor, stopping_criteria, generation_config))
         _check_greedy(generation_config)
+        if (example := guessed(seen[-1])) is not None:
+            return example
         return type(model)._sample(
             model,
             input_ids,

@@ -202,9 +202,14 @@ def last_activations(anatomy: Anatomy, inputs: Mapping[str, Any], count: int) ->
 
 def site_edits(anatomy: Anatomy, edits: Sequence[SiteEdit]) -> Iterator[tuple[Site, Edit]]:
     """Edits for hooks on a batch of rows: `edits[i]` acts in row `i` only; one hook per linear layer."""
-    places = sorted({(edit.site.layer, edit.is_head) for edit in edits})
+    return edits_of_rows(anatomy, list(enumerate(edits)))
+
+
+def edits_of_rows(anatomy: Anatomy, edits: Sequence[tuple[int, SiteEdit]]) -> Iterator[tuple[Site, Edit]]:
+    """The same for edits given as (row, edit); rows without an edit are unchanged."""
+    places = sorted({(edit.site.layer, edit.is_head) for _, edit in edits})
     for layer, is_head in places:
-        here = [(i, e) for i, e in enumerate(edits) if (e.site.layer, e.is_head) == (layer, is_head)]
+        here = [(i, e) for i, e in edits if (e.site.layer, e.is_head) == (layer, is_head)]
         site = (anatomy.heads_in if is_head else anatomy.neurons_in)[layer]
         yield site, RowEdits(here, anatomy)
 

@@ -53,7 +53,7 @@ class TextAnswers(AnswerKind):
         The same passes also give the target's log-probability, where the model can branch off its answer
         (see `hones_eval.engine.branches`). Otherwise the target is replayed from the start.
         """
-        decoded = run.decoder.greedy(example.inputs, example.settings)
+        decoded = run.decoder.greedy(example.inputs, example.settings, example.target_ids)
         target = Target(run, example)
         along = decoded.along(example.target_ids) if run.log_probability else None
         if along is not None:
