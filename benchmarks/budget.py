@@ -70,8 +70,9 @@ def trial(truth: dict[str, Tensor], keep: int, budget: float, seed: int) -> tupl
     examples, sites = drops.shape
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
     kept, cuts = planned(sites, keep, examples, int(budget * sites * examples))
-    left = estimates[order[:GRADIENT_EXAMPLES]].mean(0).topk(kept).indices.sort().values
-    elimination = Elimination(kept, keep, examples, cuts)
+    screened = estimates[order[:GRADIENT_EXAMPLES]].mean(0)
+    left = screened.topk(kept).indices.sort().values
+    elimination = Elimination(kept, keep, examples, cuts, hints=screened[left])
     for start in range(0, examples, LOOK):
         rows = drops[order[start : start + LOOK]][:, left]
         elimination.add(rows[:, elimination.in_play])

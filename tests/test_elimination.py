@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hones_eval.errors import HonesError
 from hones_eval.methods.head_search import planned
-from hones_eval.runs.elimination import Cut, Elimination, schedule, spent
+from hones_eval.runs.elimination import Cut, Elimination, schedule, shrunk, spent
 from hones_eval.runs.racing import STAKES
 
 LOOK = 8
@@ -69,6 +69,41 @@ def test_the_best_of_the_last_are_chosen_by_their_exact_means() -> None:
     for item in range(6):
         expected = values[: int(found.seen[item]), item].sum()
         assert float(found.values[:, item].sum()) == float(expected)
+
+
+def test_means_are_drawn_to_the_line_of_the_hints_as_numbers_alone_give_it() -> None:
+    values, hints = rights(24, [0.8, 0.7, 0.1, 0.2, 0.3], 3), torch.tensor([2.0, 1.0, 0.5, 0.0, 1.5])
+    columns = values.T.tolist()
+    means = [sum(x) / 24 for x in columns]
+    spreads = [sum((v - m) ** 2 for v in x) / 24 for x, m in zip(columns, means, strict=True)]
+    errors = [(24 * s + sum(spreads) / 5) / 25 / 24 * (1 - 24 / 96) for s in spreads]
+    w, h = [1 / e for e in errors], hints.tolist()
+    centre = sum(a * b for a, b in zip(w, h, strict=True)) / sum(w)
+    level = sum(a * b for a, b in zip(w, means, strict=True)) / sum(w)
+    products = sum(a * (x - centre) * (m - level) for a, x, m in zip(w, h, means, strict=True))
+    slope = products / sum(a * (x - centre) ** 2 for a, x in zip(w, h, strict=True))
+    line = [level + slope * (x - centre) for x in h]
+    between = sum((m - f) ** 2 - e for m, f, e in zip(means, line, errors, strict=True)) / 5
+    assert between > 0
+    expected = [(m * between + f * e) / (between + e) for m, f, e in zip(means, line, errors, strict=True)]
+    torch.testing.assert_close(shrunk(values, hints, 96), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(shrunk(values, hints, 24), torch.tensor(means, dtype=torch.float64))
+
+
+def test_hints_keep_an_item_that_a_few_examples_show_too_low() -> None:
+    early = [6, 11, 10, 8, 6, 5, 3, 2]  # of 16
+    values = torch.zeros(64, 8, dtype=torch.float64)
+    for item, count in enumerate(early):
+        values[[(5 * i + 3 * item) % 16 for i in range(count)], item] = 1
+    values[16:, 0] = 1
+    cuts = [Cut(16, 3)]
+    assert int(eliminated(values, 1, cuts).place.argmax()) == 1
+    hinted = Elimination(8, 1, 64, cuts, hints=torch.arange(8, 0, -1) / 10)
+    for start in range(0, 64, LOOK):
+        hinted.add(values[start : start + LOOK][:, hinted.in_play])
+        hinted.look()
+    assert int(hinted.place.argmax()) == 0
+    assert float(hinted.values[:, 0].sum()) == 6 + 48
 
 
 def plain_wealth(xs: list[Fraction], last: Fraction, examples: int) -> float:

@@ -26,7 +26,7 @@ from hones_eval.runs.lightning import Loop
 from hones_eval.runs.measure import Measure, Measurement, Totals
 from hones_eval.runs.racing import Race
 
-SCREENED = 1.5
+SCREENED = 2.0
 """With a budget, the share of heads that the screen keeps, as a multiple of the budget."""
 GRADIENT_EXAMPLES = 128
 """With a budget, the number of examples by which heads are screened, at most."""
@@ -219,7 +219,9 @@ def _within_budget(
     }
     if cuts is None:
         return None
-    return RacedAblation(localization, Elimination(kept, keep, examples, cuts), seed)
+    estimates = torch.tensor(report["screen"]["estimates"])[localization.replayer.anatomy.shape.head_mask()]
+    hints = estimates[localization.in_play]
+    return RacedAblation(localization, Elimination(kept, keep, examples, cuts, hints=hints), seed)
 
 
 def planned(heads: int, keep: int, examples: int, measurements: int) -> tuple[int, list[Cut]]:

@@ -6,6 +6,9 @@ the number of measurements instead, and drops the items with the lowest means at
 left that are measured on all examples. So the means of the last few, and their order, are exact. What is
 uncertain is whether an item that was dropped belongs to the best.
 
+What is already known about the items, such as estimates by gradients, can serve as hints. A mean over the
+first few examples is uncertain, so it is drawn towards the line that fits all means best, given the hints.
+
 How uncertain is computed afterwards, from the same bets as in a race. If the result is wrong, some of the
 `keep` best items were dropped. For an item among the best, the wealth of a bet that its mean is below the
 last selected mean reaches `keep / risk` with probability at most `risk / keep` (Ville's inequality). So if
@@ -92,10 +95,38 @@ def _ends(sizes: list[int], measurements: float) -> list[float]:
     return ends
 
 
+def shrunk(values: Tensor, hints: Tensor, examples: int) -> Tensor:
+    """Means [items] of the first values [n, items], drawn towards the line in the hints that fits them best.
+
+    A mean is drawn the more, the less certain it is compared with how far means lie from the line (empirical
+    Bayes). `examples` is the number of values that there are of each item in all.
+    """
+    count, means = len(values), values.mean(0)
+    if len(hints) < 3:
+        return means
+    spread = values.var(0, correction=0)
+    # A pooled value more keeps items apart from 0 whose values are all equal so far.
+    variances = (spread * count + spread.mean()) / (count + 1) / count * (1 - count / examples) + 1e-12
+    hints = hints.double()
+    design = torch.stack([torch.ones_like(hints), (hints - hints.mean()) / (hints.std() + 1e-12)], dim=1)
+    weights = variances.rsqrt()[:, None]
+    line = design @ torch.linalg.lstsq(design * weights, means[:, None] * weights).solution[:, 0]
+    between = ((means - line).square() - variances).mean().clamp(min=1e-4 * float(means.var()) + 1e-12)
+    return (means * between + line * variances) / (between + variances)
+
+
 class Elimination(Contest):
     """Which of some items have the highest means, with a number of measurements that is fixed in advance."""
 
-    def __init__(self, items: int, keep: int, examples: int, cuts: Sequence[Cut], span: float = 1.0) -> None:
+    def __init__(
+        self,
+        items: int,
+        keep: int,
+        examples: int,
+        cuts: Sequence[Cut],
+        span: float = 1.0,
+        hints: Tensor | None = None,
+    ) -> None:
         """Start with all items in play.
 
         Args:
@@ -104,9 +135,10 @@ class Elimination(Contest):
             examples: number of examples in the whole set, whose exact means are the truth.
             cuts: when items are dropped; see `schedule`.
             span: the largest absolute value, for which the risk is computed.
+            hints: numbers [items] that tend to be larger for items with larger means.
         """
         super().__init__(items, keep, examples)
-        self.span, self.cuts = span, cuts
+        self.span, self.cuts, self.hints = span, cuts, hints
         self.values = torch.zeros(0, items, dtype=torch.float64)
         """What was measured [examples, items]; 0 where an item was no longer in play."""
 
@@ -125,7 +157,12 @@ class Elimination(Contest):
             return
         seen = int(self.seen[items[0]])
         left = min([cut.items for cut in self.cuts if cut.examples <= seen], default=len(items))
-        order = items[torch.sort(self.values[:, items].sum(0), descending=True, stable=True).indices]
+        values = self.values[:, items]
+        if self.hints is None or seen == self.examples:
+            means = values.sum(0)
+        else:
+            means = shrunk(values, self.hints[items], self.examples)
+        order = items[torch.sort(means, descending=True, stable=True).indices]
         self.place[order[left:]] = -1
         if seen == self.examples:
             self.place[order[: self.keep]], self.place[order[self.keep :]] = 1, -1
