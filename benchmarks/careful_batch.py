@@ -8,10 +8,11 @@ Four ways do the same work on the same examples, in turn, in one process, timed 
     ours      what `hones-eval rank` runs, its proofs left out (they are made once per run)
 
 The floor is the ratio of multiply-adds, counted in the batch and in ours. Targets are the tasks' gold answers
-on the embedded model, and random tokens elsewhere: not what the model would say. Usage:
+on the embedded model, and random tokens elsewhere: not what the model would say. `heads` by generation give
+their log-probability as well, which the other ways do not; `heads_metric_only` leave it out. Usage:
 
-    python benchmarks/careful_batch.py [--what heads log_probability neurons] [--models embedded mid]
-                                       [--examples 8] [--dtype float32] [--no_naive]
+    python benchmarks/careful_batch.py [--what heads heads_metric_only log_probability neurons]
+                                       [--models embedded mid] [--examples 8] [--dtype float32] [--no_naive]
 """
 
 import argparse
@@ -155,8 +156,8 @@ def compare(name: str, task: Any, ways: dict[str, Way], check: Callable[[dict[st
     )
 
 
-def by_generation(name: str, model: Any, task: Any, naive: bool) -> None:
-    localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
+def by_generation(name: str, model: Any, task: Any, naive: bool, metric_only: bool = False) -> None:
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), task, log_probability=not metric_only)
     heads, count = localization.heads, localization.replayer.anatomy.shape.heads
     differing: list[float] = []
 
@@ -243,7 +244,12 @@ def neurons(name: str, model: Any, task: Any, naive: bool) -> None:
     compare(name, task, {"ours": ours, "batch": batch} | ({"naive": one_by_one} if naive else {}), check)
 
 
-WHAT = {"heads": by_generation, "log_probability": by_log_probability, "neurons": neurons}
+WHAT: dict[str, Callable[..., None]] = {
+    "heads": by_generation,
+    "heads_metric_only": partial(by_generation, metric_only=True),
+    "log_probability": by_log_probability,
+    "neurons": neurons,
+}
 
 
 @torch.no_grad()

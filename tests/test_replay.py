@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import families
@@ -14,9 +15,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hones_eval.core import proofs as proofs_module
+from hones_eval.core import weights
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.proofs import Proofs, cache_file
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine import replay as replay_module
+from hones_eval.engine.encoders import encoded_once
 from hones_eval.engine.passes import FullPasses, Passes, RowLimit, SiteEdit, edit_rows, replaced_by_mean
 from hones_eval.engine.replay import Replay, Replayer
 from hones_eval.errors import HonesError
@@ -291,6 +296,41 @@ def test_the_proof_is_made_on_the_first_example_alone(
     replayer.record(example(family), READ)
     replayer.record(example(family, text=LONG), READ)
     assert len(made) == 1
+
+
+def test_a_proof_is_kept_for_the_content_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A changed model, hooks and inputs of another form need a proof of their own; small models do always."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[FullPasses] = []
+    monkeypatch.setattr(replay_module, "FullPasses", lambda *a: made.append(FullPasses(*a)) or made[-1])
+    family = families.build("llava")
+    inputs = example(family)
+
+    def proofs_made(changed: dict[str, Tensor] = inputs, **model: object) -> int:
+        made.clear()
+        anatomy = Anatomy.of(family.model)
+        with encoded_once(anatomy):  # as where an answer is decoded first
+            passes = Replayer(anatomy, proofs=Proofs(anatomy.model)).record(changed, READ)
+        assert isinstance(passes, replay_module.Replay)
+        return len(made)
+
+    assert [proofs_made(), proofs_made()] == [1, 1]
+    monkeypatch.setattr(weights, "KEPT_BYTES", 0)
+    assert [proofs_made(), proofs_made()] == [1, 0]
+    cache_file().write_text(cache_file().read_text()[:-3])
+    assert [proofs_made(), proofs_made()] == [1, 0]
+    hook = family.model.lm_head.register_forward_hook(lambda *_: None)
+    assert [proofs_made(), proofs_made()] == [1, 1]
+    hook.remove()
+    without = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    assert [proofs_made(without), proofs_made(without)] == [1, 0]
+    with torch.no_grad():
+        plain.layers(family.model)[0].mlp.down_proj.weight[0, 0] += 1
+    assert [proofs_made(), proofs_made()] == [1, 0]
+    monkeypatch.setattr(proofs_module, "version", lambda library: f"another {library}")
+    assert proofs_made() == 1
 
 
 def test_a_batch_of_several_examples_is_refused(build_family: Callable[[str], Family]) -> None:

@@ -138,7 +138,7 @@ def test_a_budget_finds_the_best_head_and_says_what_it_spent(
     assert budget["head_examples"] == int(seen.sum()) <= 0.125 * 48 * COUNT
     assert budget["head_examples_of_an_exact_search"] == 48 * COUNT
     assert budget["heads_measured_on_all_examples"] == int(everywhere.sum()) >= 2 * KEEP
-    assert int(everywhere.sum()) < int((seen > 0).sum()) < 12
+    assert int(everywhere.sum()) < int((seen > 0).sum()) == round(2 * 0.125 * 48)
     assert budget["gradient_examples"] == COUNT
     assert ranking.provenance.settings["budget"] == 0.125
     said = capsys.readouterr().out

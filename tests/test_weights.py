@@ -109,8 +109,8 @@ def test_a_digest_is_computed_once_per_checkpoint(read: list[int], tmp_path: Pat
     again.name_or_path = str(tmp_path / "model")
     assert weights_digest(again) == digest
     assert len(read) == 1, "kept in the cache folder, for other processes"
-    content = weights._cache_file().read_text()
-    weights._cache_file().write_text(content[:-5])
+    content = weights.cache_file().read_text()
+    weights.cache_file().write_text(content[:-5])
     again = model()
     again.name_or_path = str(tmp_path / "model")
     assert weights_digest(again) == digest

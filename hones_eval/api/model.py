@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hones_eval.choices import DType, Rows
 from hones_eval.core.anatomy import Anatomy
+from hones_eval.core.proofs import Proofs
 from hones_eval.core.unwrapping import unwrapped
 from hones_eval.engine.replay import Replayer
 from hones_eval.errors import HonesError
@@ -54,7 +55,9 @@ class Model:
         accelerator: Literal["cpu", "cuda"] = "cuda" if anatomy.device.type == "cuda" else "cpu"
         loop = Loop(accelerator, devices, num_nodes)
         rows = None if batch_size == "auto" else batch_size
-        return cls(name, model_args, lmm, anatomy, Replayer(anatomy, rows), loop)
+        return cls(
+            name, model_args, lmm, anatomy, Replayer(anatomy, rows, proofs=Proofs(anatomy.model)), loop
+        )
 
     @property
     def model(self) -> PreTrainedModel:

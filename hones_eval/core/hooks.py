@@ -276,11 +276,17 @@ def input_of(site: Site, args: tuple[Any, ...]) -> Tensor:
 
 
 _replaced_forwards = 0
+_ours: set[nn.Module] = set()
 
 
 def partial_forwards() -> bool:
     """Whether a `forward` is replaced at the moment, so that passes need not call every module."""
     return _replaced_forwards > 0
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs another `forward` than its class's, beyond a block of `replaced_forward`."""
+    return "forward" in vars(module) and module not in _ours
 
 
 @contextmanager
@@ -292,11 +298,14 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     with uncompiled():
         attributes["forward"] = forward
         _replaced_forwards += 1
+        if first := own is None:
+            _ours.add(module)
         try:
             yield
         finally:
             _replaced_forwards -= 1
-            if own is None:
+            if first:
+                _ours.discard(module)
                 del attributes["forward"]
             else:
                 attributes["forward"] = own

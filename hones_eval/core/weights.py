@@ -123,7 +123,7 @@ def _key(files: Sequence[Path], sample: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _cache_file() -> Path:
+def cache_file() -> Path:
     """`weights.json` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "hones-eval" / "weights.json"
@@ -132,7 +132,7 @@ def _cache_file() -> Path:
 def _kept() -> dict[str, str]:
     """The digests of the cache file; empty where it cannot be read."""
     try:
-        content = read_strict_json(_cache_file(), KEPT_FILE_BYTES)
+        content = read_strict_json(cache_file(), KEPT_FILE_BYTES)
     except HonesError:
         return {}
     return {str(key): str(found) for key, found in content.items()} if isinstance(content, dict) else {}
@@ -144,7 +144,7 @@ def _keep(key: str, found: str) -> None:
     if kept.get(key) != found:
         kept = dict([*kept.items(), (key, found)][-KEPT:])
         with contextlib.suppress(OSError):
-            write_json(_cache_file(), kept)
+            write_json(cache_file(), kept)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

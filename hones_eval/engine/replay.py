@@ -29,6 +29,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward, uncompiled
 from hones_eval.core.probing import STATES
+from hones_eval.core.proofs import Proofs
 from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
@@ -55,10 +56,17 @@ KeyReader = Callable[[int, Sequence[int], KeysValues], None]
 class Replayer:
     """Makes `Passes` for examples, by replay where that is exact for this model, else by full forwards."""
 
-    def __init__(self, anatomy: Anatomy, rows: int | None = None, scope: str | Scope = "all") -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        rows: int | None = None,
+        scope: str | Scope = "all",
+        proofs: Proofs | None = None,
+    ) -> None:
         """Replay at most `rows` edited passes at once; by default as many as suit the device.
 
         Edits act on the tokens of `scope`. Replay knows no other scope than `all`: others take full passes.
+        `proofs` are those that earlier runs made of this model; by default each replayer makes its own.
         """
         self.anatomy, self._rows, self._scope = anatomy, rows, Scope.parse(scope)
         self.limit = RowLimit(rows, _tokens_at_once(anatomy))
@@ -66,6 +74,7 @@ class Replayer:
         self.inexact: str | None = None if self._scope.is_all else f"edits act on scope={self._scope} only"
         self._proven = False
         self._ways: Ways = WAYS[0]
+        self._proofs = proofs
 
     def unproven(self) -> "Replayer":
         """Another replayer of the same model, which proves itself again on its first example.
@@ -82,7 +91,9 @@ class Replayer:
 
     def in_scope(self, scope: str | Scope) -> "Replayer":
         """A replayer of the same model whose edits act on the tokens of a scope."""
-        return self if Scope.parse(scope) == self._scope else type(self)(self.anatomy, self._rows, scope)
+        if Scope.parse(scope) == self._scope:
+            return self
+        return type(self)(self.anatomy, self._rows, scope, self._proofs)
 
     @torch.no_grad()
     def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
@@ -104,12 +115,21 @@ class Replayer:
             raise HonesError("replay takes one example at a time, because the rows of its batch are edits")
         if self.inexact is None:
             replay = Replay(self.anatomy, inputs, read, self.limit, keep)
-            if not self._proven:
+            if not self._proven and not self._is_known(inputs):
                 self._prove(replay, FullPasses(self.anatomy, inputs, read))
+                if self._proofs is not None and self.inexact is None:
+                    self._proofs.keep(REPLAY, _form(inputs), list(self._ways))
             replay.ways = self._ways
             if self.inexact is None:
                 return replay
         return FullPasses(self.anatomy, inputs, read, self.tracker)
+
+    def _is_known(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether an earlier run has proven the replay of this model on inputs of this form."""
+        found = None if self._proofs is None else self._proofs.find(REPLAY, _form(inputs))
+        if found in [list(ways) for ways in WAYS]:
+            self._ways, self._proven = Ways(*found), True
+        return self._proven
 
     def _prove(self, replay: "Replay", full: FullPasses) -> None:
         """Find the first of `WAYS` that is exact; `inexact` is what the first one lacks if none is."""
@@ -139,6 +159,16 @@ class Ways(NamedTuple):
 
 WAYS = [Ways(True, True), Ways(True, False), Ways(False, False)]
 """What is tried in order, from the cheapest."""
+
+
+REPLAY = "replay equals hooked forwards"
+"""The name of the proof, where it is kept."""
+
+
+def _form(inputs: Mapping[str, Any]) -> list[str]:
+    """The names of a model's inputs, and whether some tokens are padding."""
+    mask = inputs.get("attention_mask")
+    return [*sorted(inputs), "whole" if mask is None or bool(mask.all()) else "padded"]
 
 
 def _tokens_at_once(anatomy: Anatomy) -> int:

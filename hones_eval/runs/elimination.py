@@ -112,7 +112,8 @@ def shrunk(values: Tensor, hints: Tensor, examples: int) -> Tensor:
     weights = variances.rsqrt()[:, None]
     line = design @ torch.linalg.lstsq(design * weights, means[:, None] * weights).solution[:, 0]
     between = ((means - line).square() - variances).mean().clamp(min=1e-4 * float(means.var()) + 1e-12)
-    return (means * between + line * variances) / (between + variances)
+    drawn: Tensor = (means * between + line * variances) / (between + variances)
+    return drawn
 
 
 class Elimination(Contest):
