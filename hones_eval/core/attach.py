@@ -303,5 +303,6 @@ class _Scaling(edits.Scaling):
     def __call__(self, x: Tensor) -> Tensor:
         """Change the input of a linear layer; runs at every generated token."""
         if self._added is None:
-            return edits.scale(x, self.scales(x))
+            kept = self._kept
+            return edits.scale(x, kept if kept.device == x.device else self.scales(x))
         return super().__call__(x)

@@ -109,7 +109,7 @@ class _EditHook:
     """
 
     def __init__(self, site: Site, edit: Edit, looks: int = 0) -> None:
-        self.site = site
+        self.site, self._width = site, site.width
         self.edit = edit
         self.runs = 0
         self.ever_ran = False
@@ -119,10 +119,9 @@ class _EditHook:
         self._looks = looks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
-        site = self.site
         x = args[0] if len(args) == 1 else None
-        if not isinstance(x, Tensor) or x.shape[-1] != site.width:
-            x = input_of(site, args)
+        if not isinstance(x, Tensor) or x.shape[-1] != self._width:
+            x = input_of(self.site, args)
         return self._checked(x, self.edit(x))
 
     def register(self) -> Any:
@@ -133,10 +132,9 @@ class _EditHook:
         return module.register_routed_hook(lambda part: self._checked(part.values, edit(part)))
 
     def _checked(self, x: Tensor, edited: Tensor) -> Tensor:
-        site = self.site
         if edited.shape != x.shape or edited.dtype != x.dtype:
             raise EditError(
-                f"the edit at {site.name} turned {tuple(x.shape)} {x.dtype} into "
+                f"the edit at {self.site.name} turned {tuple(x.shape)} {x.dtype} into "
                 f"{tuple(edited.shape)} {edited.dtype}; an edit must keep shape and dtype"
             )
         # Compiled code sets the count on every call, but does not read it: a count that is read becomes a
