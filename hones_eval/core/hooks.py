@@ -10,6 +10,7 @@ the code that was compiled without them; the next call compiles anew. Edits and 
 run the model uncompiled instead (`uncompiled`), which costs no compilation.
 """
 
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,12 @@ class AttachedEdits:
         """Attach every edit. `compiled=False` promises that the model runs within `uncompiled` meanwhile."""
         if compiled:
             guard_hooks()
-        self._hooks = [_EditHook(site, edit, looks=LOOKS if compiled else 0) for site, edit in edits]
+        self._totals = [0] * len(edits)
+        self._anything_compiled = False
+        looks = LOOKS if compiled else 0
+        self._hooks = [
+            _EditHook(site, edit, self._totals, number, looks) for number, (site, edit) in enumerate(edits)
+        ]
         self._handles = [hook.register() for hook in self._hooks]
 
     @property
@@ -72,17 +78,23 @@ class AttachedEdits:
         return all(hook.looked and not hook.changed for hook in self._hooks) and bool(self._hooks)
 
     def start_pass(self) -> list[int]:
-        """The runs of every edit before a forward pass, to compare with at its end."""
-        for hook in self._hooks:
-            hook.ran_compiled = False
-        return [hook.total for hook in self._hooks]
+        """The runs of every edit before a forward pass, to compare with at its end.
+
+        This and `end_pass` run several times per generated token.
+        """
+        self._anything_compiled = self._anything_compiled or _anything_compiled()
+        if self._anything_compiled:
+            for hook in self._hooks:
+                hook.ran_compiled = False
+        return self._totals.copy()
 
     def end_pass(self, before: Sequence[int], *, some: bool = False) -> None:
         """Raise EditError when an edit (with `some`, every edit) did not run since `before`."""
+        unchanged = list(map(operator.eq, self._totals, before))
+        if True not in unchanged:
+            return
         idle = [
-            hook
-            for hook, total in zip(self._hooks, before, strict=True)
-            if hook.total == total and not hook.ran_compiled
+            hook for hook, same in zip(self._hooks, unchanged, strict=True) if same and not hook.ran_compiled
         ]
         if not some or len(idle) == len(self._hooks):
             self._refuse(idle, "did not run in a forward pass")
@@ -108,19 +120,20 @@ class _EditHook:
     the cheaper kind, and `input_of`, which builds the error messages, is called only on bad input.
     """
 
-    def __init__(self, site: Site, edit: Edit, looks: int = 0) -> None:
+    def __init__(self, site: Site, edit: Edit, totals: list[int], number: int, looks: int = 0) -> None:
+        """Count all runs in `totals[number]`, which hooks share so that they are compared at once."""
         self.site, self._width = site, site.width
         self.edit = edit
         self.runs = 0
         self.ever_ran = False
-        self.total = 0
+        self._totals, self._number = totals, number
         self.ran_compiled = False
         self.looked = self.changed = False
         self._looks = looks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
         x = args[0] if len(args) == 1 else None
-        if not isinstance(x, Tensor) or x.shape[-1] != self._width:
+        if not isinstance(x, Tensor) or x.size(-1) != self._width:
             x = input_of(self.site, args)
         return self._checked(x, self.edit(x))
 
@@ -144,7 +157,7 @@ class _EditHook:
             self.ran_compiled = True
             return edited
         self.runs += 1
-        self.total += 1
+        self._totals[self._number] += 1
         if self._looks:
             self._look(x, edited)
         return edited
