@@ -411,12 +411,11 @@ def test_answers_that_are_guessed(
     other = (own[0] + 5) % 100 + 50
     for likely in (own[:-1], [other, *own[1:-1]], [*own[:-2], other], own[:1], [*own[:-1], other, other]):
         for decoder.guesses in (True, False):
-            decoder.changed = 0.0
             example = decoder.greedy(inputs, settings, likely)
             assert example.tokens == own, likely
     assert dict(example.answers(edits)) == expected
     for room in (1, 2**30):  # where most answers change, the unedited one is decoded with the others
-        decoder.changed = 1.0
+        decoder.settle(inputs, 1.0)
         monkeypatch.setattr(continuation, "BYTES", room)
         example = decoder.greedy(inputs, settings, own[:-1])
         assert len(example.tokens) == 1

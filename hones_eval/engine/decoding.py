@@ -83,9 +83,9 @@ class Decoder:
         self.drafts = Drafts()
         self.guesses: bool | None = None
         """Whether several tokens at once may be passed to `continuing`; None while that is not proven."""
-        self.changed = 0.0
-        """The share of edits that changed the answer, a running mean over the examples so far."""
-        self._explained = self._guesses = self._right = 0
+        self.mostly_changed: bool | None = None
+        """Whether answers are decoded without being checked; None until `settle`."""
+        self._settled = self._explained = self._guesses = self._right = 0
         self.branching = Branching(self.anatomy)
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class Decoder:
         def guessed(plan: _Plan) -> GreedyExample | None:
             if likely is None or not self._may_guess(inputs, plan):
                 return None
-            if self.continuing is not None and self.changed > MOST:
+            if self.mostly_changed and own_tokens(inputs).shape[1] <= self._settled:
                 return self._undecoded(inputs, settings, plan)
             return self._guessed(inputs, settings, plan, [*likely, *plan.end_tokens[:1]])
 
@@ -172,6 +172,20 @@ class Decoder:
             return None
         first = [int(passes.base_logits[0].argmax())]
         return GreedyExample(self, inputs, settings, plan, first, passes=passes, decoded=False)
+
+    def settle(self, inputs: Mapping[str, Any], share: float) -> None:
+        """Decide by one example whether answers are decoded without being checked, and for good.
+
+        Logits of passes of other lengths round differently. So the example has to be the same one in every
+        process, and in a run that continues a killed one: their results then agree to the last bit.
+
+        Args:
+            inputs: of the example's prompt; longer prompts are always checked.
+            share: the share of edits that changed the example's answer.
+        """
+        length = own_tokens(inputs).shape[1]
+        self.mostly_changed = share > MOST and self.continuing is not None and length <= self._explained
+        self._settled = length
 
     def learn_type(self, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Learn the token type id of answers, in families whose inputs carry token types; once per model."""
@@ -321,11 +335,7 @@ class GreedyExample:
             yield from self._decoded(edits)
             return
         kept = KeptKeys(self.passes) if self._can_continue(self.passes) else None
-        changed = 0
-        for edit, tokens in self._verified(edits, along, on_rows, on_neurons, kept):
-            changed += tokens != self.tokens
-            yield edit, tokens
-        self._decoder.changed += (changed / max(1, len(edits)) - self._decoder.changed) / 2
+        yield from self._verified(edits, along, on_rows, on_neurons, kept)
 
     def _verified(
         self,

@@ -146,6 +146,9 @@ class EditedAnswers(NamedTuple):
 class Examples(Protocol):
     """The part of `TaskExamples` that kinds of answers use."""
 
+    def __getitem__(self, index: int) -> Example:
+        """The example with an index."""
+
     def decode(self, index: int, token_ids: list[int]) -> str:
         """The answer that the wrapper makes of generated tokens."""
 

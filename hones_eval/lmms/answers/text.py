@@ -48,6 +48,20 @@ class TextAnswers(AnswerKind):
         return together.of(run, example, numbers)
 
     def _alone(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
+        """The answers to one example; the task's first example shows whether most edits change them.
+
+        A process that does not begin with that example measures it for this alone. Searches that measure a
+        part of the edits do without it.
+        """
+        whole = len(numbers) == len(run.edits) and all(edit.other is None for edit in run.edits)
+        if not whole or run.decoder.mostly_changed is not None:
+            return self._measured(run, example, numbers)
+        first = example if example.index == 0 else run.examples[0]
+        answers = self._measured(run if first is example else run._replace(neurons=None), first, numbers)
+        run.decoder.settle(first.inputs, answers.differing / max(1, len(numbers)))
+        return answers if first is example else self._measured(run, example, numbers)
+
+    def _measured(self, run: EditRun, example: Example, numbers: Sequence[int]) -> EditedAnswers:
         """Decode once, check the answer under every edit, and decode only the answers that differ.
 
         The same passes also give the target's log-probability, where the model can branch off its answer
