@@ -90,19 +90,27 @@ class Decoder:
 
     @torch.no_grad()
     def greedy(
-        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], likely: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        likely: Sequence[int] | None = None,
+        unchecked: bool = False,
     ) -> "GreedyExample":
         """Decode one example (a batch of one) unedited; see `GreedyExample` for the edited answers.
 
-        `likely` are the tokens of an answer that is worth checking before decoding. With them the unedited
-        answer may be known only after `GreedyExample.answers` has started.
+        Args:
+            inputs: of the prompt.
+            settings: of `generate`.
+            likely: the tokens of an answer that is worth checking before decoding; None not to guess.
+            unchecked: whether the answer may be decoded together with the edited ones, where `settle` has
+                decided so; it is then known only after `GreedyExample.answers` has started.
         """
         inputs = started(self.anatomy.model, inputs)
 
         def guessed(plan: _Plan) -> GreedyExample | None:
             if likely is None or not self._may_guess(inputs, plan):
                 return None
-            if self.mostly_changed and own_tokens(inputs).shape[1] <= self._settled:
+            if unchecked and self.mostly_changed and own_tokens(inputs).shape[1] <= self._settled:
                 return self._undecoded(inputs, settings, plan)
             return self._guessed(inputs, settings, plan, [*likely, *plan.end_tokens[:1]])
 

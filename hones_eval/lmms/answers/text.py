@@ -53,8 +53,7 @@ class TextAnswers(AnswerKind):
         A process that does not begin with that example measures it for this alone. Searches that measure a
         part of the edits do without it.
         """
-        whole = len(numbers) == len(run.edits) and all(edit.other is None for edit in run.edits)
-        if not whole or run.decoder.mostly_changed is not None:
+        if not _is_whole(run, numbers) or run.decoder.mostly_changed is not None:
             return self._measured(run, example, numbers)
         first = example if example.index == 0 else run.examples[0]
         answers = self._measured(run if first is example else run._replace(neurons=None), first, numbers)
@@ -67,7 +66,9 @@ class TextAnswers(AnswerKind):
         The same passes also give the target's log-probability, where the model can branch off its answer
         (see `hones_eval.engine.branches`). Otherwise the target is replayed from the start.
         """
-        decoded = run.decoder.greedy(example.inputs, example.settings, example.target_ids)
+        decoded = run.decoder.greedy(
+            example.inputs, example.settings, example.target_ids, unchecked=_is_whole(run, numbers)
+        )
         target = Target(run, example)
         along = decoded.along(example.target_ids) if run.log_probability else None
         if along is not None:
@@ -97,3 +98,8 @@ class TextAnswers(AnswerKind):
             RowAnswer(text, logits)
             for text, logits in zip(run.answers(example, output), output.logits[0], strict=True)
         ]
+
+
+def _is_whole(run: EditRun, numbers: Sequence[int]) -> bool:
+    """Whether all edits of a run are measured, and depend on nothing but the example."""
+    return len(numbers) == len(run.edits) and all(edit.other is None for edit in run.edits)
