@@ -329,7 +329,10 @@ def test_a_proof_is_kept_for_the_content_of_the_weights(
     with torch.no_grad():
         plain.layers(family.model)[0].mlp.down_proj.weight[0, 0] += 1
     assert [proofs_made(), proofs_made()] == [1, 0]
-    monkeypatch.setattr(proofs_module, "version", lambda library: f"another {library}")
+    with monkeypatch.context() as other_library:
+        other_library.setattr(proofs_module, "version", lambda library: f"another {library}")
+        assert proofs_made() == 1
+    monkeypatch.setattr(proofs_module, "own_code_digest", lambda: "of other code")
     assert proofs_made() == 1
 
 

@@ -3,13 +3,15 @@
 Before anything relies on a fast way of computing, an experiment shows on the first example that it is exact
 for this model. The outcome depends on the content of the model's weights and on the code that runs it. So it
 is kept under a hash of both, and later runs on the same model need not pay for it again. A model whose
-checkpoint was replaced, another version of a library, and another device have another hash.
+checkpoint was replaced, other code of this package, another version of a library, and another device have
+another hash.
 
 Only proofs of large models are kept (see `KEPT_BYTES`), and none of models whose modules have hooks or
 functions of their own, which the weights do not show.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -27,7 +29,10 @@ from hones_eval.core.files import read_strict_json, write_json
 from hones_eval.core.hooks import has_own_forward
 from hones_eval.errors import HonesError
 
-LIBRARIES = ("hones-eval", "torch", "transformers")
+LIBRARIES = ("torch", "transformers")
+PACKAGE = Path(__file__).resolve().parents[1]
+OWN_CODE = ("core", "engine")
+"""The folders of this package whose code makes and uses proofs."""
 KEPT, KEPT_FILE_BYTES = 500, 1 << 20  # most proofs in the cache file; its largest size
 
 
@@ -93,7 +98,15 @@ def _identity(model: PreTrainedModel) -> list[str]:
         str(getattr(model.config, "_attn_implementation", "")),
         f"{device.type} {name}",
         *(f"{library} {version(library)}" for library in LIBRARIES),
+        own_code_digest(),
     ]
+
+
+@functools.cache
+def own_code_digest() -> str:
+    """The hash of this package's code that makes and uses proofs: any change of it asks for new ones."""
+    paths = sorted(path for folder in OWN_CODE for path in (PACKAGE / folder).glob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def cache_file() -> Path:
