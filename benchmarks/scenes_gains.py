@@ -73,7 +73,7 @@ def boards(given: argparse.Namespace) -> None:
             measure(side / name, steered, [other for other in TESTED if other not in pair], given.side)
     for logs, title in ((own, "Scenes: tuned steerings on their own tasks"), (side, "Scenes: side effects")):
         run_ours("leaderboard", str(logs), "--out", str(given.out / logs.name), "--pages", "12",
-                 "--overwrite", "--title", title)  # fmt: skip
+                 "--title", title)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def report(study: Study) -> None:
     logs = [path for path in sorted((work / "logs").glob("*")) if list(path.rglob("*results.json"))]
     if len(logs) > 1:
         command("leaderboard", *map(str, logs), "--include_path", str(work / "tasks"), "--out",
-                str(out / "board"), "--pages", "12", "--overwrite",
+                str(out / "board"), "--pages", "12",
                 "--title", "A small pretrained model: steering and side effects")  # fmt: skip
 
 
