@@ -66,6 +66,7 @@ bench: $(READY)
 
 boards: $(READY) study
 	$(BIN)/python benchmarks/scenes_board.py
+	$(BIN)/python benchmarks/scenes_gains.py
 	$(BIN)/python benchmarks/scenes_vseam.py
 
 study: $(READY)

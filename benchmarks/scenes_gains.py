@@ -72,7 +72,7 @@ def boards(given: argparse.Namespace) -> None:
             measure(own / f"{name}-random", drawn, pair, given.test)
             measure(side / name, steered, [other for other in TESTED if other not in pair], given.side)
     for logs, title in ((own, "Scenes: tuned steerings on their own tasks"), (side, "Scenes: side effects")):
-        run_ours("leaderboard", str(logs), "--out", str(given.out / logs.name), "--pages", "12",
+        run_ours("leaderboard", str(logs), "--out", str(given.out / logs.name), "--pages", "4",
                  "--title", title)  # fmt: skip
 
 
