@@ -32,16 +32,20 @@ MODEL = f"pretrained={CHECKPOINT}"
 
 def steering(work: Path, method: str, task: str, examples: int) -> Path:
     """Rank on the task's discovery split and scale; kept in the work folder."""
-    folder = work / f"{method}-{task}"
-    if not (folder / "ranking" / "ranking.json").is_file():
-        run_ours("rank", "--method", method, *model_flags(), "--tasks", f"scenes_{task}_discovery",
-                 "--limit", str(examples), "--heads", "8", "--out", str(folder / "ranking"))  # fmt: skip
-    if not (folder / "steering" / "steering.json").is_file():
-        how = ("signed", "--strength", "4") if method == "vseam" else ("fixed", "--factor", "2")
-        run_ours(
-            "scale", "--ranking", str(folder / "ranking"), "--how", *how, "--out", str(folder / "steering")
-        )
-    return folder / "steering"
+    rank = ("--method", method, *model_flags(), "--tasks", f"scenes_{task}_discovery", "--limit",
+            str(examples), "--heads", "8")  # fmt: skip
+    how = ("signed", "--strength", "4") if method == "vseam" else ("fixed", "--factor", "2")
+    return made(work / f"{method}-{task}", rank, ("--how", *how))
+
+
+def made(folder: Path, rank: Sequence[str], scale: Sequence[str]) -> Path:
+    """The steering that `rank` and `scale` make with these flags, unless both are there."""
+    ranking, steering = folder / "ranking", folder / "steering"
+    if not (ranking / "ranking.json").is_file():
+        run_ours("rank", *rank, "--out", str(ranking))
+    if not (steering / "steering.json").is_file():
+        run_ours("scale", "--ranking", str(ranking), *scale, "--out", str(steering))
+    return steering
 
 
 def control(original: Path, folder: Path, seed: int = 0) -> Path:

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scenes_board import CHECKPOINT, TASKS, TESTED, control, evaluate, model_flags, run_ours
+from scenes_board import CHECKPOINT, TASKS, TESTED, control, evaluate, made, model_flags, run_ours
 
 from hones_eval.toy import checkpoint_path
 from hones_eval.toy.documents import CANDIDATES
@@ -31,18 +31,13 @@ FIRST_QUERY = 50
 
 def steering(work: Path, task: str, images: str, count: int) -> Path:
     """Rank and tune for one task; kept in the work folder."""
-    folder = work / f"{task}{images}"
     limit = str(count - count % CANDIDATES if task == "retrieval" else count)  # whole queries
-    if not (folder / "ranking" / "ranking.json").is_file():
-        run_ours("rank", "--method", "atp", *model_flags(), "--tasks", f"scenes_{task}{images}_discovery",
-                 "--limit", limit, "--out", str(folder / "ranking"))  # fmt: skip
-    if not (folder / "steering" / "steering.json").is_file():
-        run_ours(
-            "scale", "--ranking", str(folder / "ranking"), "--how", "tuned", *model_flags(),
-            "--tasks", f"scenes_{task}{images}_development", "--limit", limit,
-            "--out", str(folder / "steering"),
-        )  # fmt: skip
-    return folder / "steering"
+    rank, scale = (
+        (*model_flags(), "--tasks", f"scenes_{task}{images}_{split}", "--limit", limit)
+        for split in ("discovery", "development")
+    )
+    folder = work / f"{task}{images}"
+    return made(folder, ("--method", "atp", *rank), ("--how", "tuned", *scale))
 
 
 def measure(logs: Path, steered: Path | None, tasks: Sequence[str], images: int) -> None:

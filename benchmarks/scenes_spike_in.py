@@ -125,8 +125,6 @@ def summary(work: Path) -> list[dict[str, Any]]:
 
 def _row(report: dict[str, Any]) -> dict[str, Any]:
     tuned = _tuned(report)
-    share = tuned["recovered"]
-    ends = "" if share["low"] is None else f" [{share['low']:.2f}, {share['high']:.2f}]"
     standing = report["planted_in_rankings"]["damaged"]
     return {
         "task": report["task"],
@@ -142,7 +140,7 @@ def _row(report: dict[str, Any]) -> dict[str, Any]:
         "tuned": f"{tuned['value']:.3f}",
         "gain": f"{tuned['gain']:+.3f}",
         "verdict": tuned["verdict"],
-        "recovered [95 %]": "undefined" if share["value"] is None else f"{share['value']:.2f}{ends}",
+        "recovered [95 %]": spike_in_report.share_text(tuned),
         "random better": f"{report['controls_called_better']} of {len(report['controls'])}",
         "planted found by dvp": "" if standing is None else f"{standing['found']} of {standing['of']}",
         "CPU s": report["cpu_seconds"],

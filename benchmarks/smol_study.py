@@ -40,6 +40,7 @@ from hones_eval.core.sites import matched_random, neuron_count, top_neurons
 from hones_eval.jobs.new_task import task_file
 from hones_eval.methods.scaling import scaled_neurons
 from hones_eval.reports.comparison import csv_table, markdown_table
+from hones_eval.reports.spike_in import share_text
 from hones_eval.toy.yardstick import captured_effect as share_of_best
 
 TASKS = ("vqa_relation", "vqa_attribute", "vqa_object", "caption")
@@ -352,8 +353,6 @@ def fault_rows(work: Path) -> list[dict[str, Any]]:
                 continue
             found = read_json(path)
             tuned = next(row for row in found["rows"] if row["scales"] == "tuned")
-            share = tuned["recovered"]
-            ends = "" if share["low"] is None else f" [{share['low']:.2f}, {share['high']:.2f}]"
             rows.append(
                 {
                     "task": task,
@@ -362,7 +361,7 @@ def fault_rows(work: Path) -> list[dict[str, Any]]:
                     "damaged": f"{found['damaged']:.3f}",
                     "tuned": f"{tuned['value']:.3f}",
                     "verdict": tuned["verdict"],
-                    "recovered": "undefined" if share["value"] is None else f"{share['value']:.2f}{ends}",
+                    "recovered": share_text(tuned),
                     "random better": f"{found['controls_called_better']} of {len(found['controls'])}",
                 }
             )

@@ -53,6 +53,8 @@ Way = Literal[
     "signed_neurons",
 ]
 """Ways to scale that a spike-in can repair with."""
+CEILING, SPARSITY = 4.0, 0.2
+"""Of `tuned`: the largest scale, and how strongly weak sites are held at 1."""
 TunedSites = Literal["all", "heads", "neurons"]
 """The sites that `tuned` may scale."""
 Neurons = float | Literal["all"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.choices import How, Neurons, TunedSites
+from hones_eval.choices import CEILING, SPARSITY, How, Neurons, TunedSites
 from hones_eval.core.adapters import model_source
 from hones_eval.core.artifact import hash_of
 from hones_eval.core.lock import writes_to_out
@@ -22,8 +22,6 @@ from hones_eval.version import __version__
 if TYPE_CHECKING:  # scales that need no model are made without importing lmms-eval and Lightning
     from hones_eval.api.model import Model
 
-CEILING = 4.0
-SPARSITY = 0.2
 FACTOR = 2.0
 HEADS = 10
 DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "halving", "mean_difference")

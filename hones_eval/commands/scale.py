@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_eval.choices import DType, How, Neurons, Rows, TunedSites
+from hones_eval.choices import CEILING, SPARSITY, DType, How, Neurons, Rows, TunedSites
 from hones_eval.commands.answer import Answer
 from hones_eval.errors import HonesError
 from hones_eval.pages.parts import HeatMap, Table
@@ -33,8 +33,8 @@ def scale(
     epochs: int = 2,
     tuned_sites: TunedSites = "all",
     rates: list[float] | None = None,
-    ceiling: float = 4.0,
-    sparsity: float = 0.2,
+    ceiling: float = CEILING,
+    sparsity: float = SPARSITY,
     shifts: bool = False,
     model: str | None = None,
     model_args: str = "",

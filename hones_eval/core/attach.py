@@ -166,11 +166,11 @@ def attach_parts(
         raise HonesError(f"attach={how!r} is not known: use hook or fold")
     layer_of = {site.name: layer for layer, site in enumerate(anatomy.heads_in)}
     layer_of |= {site.name: layer for layer, site in enumerate(anatomy.neurons_in)}
+    layers = [(part.scope, layer_of[change.site.name]) for part, changes in found for change in changes]
+    first = min((layer for _, layer in layers), default=0)
     # A part that acts on generated tokens alone leaves the prompt, of which conditions are read, as it is.
-    first, first_in_prompt = (
-        min((layer_of[c.site.name] for part, changes in found if counts(part) for c in changes), default=last)
-        for counts, last in ((lambda _: True, 0), (lambda part: part.scope.acts_on_prompt, len(layer_of)))
-    )
+    in_prompt = [layer for scope, layer in layers if scope.acts_on_prompt]
+    first_in_prompt = min(in_prompt, default=len(layer_of))
     any_condition = any(part.conditions for part in parts)
     made: list[tuple[Site, Edit]] = []
     trackers: list[ScopeTracker] = []

@@ -6,11 +6,10 @@ is kept under a hash of both, and later runs on the same model need not pay for 
 checkpoint was replaced, other code of this package, another version of a library, and another device have
 another hash.
 
-Only proofs of large models are kept (see `KEPT_BYTES`), and none of models whose modules have hooks or
-functions of their own, which the weights do not show.
+Only proofs of large models are kept (see `weights.KEPT_BYTES`), and none of models whose modules have hooks
+or functions of their own, which the weights do not show.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -25,15 +24,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hones_eval.core import weights
-from hones_eval.core.files import read_strict_json, write_json
 from hones_eval.core.hooks import has_own_forward
-from hones_eval.errors import HonesError
+from hones_eval.core.kept import KeptResults
 
 LIBRARIES = ("torch", "transformers")
 PACKAGE = Path(__file__).resolve().parents[1]
 OWN_CODE = ("core", "engine")
 """The folders of this package whose code makes and uses proofs."""
-KEPT, KEPT_FILE_BYTES = 500, 1 << 20  # most proofs in the cache file; its largest size
+KEPT = KeptResults("proofs.json")
+cache_file = KEPT.path
 
 
 class Proofs:
@@ -52,15 +51,12 @@ class Proofs:
             of: whatever the proof depends on besides the model.
         """
         key = self._key(what, of)
-        return None if key is None else _kept().get(key)
+        return None if key is None else KEPT.get(key)
 
     def keep(self, what: str, of: Sequence[str], outcome: Any) -> None:
         """Keep the outcome of a proof, as plain JSON. Without a writable cache folder it is made again."""
-        if (key := self._key(what, of)) is None:
-            return
-        kept = dict([*_kept().items(), (key, outcome)][-KEPT:])
-        with contextlib.suppress(OSError):
-            write_json(cache_file(), kept)
+        if (key := self._key(what, of)) is not None:
+            KEPT.keep(key, outcome)
 
     def _key(self, what: str, of: Sequence[str]) -> str | None:
         if not _is_plain(self._model):
@@ -107,17 +103,3 @@ def own_code_digest() -> str:
     """The hash of this package's code that makes and uses proofs: any change of it asks for new ones."""
     paths = sorted(path for folder in OWN_CODE for path in (PACKAGE / folder).glob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def cache_file() -> Path:
-    """`proofs.json` in the user's cache folder."""
-    return weights.cache_file().with_name("proofs.json")
-
-
-def _kept() -> dict[str, Any]:
-    """The proofs of the cache file; empty where it cannot be read."""
-    try:
-        content = read_strict_json(cache_file(), KEPT_FILE_BYTES)
-    except HonesError:
-        return {}
-    return content if isinstance(content, dict) else {}

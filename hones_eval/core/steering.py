@@ -152,6 +152,11 @@ class Steering:
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     @property
+    def distances(self) -> Tensor:
+        """How far every scale is from 1: those of all heads, then those of all neurons, in one row."""
+        return (torch.cat([self.head_scales.flatten(), self.neuron_scales.flatten()]) - 1).abs()
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many heads and neurons are scaled, and shifted where there are shifts."""
         found = {
@@ -175,7 +180,7 @@ class Steering:
         Within a quarter of the type's epsilon of 1 (0.002 for bfloat16) every product rounds back to the
         unscaled number.
         """
-        distances = (torch.cat([self.head_scales.flatten(), self.neuron_scales.flatten()]) - 1).abs()
+        distances = self.distances
         return int(((distances > 0) & (distances <= torch.finfo(dtype).eps / 4)).sum())
 
     def at_strength(self, strength: float) -> Self:

@@ -12,7 +12,6 @@ memory. Only a model that was just loaded takes its digest from there.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hones_eval.core.files import read_strict_json, write_json
-from hones_eval.errors import HonesError
+from hones_eval.core.kept import KeptResults
 
 FULL_BYTES = 2 << 30  # up to this size every byte is hashed
 KEPT_BYTES = 256 << 20  # from this size on a digest is kept in the cache folder
-KEPT, KEPT_FILE_BYTES = 500, 1 << 20  # most digests in the cache file; its largest size
+KEPT = KeptResults("weights.json")
+cache_file = KEPT.path
 BLOCK, BLOCKS = 16 << 10, 16  # bytes per block; blocks per tensor in the sampled form
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -55,9 +54,10 @@ def weights_digest(model: nn.Module) -> str:
     # Later digests of a model are of what was changed in memory since it was loaded.
     files = _files(model) if size >= KEPT_BYTES and model not in _known else []
     key = _key(files, sample) if files else ""
-    found = _kept().get(key) or _digest(named, size)
+    kept = KEPT.get(key) if key else None
+    found = kept if isinstance(kept, str) else _digest(named, size)
     if key:
-        _keep(key, found)
+        KEPT.keep(key, found)
     _known[model] = (state, found)
     return found
 
@@ -121,30 +121,6 @@ def _key(files: Sequence[Path], sample: str) -> str:
         stat = path.stat()
         parts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def cache_file() -> Path:
-    """`weights.json` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "hones-eval" / "weights.json"
-
-
-def _kept() -> dict[str, str]:
-    """The digests of the cache file; empty where it cannot be read."""
-    try:
-        content = read_strict_json(cache_file(), KEPT_FILE_BYTES)
-    except HonesError:
-        return {}
-    return {str(key): str(found) for key, found in content.items()} if isinstance(content, dict) else {}
-
-
-def _keep(key: str, found: str) -> None:
-    """Add a digest to the cache file. Without a writable cache folder it is computed again next time."""
-    kept = _kept()
-    if kept.get(key) != found:
-        kept = dict([*kept.items(), (key, found)][-KEPT:])
-        with contextlib.suppress(OSError):
-            write_json(cache_file(), kept)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

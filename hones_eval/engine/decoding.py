@@ -229,8 +229,7 @@ class _Plan(NamedTuple):
 
     @property
     def end_tokens(self) -> list[int]:
-        ends = self.config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return _listed(self.config.eos_token_id)
 
     @property
     def ends_by_token(self) -> bool:
@@ -509,7 +508,11 @@ def repeat_example(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
 
 def end_tokens(model: PreTrainedModel, settings: Mapping[str, Any]) -> list[int]:
     """The tokens that end an answer, by the settings of a call of `generate` or else by the model's own."""
-    ends = settings.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
+    return _listed(settings.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None)))
+
+
+def _listed(ends: int | Sequence[int] | None) -> list[int]:
+    """End tokens, which a configuration gives as one number, as several, or not at all."""
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 

@@ -47,7 +47,7 @@ def _remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
         for known_args, known_kwargs, output in calls:
-            if _same(args, known_args) and _same(kwargs, known_kwargs):
+            if same_value(args, known_args) and same_value(kwargs, known_kwargs):
                 return copy.copy(output)
         output = forward(*args, **kwargs)
         calls.append((args, kwargs, copy.copy(output)))  # some callers put other features into what they get
@@ -56,7 +56,7 @@ def _remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
-def _same(value: Any, known: Any) -> bool:
+def same_value(value: Any, known: Any) -> bool:
     """Whether two arguments are equal; objects of unknown kinds are equal only to themselves."""
     if value is known:
         return True
@@ -64,9 +64,9 @@ def _same(value: Any, known: Any) -> bool:
         alike = value.dtype == known.dtype and value.device == known.device
         return alike and torch.equal(value, known)
     if isinstance(value, Mapping) and isinstance(known, Mapping):
-        return value.keys() == known.keys() and all(_same(value[name], known[name]) for name in value)
+        return value.keys() == known.keys() and all(same_value(value[name], known[name]) for name in value)
     if isinstance(value, Sequence) and isinstance(known, Sequence) and type(value) is type(known):
         if isinstance(value, str):
             return value == known
-        return len(value) == len(known) and all(map(_same, value, known))
+        return len(value) == len(known) and all(map(same_value, value, known))
     return type(value) is type(known) and isinstance(value, bool | int | float) and value == known

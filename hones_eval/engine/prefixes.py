@@ -23,6 +23,7 @@ from transformers import Cache
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Neuron
 from hones_eval.engine.caches import KeptByLayer
+from hones_eval.engine.encoders import same_value
 from hones_eval.engine.passes import ROUNDING, FullPasses, RowLimit, SiteEdit
 from hones_eval.engine.prefix_segment import AfterPrefix, PrefixSegment
 from hones_eval.engine.prompts import ALONG_THE_PROMPT, shortened
@@ -151,15 +152,7 @@ def _same_images(first: Inputs, other: Inputs) -> bool:
     """Whether everything but the prompt is equal: pixels, grids and whatever else belongs to the images."""
     if first.keys() != other.keys() or first["input_ids"].shape[0] != 1 or other["input_ids"].shape[0] != 1:
         return False
-    return all(_equal(first[name], other[name]) for name in first.keys() - ALONG_THE_PROMPT)
-
-
-def _equal(first: Any, other: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(other, Tensor):
-        return torch.equal(first, other)
-    if isinstance(first, list | tuple) and isinstance(other, list | tuple):
-        return len(first) == len(other) and all(map(_equal, first, other))
-    return type(first) is type(other) and bool(first == other)
+    return all(same_value(first[name], other[name]) for name in first.keys() - ALONG_THE_PROMPT)
 
 
 class SharedPrefix:

@@ -128,7 +128,7 @@ def _hardly_moved(job: Development, steering: Steering) -> str | None:
     """
     if steering.has_shifts:
         return None
-    changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
+    changes = steering.distances
     dtype, largest = job.replayer.anatomy.model.dtype, float(changes.max())
     if largest == 0:
         return None

@@ -333,7 +333,7 @@ def _controls_of(job: SpikeIn, name: str) -> list[str]:
 
 
 def _row(measured: Measured, name: str, verdict: Judged, steering: Steering) -> dict[str, Any]:
-    changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
+    changes = steering.distances
     place = 0 if steering.is_noop else measured.names.index(name)
     share = measured.values["metric"].estimate(_recovered(place, measured.names.index(UNDAMAGED)))
     return {

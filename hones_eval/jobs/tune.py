@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hones_eval.choices import CEILING, SPARSITY
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.core.steering import Steering
@@ -64,8 +65,8 @@ class TuneSettings:
 
     rates: tuple[float, ...] = (0.2,)
     epochs: int = 4
-    ceiling: float = 4.0
-    sparsity: float = 0.2
+    ceiling: float = CEILING
+    sparsity: float = SPARSITY
     beta: float = 0.0
     folds: int = 4
     seed: int = 0
@@ -192,7 +193,7 @@ def _steering(ranking: Ranking, learned: Learned) -> Steering:
 
 def _changes(steering: Steering, sizes: SiteSizes | None) -> dict[str, Any]:
     """How many sites are scaled and shifted, and by how much at most."""
-    changes = torch.cat([(steering.head_scales - 1).flatten(), (steering.neuron_scales - 1).flatten()]).abs()
+    changes = steering.distances
     found = {"largest_change": float(changes.max()), "scaled_sites": int((changes > 0).sum())}
     if sizes is None or not steering.has_shifts:
         return found

@@ -28,7 +28,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     """The result in a few lines: the loss, each row's recovered share, the random controls."""
     found = [_loss(report)]
     for row in report["rows"]:
-        found.append(f"{row['scales']}: recovered {_share(row)}; gain {_gain(row)}, {row['verdict']}")
+        found.append(f"{row['scales']}: recovered {share_text(row)}; gain {_gain(row)}, {row['verdict']}")
     found.append(_controls(report))
     return found
 
@@ -53,7 +53,7 @@ def page(report: Mapping[str, Any]) -> str:
             "scales": row["scales"],
             report["metric"]: f"{row['value']:.3f}",
             "gain over the damaged model [95 %]": _gain(row),
-            "recovered share of the loss [95 %]": _share(row),
+            "recovered share of the loss [95 %]": share_text(row),
             "verdict": _verdict(row),
             "smallest gain found with probability 0.8": _number(row["detectable"]),
             "scaled sites": row["scaled_sites"],
@@ -117,7 +117,8 @@ def _gain(row: Row) -> str:
     return f"{row['gain']:+.3f}{_interval(row)}"
 
 
-def _share(row: Row) -> str:
+def share_text(row: Row) -> str:
+    """The recovered share of a row, with its interval where there is one."""
     share = row["recovered"]
     return "undefined" if share["value"] is None else f"{share['value']:.2f}{_interval(share, 2)}"
 
