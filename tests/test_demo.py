@@ -7,6 +7,7 @@ from pathlib import Path
 
 import edited
 import pytest
+from make_logs import Questions, Steered, write_run
 
 from hones_eval.__main__ import main
 
@@ -38,6 +39,8 @@ def test_on_photographs(
 ) -> None:
     monkeypatch.setenv("HONES_EVAL_DATA", "")  # set by the command; given back afterwards
     out = tmp_path / "demo"
+    for name, steered in (("baseline", None), ("steered", Steered())):  # an earlier demo of another task
+        write_run(out / "logs" / name, Questions.drawn("earlier", 20), ["yes"] * 20, steered=steered)
     assert main(["demo", "--out", str(out), "--photos", str(photos), "--examples", "6"]) == 0
     assert [row["task"] for row in board_of(out)] == ["hones_vqa_test"]
     assert "shows the path" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -168,7 +169,10 @@ class _Story:
         question = "Evaluate on other images with lmms-eval, without and with the steering. Did it help?"
         say(f"\n{len(self.steps) + 1}. {question}")
         for name, steering in (("baseline", ""), ("steered", f",steering={self.out / 'steering'}")):
-            _lmms_eval(model_args + steering, tasks, self.out / "logs" / name, limit)
+            logs = self.out / "logs" / name
+            if logs.exists():
+                shutil.rmtree(logs)  # of an earlier demo: its tasks are not this one's
+            _lmms_eval(model_args + steering, tasks, logs, limit)
         say("\nDid it help?")
         answer = leaderboard([self.out / "logs"], self.out / "board")
         words = ["leaderboard", str(self.out / "logs"), "--out", str(self.out / "board")]
