@@ -278,6 +278,8 @@ def _last_part(path: str | None) -> str | None:
 class _Scaling(edits.Scaling):
     """The edit of one site: scales, and shifts if need be, its input on whichever device the input is."""
 
+    is_safe = True
+
     def __init__(self, change: SiteChange) -> None:
         weight = getattr(change.site.module, "weight", None)
         scales, shifts = change.scales, change.shifts
@@ -287,6 +289,7 @@ class _Scaling(edits.Scaling):
             shifts = None if shifts is None else shifts.to(weight.device)
         super().__init__(scales, shifts)
         self._kept, self._added = scales, shifts
+        self.factor = scales if shifts is None else None
 
     def scales(self, like: Tensor) -> Tensor:
         """The scales, which are moved once."""
@@ -302,7 +305,7 @@ class _Scaling(edits.Scaling):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Change the input of a linear layer; runs at every generated token."""
-        if self._added is None:
-            kept = self._kept
-            return edits.scale(x, kept if kept.device == x.device else self.scales(x))
-        return super().__call__(x)
+        if self._added is not None:
+            return super().__call__(x)
+        kept = self._kept
+        return edits.scale(x, kept if kept.device == x.device else self.scales(x))

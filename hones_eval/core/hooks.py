@@ -23,7 +23,12 @@ from hones_eval.core.experts import NeuronTap, Routed
 from hones_eval.errors import EditError
 
 Edit = Callable[[Tensor], Tensor]
-"""A function of a module's input. It does not change the input in place, and keeps its shape and dtype."""
+"""A function of a module's input. It does not change the input in place, and keeps its shape and dtype.
+
+An edit that cannot break this, given an input of its site's width, may say so by an attribute `is_safe`:
+its results are then not checked at every token. One that only multiplies may have its factor [width] as an
+attribute `factor`, which saves a call at every token.
+"""
 
 
 LOOKS = 3
@@ -65,8 +70,7 @@ class AttachedEdits:
         """Raise EditError when an edit has not run since the last check, then reset the counts."""
         idle = [hook for hook in self._hooks if not hook.runs]
         for hook in self._hooks:
-            hook.ever_ran = hook.ever_ran or hook.runs > 0
-            hook.runs = 0
+            hook.start_again()
         self._refuse(idle)
 
     def check_ever_ran(self) -> None:
@@ -82,17 +86,17 @@ class AttachedEdits:
 
         This and `end_pass` run several times per generated token.
         """
-        self._anything_compiled = self._anything_compiled or _anything_compiled()
-        if self._anything_compiled:
+        if self._anything_compiled or _anything_compiled():
+            self._anything_compiled = True
             for hook in self._hooks:
                 hook.ran_compiled = False
         return self._totals.copy()
 
     def end_pass(self, before: Sequence[int], *, some: bool = False) -> None:
         """Raise EditError when an edit (with `some`, every edit) did not run since `before`."""
-        unchanged = list(map(operator.eq, self._totals, before))
-        if True not in unchanged:
+        if not any(map(operator.eq, self._totals, before)):
             return
+        unchanged = list(map(operator.eq, self._totals, before))
         idle = [
             hook for hook, same in zip(self._hooks, unchanged, strict=True) if same and not hook.ran_compiled
         ]
@@ -124,18 +128,43 @@ class _EditHook:
         """Count all runs in `totals[number]`, which hooks share so that they are compared at once."""
         self.site, self._width = site, site.width
         self.edit = edit
-        self.runs = 0
         self.ever_ran = False
         self._totals, self._number = totals, number
+        self._checked_at = 0
+        self._compiled_runs = 0
         self.ran_compiled = False
         self.looked = self.changed = False
         self._looks = looks
+        self._factor: Tensor | None = getattr(edit, "factor", None)
+        self._is_safe = self._factor is not None or getattr(edit, "is_safe", False)
+
+    @property
+    def runs(self) -> int:
+        """The runs since the last `start_again`. Compiled code counts at most once."""
+        return self._totals[self._number] - self._checked_at + self._compiled_runs
+
+    def start_again(self) -> None:
+        """Count runs from 0."""
+        self.ever_ran = self.ever_ran or self.runs > 0
+        self._checked_at, self._compiled_runs = self._totals[self._number], 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
         x = args[0] if len(args) == 1 else None
         if not isinstance(x, Tensor) or x.size(-1) != self._width:
             x = input_of(self.site, args)
-        return self._checked(x, self.edit(x))
+        if torch.compiler.is_compiling() or self._looks or not self._is_safe:
+            return self._checked(x, self.edit(x))
+        if self._factor is None:
+            edited = self.edit(x)
+        else:
+            try:
+                edited = x * self._factor
+            except RuntimeError:  # the factor is on another device than the input of an offloaded layer
+                edited = self.edit(x)
+            if edited.dtype is not x.dtype:
+                edited = edited.to(x.dtype)
+        self._totals[self._number] += 1
+        return edited
 
     def register(self) -> Any:
         """Register the hook; an edit of routed activations sees no others. Returns what removes it."""
@@ -153,10 +182,9 @@ class _EditHook:
         # Compiled code sets the count on every call, but does not read it: a count that is read becomes a
         # guard of the compiled code, and every new value would compile the model again.
         if torch.compiler.is_compiling():
-            self.runs = 1
+            self._compiled_runs = 1
             self.ran_compiled = True
             return edited
-        self.runs += 1
         self._totals[self._number] += 1
         if self._looks:
             self._look(x, edited)

@@ -72,7 +72,8 @@ class _PassCheck:
     def after(self, *_: Any) -> None:
         if torch.compiler.is_compiling() or partial_forwards():
             return
-        if (runs := self._thread.__dict__.pop("runs", None)) is not None:
+        if (runs := getattr(self._thread, "runs", None)) is not None:
+            self._thread.runs = None
             self._attached.end_pass(runs, some=self._some)
 
     def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.condition import AnyCondition, Condition, TextCondition
@@ -178,12 +178,14 @@ class ScopeTracker:
                 f"which its encoder reads: {'leave it out' if conditions else 'use scope=all'}"
             )
         self._model, self._decoder, self.scope = anatomy.model, anatomy.decoder, scope
+        self._on_generated = scope.is_all or "generated" in scope.names
         self._texts = [c for c in conditions if isinstance(c, TextCondition)]
         self._directions = [c for c in conditions if isinstance(c, Condition)]
         for condition in self._directions:
             condition.check_fits(anatomy.shape, type(anatomy.model).__name__)
             if not anatomy.one_stream:
                 anatomy.check_plain_streams()
+        self._needs_ids = bool(self._texts or scope.token_ids or {"image", "text"} & set(scope.names))
         self._layers = anatomy.layers
         last_read = max((c.layer for c in self._directions), default=-1)
         self._reads_first = last_read > first_layer
@@ -228,13 +230,13 @@ class ScopeTracker:
     def attach(self) -> Self:
         """Start to follow the model."""
         model, decoder = self._model, self._decoder
-        embedding = model.get_input_embeddings()
         handles = [
             model.register_forward_pre_hook(self._called, with_kwargs=True),
-            embedding.register_forward_pre_hook(self._embeds),
             decoder.register_forward_pre_hook(self._decodes, with_kwargs=True),
             decoder.register_forward_hook(self._decoded, always_call=True),
         ]
+        if self._needs_ids:
+            handles.append(model.get_input_embeddings().register_forward_pre_hook(self._embeds))
         handles += [
             self._layers[layer].register_forward_pre_hook(self._reader(layer), with_kwargs=True)
             for layer in {condition.layer for condition in self._directions}
@@ -269,7 +271,7 @@ class ScopeTracker:
         tokens = given.get("input_ids") if tokens is None else tokens
         if not isinstance(tokens, Tensor):
             raise EditError(f"{self._what}: {type(module).__name__} was called without tokens")
-        size = (int(tokens.shape[0]), int(tokens.shape[1]))
+        size = (tokens.shape[0], tokens.shape[1])
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past:
@@ -316,7 +318,7 @@ class ScopeTracker:
         if not self._undecided:
             self._finish_deciding()
         elif self._reads_first if _ANSWERS.get(self._model) else self._reads_prompt_first:
-            call = {name: copy.deepcopy(x) if _is_cache(x) else x for name, x in given.items()}
+            call = {name: _copied(x) for name, x in given.items()}
             _READING.add(self._model)
             _readings[0] += 1
             try:
@@ -389,7 +391,7 @@ class ScopeTracker:
                 f"{self._what}: {tokens} tokens were given after a cache of {past}, so prompt and "
                 "answer are not known apart: generate without prefill chunks or an assistant model"
             )
-        return self.scope.is_all or "generated" in self.scope.names
+        return self._on_generated
 
     def _in_prompt(self, prompt: Tensor, ids: Tensor | None) -> Tensor:
         """The tokens of a prompt in the scope, bool [rows, tokens], given which tokens are the prompt's."""
@@ -497,6 +499,7 @@ class Scoped:
     def __init__(self, edit: Edit, tracker: ScopeTracker, name: str) -> None:
         """Apply `edit` to the input of the module called `name` where `tracker` says so."""
         self._edit, self._tracker, self._name = edit, tracker, name
+        self.is_safe = getattr(edit, "is_safe", False)
         if hasattr(edit, "routed"):
             self.routed = self._routed
 
@@ -504,16 +507,21 @@ class Scoped:
         """Edit the tokens in the scope of an input [..., features]."""
         # Compiled code leaves out what depends on the tokens. Where nothing is compiled, leaving the compiler
         # out would cost more at every generated token than all the rest of this method.
-        return self._uncompiled(x) if torch.compiler.is_compiling() else self._edited(x)
+        if torch.compiler.is_compiling():
+            return self._uncompiled(x)
+        acting = self._tracker.acting
+        if acting is False:
+            return x
+        return self._edit(x) if acting is True else self._in_scope(x, acting)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _uncompiled(self, x: Tensor) -> Tensor:
-        return self._edited(x)
-
-    def _edited(self, x: Tensor) -> Tensor:
         acting = self._tracker.acting
         if isinstance(acting, bool):
             return self._edit(x) if acting else x
+        return self._in_scope(x, acting)
+
+    def _in_scope(self, x: Tensor, acting: Tensor) -> Tensor:
         if acting.numel() != x.shape[:-1].numel():
             raise EditError(
                 f"{self._name} was called on {x.shape[:-1].numel()} tokens, where the model's pass has "
@@ -540,9 +548,20 @@ def _arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def _is_cache(x: object) -> bool:
-    """Whether an argument of a decoder is a key-value cache, to which a pass adds tokens."""
-    return hasattr(x, "get_seq_length")
+def _copied(x: Any) -> Any:
+    """A decoder's argument for a pass of its own: a copy of a key-value cache, and others as they are.
+
+    The cache of a prompt is usually empty, and its layers hold nothing that a pass would change in place.
+    """
+    if not hasattr(x, "get_seq_length"):
+        return x
+    layers = getattr(x, "layers", [])
+    held = [value for layer in layers for value in vars(layer).values()]
+    if type(x) is not DynamicCache or any(isinstance(value, Tensor | list | dict) for value in held):
+        return copy.deepcopy(x)
+    own = copy.copy(x)
+    own.layers = [copy.copy(layer) for layer in layers]
+    return own
 
 
 def _first(tensors: Sequence[Any], size: tuple[int, int]) -> Tensor | None:
