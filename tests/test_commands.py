@@ -449,6 +449,16 @@ BAD_SCALES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"rates": [0.1]},
         "--rates only applies to --how tuned, not to fixed",
     ),
+    "groups of grid": ("hones", "grid", {"groups": 2}, "--groups only applies .*search and halving, not to"),
+    "neurons of signed": ("vseam", "signed", {"neurons": 0.1}, "--neurons only applies .*, not to signed"),
+    "beta of learned_no_kl": (
+        "hones",
+        "learned_no_kl",
+        {"beta": 0.1},
+        "--beta only applies .*learned and random, not to learned_no_kl",
+    ),
+    "epochs of tuned": ("hones", "tuned", {"epochs": 3}, "--epochs only applies .*learned"),
+    "learning rate of tuned": ("hones", "tuned", {"learning_rate": 0.1}, "--learning_rate only applies "),
     "sites of grid": (
         "hones",
         "grid",

@@ -236,11 +236,11 @@ def test_the_commands_write_steerings(
         out = tmp_path / how
         assert main(["scale", "--ranking", str(ranking), "--how", how, "--out", str(out)]) == 0
         assert not Steering.load(out).is_noop
-    flags = ["--offset", 4, "--limit", 4, "--factors", "[0.9, 1, 1.1]", "--groups", 2, "--neurons", 0.2]
+    flags = ["--offset", 4, "--limit", 4, "--factors", "[0.9, 1, 1.1]", "--neurons", 0.2]
     flags += ["--metric", "log_probability"]  # which every factor changes
-    for how in ("grid", "search"):
+    for how, groups in (("grid", []), ("search", ["--groups", 2])):
         out = tmp_path / how
-        given = own.command("scale", "--how", how, "--ranking", hones, *flags, "--out", out)
+        given = own.command("scale", "--how", how, "--ranking", hones, *flags, *groups, "--out", out)
         assert main(given) == 0
         content = json.loads((out / "steering.json").read_text())
         assert content["settings"]["how"] == how
@@ -250,12 +250,16 @@ def test_the_commands_write_steerings(
     assert "on development examples: log_probability" in printed
 
 
-@pytest.mark.parametrize("how", ["grid", "search"])
+@pytest.mark.parametrize(("how", "groups"), [("grid", []), ("search", ["--groups", 1])], ids=str)
 def test_nothing_is_written_when_no_strength_helps(
-    how: str, own: own_answers.Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str,
+    groups: list[str | int],
+    own: own_answers.Prepared,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The refusal has the warnings that a steering would have: here that all gold answers are the same."""
-    flags = ["--offset", 4, "--limit", 2, "--factors", "[1]", "--groups", 1, "--out", tmp_path]
+    flags = ["--offset", 4, "--limit", 2, "--factors", "[1]", *groups, "--out", tmp_path]
     flags += ["--metric", "log_probability", "--target", "{{'red'}}"]
     assert main(own.command("scale", "--how", how, "--ranking", own.rankings / "hones", *flags)) == 1
     said = own_answers.complaint(capsys.readouterr().err)
@@ -479,10 +483,11 @@ def test_resumed_scaling_gives_the_same_steering(
 ) -> None:
     """Interrupt learning (two epochs of six examples) and search (four passes) and resume them."""
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6, "--learning_rate", 0.1]
+    flags = ["--ranking", own.rankings / "hones", "--offset", 4, "--limit", 6]
     flags += ["--metric", "log_probability"]  # which every factor changes
-    flags += ["--how", how, "--groups", 2, "--neurons", 0.2]
-    flags += ["--factors", "[0, 1, 3]"] if how == "search" else []
+    flags += ["--how", how, "--neurons", 0.2]
+    own_flags = ["--factors", "[0, 1, 3]", "--groups", 2] if how == "search" else ["--learning_rate", 0.1]
+    flags += own_flags
     assert main(own.command("scale", *flags, "--out", tmp_path / "whole")) == 0
     step, made, allowed = getattr(module, method), [0], [0]
 

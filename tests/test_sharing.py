@@ -1,5 +1,6 @@
 """`push` and `pull` on a hub of this test's own, on the loopback."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from transformers import AutoModelForImageTextToText
 
 from hones_eval.__main__ import main
+from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ExampleSet, ModelShape, Provenance
 from hones_eval.core.model_card import model_card
 from hones_eval.core.steering import Steering
@@ -77,6 +80,40 @@ def test_what_is_pushed_is_pulled_at_its_commit(
     assert main(["pull", "me/steering", str(tmp_path / "back")]) == 1  # not over another result
     assert Steering.load(f"me/steering@{commit}").provenance.settings["hub"]["commit"] == commit
     assert Steering.load("me/steering:0.5").head_scales[1, 2] == 0.75
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "ia3"])
+def test_an_export_takes_the_model_at_the_recorded_commit(
+    to: str, repositories: dict[str, Any], llava_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The model on the hub has changed since: each commit gives the export of its own weights."""
+    model = AutoModelForImageTextToText.from_pretrained(llava_checkpoint)
+    shape = Anatomy.of(model).shape
+    heads = torch.ones(shape.layers, shape.heads)
+    heads[1, 0] = 0.5
+    name = next(name for name, _ in model.named_parameters() if name.endswith("0.self_attn.o_proj.weight"))
+    files = {path.name: path.read_bytes() for path in llava_checkpoint.iterdir()}
+    older = hub.commit_of(files)
+    hub.OLDER["me/base", older] = files
+    with torch.no_grad():
+        model.get_parameter(name).mul_(2)
+    model.save_pretrained(tmp_path / "newer")
+    repositories["me/base"] = files | {p.name: p.read_bytes() for p in (tmp_path / "newer").iterdir()}
+    found = {}
+    for revision in (older, hub.commit_of(repositories["me/base"])):
+        source = Provenance("me/base", revision, shape, "hones", {}, [])
+        Steering(heads, torch.ones(shape.layers, shape.neurons), source).save(tmp_path / revision)
+        out = tmp_path / f"exported {revision}"
+        assert main(["export", "--steering", str(tmp_path / revision), "--to", to, "--out", str(out)]) == 0
+        found[revision] = out
+    if to == "checkpoint":
+        ends = [
+            AutoModelForImageTextToText.from_pretrained(out).get_parameter(name) for out in found.values()
+        ]
+        torch.testing.assert_close(2 * ends[0], ends[1])
+    else:
+        stated = [json.loads((out / "adapter_config.json").read_text())["revision"] for out in found.values()]
+        assert stated == list(found)
 
 
 def test_what_cannot_be_shared_is_one_line(

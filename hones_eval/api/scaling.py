@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # scales that need no model are made without importing lmms-e
 
 FACTOR = 2.0
 HEADS = 10
+GROUPS = 3
 DEVELOPED = ("grid", "search", "learned", "learned_no_kl", "random", "tuned", "halving", "mean_difference")
 """Ways that choose on development examples without a score of heads."""
 
@@ -42,10 +43,10 @@ def scale(
     suppress: float | None = None,
     strengths: Sequence[float] | None = None,
     factors: Sequence[float] | None = None,
-    groups: int = 3,
-    beta: float = 0.05,
-    learning_rate: float = 5e-4,
-    epochs: int = 2,
+    groups: int | None = None,
+    beta: float | None = None,
+    learning_rate: float | None = None,
+    epochs: int | None = None,
     tuned_sites: TunedSites = "all",
     rates: Sequence[float] | None = None,
     ceiling: float = CEILING,
@@ -90,10 +91,10 @@ def scale(
         suppress: topk: b in 1 - b; 0.5 by default.
         strengths: signed, topk and signed_neurons with `tasks`, and mean_difference: the values to try.
         factors: grid, search and halving: the values to try.
-        groups: search and halving: how many groups of layers get a factor of their own.
-        beta: learned and random: the weight of KL(original || scaled).
-        learning_rate: learned and random: AdamW's.
-        epochs: learned and random: passes over the development examples.
+        groups: search and halving: how many groups of layers get a factor of their own; 3 by default.
+        beta: learned and random: the weight of KL(original || scaled); 0.05 by default.
+        learning_rate: learned, learned_no_kl and random: AdamW's; 5e-4 by default.
+        epochs: learned, learned_no_kl and random: passes over the development examples; 2 by default.
         tuned_sites: tuned and halving: heads, neurons, or all of both.
         rates: tuned: the learning rates to try; held-out loss chooses among them.
         ceiling: tuned: the largest scale; the smallest is 0.
@@ -131,11 +132,16 @@ def scale(
     _refuse_values_of_other_ways(
         how,
         factor=factor,
+        neurons=neurons,
         strength=strength,
         epsilon=epsilon,
         heads=heads,
         enhance=enhance,
         suppress=suppress,
+        groups=groups,
+        beta=beta,
+        learning_rate=learning_rate,
+        epochs=epochs,
         against=against,
         shifts=shifts or None,
         rates=rates,
@@ -183,14 +189,19 @@ def scale(
     }
     examples = model.examples(tasks, **task_settings, metric=metric, target=target)
     other = None if against is None else model.examples(against, **task_settings)
-    fit = FitSettings(beta=beta, learning_rate=learning_rate, epochs=epochs, seed=seed)
+    fit = FitSettings(
+        beta=FitSettings.beta if beta is None else beta,
+        learning_rate=FitSettings.learning_rate if learning_rate is None else learning_rate,
+        epochs=FitSettings.epochs if epochs is None else epochs,
+        seed=seed,
+    )
     tune = TuneSettings(ceiling=ceiling, sparsity=sparsity, seed=seed, shifts=shifts)
     tune = replace(tune, rates=tuple(rates)) if rates else tune
     tried = tuple(factors or GRID)
     settings = (
         share,
         tried,
-        groups,
+        GROUPS if groups is None else groups,
         fit,
         HEADS if heads is None else heads,
         epsilon or 0.0,
@@ -266,8 +277,14 @@ def _given(
 
 
 # The ways of scaling that read each value; with another way it would be silently ignored.
+_LEARNED = ("learned", "learned_no_kl", "random")
 READ_BY = {
     "factor": ("fixed",),
+    "neurons": ("fixed", "signed_neurons", *DEVELOPED),
+    "groups": ("search", "halving"),
+    "beta": ("learned", "random"),
+    "learning_rate": _LEARNED,
+    "epochs": _LEARNED,
     "strength": ("signed", "signed_neurons", "mean_difference"),
     "epsilon": ("signed",),
     "heads": ("topk", "halving", "mean_difference"),

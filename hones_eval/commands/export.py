@@ -33,7 +33,8 @@ def export(
         steering: a folder that scale wrote, or a Hugging Face hub id.
         to: the form; checkpoint is weights with the scales folded in and the processor, ia3 a PEFT adapter.
         out: the folder to write to.
-        pretrained: the base model's folder or hub id; by default the one that the steering names.
+        pretrained: the base model's folder or hub id, also org/name@revision; by default the one that the
+            steering names, at the commit that it was made with.
         peft: the folder or hub id of a PEFT adapter to merge into the checkpoint; by default the one that the
             steering names.
         strength: a scale s becomes 1 + strength * (s - 1).
@@ -48,13 +49,15 @@ def export(
     loaded = Steering.load(steering).at_strength(strength)
     if loaded.is_noop:
         raise HonesError(f"{steering} at strength {strength:g}: every scale is 1, there is nothing to export")
-    base = pretrained or loaded.provenance.base_model
     source = loaded.provenance
+    base, commit = (pretrained, None) if pretrained else (source.base_model, source.revision)
+    if pretrained and "@" in base and not Path(base).exists():
+        base, _, commit = base.rpartition("@")
     adapter, revision = (peft, None) if peft else (source.adapter, source.adapter_revision)
     if (named := adapter_base(base)) is not None:  # an adapter's folder in place of the base model
         if peft is not None:
             raise HonesError(f"--pretrained {base} and --peft are two adapters; only one is supported")
-        base, adapter, revision = named, base, None
+        base, adapter, revision, commit = named, base, None, None
     if out.resolve() in {Path(path).resolve() for path in (base, adapter) if path is not None}:
         raise HonesError(f"--out {out} is the base model's own folder: give another one")
     if adapter is not None and to == "ia3":
@@ -62,9 +65,9 @@ def export(
             f"an (IA)^3 adapter cannot be loaded on top of the adapter {adapter}: use --to checkpoint, which "
             "merges it"
         )
-    if to == "checkpoint" and adapter is None and _copied(base, loaded, out):
+    if to == "checkpoint" and adapter is None and _copied(base, commit, loaded, out):
         return _answer(out, base, adapter, to, strength)
-    model = _model(base)
+    model = _model(base, commit)
     if adapter is not None:
         load_adapter(model, adapter, revision=revision, merge=True)
     if to == "ia3":
@@ -72,7 +75,8 @@ def export(
     else:
         from transformers import AutoProcessor
 
-        export_checkpoint(model, loaded, out, AutoProcessor.from_pretrained(base).save_pretrained)
+        processor = AutoProcessor.from_pretrained(base, revision=commit)
+        export_checkpoint(model, loaded, out, processor.save_pretrained)
     return _answer(out, base, adapter, to, strength)
 
 
@@ -84,7 +88,7 @@ def _answer(out: Path, base: str, adapter: str | None, to: str, strength: float)
     )
 
 
-def _copied(base: str, steering: "Steering", out: Path) -> bool:
+def _copied(base: str, commit: str | None, steering: "Steering", out: Path) -> bool:
     """Write the steered weights as a copy of the base model's files, without the model in memory.
 
     Returns: whether that was possible; if not, a note says why the model is loaded and saved instead.
@@ -97,11 +101,11 @@ def _copied(base: str, steering: "Steering", out: Path) -> bool:
     from hones_eval.core.export import write_folder
 
     try:
-        empty = empty_model(AutoConfig.from_pretrained(base), base)
-        source = checkpoint_folder(base)
+        empty = empty_model(AutoConfig.from_pretrained(base, revision=commit), base)
+        source = checkpoint_folder(base, commit)
     except (OSError, ValueError) as error:
-        raise _no_model(base, error) from None
-    here: ModelSource = {"base_model": base, "revision": None, "adapter": None, "adapter_revision": None}
+        raise _no_model(base, commit, error) from None
+    here: ModelSource = {"base_model": base, "revision": commit, "adapter": None, "adapter_revision": None}
     try:
         write_folder(out, lambda folder: copy_scaled(source, empty, steering, folder))
     except (CannotCopyError, UnsupportedModelError) as reason:
@@ -111,17 +115,20 @@ def _copied(base: str, steering: "Steering", out: Path) -> bool:
     return True
 
 
-def _model(base: str) -> "PreTrainedModel":
+def _model(base: str, commit: str | None) -> "PreTrainedModel":
     from transformers import AutoModelForImageTextToText, PreTrainedModel
 
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            base, revision=commit, dtype="auto"
+        )
     except (OSError, ValueError) as error:
-        raise _no_model(base, error) from None
+        raise _no_model(base, commit, error) from None
     model.eval()
     return model
 
 
-def _no_model(base: str, error: Exception) -> HonesError:
+def _no_model(base: str, commit: str | None, error: Exception) -> HonesError:
     reason = " ".join(str(error).split())[:200]
-    return HonesError(f"no vision-language model at {base!r}: {reason}; name it with --pretrained")
+    at = "" if commit is None else f", commit {commit},"
+    return HonesError(f"no vision-language model at {base!r}{at}: {reason}; name it with --pretrained")

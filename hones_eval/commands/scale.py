@@ -27,10 +27,10 @@ def scale(
     suppress: float | None = None,
     strengths: list[float] | None = None,
     factors: list[float] | None = None,
-    groups: int = 3,
-    beta: float = 0.05,
-    learning_rate: float = 5e-4,
-    epochs: int = 2,
+    groups: int | None = None,
+    beta: float | None = None,
+    learning_rate: float | None = None,
+    epochs: int | None = None,
     tuned_sites: TunedSites = "all",
     rates: list[float] | None = None,
     ceiling: float = CEILING,
@@ -85,10 +85,10 @@ def scale(
             by default 0.5, 1, 2, 4 and 8 of signed, 0.25, 0.5, 0.75 and 1 of topk and signed_neurons, and
             0.5, 1, 2 and 4 of mean_difference.
         factors: grid, search and halving: the values to try; by default 0.5, 0.75, 1, 1.25, 1.5 and 2.
-        groups: search and halving: how many groups of layers get a factor of their own.
-        beta: learned and random: the weight of KL(original || scaled).
-        learning_rate: learned and random: of AdamW; it falls to a tenth.
-        epochs: learned and random: passes over the development examples.
+        groups: search and halving: how many groups of layers get a factor of their own; 3 by default.
+        beta: learned and random: the weight of KL(original || scaled); 0.05 by default.
+        learning_rate: learned, learned_no_kl and random: of AdamW, 5e-4 by default; it falls to a tenth.
+        epochs: learned, learned_no_kl and random: passes over the development examples; 2 by default.
         tuned_sites: tuned and halving: heads, neurons, or all of both.
         rates: tuned: the learning rates to try; by default 0.2.
         ceiling: tuned: the largest scale; the smallest is 0.

@@ -35,13 +35,13 @@ class CannotCopyError(Exception):
     """A checkpoint whose tensors are not plainly the model's own: it has to be loaded and saved instead."""
 
 
-def checkpoint_folder(name: str) -> Path:
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint; one from the hub is downloaded, or found in the hub's cache."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name))
+    return Path(snapshot_download(name, revision=revision))
 
 
 class _Stored(NamedTuple):

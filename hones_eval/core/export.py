@@ -93,6 +93,7 @@ def export_ia3(model: PreTrainedModel, steering: Steering, out: Path) -> None:
         target_modules=list(scales),
         feedforward_modules=list(scales),  # these are scaled at their input, as a steering does
         base_model_name_or_path=steering.provenance.base_model,
+        revision=steering.provenance.revision,
         inference_mode=True,
     )
     vectors = {f"base_model.model.{name}.ia3_l": values[None].float() for name, values in scales.items()}

@@ -507,19 +507,17 @@ class Scoped:
         """Edit the tokens in the scope of an input [..., features]."""
         # Compiled code leaves out what depends on the tokens. Where nothing is compiled, leaving the compiler
         # out would cost more at every generated token than all the rest of this method.
-        if torch.compiler.is_compiling():
-            return self._uncompiled(x)
+        return self._uncompiled(x) if torch.compiler.is_compiling() else self._edited(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, x: Tensor) -> Tensor:
+        return self._edited(x)
+
+    def _edited(self, x: Tensor) -> Tensor:
         acting = self._tracker.acting
         if acting is False:
             return x
         return self._edit(x) if acting is True else self._in_scope(x, acting)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(self, x: Tensor) -> Tensor:
-        acting = self._tracker.acting
-        if isinstance(acting, bool):
-            return self._edit(x) if acting else x
-        return self._in_scope(x, acting)
 
     def _in_scope(self, x: Tensor, acting: Tensor) -> Tensor:
         if acting.numel() != x.shape[:-1].numel():

@@ -118,11 +118,20 @@ class _HubHandler(BaseHTTPRequestHandler):
         commit = commit_of(repos[name])
         return self._json({"commitUrl": f"/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
+    def _at(self, name: str, revision: str) -> Mapping[str, bytes] | None:
+        """The files of a repository at a commit of now or of `OLDER`; any other name is a branch."""
+        if len(revision) != 40 or revision == commit_of(self.repos[name]):
+            return self.repos[name]
+        return OLDER.get((name, revision))
+
     def _api(self, rest: str) -> None:
         name, _, rest = self._split(rest)
         if name not in self.repos:
             return self._missing("RepoNotFound")
-        files = self.repos[name]
+        revision = rest.split("/")[1] if rest.startswith(("revision/", "tree/")) else "main"
+        files = self._at(name, revision)
+        if files is None:
+            return self._missing("RevisionNotFound")
         if rest.startswith("tree/"):
             folder = rest.split("/", 2)[2] + "/" if rest.count("/") > 1 else ""
             return self._json(self._tree(name, folder))
@@ -157,13 +166,16 @@ class _HubHandler(BaseHTTPRequestHandler):
         name, _, rest = self._split(rest)
         if name not in self.repos:
             return self._missing("RepoNotFound")
-        path = rest.split("/", 2)[2] if rest.startswith("resolve/") else ""
-        content = self.repos[name].get(path)
+        _, revision, path = rest.split("/", 2) if rest.startswith("resolve/") else ("", "main", "")
+        files = self._at(name, revision)
+        if files is None:
+            return self._missing("RevisionNotFound")
+        content = files.get(path)
         if content is None:
             return self._missing("EntryNotFound")
         headers = {
             "ETag": f'"{etag_of(content)}"',
-            "X-Repo-Commit": commit_of(self.repos[name]),
+            "X-Repo-Commit": commit_of(files),
             "Accept-Ranges": "bytes",
         }
         start, end = self._range(len(content))
@@ -220,5 +232,7 @@ class _HubHandler(BaseHTTPRequestHandler):
 
 
 LOG: list[str] | None = None
+OLDER: dict[tuple[str, str], Mapping[str, bytes]] = {}
+"""The files of a repository at an earlier commit."""
 CREATED: dict[str, Any] = {}
 """By repository that a client created, what it asked for."""
