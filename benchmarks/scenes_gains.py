@@ -5,10 +5,11 @@
 For each of seven tasks, on images as they are and on shifted images: `rank --method atp` on discovery images,
 `scale --how tuned` with default settings on development images, and as a control the same scales on random
 heads and neurons of the same layers. lmms-eval measures them on test images that no earlier study used (from
-the 200th on). Two boards:
+the 200th on). Three boards:
 
 own    each steering and its control on its own task, as it is and shifted
 side   each steering on the other tasks: its side effects
+again  OCR, the one task that gains, with scales chosen on two other sets of discovery and development images
 
 Rankings, steerings and logs stay in the work folder, and a second run continues from there.
 """
@@ -29,14 +30,15 @@ FIRST_QUERY = 50
 """The same for retrieval, whose queries have an image each and `CANDIDATES` examples."""
 
 
-def steering(work: Path, task: str, images: str, count: int) -> Path:
-    """Rank and tune for one task; kept in the work folder."""
-    limit = str(count - count % CANDIDATES if task == "retrieval" else count)  # whole queries
+def steering(work: Path, task: str, images: str, count: int, part: int = 0) -> Path:
+    """Rank and tune for one task, on the `part`-th `count` images of each split; kept in the work folder."""
+    limit = count - count % CANDIDATES if task == "retrieval" else count  # whole queries
     rank, scale = (
-        (*model_flags(), "--tasks", f"scenes_{task}{images}_{split}", "--limit", limit)
+        (*model_flags(), "--tasks", f"scenes_{task}{images}_{split}", "--limit", str(limit),
+         "--offset", str(part * limit))
         for split in ("discovery", "development")
-    )
-    folder = work / f"{task}{images}"
+    )  # fmt: skip
+    folder = work / (f"{task}{images}-{part}" if part else f"{task}{images}")
     return made(folder, ("--method", "atp", *rank), ("--how", "tuned", *scale))
 
 
@@ -52,7 +54,7 @@ def measure(logs: Path, steered: Path | None, tasks: Sequence[str], images: int)
 
 
 def boards(given: argparse.Namespace) -> None:
-    """Make every steering and control, measure them, and write both boards."""
+    """Make every steering and control, measure them, and write the boards."""
     checkpoint_path(CHECKPOINT)  # compares the weights with their hash
     own, side = given.work / "own", given.work / "side"
     measure(side / "baseline", None, TESTED, given.side)
@@ -66,7 +68,18 @@ def boards(given: argparse.Namespace) -> None:
             drawn = control(steered, given.work / name / "control")
             measure(own / f"{name}-random", drawn, pair, given.test)
             measure(side / name, steered, [other for other in TESTED if other not in pair], given.side)
-    for logs, title in ((own, "Scenes: tuned steerings on their own tasks"), (side, "Scenes: side effects")):
+    again, pair = given.work / "again", ("ocr", "ocr_shifted")
+    measure(again / "ocr-baseline", None, pair, given.test)
+    for part in (1, 2):
+        steered = steering(given.work, "ocr", "", given.examples, part)
+        measure(again / f"ocr-{part}", steered, pair, given.test)
+        measure(again / f"ocr-{part}-random", control(steered, given.work / f"ocr-{part}" / "control"), pair,
+                given.test)  # fmt: skip
+    for logs, title in (
+        (own, "Scenes: tuned steerings on their own tasks"),
+        (side, "Scenes: side effects"),
+        (again, "Scenes: OCR tuned on other images"),
+    ):
         run_ours("leaderboard", str(logs), "--out", str(given.out / logs.name), "--pages", "4",
                  "--title", title)  # fmt: skip
 

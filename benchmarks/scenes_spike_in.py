@@ -3,12 +3,14 @@
     python benchmarks/scenes_spike_in.py --out leaderboards/scenes/spike_in --work runs/scenes_spike_in
 
 Per task three kinds of fault: the best neurons of the exhaustive ground truth, the best neurons of the `dvp`
-ranking, or the best heads of the ground truth are damped. The first kind is repaired once more with scales
-that are tuned on all 500 development images, which every seed then shares. The strength is the weakest of `FAULTS` that costs
+ranking, or the best heads of the ground truth are damped. The strength is the weakest of `FAULTS` that costs
 a tenth of the metric on the development images, since a fault that costs nothing cannot be repaired. Each
 cell runs `hones_eval.jobs.spike_in` with the default way of scaling (`tuned`, among all heads and neurons)
 and 5 random controls per row. Cells stay in the work folder, and a second run continues from there: the table
 holds the cells that are done. One seed takes its own discovery, development and test images.
+
+The first kind can be repaired once more with scales that are tuned on all 500 development images, which all
+seeds then share: `--kinds "true neurons, 500 images"`.
 """
 
 import argparse
@@ -164,8 +166,8 @@ def write(work: Path, out: Path, command: str) -> None:
         markdown_table([_kind_row(kind, reports) for kind in KINDS if _of(kind, reports)]),
         "## By task\n",
         "The recovered share of all seeds together: the sum of the gains over the sum of the losses, and in "
-        "brackets the smallest and the largest share of a seed. Seeds have images of their own, but share the "
-        "500 development images of the last column.\n",
+        "brackets the smallest and the largest share of a seed. Seeds have images of their own, but share "
+        "the 500 development images of the last column.\n",
         markdown_table(_by_task(reports)),
         "## Every fault\n",
         markdown_table(rows),
