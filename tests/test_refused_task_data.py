@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from datasets import Dataset, Image
 from lmms_runs import picture
+from own_answers import complaint
 from tiny_evaluations import UTILS, evaluated
 
+from hones_eval.__main__ import main
 from hones_eval.errors import TaskError
 from hones_eval.lmms.examples import TaskExamples, load_lmm
 from hones_eval.lmms.task_files import check_task_file
@@ -83,6 +85,26 @@ def test_data_that_lmms_eval_cannot_score(
     folder = write(yaml, [row] * 3)
     with pytest.raises(TaskError, match=message):
         check_task_file(folder / "small.yaml")
+
+
+def test_a_metric_that_some_examples_lack_is_one_line(
+    write: Write, model_args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = texts(metric="seen") + "    aggregation: mean\n    higher_is_better: true\n"
+    yaml += "  - metric: other\n    aggregation: mean\n    higher_is_better: true\n"
+    folder = write(yaml + "process_results: !function utils.sometimes\n", [{"answer": "red"}] * 3)
+    sometimes = (
+        "def sometimes(doc, results):\n"
+        "    name = 'seen' if '0' in doc['question'] else 'other'\n"
+        "    return {name: float(results[0] == doc['answer'])}\n"
+    )
+    (folder / "utils.py").write_text(f"{UTILS}\n\n{sometimes}")
+    given = ["rank", "--model", "llava_hf", "--model_args", model_args, "--tasks", "small"]
+    given += ["--include_path", str(folder), "--method", "hones", "--out", str(tmp_path / "out")]
+    assert main(given) == 1
+    said = complaint(capsys.readouterr().err)
+    assert "small, doc_id 1: its result has no 'seen', only 'other': choose another --metric" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_template_makes_numbers_texts(write: Write, model_args: str) -> None:

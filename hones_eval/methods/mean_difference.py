@@ -59,7 +59,7 @@ class MeanActivations:
         if self._answers is None:
             return "all"
         answer: Any = self._answers.measure(example).record.answers[BASELINE]
-        value = answer.result[self.examples.metric]
+        value = self.examples.metric_of(example.index, answer.result)
         if not isinstance(value, Real | np.bool_):
             raise HonesError(
                 f"{self.examples.metric} of {self.examples.task} is no number per example, so right and "

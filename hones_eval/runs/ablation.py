@@ -114,7 +114,7 @@ class Ablation:
         """Add an example's metric, unedited and under the edits that change its answer."""
 
         def value(text: str) -> float:
-            return float(self.examples.score(index, text)[self.examples.metric])
+            return float(self.examples.metric_of(index, self.examples.score(index, text)))
 
         values = {text: value(text) for text in {answers.base, *answers.changed.values()}}
         sums["metric"] += values[answers.base]

@@ -169,6 +169,15 @@ class TaskExamples(Dataset[Example]):
         own = self.kind.own_result(text)
         return own or self._scorer.score(self._request(index), self.kind.responses(text))
 
+    def metric_of(self, index: int, result: dict[str, Any]) -> Any:
+        """The entry of `metric` in one result of `score`. Raises: TaskError where the example has none."""
+        if self.metric not in result:
+            raise TaskError(
+                f"{self.task}, doc_id {self.doc_id(index)}: its result has no {self.metric!r}, only "
+                f"{', '.join(map(repr, result))}: choose another --metric, or leave such examples out"
+            )
+        return result[self.metric]
+
     def aggregate(self, results: list[dict[str, Any]]) -> float:
         """`metric` over results of `score`, by the task's own aggregation; a kind's own metric is a mean."""
         if self.kind.metric is not None:
