@@ -12,6 +12,10 @@ seed on its own, and scores the best 4 heads and the best 1 % of the neurons in 
   mean rise of the gold answer's loss over the logarithm of the share, with a 95 % interval by bootstrap over
   images. It needs no ground truth.
 
+`--faults` plants a fault instead: the truth's best 1 % of the neurons are damped to a quarter, the damaged
+model is ranked, and the best 1 % of each ranking are multiplied by one factor, which discovery images choose.
+The recovered share of the loss on test images says whether a ranking finds what is broken.
+
 Cells are kept in the work folder, and a second run continues from there. The table holds the cells that are
 done. Times are CPU seconds of one thread.
 """
@@ -28,6 +32,7 @@ from torch import Tensor
 
 from hones_eval import api
 from hones_eval.core.artifact import read_json, write_json, write_text
+from hones_eval.core.attach import steer
 from hones_eval.core.ranking import Ranking
 from hones_eval.core.sites import neuron_count, top_neurons
 from hones_eval.methods.learning import Fold, TargetLosses
@@ -54,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
 SIGNED = "atp, signed"
 GRADIENTS = ("atp",)
 SHARES = (0.0025, 0.01, 0.03, 0.1)
+DAMP = 0.25
+FACTORS = (1.5, 2.0, 4.0)
 HEADS = 4
 CEILING = 0.5
 """A truth whose halves capture less than this share of each other is flat: it cannot score a method."""
@@ -112,9 +119,18 @@ def rankings(
     return found
 
 
-def losses(model: api.Model, task: str, seed: int, tests: int, banks: dict[str, Any]) -> np.ndarray:
-    """The gold answer's loss on test examples [examples, 1 + banks], without masking and under each bank."""
-    examples = model.examples(f"scenes_{task}", limit=tests, offset=seed * tests)
+def losses(
+    model: api.Model,
+    task: str,
+    seed: int,
+    tests: int,
+    banks: dict[str, Any],
+    *,
+    first: int = 0,
+    split: str = "",
+) -> np.ndarray:
+    """The gold answer's loss on examples of a split [examples, 1 + banks], as it is and under each bank."""
+    examples = model.examples(f"scenes_{task}{split}", limit=tests, offset=first + seed * tests)
     pass_ = TargetLosses(model.replayer, [Fold(banks, range(tests))])
     with torch.inference_mode():
         rows = [pass_.measure(examples[index]).sums["losses"].numpy() for index in range(len(examples))]
@@ -183,6 +199,49 @@ def cell(model: api.Model, task: str, seed: int, given: argparse.Namespace, trut
     print(f"{task} seed {seed}: {sum(row['seconds'] for row in rows):.0f} s of ranking", flush=True)
 
 
+def fault_cell(model: api.Model, task: str, seed: int, given: argparse.Namespace, truth: Any) -> None:
+    """Plant a fault in one task, rank the damaged model, and repair it by each ranking's best 1 %."""
+    path = given.work / f"fault-{task}-{seed}.json"
+    if path.is_file():
+        return
+    after, effects = truth.report["tasks"][task]["examples"], truth.effects[task]["neurons"].log_probability
+    planted = top_neurons(effects, neuron_count(effects, 0.01))
+    discovery = {"seed": seed, "tests": given.examples, "first": after, "split": "_discovery"}
+    some = api.rank(model, f"scenes_{task}_discovery", method="random", limit=1)
+    undamaged = losses(model, task, seed, given.test, {})[:, 0].mean()
+    with steer(model.model, scaled_neurons(some, planted, DAMP, {}), "fold"):
+        found = rankings(model, task, seed, given, after)
+        best = {name: top_neurons(scores, len(planted)) for name, (_, _, scores, _) in found.items()
+                if scores is not None}  # fmt: skip
+        best["the planted neurons"] = planted
+        scaled = {
+            (name, factor): scaled_neurons(some, bank, factor, {})
+            for name, bank in best.items()
+            for factor in FACTORS
+        }
+        chosen = losses(
+            model, task, banks={str(key): steering for key, steering in scaled.items()}, **discovery
+        ).mean(0)
+        by_factor = dict(zip(scaled, chosen[1:], strict=True))
+        factors = {name: min((by_factor[name, factor], factor) for factor in FACTORS)[1] for name in best}
+        repaired = losses(
+            model, task, seed, given.test, {name: scaled[name, factors[name]] for name in best}
+        ).mean(0)
+    lost = repaired[0] - undamaged
+    rows = [
+        {
+            "method": name,
+            "factor": factors[name],
+            "recovered": float((repaired[0] - after_repair) / lost),
+            "planted_found": len({*map(tuple, bank)} & {*map(tuple, planted)}),
+        }
+        for (name, bank), after_repair in zip(best.items(), repaired[1:], strict=True)
+    ]
+    about = {"task": task, "seed": seed, "planted": len(planted), "damp": DAMP}
+    write_json(path, about | {"undamaged": undamaged, "damaged": repaired[0], "rows": rows})
+    print(f"{task} seed {seed}: a fault that costs {lost:.3f} nats per token", flush=True)
+
+
 def over_seeds(values: Sequence[float | None]) -> str:
     """The mean over seeds, with the smallest and the largest where there are several."""
     known = [value for value in values if value is not None]
@@ -216,6 +275,30 @@ def table(cells: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
             {"method": "ceiling (half of the truth)", **{t: over_seeds(v) for t, v in tops.items()}}
         )
     return [{key: line.get(key, "") for key in result[0]} for line in result]
+
+
+def fault_table(faults: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The share of a planted fault's loss that each ranking's best 1 % recover, per task."""
+    tasks = sorted({found["task"] for found in faults}, key=TASKS.index)
+    rows = []
+    for name in [row["method"] for row in faults[0]["rows"]]:
+        line: dict[str, Any] = {"method": name}
+        means = []
+        for task in tasks:
+            own = [row for found in faults if found["task"] == task for row in found["rows"]
+                   if row["method"] == name]  # fmt: skip
+            line[task] = over_seeds([row["recovered"] for row in own])
+            means.append(np.mean([row["recovered"] for row in own]))
+        every = [row["planted_found"] for found in faults for row in found["rows"] if row["method"] == name]
+        line["mean"] = f"{np.mean(means):.2f}"
+        line["planted among the best"] = f"{np.mean(every):.1f} of {faults[0]['planted']}"
+        rows.append(line)
+    lost = {
+        task: over_seeds([found["damaged"] - found["undamaged"] for found in faults if found["task"] == task])
+        for task in tasks
+    }
+    rows.append({"method": "loss of the fault, nats per token", **lost})
+    return [{key: row.get(key, "") for key in rows[0]} for row in rows]
 
 
 def area_table(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,12 +344,13 @@ def task_rows(cells: Sequence[dict[str, Any]], truth: GroundTruth) -> list[dict[
 
 def write(given: argparse.Namespace, truth: GroundTruth) -> None:
     """Write `captured.json`, `captured.csv` and `captured.md` of all cells that are done."""
-    cells = [read_json(path) for path in given.work.glob("*.json")]
+    cells = [read_json(path) for path in given.work.glob("*.json") if not path.name.startswith("fault-")]
+    faults = [read_json(path) for path in sorted(given.work.glob("fault-*.json"))]
     cells.sort(key=lambda found: (TASKS.index(found["task"]), found["seed"]))
     if not cells:
         return
     hours = sum(row["seconds"] for found in cells for row in found["rows"]) / 3600
-    write_json(given.out / "captured.json", {"cells": cells})
+    write_json(given.out / "captured.json", {"cells": cells, "faults": faults})
     lines = [
         {
             **{key: row[key] for key in ("task", "seed", "method", "seconds", "gradients")},
@@ -303,6 +387,15 @@ def write(given: argparse.Namespace, truth: GroundTruth) -> None:
         "a ranking may exceed it.\n",
         markdown_table(area_table(cells)),
     ]
+    if faults:
+        parts += [
+            "## Neurons: what is recovered of a planted fault\n",
+            f"`--faults`: the truth's best 1 % of the neurons are damped to {DAMP:g}, the damaged model is "
+            "ranked, and the best 1 % of each ranking are multiplied by one factor "
+            f"({', '.join(f'{factor:g}' for factor in FACTORS)}), which discovery images choose. The share "
+            "of the loss that is recovered on test images; 1 is all of it.\n",
+            markdown_table(fault_table(faults)),
+        ]
     write_text(given.out / "captured.md", "\n".join(parts))
 
 
@@ -315,6 +408,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--faults", action="store_true", help="plant faults and rank the damaged model")
     parser.add_argument(
         "--truth", type=Path, default=None, help="a folder of toy.ground_truth; default: the stored"
     )
@@ -324,7 +418,7 @@ def main() -> None:
     model = api.load("llava_hf", f"pretrained={checkpoint_path()}")
     for seed in range(given.seeds):
         for task in given.tasks:
-            cell(model, task, seed, given, truth)
+            (fault_cell if given.faults else cell)(model, task, seed, given, truth)
             write(given, truth)
 
 
