@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "absolute": "example",
     },
     "atp, confirm 200": {"method": "atp", "confirm": 200},
+    "atp, confirm 200, joint": {"method": "atp", "confirm": 200, "joint": True},
     "random": {"method": "random"},
 }
 SIGNED = "atp, signed"
@@ -309,13 +310,16 @@ def area_table(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in names:
         line: dict[str, Any] = {"method": name}
         for task in tasks:
-            own = [found["masking"][name] for found in cells if found["task"] == task]
+            own = [found["masking"][name] for found in cells
+                   if found["task"] == task and name in found["masking"]]  # fmt: skip
+            if not own:
+                continue
             value = np.mean([one["area"] for one in own])
             # Seeds have images of their own, so the variances of their areas add up.
             half = np.sqrt(sum(((one["area_high"] - one["area_low"]) / 2) ** 2 for one in own)) / len(own)
             line[task] = f"{value:.2f} [{value - half:.2f}, {value + half:.2f}]"
         rows.append(line)
-    return rows
+    return [{column: row.get(column, "") for column in ("method", *tasks)} for row in rows]
 
 
 def task_rows(cells: Sequence[dict[str, Any]], truth: GroundTruth) -> list[dict[str, Any]]:
@@ -406,6 +410,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32, help="to rank on, per seed")
     parser.add_argument("--test", type=int, default=40, help="to mask on, per seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--faults", action="store_true", help="plant faults and rank the damaged model")
@@ -416,7 +421,7 @@ def main() -> None:
     torch.set_num_threads(1)
     truth = load_ground_truth() if given.truth is None else load_ground_truth(given.truth)
     model = api.load("llava_hf", f"pretrained={checkpoint_path()}")
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         for task in given.tasks:
             (fault_cell if given.faults else cell)(model, task, seed, given, truth)
             write(given, truth)

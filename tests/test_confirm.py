@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import own_answers
 import plain
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from hones_eval.__main__ import main
+from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.ranking import Ranking
+from hones_eval.core.sites import Neuron
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.confirm import missed_bound
 
@@ -80,6 +84,60 @@ def test_only_measured_sites_are_selected_and_the_estimate_is_kept(
         )
 
 
+def masked(model: Any, item: plain.Item, neurons: Sequence[Neuron]) -> float:
+    """The log-probability of an item's target with some neurons masked, by hooks of this test's own."""
+    layers = Anatomy.of(model).neurons_in
+    handles = []
+    for layer, site in enumerate(layers):
+        own = [neuron.neuron for neuron in neurons if neuron.layer == layer]
+
+        def hook(_: object, args: tuple[torch.Tensor], own: list[int] = own) -> torch.Tensor:
+            changed = args[0].clone()
+            changed[..., own] = 0
+            return changed
+
+        handles.append(site.module.register_forward_pre_hook(hook))
+    found = plain.log_probability(model, item)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_joint_effects_are_those_of_a_plain_loop(
+    own: own_answers.Prepared, confirmed: Ranking, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All candidates masked together, and each alone restored; heads and single effects are as without."""
+    assert main(own.command("rank", *ATP, "--confirm", CONFIRM, "--joint", "--out", tmp_path)) == 0
+    assert f"masked together, the {CONFIRM} neurons cost" in capsys.readouterr().out
+    found = Ranking.load(tmp_path)
+    single, joint, scores = found.neuron_single, found.neuron_joint, found.neuron_scores
+    assert single is not None
+    assert joint is not None
+    assert scores is not None
+    torch.testing.assert_close(single, confirmed.neuron_scores)
+    torch.testing.assert_close(found.head_scores, confirmed.head_scores)
+    estimate = found.neuron_estimate
+    assert estimate is not None
+    best = estimate.flatten().topk(CONFIRM).indices.tolist()
+    bank = [Neuron(*divmod(place, estimate.shape[1])) for place in best]
+    assert {Neuron(*place) for place in joint.nonzero().tolist()} <= set(bank)
+    lmm = load_lmm(own_answers.MODEL, own.model_args)
+    examples = TaskExamples(lmm, "own_a", model_name=own_answers.MODEL, include_path=own.tasks, limit=COUNT)
+    model = inner_model(lmm)
+    items = [plain.Item(examples[i].inputs, {}, examples[i].target_ids) for i in range(COUNT)]
+    together = [masked(model, item, bank) for item in items]
+    for neuron in bank[::3]:
+        rest = [other for other in bank if other != neuron]
+        returned = sum(masked(model, item, rest) - all_ for item, all_ in zip(items, together, strict=True))
+        assert float(joint[neuron]) == pytest.approx(returned / COUNT, abs=2e-5)
+    assert joint.abs().max() > 1e-3
+    cost = sum(plain.log_probability(model, item) - all_ for item, all_ in zip(items, together, strict=True))
+    assert found.report is not None
+    about = found.report["confirmed"]["neurons"]
+    assert about["drop_when_all_are_masked"] == pytest.approx(cost / COUNT, abs=2e-5)
+    torch.testing.assert_close(scores, (single / single.max() + joint / joint.max()) / 2)
+
+
 def test_two_processes_confirm_the_same_sites(
     own: own_answers.Prepared, confirmed: Ranking, tmp_path: Path
 ) -> None:
@@ -114,6 +172,7 @@ def test_all_sites_of_a_kind_may_be_confirmed(own: own_answers.Prepared, tmp_pat
         (["--confirm", 3], "--confirm 3 is fewer than the 4 heads to select"),
         (["--confirm", 5, "--heads", 2, "--neurons", 0.5], r"--confirm 5 is fewer than the \d+ neurons"),
         (["--confirm", 5, "--method", "vseam"], "--confirm has nothing to do for --method vseam"),
+        (["--joint"], "--joint needs --confirm N, and a method that estimates effects of neurons"),
     ],
 )
 def test_a_number_that_cannot_be_confirmed_is_refused(

@@ -54,6 +54,7 @@ def rank(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    joint: bool = False,
     scope: str = "all",
     out: Path | None = None,
     resume: bool = False,
@@ -86,6 +87,8 @@ def rank(
         objective: for `atp`; what the gradient is taken of.
         absolute: for `atp`; whether absolute values are taken per token position or per example.
         confirm: the number of best heads and of best neurons whose exact effect is measured and ranked by.
+        joint: with `confirm`; also mask these neurons all together, restore each alone, and rank neurons by
+            the mean of both effects, each as a share of its largest.
         scope: the tokens at which sites are edited, as in `steer`; for `hones`, `vseam` and `atp`. Other
             scopes than `all` take full passes.
         out: the folder to save the ranking to; while it is measured, progress is kept there in `partial`.
@@ -125,6 +128,7 @@ def rank(
         objective=objective,
         absolute=absolute,
         confirm=confirm,
+        joint=joint,
         scope=scope,
     )
     examples = model.examples(
@@ -165,6 +169,7 @@ def rank(
             edit,
             options.attribution,
             confirm,
+            joint,
         )
         ranking = discover(job)
     finally:
@@ -208,6 +213,7 @@ def check_request(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    joint: bool = False,
     scope: str = "all",
 ) -> tuple[list[str], "Options"]:
     """Check what can be checked before a model is loaded.
@@ -235,6 +241,10 @@ def check_request(
     if confirm is not None:
         check_has_estimates(method)
         recorded["confirm"] = confirm
+    if joint:
+        if confirm is None or "neurons" not in check_has_estimates(method):
+            raise HonesError("--joint needs --confirm N, and a method that estimates effects of neurons")
+        recorded["joint"] = True
     if not Scope.parse(scope).is_all:
         check_scope(scope, method)
         recorded["scope"] = scope

@@ -60,6 +60,7 @@ def rank(
     objective: Objective = "margin",
     absolute: Absolute = "position",
     confirm: int | None = None,
+    joint: bool = False,
     scope: str = "all",
 ) -> Answer:
     """Score attention heads and FFN neurons on the examples of an lmms-eval task.
@@ -110,6 +111,9 @@ def rank(
         absolute: for atp; whether absolute values are taken per token position, or of each example's sum.
         confirm: measure the exact effect of the best N heads and N neurons of an estimate one by one, and
             rank by it. A random sample of the others is measured too, to show how many were missed.
+        joint: with --confirm; also mask the N neurons all together, restore each alone, and rank neurons by
+            the mean of both effects, each as a share of its largest. Finds neurons that do the same as
+            others, whose single effects are small.
         scope: the tokens at which sites are edited: all, prompt, image, text, last, generated, or several
             joined by +; for hones, vseam and atp. Other scopes than all take full passes.
 
@@ -136,6 +140,7 @@ def rank(
         "objective": objective,
         "absolute": absolute,
         "confirm": confirm,
+        "joint": joint,
         "scope": scope,
     }
     names = ranking_api.ranked_tasks(tasks, method)
@@ -324,6 +329,11 @@ def _confirmed_lines(report: dict[str, Any]) -> list[str]:
         f"which {found['sampled_above_the_last_selected']} exceed the last of the {found['selected']} "
         f"selected ({found['effect_of_the_last_selected']:.3g})"
         for kind, found in report.get("confirmed", {}).items()
+    ] + [
+        f"masked together, the {found['candidates']} neurons cost {found['drop_when_all_are_masked']:.3g}; "
+        f"their single effects add up to {found['sum_of_single_drops']:.3g}"
+        for found in report.get("confirmed", {}).values()
+        if "drop_when_all_are_masked" in found
     ]
 
 

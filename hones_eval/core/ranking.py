@@ -21,7 +21,14 @@ _HEAD_TENSORS = (
     "head_direction",
     "head_estimate",
 )
-_NEURON_TENSORS = ("neuron_scores", "neuron_examples", "neuron_direction", "neuron_estimate")
+_NEURON_TENSORS = (
+    "neuron_scores",
+    "neuron_examples",
+    "neuron_direction",
+    "neuron_estimate",
+    "neuron_single",
+    "neuron_joint",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +41,8 @@ class Ranking:
     measured, if heads were raced or screened; a head that was not measured (0) has the score 0.
     `neuron_scores`: importance, when asked for. `neuron_examples`: the same for neurons, if only the best
     were measured (`--confirm`), and in a mixture of experts, where an example only measures the experts that
-    it was routed to; `head_estimate`, `neuron_estimate`: the estimates that chose them.
+    it was routed to; `head_estimate`, `neuron_estimate`: the estimates that chose them. `neuron_single`,
+    `neuron_joint`: the two effects whose mean the scores are (`--joint`).
     `head_direction`, `neuron_direction`: attribution patching, the signed mean of the estimates.
     `report`: counts and figures that a reader of the ranking should see.
     """
@@ -51,6 +59,8 @@ class Ranking:
     neuron_direction: Tensor | None = None
     head_estimate: Tensor | None = None
     neuron_estimate: Tensor | None = None
+    neuron_single: Tensor | None = None
+    neuron_joint: Tensor | None = None
     report: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

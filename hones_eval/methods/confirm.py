@@ -4,6 +4,11 @@ An estimate ranks all sites at little cost, and can be wrong about any of them. 
 `count` heads and neurons: each is removed alone, and the drop of the gold answer's log-probability becomes
 its score. So the final order is causal, and only the choice of the candidates is an estimate. A random sample
 of the other sites is measured in the same pass. It bounds how many of them the choice has missed.
+
+Effects of single neurons do not add up: where several do the same, masking one of them costs nothing. With
+`joint` the best neurons are also masked all together, and each of them alone is restored. What returns of the
+gold answer's log-probability is the neuron's joint effect. Neurons are then ranked by the mean of both
+effects, each as a share of its largest.
 """
 
 import dataclasses
@@ -22,7 +27,9 @@ from hones_eval.lmms.answers.target import Target
 from hones_eval.lmms.examples import Example
 from hones_eval.methods.discovery import Discovery
 from hones_eval.methods.head_replacement import HeadReplacement
+from hones_eval.methods.learning import Fold, TargetLosses
 from hones_eval.methods.registry import method
+from hones_eval.methods.scaling import scaled_neurons
 from hones_eval.runs.measure import Measurement, Totals
 
 SAMPLE = 200
@@ -65,6 +72,35 @@ class ExactEffects:
         return Measurement({"drop": target.drops, "squares": target.drops.square(), "examples": one})
 
 
+class JointEffects:
+    """One pass: what masking all neurons of a bank costs, and what returns when one alone is restored.
+
+    Costs are drops of the gold answer's log-probability.
+    """
+
+    def __init__(self, job: Discovery, ranking: Ranking, bank: list[Neuron]) -> None:
+        """Measure one bank; every masked bank is a row of a batch."""
+        others = [[neuron for neuron in bank if neuron != restored] for restored in bank]
+        banks = {"all": bank} | {str(place): rest for place, rest in enumerate(others)}
+        masked = {name: scaled_neurons(ranking, rest, 0.0, {}) for name, rest in banks.items()}
+        self.count = len(bank)
+        self.losses = TargetLosses(job.replayer, [Fold(masked, range(len(job.examples)))])
+
+    def zeros(self) -> dict[str, Tensor]:
+        """The sum of the costs of the whole bank, the sums of what returns [neurons], and the examples."""
+        sums = {"together": torch.zeros((), dtype=torch.float64)}
+        sums["returned"] = torch.zeros(self.count, dtype=torch.float64)
+        return sums | {"examples": torch.zeros((), dtype=torch.float64)}
+
+    def measure(self, example: Example) -> Measurement:
+        """Measure one example's prompt and gold answer."""
+        # The losses are means over the gold answer's tokens.
+        losses = self.losses.measure(example).sums["losses"] * len(example.target_ids)
+        unedited, together, restored = losses[0], losses[1], losses[2:]
+        sums = {"together": together - unedited, "returned": together - restored}
+        return Measurement(sums | {"examples": torch.ones((), dtype=torch.float64)})
+
+
 def check_confirm(job: Discovery) -> None:
     """Raise HonesError for a number of sites that cannot be confirmed, before the work."""
     if job.confirm is None:
@@ -99,7 +135,7 @@ def confirmed(job: Discovery, ranking: Ranking) -> Ranking:
 
     Sites that were not measured have the score 0 and are never selected; `head_examples` and
     `neuron_examples` are 0 there. The estimate's scores are kept in the tensors `head_estimate` and
-    `neuron_estimate`.
+    `neuron_estimate`; with `joint` the two effects in `neuron_single` and `neuron_joint`.
     """
     assert job.confirm is not None
     groups = [
@@ -117,6 +153,8 @@ def confirmed(job: Discovery, ranking: Ranking) -> Ranking:
         part = slice(start, start + len(group.sites))
         found, about = _scored(job, ranking, group, totals, part)
         changes |= found
+        if job.joint and group.kind == "neurons":
+            changes |= _jointly(job, ranking, group, changes["neuron_scores"], about)
         report.setdefault("confirmed", {})[group.kind] = about
         start = part.stop
     report["replay"] = job.report(0)["replay"]
@@ -186,6 +224,26 @@ def _scored(
         f"{name}_estimate": estimate,
     }
     return tensors, about
+
+
+def _jointly(
+    job: Discovery, ranking: Ranking, group: Candidates, single: Tensor, about: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Scores [L, I] from single and joint effects; adds to the report what the whole bank costs."""
+    totals = job.loop.run(job.examples, JointEffects(job, ranking, group.best), "joint")
+    returned, joint = totals.sums["returned"] / totals.sums["examples"], torch.zeros_like(single)
+    for neuron, effect in zip(group.best, returned.tolist(), strict=True):
+        joint[neuron] = effect
+    about["drop_when_all_are_masked"] = float(totals.sums["together"] / totals.sums["examples"])
+    about["sum_of_single_drops"] = float(sum(single[neuron] for neuron in group.best))
+    scores = (_share_of_largest(single) + _share_of_largest(joint)) / 2
+    return {"neuron_scores": scores, "neuron_single": single, "neuron_joint": joint}
+
+
+def _share_of_largest(effects: Tensor) -> Tensor:
+    """Effects divided by the largest of them, as they are if none is above 0."""
+    largest = float(effects.max())
+    return effects / largest if largest > 0 else effects
 
 
 def missed_bound(above: int, sampled: int) -> float | None:

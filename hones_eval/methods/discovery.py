@@ -42,6 +42,8 @@ class Discovery:
     """For `atp`."""
     confirm: int | None = None
     """The number of best heads, and of best neurons, whose effect is measured exactly after the method."""
+    joint: bool = False
+    """Whether the confirmed neurons are also masked together, and each restored alone."""
 
     @property
     def replacement(self) -> HeadReplacement:

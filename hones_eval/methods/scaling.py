@@ -93,7 +93,8 @@ def signed_neurons(ranking: Ranking, strength: float = 0.5, neurons: float | Non
         )
     direction = ranking.neuron_direction
     if ranking.neuron_estimate is not None and ranking.neuron_scores is not None:
-        direction = torch.where(ranking.measured_neurons(), ranking.neuron_scores, direction)
+        exact = ranking.neuron_scores if ranking.neuron_single is None else ranking.neuron_single
+        direction = torch.where(ranking.measured_neurons(), exact, direction)
     bank = ranking.neurons(neurons)
     values = [float(direction[neuron]) for neuron in bank]
     largest = max((abs(value) for value in values), default=0.0)
