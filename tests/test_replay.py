@@ -21,6 +21,7 @@ from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.proofs import Proofs, cache_file
 from hones_eval.core.sites import Head, Neuron
 from hones_eval.engine import replay as replay_module
+from hones_eval.engine.ahead import AheadPasses
 from hones_eval.engine.encoders import encoded_once
 from hones_eval.engine.passes import FullPasses, Passes, RowLimit, SiteEdit, edit_rows, replaced_by_mean
 from hones_eval.engine.replay import Replay, Replayer
@@ -210,10 +211,54 @@ def test_whatever_computes_the_attention(implementation: str) -> None:
     agree(family.model, inputs, replayed(family.model, inputs), 3e-6)
 
 
+def run_ahead(model: PreTrainedModel, inputs: Mapping[str, Any], edits: list[SiteEdit]) -> AheadPasses:
+    passes = Replayer(Anatomy.of(model)).record(inputs, READ, ahead=edits, neurons=True)
+    assert isinstance(passes, AheadPasses)
+    return passes
+
+
+def test_edits_in_the_recording_pass_equal_plain_forwards(family: Family) -> None:
+    """Heads in an order of their own, so that some rows start above others."""
+    inputs, edits = padded(family), means_of(family.model)[::-3]
+    agree(family.model, inputs, Everything(run_ahead(family.model, inputs, edits), edits), 3e-6)
+
+
+def test_other_edits_than_those_of_the_recording_pass_are_replayed(
+    build_family: Callable[[str], Family],
+) -> None:
+    family = build_family("qwen3_vl")
+    inputs, edits = example(family), zeros_of(family.model)
+    passes = run_ahead(family.model, inputs, means_of(family.model)[:2])
+    agree(family.model, inputs, Everything(passes, edits), 3e-6)
+
+
+def test_every_layer_is_called_once_for_all_edits(build_family: Callable[[str], Family]) -> None:
+    """By the recording pass for edits that are known beforehand, and by a walk for others."""
+    family = build_family("qwen3_vl")
+    inputs, edits = example(family), means_of(family.model)
+    replayer = Replayer(Anatomy.of(family.model), 100)
+    replay = replayer.record(inputs, READ)
+    calls: list[int] = []
+    stack = plain.layers(family.model)
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, i=i: calls.append(i))
+        for i, layer in enumerate(stack)
+    ]
+    try:
+        list(replay.edited(edits))
+        walked, calls[:] = list(calls), []
+        list(replayer.record(inputs, READ, ahead=edits).edited(edits))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert walked == calls == list(range(len(stack)))
+
+
 def test_the_model_is_given_back(build_family: Callable[[str], Family]) -> None:
     family = build_family("qwen3_vl")
     before = [(m, list(m._forward_hooks), list(m._forward_pre_hooks)) for m in family.model.modules()]
     replayed(family.model, example(family))
+    run_ahead(family.model, example(family), means_of(family.model))
     assert [(m, list(m._forward_hooks), list(m._forward_pre_hooks)) for m in family.model.modules()] == before
     assert not any("forward" in vars(m) for m in family.model.modules())
 
@@ -284,6 +329,39 @@ def test_what_cannot_be_replayed_is_run_in_full_and_said(variation: Any, says: s
     assert re.match(says, replayer.inexact)
     agree(family.model, inputs, Everything(passes, means_of(family.model) + zeros_of(family.model)), 3e-6)
     assert isinstance(replayer.record(example(family, text=LONG), READ), FullPasses)
+
+
+def counts_the_rows_of_its_attention(layer: torch.nn.Module) -> None:
+    """Doubles the output where the attention was called with another number of rows than the layer."""
+    kind, attention_kind = type(layer), type(layer.self_attn)
+    seen: list[int] = []
+
+    class Attention(attention_kind):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(len(hidden_states))
+            return super().forward(hidden_states, *args, **kwargs)
+
+    class Layer(kind):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.clear()
+            out = super().forward(hidden_states, *args, **kwargs)
+            return out if set(seen) <= {len(out)} else 2 * out
+
+    layer.self_attn.__class__, layer.__class__ = Attention, Layer
+
+
+def test_rows_do_not_share_a_call_where_that_is_not_exact() -> None:
+    family = families.build("llava")
+    for layer in plain.layers(family.model):
+        counts_the_rows_of_its_attention(layer)
+    replayer = Replayer(Anatomy.of(family.model))
+    inputs, edits = example(family), means_of(family.model)
+    passes = replayer.record(inputs, READ, ahead=edits)
+    assert isinstance(passes, Replay)
+    assert replayer.inexact is None
+    assert not passes.ways.ahead
+    assert not passes.ways.shared
+    agree(family.model, inputs, Everything(passes, edits), 3e-6)
 
 
 def test_the_proof_is_made_on_the_first_example_alone(

@@ -331,23 +331,32 @@ def has_own_forward(module: nn.Module) -> bool:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's `forward` by another function for the length of a `with` block."""
+    with replaced_forwards([(module, forward)]):
+        yield
+
+
+@contextmanager
+def replaced_forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the `forward` of several modules, each of them once, for the length of a `with` block."""
     global _replaced_forwards
-    attributes = vars(module)
-    own = attributes.get("forward")  # accelerate stores a wrapped forward on the instance
+    # accelerate stores a wrapped forward on the instance
+    own = [vars(module).get("forward") for module, _ in replacements]
     with uncompiled():
-        attributes["forward"] = forward
+        for (module, forward), before in zip(replacements, own, strict=True):
+            vars(module)["forward"] = forward
+            if before is None:
+                _ours.add(module)
         _replaced_forwards += 1
-        if first := own is None:
-            _ours.add(module)
         try:
             yield
         finally:
             _replaced_forwards -= 1
-            if first:
-                _ours.discard(module)
-                del attributes["forward"]
-            else:
-                attributes["forward"] = own
+            for (module, _), before in zip(replacements, own, strict=True):
+                if before is None:
+                    _ours.discard(module)
+                    del vars(module)["forward"]
+                else:
+                    vars(module)["forward"] = before
 
 
 @contextmanager

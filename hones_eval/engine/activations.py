@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.hooks import replaced_forward, uncompiled
+from hones_eval.engine.calling import returning, tensor_of
 from hones_eval.engine.passes import ROUNDING, RowLimit
-from hones_eval.engine.replay import Replay, returning, tensor_of
+from hones_eval.engine.replay import Replay
 from hones_eval.errors import EditError, HonesError
 
 Part = Literal["stream", "attention", "ffn"]

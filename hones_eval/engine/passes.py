@@ -257,6 +257,25 @@ def edit_rows(x: Tensor, chosen: Sequence[tuple[int, SiteEdit]], anatomy: Anatom
     return x
 
 
+def edit_recorded_heads(x: Tensor, edits: Sequence[SiteEdit], anatomy: Anatomy) -> Tensor:
+    """Apply each of some edits of heads of one layer to a recorded input [sequences, tokens, width].
+
+    Every replacement is computed once, and not once per edit.
+
+    Returns: [edits * sequences, tokens, width], with the sequences of one edit next to each other.
+    """
+    layer = edits[0].site.layer
+    split: Tensor = x.unflatten(-1, (anatomy.shape.heads_of(layer), -1))
+    edited: Tensor = split.repeat(len(edits), 1, 1, 1).unflatten(0, (len(edits), -1))
+    for how, other in dict.fromkeys((edit.how, edit.other) for edit in edits):
+        these = [(i, e.site[1]) for i, e in enumerate(edits) if (e.how, e.other) == (how, other)]
+        numbers, chosen = torch.tensor(these, device=x.device).T
+        values = other.heads[layer] if other is not None else None
+        replacement = head_edit(how).replacement(split, values)
+        edited[numbers, :, :, chosen] = replacement[:, :, chosen].movedim(2, 0)
+    return edited.flatten(0, 1).flatten(-2)
+
+
 class RowLimit:
     """The number of edited passes that run at once: a fixed number of rows, or a budget of tokens."""
 

@@ -3,7 +3,8 @@
 Why replay works: an edit in layer `l` changes nothing in the layers below `l`. So the unedited pass of an
 example is recorded once, and an edited pass restarts at the layer of its edit. All edits share one walk up
 the layers with a growing batch: at layer `l` the rows that were edited below `l` are joined by the rows whose
-edit is in `l`, until one unembedding reads all rows. L layer calls then serve all edits of all layers.
+edit is in `l`, until one unembedding reads all rows. L layer calls then serve all edits of all layers: rows
+that join take part in the call of the others, and only the attention is called without them.
 
 What is never computed twice: the vision tower, the layers below an edit, the attention of the edited layer
 (its recorded output is replaced by the projection of the edited heads), and in the last layer the FFN of
@@ -18,8 +19,9 @@ That all of this is exact is not assumed: `Replayer` compares the first example 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +30,19 @@ from torch import Tensor, nn
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import ModelShape
 from hones_eval.core.hooks import editing, recording, recording_calls, replaced_forward, uncompiled
-from hones_eval.core.probing import STATES
 from hones_eval.core.proofs import Proofs
 from hones_eval.core.scope import Scope, ScopeTracker
 from hones_eval.core.sites import Head, Neuron
+from hones_eval.engine.ahead import AheadPasses, can_run_ahead
 from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_cache
+from hones_eval.engine.calling import (
+    argument_of_rows,
+    by_row_only,
+    only_read,
+    returning,
+    tensor_of,
+    with_tensor,
+)
 from hones_eval.engine.passes import (
     ROUNDING,
     FullPasses,
@@ -42,6 +52,7 @@ from hones_eval.engine.passes import (
     RowLimit,
     Rows,
     SiteEdit,
+    edit_recorded_heads,
     edit_rows,
     present,
     replaced_by_mean,
@@ -96,7 +107,14 @@ class Replayer:
         return type(self)(self.anatomy, self._rows, scope, self._proofs)
 
     @torch.no_grad()
-    def record(self, inputs: Mapping[str, Any], read: int, keep: bool = False) -> Passes:
+    def record(
+        self,
+        inputs: Mapping[str, Any],
+        read: int,
+        keep: bool = False,
+        ahead: Sequence[SiteEdit] = (),
+        neurons: bool = False,
+    ) -> Passes:
         """Record the unedited pass of one example, of which the last `read` positions are read.
 
         With `keep` the replay also records keys and values, from which decoding can continue.
@@ -108,21 +126,32 @@ class Replayer:
             inputs: the model's inputs for one example; `input_ids` is [1, tokens].
             read: number of positions at the end whose logits and activations are read.
             keep: whether to record keys and values.
+            ahead: edits that will be asked for. Where their rows fit into one batch, they may run in the same
+                pass, which takes fewer calls; the results are the same.
+            neurons: whether `ahead` will be asked for with `on_neurons`.
 
         Raises: HonesError for a batch of more than one example.
         """
         if own_tokens(inputs).shape[0] != 1:
             raise HonesError("replay takes one example at a time, because the rows of its batch are edits")
-        if self.inexact is None:
+        replay: Replay | None = None
+        if self.inexact is None and not self._proven and not self._is_known(inputs):
             replay = Replay(self.anatomy, inputs, read, self.limit, keep)
-            if not self._proven and not self._is_known(inputs):
-                self._prove(replay, FullPasses(self.anatomy, inputs, read))
-                if self._proofs is not None and self.inexact is None:
-                    self._proofs.keep(REPLAY, _form(inputs), list(self._ways))
-            replay.ways = self._ways
-            if self.inexact is None:
-                return replay
-        return FullPasses(self.anatomy, inputs, read, self.tracker)
+            self._prove(replay, inputs, FullPasses(self.anatomy, inputs, read))
+        if self.inexact is not None:
+            return FullPasses(self.anatomy, inputs, read, self.tracker)
+        if not keep and self._runs_ahead(ahead, own_tokens(inputs).shape[1]):
+            others = partial(self.record, inputs, read)
+            with suppress(torch.OutOfMemoryError):  # a replay then cuts its rows into smaller batches
+                return AheadPasses(self.anatomy, inputs, read, ahead, neurons, others)
+        replay = replay or Replay(self.anatomy, inputs, read, self.limit, keep)
+        replay.ways = self._ways
+        return replay
+
+    def _runs_ahead(self, edits: Sequence[SiteEdit], length: int) -> bool:
+        """Whether edits of an example with `length` tokens run in its recording pass."""
+        heads = bool(edits) and all(edit.is_head for edit in edits)
+        return self._ways.ahead and heads and len(edits) < self.limit.rows(length)
 
     def _is_known(self, inputs: Mapping[str, Any]) -> bool:
         """Whether an earlier run has proven the replay of this model on inputs of this form."""
@@ -131,14 +160,16 @@ class Replayer:
             self._ways, self._proven = Ways(*found), True
         return self._proven
 
-    def _prove(self, replay: "Replay", full: FullPasses) -> None:
+    def _prove(self, replay: "Replay", inputs: Mapping[str, Any], full: FullPasses) -> None:
         """Find the first of `WAYS` that is exact; `inexact` is what the first one lacks if none is."""
         reasons: list[str] = []
         for ways in WAYS:
             replay.ways = ways
-            reason = _difference(replay, full)
+            reason = _difference(replay, inputs, full)
             if reason is None:
                 self._ways, self._proven = ways, True
+                if self._proofs is not None:
+                    self._proofs.keep(REPLAY, _form(inputs), list(ways))
                 return
             reasons.append(reason)
         self.inexact, self._proven = reasons[0], True
@@ -147,17 +178,30 @@ class Replayer:
 class Ways(NamedTuple):
     """How layers are called again.
 
+    `ahead`: edits of heads that are known beforehand run in the call for the unedited pass; see
+    `hones_eval.engine.ahead`.
+    `shared`: rows with edited heads take part in the call of the rows that were edited in lower layers, whose
+    attention is called without them. This is not exact where a layer uses more of its attention than the
+    output.
     `narrow`: in the last layer the output projections compute only the positions that are read. This is not
     exact where something mixes tokens after them, as a convolution after the attention.
     `broadcast`: attention masks and position embeddings of one row are passed as they are. Some sparse
     attentions look them up by row instead, and need them once per row.
     """
 
+    ahead: bool
+    shared: bool
     narrow: bool
     broadcast: bool
 
 
-WAYS = [Ways(True, True), Ways(True, False), Ways(False, False)]
+WAYS = [
+    Ways(True, True, True, True),
+    Ways(False, True, True, True),
+    Ways(False, False, True, True),
+    Ways(False, False, True, False),
+    Ways(False, False, False, False),
+]
 """What is tried in order, from the cheapest."""
 
 
@@ -259,8 +303,11 @@ class Replay:
             def enter(layer: int, members: list[int]) -> Tensor:
                 return self._enter(layer, [chosen[i] for i in members])
 
+            def heads(layer: int, members: list[int]) -> list[SiteEdit]:
+                return [chosen[i] for i in members if chosen[i].is_head] if self._can_share(layer) else []
+
             layers = [edit.site.layer for edit in chosen]
-            return Rows(chosen, self.walk(layers, enter, chunk, on_neurons, on_keys))
+            return Rows(chosen, self.walk(layers, enter, chunk, on_neurons, on_keys, heads))
 
         yield from self.limit.chunks(order, self.length, run)
 
@@ -271,17 +318,19 @@ class Replay:
         numbers: Sequence[int],
         on_neurons: NeuronReader | None = None,
         on_keys: KeyReader | None = None,
+        sharing: Callable[[int, list[int]], list[SiteEdit]] | None = None,
     ) -> Tensor:
         """Walk up the layers once with a growing batch, and return logits [rows, read, vocabulary].
 
         Args:
             layers: the layer that each row starts at, ascending.
-            enter: returns the output [members, tokens, hidden] of a layer for the rows that start there,
-            given
-                the layer and the indices of these rows in `layers`.
+            enter: returns the output [members, tokens, hidden] of a layer for the rows that start there; it
+                is given the layer and the indices of these rows in `layers`.
             numbers: the number that `on_neurons` and `on_keys` receive for each row.
             on_neurons: see `Passes.edited`.
             on_keys: see `edited`. Up to the layer a row starts at, its keys and values are the recorded ones.
+            sharing: returns the edits of heads of the first of the rows that start at a layer, which then
+                share the call of the rows below and do not go through `enter`.
         """
         hidden: Tensor | None = None
         carried: dict[int, Tensor] = {}
@@ -291,13 +340,17 @@ class Replay:
                 continue
             parts = []
             self._returned = []
+            starting = {at: [i for i, start in enumerate(layers) if start == at] for at in stage}
             if hidden is not None:
+                shared = sharing(stage[-1], starting[stage[-1]]) if sharing is not None else []
+                below, count = joined, len(shared)
+                joined += count
                 with self._reading(stage, numbers[:joined], on_neurons):
-                    parts.append(self.call(stage[-1], hidden, carried=carried))
+                    parts.append(self._call_with(stage[-1], hidden, carried, shared))
                 if on_keys is not None:
-                    on_keys(stage[-1], numbers[:joined], self.cache.kept)
-            for layer in stage:
-                members = [i for i, start in enumerate(layers) if start == layer]
+                    on_keys(stage[-1], numbers[:below], self.cache.kept)
+                starting[stage[-1]] = starting[stage[-1]][count:]
+            for layer, members in starting.items():
                 if members:
                     above = range(layer, stage.stop)
                     with self._reading(above, [numbers[i] for i in members], on_neurons):
@@ -310,6 +363,42 @@ class Replay:
         self._returned = None
         assert hidden is not None  # the walk starts at the layer of the first row
         return self.anatomy.last_logits(hidden, self.read)
+
+    def _can_share(self, layer: int) -> bool:
+        """Whether rows with edited heads may take part in the call of a layer on other rows.
+
+        Not where the layer is called with, or returns, something else of each row than its hidden states.
+        """
+        anatomy, call = self.anatomy, self._calls[layer]
+        if not self.ways.shared or not anatomy.one_stream or len(anatomy.stage_of(layer)) > 1:
+            return False
+        more = call.returned[1:] if isinstance(call.returned, tuple) else ()
+        by_row = [value for value in by_row_only(call.args, call.kwargs) if not is_cache(value)]
+        return not by_row and not any(isinstance(item, Tensor) for item in more)
+
+    def _call_with(
+        self, layer: int, hidden: Tensor, carried: Mapping[int, Tensor], edits: list[SiteEdit]
+    ) -> Tensor:
+        """Call a layer on rows from below and on rows whose heads are edited in it, in this order.
+
+        The attention is called on the rows from below only; the others have its recorded output with the
+        edit.
+        """
+        if not edits:
+            return self.call(layer, hidden, carried=carried)
+        attention, count = self.anatomy.attentions[layer], len(hidden)
+        mixed, forward = self._mixed(layer, edits), attention.forward
+
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                output = forward(args[0][:count], *args[1:], **kwargs)
+            else:
+                output = forward(**kwargs | {"hidden_states": kwargs["hidden_states"][:count]})
+            return with_tensor(output, torch.cat([tensor_of(output), mixed]))
+
+        with replaced_forward(attention, attend):
+            rows = self._rows(self._calls[layer].x, len(edits))
+            return self.call(layer, torch.cat([hidden, rows]), carried=carried)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Hidden states of several groups of rows as one batch."""
@@ -340,15 +429,18 @@ class Replay:
 
     def _enter_heads(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's output with edited heads: only its output projection and the FFN run again."""
-        call, site = self._calls[layer], self.anatomy.heads_in[layer]
-        edited = edit_rows(self._rows(call.heads, len(edits)), self._by_row(edits), self.anatomy)
-        mixed = self._on_read(layer, site.module, edited)
+        call, mixed = self._calls[layer], self._mixed(layer, edits)
         below = range(self.anatomy.stage_of(layer).start, layer)
         with (
             self._attending_as_recorded(below, len(edits)),
             replaced_forward(self.anatomy.attentions[layer], returning(call.attended, mixed)),
         ):
             return self.call(layer, self._rows(call.x, len(edits)), attending=False)
+
+    def _mixed(self, layer: int, edits: list[SiteEdit]) -> Tensor:
+        """The recorded output of a layer's attention with the edit of each row."""
+        edited = edit_recorded_heads(self._calls[layer].heads, edits, self.anatomy)
+        return self._on_read(layer, self.anatomy.heads_in[layer].module, edited)
 
     def _enter_neurons(self, layer: int, edits: list[SiteEdit]) -> Tensor:
         """The layer's output with edited neurons: only its down projection runs again."""
@@ -403,10 +495,7 @@ class Replay:
 
     def _only_read(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a position-wise function to the positions that are read; the result is zero elsewhere."""
-        narrow = function(x[:, self.read])
-        wide = narrow.new_zeros(*x.shape[:-1], narrow.shape[-1])
-        wide[:, self.read] = narrow
-        return wide
+        return only_read(function, self.read, x)
 
     def call(
         self,
@@ -443,20 +532,7 @@ class Replay:
         """A recorded argument of a layer, expanded to a number of rows."""
         if is_cache(value):
             return self.cache
-        if isinstance(value, tuple) and not self.ways.broadcast:
-            return tuple(self._argument(part, rows) for part in value)
-        if name in STATES and isinstance(value, Tensor):  # several images may come one after the other
-            value = value.reshape(1, -1, value.shape[-1])
-        if not isinstance(value, Tensor) or value.shape[:1] != (1,):
-            return value
-        # The masks of flash attention are [batch, tokens], which do not broadcast over rows as 4-D masks do;
-        # nor do token ids, and the kinds of tokens, by which ERNIE 4.5 VL chooses experts.
-        by_row = value.dtype != torch.long or "token_type" in name or name.endswith("input_ids")
-        is_mask = value.ndim == 2 and by_row
-        # The states [batch, tokens, width] that cross-attention reads are cut into heads for every row.
-        is_states = value.ndim == 3
-        is_masks = value.ndim == 4 and not self.ways.broadcast
-        return value.expand(rows, *value.shape[1:]) if is_mask or is_states or is_masks else value
+        return argument_of_rows(value, rows, name, self.ways.broadcast)
 
     def _narrow_modules(self, layer: int, attending: bool) -> list[nn.Module]:
         """The position-wise modules of a layer that may compute the positions that are read alone."""
@@ -502,22 +578,37 @@ class Replay:
         return after - before.to(after.device)
 
 
-def _difference(replay: Replay, full: FullPasses) -> str | None:
+def _difference(replay: Replay, inputs: Mapping[str, Any], full: FullPasses) -> str | None:
     """Why replay is not exact for this model, or None.
 
     Compared are the logits under edits of one head of the first, a middle and the last layer, and of a
     neuron.
     """
     trial = trial_edits(replay.anatomy.shape)
-    expected = torch.cat([rows.logits for rows in full.edited(trial)])
+    expected = {rows.edits[0]: rows.logits[0] for rows in full.edited(trial)}
     try:
-        found = torch.cat([rows.logits for rows in replay.edited(trial)])
+        found = list(replay.edited(trial))
+        if replay.ways.ahead:
+            found += _trial_ahead(replay, inputs, [edit for edit in trial if edit.is_head])
     except (AttributeError, HonesError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"its decoder layers cannot be re-run with a different batch size ({first_line(error)})"
-    worst = float((found - expected).abs().max() / expected.abs().max())
-    if not worst <= ROUNDING[expected.dtype]:
+    pairs = [(expected[edit], logits) for rows in found for edit, logits in zip(*rows, strict=True)]
+    largest = max(float(logits.abs().max()) for logits in expected.values())
+    worst = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max()) / largest
+    if not worst <= ROUNDING[full.base_logits.dtype]:
         return f"replayed logits differ from those of full forwards by {worst:.1e} of the largest logit"
     return None
+
+
+def _trial_ahead(replay: Replay, inputs: Mapping[str, Any], edits: Sequence[SiteEdit]) -> Iterator[Rows]:
+    """The logits under edits of heads that run in the recording pass.
+
+    Raises: TypeError where the model's layers do not allow it.
+    """
+    if not can_run_ahead(replay.anatomy):
+        raise TypeError("a decoder layer has another form than one attention and one FFN")
+    read = len(replay.base_logits)
+    return AheadPasses(replay.anatomy, inputs, read, edits, False, lambda: replay).edited(edits)
 
 
 def trial_edits(shape: ModelShape) -> list[SiteEdit]:
@@ -575,16 +666,3 @@ def _recording_calls(anatomy: Anatomy, read: slice | None) -> Iterator[list[dict
     finally:
         for handle in handles:
             handle.remove()
-
-
-def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
-    """A forward function that returns a recorded output with another first tensor."""
-    result = (first, *recorded[1:]) if isinstance(recorded, tuple) else first
-    return lambda *_, **__: result
-
-
-def tensor_of(output: Any) -> Tensor:
-    """A module's output tensor: the output itself, or the first entry of a tuple."""
-    first = output[0] if isinstance(output, tuple) else output
-    assert isinstance(first, Tensor)
-    return first

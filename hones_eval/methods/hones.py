@@ -128,11 +128,12 @@ class NeuronAttribution:
         """Contributions and drops of one example, for its own target."""
         if example.is_distractor:  # only the correct candidate of a query has the target in its prompt
             return Measurement(self.zeros())
-        passes = self.replayer.record(example.inputs, 1)
-        sums, reader = self.reader(example, [z[0] for z in passes.base_neurons()])
         replacement = self.replacement or HeadReplacement.by_mean(self.anatomy)
         replacement.prepare(example)
-        for _ in passes.edited(replacement.of(self.heads), reader):
+        edits = replacement.of(self.heads)
+        passes = self.replayer.record(example.inputs, 1, ahead=edits, neurons=True)
+        sums, reader = self.reader(example, [z[0] for z in passes.base_neurons()])
+        for _ in passes.edited(edits, reader):
             pass  # the reader takes what is needed; the logits are not
         return Measurement(sums)
 

@@ -35,7 +35,8 @@ class Target:
         """Replay edits on prompt and target; with `neurons` the run's sink gets the FFN activations."""
         example, decoder = self.example, self.run.decoder
         inputs = decoder.append(example.inputs, example.target_ids[:-1])
-        passes = self.run.replayer.record(inputs, len(example.target_ids))
+        ahead = () if neurons else edits  # activations of many edits at many tokens would take memory
+        passes = self.run.replayer.record(inputs, len(example.target_ids), ahead=ahead)
         self.start(passes, passes.base_logits)
         numbers = [self.run.numbers[edit] for edit in edits]
         for rows in passes.edited(edits, self.run.reader_of(example, passes, numbers) if neurons else None):
