@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from plain_loop import DTYPES, add_dtype
 from torch import Tensor
 
 from hones_eval import api
@@ -93,9 +94,11 @@ def main() -> None:
     parser.add_argument("--task", default="vqa_relation")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--confirm", type=int, default=500)
+    add_dtype(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = api.load("llava_hf", f"pretrained={checkpoint_path()}")
+    model.model.to(DTYPES[given.dtype])
     task = f"scenes_{given.task}_discovery"
     ranking = api.rank(model, task, method="atp", limit=given.examples)  # also warms up
     examples = model.examples(task, limit=given.examples)

@@ -11,7 +11,7 @@ and under a steering of 1 % of the neurons, alternating, on one thread. Printed 
 
 Linux only, for the peak of resident memory. Usage:
 
-    python benchmarks/experts.py [--tokens 1024] [--rounds 7]
+    python benchmarks/experts.py [--tokens 1024] [--rounds 7] [--dtype float32]
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_loop import DTYPES, add_dtype
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hones_eval.core.anatomy import Anatomy
@@ -42,13 +43,14 @@ SIZES: dict[str, Any] = {
 }
 
 
-def model_of(experts: int | None) -> PreTrainedModel:
+def model_of(experts: int | None, dtype: str) -> PreTrainedModel:
     """A mixture of `experts`, or the dense model for None."""
     torch.manual_seed(0)
     if experts is None:
-        return Qwen3ForCausalLM(Qwen3Config(**SIZES, intermediate_size=TOP * WIDTH)).eval()
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, intermediate_size=TOP * WIDTH)).eval().to(DTYPES[dtype])
     routing = {"num_experts": experts, "num_experts_per_tok": TOP, "moe_intermediate_size": WIDTH}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **routing, intermediate_size=TOP * WIDTH)).eval()
+    config = Qwen3MoeConfig(**SIZES, **routing, intermediate_size=TOP * WIDTH)
+    return Qwen3MoeForCausalLM(config).eval().to(DTYPES[dtype])
 
 
 def steering_of(anatomy: Anatomy) -> Steering:
@@ -63,9 +65,10 @@ def steering_of(anatomy: Anatomy) -> Steering:
 
 def plain_hooks(anatomy: Anatomy, steering: Steering) -> Callable[[], object]:
     """Hooks on the tensors [rows, tokens, neurons] of all experts; returns what removes them."""
+    scales_in_dtype = steering.neuron_scales.to(anatomy.model.dtype)
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
-        for site, scales in zip(anatomy.neurons_in, steering.neuron_scales, strict=True)
+        for site, scales in zip(anatomy.neurons_in, scales_in_dtype, strict=True)
     ]
     return lambda: [handle.remove() for handle in handles]
 
@@ -85,9 +88,9 @@ def peak_of(run: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def measured(experts: int | None, tokens: int, rounds: int) -> dict[str, float]:
+def measured(experts: int | None, tokens: int, rounds: int, dtype: str) -> dict[str, float]:
     """Seconds of the unsteered and the steered pass (medians), and peaks in MB."""
-    model = model_of(experts)
+    model = model_of(experts, dtype)
     anatomy = Anatomy.of(model)
     steering = steering_of(anatomy)
     ids = torch.randint(512, (1, tokens), generator=torch.Generator().manual_seed(1))
@@ -115,13 +118,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
+    add_dtype(parser)
     given = parser.parse_args()
+    sizes = (given.tokens, given.rounds, given.dtype)
     torch.set_num_threads(1)
-    dense = measured(None, given.tokens, given.rounds)
+    dense = measured(None, *sizes)
     print("| experts | steered / unsteered | / steered dense | peak MB | of plain hooks | unsteered |")
     print("|---|---:|---:|---:|---:|---:|")
     for experts in (None, *COUNTS):
-        found = dense if experts is None else measured(experts, given.tokens, given.rounds)
+        found = dense if experts is None else measured(experts, *sizes)
         print(
             f"| {experts or 'dense'} | {found['steered'] / found['plain']:.2f} "
             f"| {found['steered'] / dense['steered']:.2f} | {found['peak']:.1f} "

@@ -5,7 +5,7 @@ head of every layer for one example, scaled to all heads; both are timed by this
 proofs that ours is exact are made before. `--memory` runs `hones-eval rank` on the embedded model, a process
 for every number of examples, and prints the most memory that each ever held. Usage:
 
-    python benchmarks/growth.py [--what examples heads layers answer image]
+    python benchmarks/growth.py [--what examples heads layers answer image] [--dtype float32]
     python benchmarks/growth.py --what --memory 50 100 200 500 [--task scenes_vqa_relation_discovery]
 """
 
@@ -14,10 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from plain_loop import Clock, TokenTask, answer, examples_for, plain_head, small_llava
+from plain_loop import Clock, TokenTask, add_dtype, answer, examples_for, plain_head, small_llava
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.engine.replay import Replayer
@@ -36,11 +37,11 @@ STEPS = {
 
 
 @torch.no_grad()
-def row(size: str, value: int) -> None:
-    """Milliseconds of one head on one example, with one size changed."""
+def row(size: str, value: int, dtype: str) -> tuple[float, float]:
+    """Print and return milliseconds of one head on one example, with one size changed: ours, plain loop."""
     sizes = BASE | {size: value}
     side = PATCH * round(sizes["image"] ** 0.5)
-    model = small_llava(sizes["layers"], sizes["heads"], HIDDEN, side, spread=0.02)
+    model = small_llava(sizes["layers"], sizes["heads"], HIDDEN, side, spread=0.02, dtype=dtype)
     examples = examples_for(model, sizes["examples"] + 1, new_tokens=sizes["answer"], target_tokens=1)
     for example in examples:
         example.target_ids = answer(model, example)
@@ -61,6 +62,13 @@ def row(size: str, value: int) -> None:
         f"| {size} | {value} | {ours:.2f} | {plain:.1f} | {plain / ours:.1f} | {differing / measured:.0%} |",
         flush=True,
     )
+    return ours, plain
+
+
+def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """The slope of a straight line through the logarithms, by least squares."""
+    x, y = torch.tensor(sizes).log().double(), torch.tensor(values).log().double()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 def memory(task: str, examples: int) -> None:
@@ -81,15 +89,20 @@ if __name__ == "__main__":
     parser.add_argument("--what", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--memory", nargs="+", type=int, default=[], metavar="EXAMPLES")
     parser.add_argument("--task", default="scenes_vqa_relation_discovery")
+    add_dtype(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what:
         print(", ".join(f"{name} {value}" for name, value in BASE.items()) + f"; hidden {HIDDEN}")
         print("| size | | ours, ms a head and example | plain loop, ms | ratio | answers that differ |")
         print("|---|---:|---:|---:|---:|---:|")
+    exponents: list[str] = []
     for name in given.what:
-        for step in STEPS[name]:
-            row(name, step)
+        ours, plain = zip(*(row(name, step, given.dtype) for step in STEPS[name]), strict=True)
+        slopes = f"{exponent(STEPS[name], ours):+.2f} (plain loop {exponent(STEPS[name], plain):+.2f})"
+        exponents.append(f"{name} {slopes}")
+    if exponents:
+        print("exponents of the time per head and example: " + ", ".join(exponents))
     if given.memory:
         print("| task | examples | peak memory, MiB |\n|---|---:|---:|")
     for count in given.memory:

@@ -6,7 +6,7 @@ it is exact, and the target's log-probability, which takes a pass of its own whe
 Usage:
 
     python benchmarks/localization.py [--what embedded generation log_probability choices next_token]
-                                      [--examples 16] [--profile]
+                                      [--examples 16] [--profile] [--dtype float32]
 
 `embedded` is the shipped model on its seven tasks, all by generation; the others are a LLaVA with random
 weights, `next_token` V-SEAM's head scores. The ratio of multiply-adds is the floor of the arithmetic: what
@@ -20,20 +20,22 @@ from typing import Any
 
 import torch
 from plain_loop import (
+    DTYPES,
     WORDS,
     Clock,
     TokenExample,
     TokenTask,
+    add_dtype,
     answer,
     examples_for,
     log_probability,
     multiply_adds,
     next_probability,
+    operations,
     plain_head,
     small_llava,
 )
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.sites import Head
@@ -53,10 +55,10 @@ TABLE = "| task | examples | answers that differ | plain loop | ours | ratio | l
 
 
 @torch.no_grad()
-def embedded(count: int, profiled: bool) -> None:
+def embedded(count: int, profiled: bool, dtype: str) -> None:
     """A row a task, each from nothing; together, every task has the same weight."""
     lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
-    anatomy = Anatomy.of(inner_model(lmm))
+    anatomy = Anatomy.of(inner_model(lmm).to(DTYPES[dtype]))
     seconds = {"plain": 0.0, "ours": 0.0}
     print("the embedded model, by generation; seconds of CPU an example")
     print(f"{TABLE}\n|---|---:|---:|---:|---:|---:|---|")
@@ -74,9 +76,9 @@ def embedded(count: int, profiled: bool) -> None:
 
 
 @torch.no_grad()
-def by_generation(count: int, profiled: bool) -> None:
+def by_generation(count: int, profiled: bool, dtype: str) -> None:
     """A LLaVA of 8 layers, 8 heads, hidden 256, 144 image tokens; answers of 16 tokens."""
-    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05, dtype=dtype)
     examples = examples_for(model, count, new_tokens=ANSWER, target_tokens=1)
     for example in examples:
         example.target_ids = answer(model, example)  # so that edits lower the score
@@ -124,9 +126,9 @@ def beside_plain(name: str, localization: HeadLocalization, task: Any, profiled:
 
 
 @torch.no_grad()
-def by_log_probability(count: int, profiled: bool) -> None:
+def by_log_probability(count: int, profiled: bool, dtype: str) -> None:
     """The same LLaVA, targets of 3 tokens."""
-    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05, dtype=dtype)
     examples = examples_for(model, count, new_tokens=1, target_tokens=TARGET)
     localization = HeadLocalization(Replayer(Anatomy.of(model)), TokenTask(examples))  # type: ignore[arg-type]
 
@@ -150,9 +152,9 @@ class ChoiceTask(TokenTask):
 
 
 @torch.no_grad()
-def by_choices(count: int, profiled: bool) -> None:
+def by_choices(count: int, profiled: bool, dtype: str) -> None:
     """The same LLaVA, questions of 4 choices of 3 tokens, by the choices' log-likelihoods."""
-    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05, dtype=dtype)
     examples = examples_for(model, count, new_tokens=1, target_tokens=TARGET)
     offered = [offer(example) for example in examples]
     for example, four in zip(examples, offered, strict=True):
@@ -181,9 +183,9 @@ def offer(example: TokenExample) -> list[TokenExample]:
 
 
 @torch.no_grad()
-def by_next_token(count: int, profiled: bool) -> None:
+def by_next_token(count: int, profiled: bool, dtype: str) -> None:
     """V-SEAM on the same LLaVA, where an image has one question, and where it has five in a row."""
-    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05)
+    model = small_llava(LAYERS, HEADS, HIDDEN, IMAGE_SIDE, spread=0.05, dtype=dtype)
     for questions in (1, 5):
         used = max(1, count // questions) * questions
         examples = examples_for(model, used, new_tokens=1, target_tokens=1, per_image=questions)
@@ -241,16 +243,10 @@ def in_turn(
 
 def where(run: Callable[[], Any]) -> None:
     """Print the operations that take most of a call's time, and what all of them together leave."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen, torch.profiler.record_function("all"):
-        run()
-    events = {event.key: event for event in seen.key_averages()}
-    whole = events["all"].cpu_time_total
-    shares = {key: event.self_cpu_time_total / whole for key, event in events.items() if key != "all"}
-    best = sorted(shares, key=lambda key: -shares[key])[:8]
-    rest = 1 - sum(shares.values())
-    print(
-        "  " + ", ".join(f"{key} {shares[key]:.0%}" for key in best) + f"; outside of operations {rest:.0%}"
-    )
+    found = operations(run)
+    best = sorted(found.by_name, key=lambda key: -found.by_name[key])[:8]
+    shares = ", ".join(f"{key} {found.by_name[key] / found.seconds:.0%}" for key in best)
+    print(f"  {shares}; outside of operations {found.outside:.0%}")
 
 
 WHAT = {
@@ -266,7 +262,8 @@ if __name__ == "__main__":
     parser.add_argument("--what", nargs="+", default=list(WHAT), choices=list(WHAT))
     parser.add_argument("--examples", type=int, default=16, help="of each task; retrieval takes 50")
     parser.add_argument("--profile", action="store_true")
+    add_dtype(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
     for what in given.what:
-        WHAT[what](given.examples, given.profile)
+        WHAT[what](given.examples, given.profile, given.dtype)

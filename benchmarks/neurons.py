@@ -5,7 +5,7 @@ second time in a hook on the FFN, as the code released with HONES does. All thre
 thread, over the same examples of the same model; printed are ratios of this thread's time, which other work
 on the machine disturbs less than wall time, and the largest differences. Usage:
 
-    python benchmarks/neurons.py [--examples 16] [--heads 10] [--repeats 3]
+    python benchmarks/neurons.py [--examples 16] [--heads 10] [--repeats 3] [--dtype float32]
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from plain_loop import TokenExample, examples_for, small_llava
+from plain_loop import TokenExample, add_dtype, examples_for, small_llava
 from torch import Tensor
 
 from hones_eval.core.anatomy import Anatomy
@@ -63,10 +63,13 @@ def plain_contributions(model: Any, example: TokenExample, hook: Hook, head: Hea
     finally:
         for handle in handles:
             handle.remove()
-    direction = model.lm_head.weight[example.target_ids].sum(0)
+    direction = model.lm_head.weight[example.target_ids].float().sum(0)
     direction = direction / direction.norm()
     return torch.stack(
-        [kept[i] * (layer.mlp.down_proj.weight.T @ direction) for i, layer in enumerate(layers)]
+        [
+            kept[i].float() * (layer.mlp.down_proj.weight.float().T @ direction)
+            for i, layer in enumerate(layers)
+        ]
     )
 
 
@@ -90,9 +93,9 @@ def ours(anatomy: Anatomy, examples: list[TokenExample], weights: dict[Head, flo
 
 
 @torch.no_grad()
-def main(count: int, heads: int, repeats: int) -> None:
+def main(count: int, heads: int, repeats: int, dtype: str) -> None:
     """Warm up once; then `repeats` rounds, the three in turn, and the best time of each."""
-    model = small_llava(layers=LAYERS, heads=HEADS, hidden=HIDDEN, image_side=168, spread=0.05)
+    model = small_llava(layers=LAYERS, heads=HEADS, hidden=HIDDEN, image_side=168, spread=0.05, dtype=dtype)
     examples = examples_for(model, count, new_tokens=1, target_tokens=3)
     places = torch.linspace(0, LAYERS * HEADS - 1, heads).round().int().tolist()  # evenly from bottom to top
     weights = {Head(*divmod(place, HEADS)): 1 / (1 + rank) for rank, place in enumerate(places)}
@@ -127,6 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
+    add_dtype(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    main(arguments.examples, arguments.heads, arguments.repeats)
+    main(arguments.examples, arguments.heads, arguments.repeats, arguments.dtype)

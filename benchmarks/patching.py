@@ -3,7 +3,7 @@
 Both run in this process, on one thread, over the same pairs of the same model; printed are the ratio of wall
 times and the largest difference of the answer's logit. Usage:
 
-    python benchmarks/patching.py [--pairs 3] [--text 20] [--pretrained FOLDER]
+    python benchmarks/patching.py [--pairs 3] [--text 20] [--pretrained FOLDER] [--dtype float32]
 
 Without --pretrained the model is a LLaVA of the embedded model's shape with random weights: 6 layers, hidden
 128, 8 heads, 16 image tokens.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from plain_loop import small_llava
+from plain_loop import DTYPES, add_dtype, small_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -39,7 +39,7 @@ def pairs_for(model: Any, count: int, text: int) -> list[tuple[Inputs, Inputs]]:
         ids = torch.cat([torch.full((1, patches), config.image_token_id), words], dim=1)
         prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         side = config.vision_config.image_size
-        clean, edited = torch.randn(2, 1, 3, side, side, generator=generator)
+        clean, edited = torch.randn(2, 1, 3, side, side, generator=generator).to(model.dtype)
         made.append((prompt | {"pixel_values": clean}, prompt | {"pixel_values": edited}))
     return made
 
@@ -119,11 +119,13 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--text", type=int, default=20)
     parser.add_argument("--pretrained")
+    add_dtype(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.pretrained:
         chosen = AutoModelForImageTextToText.from_pretrained(arguments.pretrained).eval()
     else:
         chosen = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.05)
+    chosen = chosen.to(DTYPES[arguments.dtype])
     for name in ("attention", "ffn"):
         compare(chosen, name, arguments.pairs, arguments.text)

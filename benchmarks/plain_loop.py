@@ -1,8 +1,9 @@
-"""Shared by the benchmarks: a small model, its examples, the plain loop of one head at a time, a clock.
+"""Shared by the benchmarks: a small model, its examples, the plain loop of one head at a time, clocks.
 
 The plain loop is written out here, with its own hook; it uses nothing of the package.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -19,6 +21,12 @@ from hones_eval.lmms.answers.kind import AnswerKind
 from hones_eval.lmms.answers.text import TextAnswers
 
 IMAGE, END, WORDS = 5, 2, range(10, 1000)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, the element type of the timed model."""
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model")
 
 
 @dataclass
@@ -72,7 +80,9 @@ class TokenTask:
         return sum(result["share"] for result in results) / len(results)
 
 
-def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: float) -> Any:
+def small_llava(
+    layers: int, heads: int, hidden: int, image_side: int, spread: float, dtype: str = "float32"
+) -> Any:
     """A LLaVA with seeded random weights; patches of 14 pixels."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -98,7 +108,7 @@ def small_llava(layers: int, heads: int, hidden: int, image_side: int, spread: f
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=patches
     )
-    return LlavaForConditionalGeneration(config).eval()
+    return LlavaForConditionalGeneration(config).eval().to(DTYPES[dtype])
 
 
 def examples_for(
@@ -112,7 +122,7 @@ def examples_for(
         words = torch.randint(WORDS.start, WORDS.stop, (1, 26), generator=generator)
         ids = torch.cat([torch.full((1, patches), IMAGE), words], dim=1)
         if index % per_image == 0:
-            image = torch.randn(1, 3, side, side, generator=generator)
+            image = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image}
         settings = {"max_new_tokens": new_tokens, "do_sample": False}
         target = torch.randint(WORDS.start, WORDS.stop, (target_tokens,), generator=generator).tolist()
@@ -169,6 +179,28 @@ class Clock:
         start = time.thread_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - start
+
+
+@dataclass
+class Operations:
+    """Seconds of a call under the profiler, and those of them that tensor operations took, by name."""
+
+    seconds: float
+    by_name: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        """The share outside of operations: Python, hooks, and the profiler's own time between operations."""
+        return 1 - sum(self.by_name.values()) / self.seconds
+
+
+def operations(run: Callable[[], Any]) -> Operations:
+    """Profile a call on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function("all"):
+        run()
+    events = {event.key: event for event in seen.key_averages()}
+    whole = events.pop("all").cpu_time_total
+    return Operations(1e-6 * whole, {key: 1e-6 * event.self_cpu_time_total for key, event in events.items()})
 
 
 def multiply_adds(run: Callable[[], Any]) -> float:

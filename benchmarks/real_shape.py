@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from plain_loop import TokenExample, TokenTask
+from plain_loop import DTYPES, TokenExample, TokenTask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -144,10 +144,10 @@ def synchronize() -> None:
 
 
 @torch.no_grad()
-def run(name: str, count: int, trial: bool, heads: int) -> None:
+def run(name: str, count: int, trial: bool, heads: int, given_dtype: str | None) -> None:
     """Print a row for each pass over one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES[given_dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = CONFIGS[name](trial)
     torch.manual_seed(0)
     with device:
@@ -188,6 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", default=",".join(CONFIGS))
     parser.add_argument("--trial", action="store_true", help="narrow models of two layers")
     parser.add_argument("--heads", type=int, default=30, help="that neurons are conditioned on")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="by default bfloat16 on a GPU, else float32")
     given = parser.parse_args()
     for model_name in given.models.split(","):
-        run(model_name, given.examples, given.trial, given.heads)
+        run(model_name, given.examples, given.trial, given.heads, given.dtype)

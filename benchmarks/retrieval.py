@@ -4,7 +4,7 @@ Both run in this process, on one thread, over the same queries of the same model
 thread's times, which other work on the machine disturbs less than wall time, and the largest differences.
 The plain loop takes one head of every layer, and its time is scaled to all heads. Usage:
 
-    python benchmarks/retrieval.py [--queries 2] [--candidates 50]
+    python benchmarks/retrieval.py [--queries 2] [--candidates 50] [--dtype float32]
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from plain_loop import IMAGE, WORDS, TokenExample, plain_head, small_llava
+from plain_loop import IMAGE, WORDS, TokenExample, add_dtype, plain_head, small_llava
 from torch import Tensor
 
 from hones_eval.core.anatomy import Anatomy
@@ -80,7 +80,7 @@ def examples_for(model: Any, queries: int, candidates: int) -> list[TokenExample
     made = []
     for index in range(queries * candidates):
         if index % candidates == 0:
-            image = torch.randn(1, 3, side, side, generator=drawn)
+            image = torch.randn(1, 3, side, side, generator=drawn).to(model.dtype)
         length = int(torch.randint(CANDIDATE.start, CANDIDATE.stop, (), generator=drawn))
         ids = torch.cat([torch.full((1, patches), IMAGE), before, words(length), behind], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image}
@@ -100,9 +100,9 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @torch.no_grad()
-def compare(queries: int, candidates: int) -> None:
+def compare(queries: int, candidates: int, dtype: str) -> None:
     """8 layers, 8 heads, hidden 256, 144 image tokens, candidates of 8 to 16 tokens."""
-    model = small_llava(layers=LAYERS, heads=HEADS, hidden=256, image_side=168, spread=0.05)
+    model = small_llava(layers=LAYERS, heads=HEADS, hidden=256, image_side=168, spread=0.05, dtype=dtype)
     examples = examples_for(model, queries, candidates)
     task: Any = Queries(examples, candidates)
     localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
@@ -156,6 +156,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queries", type=int, default=2)
     parser.add_argument("--candidates", type=int, default=50)
+    add_dtype(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    compare(arguments.queries, arguments.candidates)
+    compare(arguments.queries, arguments.candidates, arguments.dtype)

@@ -20,8 +20,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from careful_batch import DTYPES, batch_values, restart_values
-from plain_loop import Clock, log_probability, multiply_adds, plain_head
+from careful_batch import batch_values, restart_values
+from plain_loop import DTYPES, Clock, log_probability, multiply_adds, plain_head
 from real_shape import SIDE, llava_1_5_7b
 from torch import Tensor
 from transformers import AutoModelForImageTextToText

@@ -8,7 +8,7 @@ that act if a condition holds, as it always does here: one is read before the fi
 the middle, which takes half a pass over the prompt of its own. `shift` are hooks that scale and add. `(IA)^3`
 is the same steering exported as an adapter and run by PEFT. Usage:
 
-    python benchmarks/steered.py [--generations 200] [--profile]
+    python benchmarks/steered.py [--generations 200] [--profile] [--dtype float32]
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain_loop import Clock, answer, examples_for, small_llava
+from plain_loop import Clock, add_dtype, answer, examples_for, small_llava
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.artifact import Provenance
@@ -67,10 +67,11 @@ def attach(anatomy: Anatomy, steering: Steering, way: str) -> Callable[[], objec
         return attach_to_anatomy(anatomy, replace(steering, neuron_shifts=shifts)).detach
     if way == "(IA)^3 in PEFT":
         return adapted(anatomy, steering)
-    sites = site_changes(anatomy, steering) if way == "bare hook" else []
+    changes = site_changes(anatomy, steering) if way == "bare hook" else []
+    sites = [(site, scales.to(anatomy.model.dtype)) for site, scales, _ in changes]
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, scales=scales: args[0] * scales)
-        for site, scales, _ in sites
+        for site, scales in sites
     ]
     return lambda: [handle.remove() for handle in handles]
 
@@ -85,9 +86,9 @@ def adapted(anatomy: Anatomy, steering: Steering) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def run(generations: int, profiled: bool) -> None:
+def run(generations: int, profiled: bool, dtype: str) -> None:
     """A LLaVA of 6 layers, 8 heads, hidden 128; 16 image tokens, answers of up to 14."""
-    model = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.02)
+    model = small_llava(layers=6, heads=8, hidden=128, image_side=56, spread=0.02, dtype=dtype)
     anatomy = Anatomy.of(model)
     steering = steering_of(anatomy)
     example = examples_for(model, 1, new_tokens=14, target_tokens=1)[0]
@@ -128,6 +129,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--profile", action="store_true", help="show where a hooked generation's time goes")
+    add_dtype(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    run(given.generations, given.profile)
+    run(given.generations, given.profile, given.dtype)
