@@ -62,6 +62,7 @@ GRADIENTS = ("atp",)
 SHARES = (0.0025, 0.01, 0.03, 0.1)
 DAMP = 0.25
 FACTORS = (1.5, 2.0, 4.0)
+SMALLEST_FAULT = 0.02
 HEADS = 4
 CEILING = 0.5
 """A truth whose halves capture less than this share of each other is flat: it cannot score a method."""
@@ -279,26 +280,33 @@ def table(cells: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def fault_table(faults: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The share of a planted fault's loss that each ranking's best 1 % recover, per task."""
-    tasks = sorted({found["task"] for found in faults}, key=TASKS.index)
+    """The share of planted faults' losses that each ranking's best 1 % recover, per task, over all seeds."""
+    lost: dict[str, list[float]] = {}
+    for found in faults:
+        lost.setdefault(found["task"], []).append(found["damaged"] - found["undamaged"])
+    tasks = [task for task in TASKS if task in lost and np.mean(lost[task]) >= SMALLEST_FAULT]
+    names = list(dict.fromkeys(row["method"] for found in faults for row in found["rows"]))
     rows = []
-    for name in [row["method"] for row in faults[0]["rows"]]:
+    for name in names:
+        own = [(found, row) for found in faults for row in found["rows"] if row["method"] == name]
         line: dict[str, Any] = {"method": name}
-        means = []
+        shares = []
         for task in tasks:
-            own = [row for found in faults if found["task"] == task for row in found["rows"]
-                   if row["method"] == name]  # fmt: skip
-            line[task] = over_seeds([row["recovered"] for row in own])
-            means.append(np.mean([row["recovered"] for row in own]))
-        every = [row["planted_found"] for found in faults for row in found["rows"] if row["method"] == name]
-        line["mean"] = f"{np.mean(means):.2f}"
-        line["planted among the best"] = f"{np.mean(every):.1f} of {faults[0]['planted']}"
+            parts = [
+                (row["recovered"] * loss, loss)
+                for found, row in own
+                if found["task"] == task
+                for loss in [found["damaged"] - found["undamaged"]]
+            ]
+            if parts:
+                regained, whole = np.array(parts).sum(0)
+                shares.append(regained / whole)
+                line[task] = f"{shares[-1]:.2f}"
+        line["mean"] = f"{np.mean(shares):.2f}"
+        planted = np.mean([row["planted_found"] for _, row in own])
+        line["planted among the best"] = f"{planted:.1f} of {faults[0]['planted']}"
         rows.append(line)
-    lost = {
-        task: over_seeds([found["damaged"] - found["undamaged"] for found in faults if found["task"] == task])
-        for task in tasks
-    }
-    rows.append({"method": "loss of the fault, nats per token", **lost})
+    rows.append({"method": "loss, nats per token", **{task: f"{np.mean(lost[task]):.3f}" for task in tasks}})
     return [{key: row.get(key, "") for key in rows[0]} for row in rows]
 
 
@@ -397,7 +405,8 @@ def write(given: argparse.Namespace, truth: GroundTruth) -> None:
             f"`--faults`: the truth's best 1 % of the neurons are damped to {DAMP:g}, the damaged model is "
             "ranked, and the best 1 % of each ranking are multiplied by one factor "
             f"({', '.join(f'{factor:g}' for factor in FACTORS)}), which discovery images choose. The share "
-            "of the loss that is recovered on test images; 1 is all of it.\n",
+            "of the loss that is recovered on the test images of all seeds; 1 is all of it. Tasks whose "
+            f"fault costs less than {SMALLEST_FAULT:g} nats per token are left out.\n",
             markdown_table(fault_table(faults)),
         ]
     write_text(given.out / "captured.md", "\n".join(parts))
