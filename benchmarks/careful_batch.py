@@ -13,6 +13,8 @@ their log-probability as well, which the other ways do not; `heads_metric_only` 
 
     python benchmarks/careful_batch.py [--what heads heads_metric_only log_probability neurons]
                                        [--models embedded mid] [--examples 8] [--dtype float32] [--no_naive]
+    python benchmarks/careful_batch.py --overhead    # the share of time outside of tensor operations
+    python benchmarks/careful_batch.py --large       # 30 layers x 9 heads, hidden 576, 602 tokens
 """
 
 import argparse
@@ -23,12 +25,15 @@ from typing import Any
 
 import torch
 from plain_loop import (
+    DTYPES,
     Clock,
     TokenTask,
+    add_dtype,
     answer,
     examples_for,
     log_probability,
     multiply_adds,
+    operations,
     plain_head,
     small_llava,
 )
@@ -39,13 +44,13 @@ from hones_eval.core.sites import Head, all_heads
 from hones_eval.engine.decoding import cut_at_end, repeat_example
 from hones_eval.engine.prompts import appended
 from hones_eval.engine.replay import Replayer
+from hones_eval.lmms.answers.target import Target
 from hones_eval.lmms.examples import TaskExamples, inner_model, load_lmm
 from hones_eval.methods.hones import NeuronAttribution
 from hones_eval.methods.localization import HeadLocalization
 from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_relation", "ocr", "caption")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Way = Callable[[Any], Any]
 
 
@@ -252,9 +257,100 @@ WHAT: dict[str, Callable[..., None]] = {
 }
 
 
+def overhead(dtype: str, tasks: Sequence[str], count: int) -> None:
+    """Print the share of time that heads by log-probability spend outside of tensor operations.
+
+    Examples are recorded before. Under the profiler its own time between operations counts as outside; see
+    `Operations.outside_without_profiler` for the estimate without it.
+    """
+    print("| task | way | ms per example | outside of operations, profiled | estimate |")
+    print("|---|---|---:|---:|---:|")
+    for name in tasks:
+        lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
+        model = inner_model(lmm).to(DTYPES[dtype])
+        task = TaskExamples(lmm, f"scenes_{name}_discovery", model_name="llava_hf", limit=count)
+        localization = HeadLocalization(Replayer(Anatomy.of(model)), task)
+        examples = [task[index] for index in range(count)]
+        heads, per_layer = localization.heads, localization.replayer.anatomy.shape.heads
+        ways: dict[str, Way] = {
+            "ours": localization.log_probability_drop,
+            "batch": partial(batch_values, model, heads=heads, count=per_layer),
+            "unedited pass alone": lambda example, model=model: model(**example.inputs, use_cache=False),
+        }
+        for way, run in ways.items():
+            every = partial(run_all, run, examples)
+            every()
+            clock = Clock()
+            for _ in range(3):
+                with clock("seconds"):
+                    every()
+            seconds, found = clock.seconds["seconds"] / 3, operations(every)
+            estimate = found.outside_without_profiler(seconds)
+            print(
+                f"| {name} | {way} | {1e3 * seconds / count:.1f} | {found.outside:.0%} | {estimate:.0%} |",
+                flush=True,
+            )
+
+
+def run_all(run: Way, examples: Sequence[Any]) -> None:
+    """Call `run` on one example after the other."""
+    for example in examples:
+        run(example)
+
+
+def large(dtype: str, every: int = 10) -> None:
+    """Print a row for every tenth head of a shape at which arithmetic is most of the time; runs once."""
+    model = small_llava(30, 9, 576, 336, spread=0.02, dtype=dtype)
+    first, example = examples_for(model, 2, new_tokens=1, target_tokens=3)
+    localization = HeadLocalization(Replayer(Anatomy.of(model)), TokenTask([first, example]))  # type: ignore[arg-type]
+    heads = localization.heads[::every]
+    edits = [localization.edits[localization.heads.index(head)] for head in heads]
+    localization.replayer.record(appended(first.inputs, first.target_ids[:-1]), len(first.target_ids))
+    clock, counted, found = Clock(), dict[str, float](), dict[str, Tensor]()
+
+    def ours() -> Tensor:
+        target = Target(localization.run, example)  # type: ignore[arg-type]
+        target.replay(edits)
+        return target.base - target.drops[::every]
+
+    def one_by_one() -> Tensor:
+        some = heads[:: len(heads) // 5]
+        return torch.tensor(
+            [plain_head(model, head, 9, lambda: log_probability(model, example)) for head in some]
+        )
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "ours": ours,
+        "naive": one_by_one,
+        "restart": lambda: restart_values(model, example, heads, 9),
+        "batch": lambda: batch_values(model, example, heads, 9),
+    }
+    for way, run in ways.items():
+        with clock(way):
+            counted[way] = multiply_adds(lambda way=way, run=run: found.update({way: run()}))  # type: ignore[misc]
+        each = clock.seconds[way] / len(found[way])
+        rate = 2e-9 * counted[way] / clock.seconds[way]
+        print(
+            f"| {way} | {len(found[way])} | {each:.2f} | {counted[way] / len(found[way]):.3g} | {rate:.0f} |",
+            flush=True,
+        )
+    worst = max(float((found[way] - found["ours"]).abs().max()) for way in ("restart", "batch"))
+    print(f"largest difference of log-probabilities {worst:.1e}")
+
+
 @torch.no_grad()
 def main(given: argparse.Namespace) -> None:
     dtype = DTYPES[given.dtype]
+    if given.overhead:
+        overhead(given.dtype, given.tasks, given.examples)
+        return
+    if given.large:
+        print("30 layers, 9 heads, hidden 576, 602 tokens and a target of 3; CPU seconds, one example")
+        print(
+            "| way | heads | seconds per head | multiply-adds per head | GFLOP/s |\n|---|---:|---:|---:|---:|"
+        )
+        large(given.dtype)
+        return
     print(f"{given.dtype}; CPU milliseconds per example of ours, and how many times longer the others take")
     print("| work | examples | ours, ms | naive | batch | restart | floor, batch | agreement |")
     print("|---|---:|---:|---:|---:|---:|---:|---|")
@@ -268,10 +364,8 @@ def main(given: argparse.Namespace) -> None:
                 )
                 WHAT[what](f"{what}, embedded, {task}", model, examples, not given.no_naive)
         if "mid" in given.models:
-            mid = small_llava(8, 8, 256, 168, spread=0.05).to(dtype)
+            mid = small_llava(8, 8, 256, 168, spread=0.05, dtype=given.dtype)
             made = examples_for(mid, given.examples + 1, new_tokens=16, target_tokens=3)
-            for example in made:
-                example.inputs["pixel_values"] = example.inputs["pixel_values"].to(dtype)
             WHAT[what](f"{what}, mid size", mid, TokenTask(made), not given.no_naive)
 
 
@@ -281,7 +375,9 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=["embedded", "mid"], choices=["embedded", "mid"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the embedded model")
     parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    add_dtype(parser)
+    parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--no_naive", action="store_true", help="leave the naive loop out, which is slow")
     torch.set_num_threads(1)
     main(parser.parse_args())

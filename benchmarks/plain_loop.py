@@ -183,15 +183,28 @@ class Clock:
 
 @dataclass
 class Operations:
-    """Seconds of a call under the profiler, and those of them that tensor operations took, by name."""
+    """Seconds of a call under the profiler, and those of them that tensor operations took, by name.
+
+    `called` is the share of operations that Python called; the others were called within operations.
+    """
 
     seconds: float
     by_name: dict[str, float]
+    called: float
 
     @property
     def outside(self) -> float:
         """The share outside of operations: Python, hooks, and the profiler's own time between operations."""
         return 1 - sum(self.by_name.values()) / self.seconds
+
+    def outside_without_profiler(self, seconds: float) -> float:
+        """An estimate of that share, given the seconds of the same call without the profiler.
+
+        The profiler delays the call before and after every operation, by about as much for each: so the share
+        of the delay that counts as outside is that of the operations that Python called.
+        """
+        delay = self.called * (self.seconds - seconds)
+        return max(0.0, self.outside * self.seconds - delay) / seconds
 
 
 def operations(run: Callable[[], Any]) -> Operations:
@@ -200,7 +213,9 @@ def operations(run: Callable[[], Any]) -> Operations:
         run()
     events = {event.key: event for event in seen.key_averages()}
     whole = events.pop("all").cpu_time_total
-    return Operations(1e-6 * whole, {key: 1e-6 * event.self_cpu_time_total for key, event in events.items()})
+    by_name = {key: 1e-6 * event.self_cpu_time_total for key, event in events.items()}
+    parents = [event.cpu_parent.name for event in seen.events() if event.cpu_parent is not None]
+    return Operations(1e-6 * whole, by_name, parents.count("all") / len(parents))
 
 
 def multiply_adds(run: Callable[[], Any]) -> float:

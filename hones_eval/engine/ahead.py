@@ -12,6 +12,7 @@ arithmetic, as in small models. It is exact where replay with the same `Ways` is
 run shows for both.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -104,6 +105,7 @@ class _Batch:
         """By layer, FFN activations [rows, read, I]: the unedited row first, then those edited so far."""
         self._base: Tensor | None = None  # the unedited row's output of the layer below
         self._heads: Tensor | None = None  # the unedited row's heads in the layer that is being called
+        self._broadcast: list[Any] = []  # the arguments of the layer below
         self._attending = 0  # rows that go through the attention of that layer
 
     @contextmanager
@@ -130,8 +132,7 @@ class _Batch:
         """Call a layer on the unedited row, which it is called with, and on the rows that are taken along."""
         rest = dict(kwargs)
         hidden: Tensor = args[0] if args else rest.pop("hidden_states")
-        if by_row := by_row_only(args[1:], rest):
-            raise TypeError(f"a decoder layer has {len(by_row)} arguments that are different for each row")
+        self._check_broadcast(args[1:], rest)
         parts = [hidden]
         if len(self.rows):
             parts.append(self._moved(hidden))
@@ -142,6 +143,14 @@ class _Batch:
         whole = tensor_of(output)
         self._base, self.rows = whole[:1], whole[1:]
         return with_tensor(output, self._base)
+
+    def _check_broadcast(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError for arguments that differ by row. Most are those of the layer below, and known."""
+        given = [*args, *kwargs.values()]
+        known = len(given) == len(self._broadcast) and all(map(operator.is_, given, self._broadcast))
+        if not known and (by_row := by_row_only(args, kwargs)):
+            raise TypeError(f"a decoder layer has {len(by_row)} arguments that are different for each row")
+        self._broadcast = given
 
     def _moved(self, hidden: Tensor) -> Tensor:
         """The rows edited so far, with whatever the model added to the unedited row since the last layer."""
