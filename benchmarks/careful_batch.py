@@ -1,10 +1,11 @@
 """Localization and attribution beside what a careful engineer writes in an afternoon, not only a naive loop.
 
-Four ways do the same work on the same examples, in turn, in one process, timed by the CPU time of its thread:
+Up to five ways do the same work on the same examples, in turn, in one process, by its thread's CPU time:
 
     naive     one head, one example, one full forward or one full `generate`
     batch     all heads as the rows of one batch: one forward, or one `generate`, per example
     restart   the layer inputs of the unedited pass are kept; per layer, its heads are rows that restart there
+    nnsight   the same restart by `skip` of this library, where it is installed (heads by log-probability)
     ours      what `hones-eval rank` runs, its proofs left out (they are made once per run)
 
 The floor is the ratio of multiply-adds, counted in the batch and in ours. Targets are the tasks' gold answers
@@ -21,9 +22,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peer_nnsight import peer_logits
 from plain_loop import (
     DTYPES,
     Clock,
@@ -52,6 +55,7 @@ from hones_eval.toy import checkpoint_path
 
 TASKS = ("vqa_relation", "ocr", "caption")
 Way = Callable[[Any], Any]
+OTHERS = ("naive", "batch", "restart", "nnsight")
 
 
 def in_rows(model: Any, heads: Sequence[Head], count: int) -> ExitStack:
@@ -151,9 +155,7 @@ def compare(name: str, task: Any, ways: dict[str, Way], check: Callable[[dict[st
                 found[way] = run(index)
     counted = {way: multiply_adds(partial(ways[way], 1)) for way in ("batch", "ours")}
     own = clock.seconds["ours"]
-    cells = [
-        f"{clock.seconds[way] / own:.2f}" if way in ways else "" for way in ("naive", "batch", "restart")
-    ]
+    cells = [f"{clock.seconds[way] / own:.2f}" if way in ways else "" for way in OTHERS]
     print(
         f"| {name} | {len(task) - 1} | {1e3 * own / (len(task) - 1):.0f} | {' | '.join(cells)} | "
         f"{counted['batch'] / counted['ours']:.2f} | {check(found)} |",
@@ -216,6 +218,8 @@ def by_log_probability(name: str, model: Any, task: Any, naive: bool) -> None:
         "batch": lambda index: batch_values(model, task[index], heads, count),
         "restart": lambda index: restart_values(model, task[index], heads, count),
     } | ({"naive": one_by_one} if naive else {})
+    if (peer := peer_logits(model, heads, count)) is not None:
+        ways["nnsight"] = lambda index: target_values(peer(task[index]), task[index].target_ids)
 
     def check(found: dict[str, Any]) -> str:
         worst = max(float((found[way] - found["ours"]).abs().max()) for way in found)
@@ -352,8 +356,10 @@ def main(given: argparse.Namespace) -> None:
         large(given.dtype)
         return
     print(f"{given.dtype}; CPU milliseconds per example of ours, and how many times longer the others take")
-    print("| work | examples | ours, ms | naive | batch | restart | floor, batch | agreement |")
-    print("|---|---:|---:|---:|---:|---:|---:|---|")
+    if find_spec("nnsight") is None:
+        print("nnsight is not installed: its column is left out (pip install nnsight==0.8.1)")
+    print(f"| work | examples | ours, ms | {' | '.join(OTHERS)} | floor, batch | agreement |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for what in given.what:
         if "embedded" in given.models:
             lmm = load_lmm("llava_hf", f"pretrained={checkpoint_path()}", device="cpu")
