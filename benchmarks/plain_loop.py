@@ -76,6 +76,9 @@ class TokenTask:
         given = [int(word) for word in text.split()]
         return {"share": sum(a == b for a, b in zip(given, target, strict=False)) / len(target)}
 
+    def metric_of(self, index: int, result: dict[str, float]) -> float:
+        return result["share"]
+
     def aggregate(self, results: list[dict[str, float]]) -> float:
         return sum(result["share"] for result in results) / len(results)
 
