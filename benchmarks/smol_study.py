@@ -10,8 +10,8 @@ The model is the one that `hones-eval smol build` assembles, in bfloat16 on the 
 - *masking*: the best 0.25 to 10 % of the neurons are masked together on test images, beside random neurons
   of the same layers;
 - *spike-in*: the best neurons, or heads, by `atp` are damped, and default settings have to repair them;
-- *steering*: `scale --how tuned`, and the same scales on random sites, measured by lmms-eval on every task,
-  as it is and shifted, and on questions without an image.
+- *steering*: `scale --how tuned` on shifted images, and the same scales on random sites, measured by lmms-eval
+  on every task, as it is and shifted, and on questions without an image.
 
 Then rankings of tasks are compared, and V-SEAM's heads by kind of question. Every cell is kept
 in the work folder with its CPU seconds; a second run continues from there. The report holds what is done.
@@ -174,13 +174,21 @@ def spike_in(study: Study, task: str, plant: str, sizes: Sequence[int], folder: 
     )  # fmt: skip
 
 
-def tune(study: Study, task: str, limit: int, folder: Path) -> None:
-    """Scales that `--how tuned` finds on development images, and the same scales on random sites."""
-    command(
+def tune(study: Study, task: str, limit: int, folder: Path) -> dict[str, Any]:
+    """Scales that `--how tuned` finds on shifted development images, and the same on random sites.
+
+    On images as they are the model is hardly ever wrong, and no scales lower its loss. Nothing is written
+    where none do on shifted images either.
+    """
+    failed = hones_eval([
         "scale", "--ranking", str(study.ranking(task, "atp")), "--how", "tuned", *study.flags(),
-        "--tasks", f"scenes_{task}_development", "--limit", str(limit), "--out", str(folder), "--overwrite",
-    )  # fmt: skip
+        "--tasks", f"scenes_{task}_shifted_development", "--limit", str(limit), "--out", str(folder),
+        "--overwrite",
+    ])  # fmt: skip
+    if failed:
+        return {"helped": False}
     control(folder, folder.with_name(f"{folder.name}-random"))
+    return {"helped": True}
 
 
 def evaluate(study: Study, steering: Path | None, limit: int, logs: Path) -> dict[str, Any]:
@@ -240,6 +248,8 @@ def run(study: Study) -> None:
         folder = study.work / "steerings" / task
         study.cell(f"steerings/{task}", partial(tune, study, task, given.development))
         for steering in (folder, folder.with_name(f"{task}-random")):
+            if not steering.is_dir():
+                continue
             study.cell(f"logs/{steering.name}", partial(evaluate, study, steering, given.board))
         for plant in PLANTS:
             sizes = (given.development, given.board)
