@@ -10,8 +10,8 @@ The model is the one that `hones-eval smol build` assembles, in bfloat16 on the 
 - *masking*: the best 0.25 to 10 % of the neurons are masked together on test images, beside random neurons
   of the same layers;
 - *spike-in*: the best neurons, or heads, by `atp` are damped, and default settings have to repair them;
-- *steering*: `scale --how tuned` on shifted images, and the same scales on random sites, measured by lmms-eval
-  on every task, as it is and shifted, and on questions without an image.
+- *steering*: `scale --how tuned` on shifted images, and the same scales on random sites, measured by
+  lmms-eval on every task, as it is and shifted, and on questions without an image.
 
 Then rankings of tasks are compared, and V-SEAM's heads by kind of question. Every cell is kept
 in the work folder with its CPU seconds; a second run continues from there. The report holds what is done.
