@@ -256,7 +256,7 @@ def run(study: Study) -> None:
             study.cell(f"spike_in/{task}-{plant}", partial(spike_in, study, task, plant, sizes))
         report(study)
     for kind in KINDS:
-        study.cell(f"kinds/{kind}", partial(rank, study, kind, "vseam", given.kind_examples))
+        study.cell(f"kinds/{kind}", partial(rank, study, f"vqa_{kind}", "vseam", given.kind_examples))
     report(study)
 
 

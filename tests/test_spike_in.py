@@ -1,5 +1,6 @@
 """Spike-ins, tuned scales and power through the commands, compared with plain hooks and loops."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,6 +279,30 @@ def test_a_mean_that_does_worse_than_its_folds_gives_way_to_scales_learned_from_
     last = learned.epochs[found.report["best_epoch"] - 1]
     assert found.steering is not None
     torch.testing.assert_close(found.steering.head_scales, last.head_scales)
+
+
+def test_a_smaller_rate_is_tried_where_the_default_helps_nowhere(
+    model: api.Model, own: own_answers.Prepared, ranking: Ranking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default is so large here that every scale ends at 0 or at the ceiling."""
+    examples, bank = part(model, own, 4, 8), [Head(layer, head) for layer in range(4) for head in range(2)]
+    monkeypatch.setattr("hones_eval.jobs.tune.RATES", (400.0,))
+    monkeypatch.setattr("hones_eval.jobs.tune.SMALLER_RATES", (0.2,))
+    settings = TuneSettings(rates=(400.0,), epochs=2, folds=2)
+    found = tune(ranking, model.replayer, examples, bank, settings, model.loop)
+    assert found.report["rates"] == [400.0, 0.2]
+    assert found.report["learning_rate"] == 0.2
+    losses = found.report["held_out_loss_by_kind_rate_and_epoch"]
+    assert list(losses) == [f"heads, {rate}, {epoch}" for rate in (400, 0.2) for epoch in (1, 2)]
+    without = found.report["held_out_loss_without"]
+    assert min(losses[f"heads, 400, {epoch}"] for epoch in (1, 2)) >= without > found.report["held_out_loss"]
+    alone = dataclasses.replace(settings, rates=(0.2,))
+    expected = tune(ranking, model.replayer, examples, bank, alone, model.loop).steering
+    assert found.steering is not None
+    assert expected is not None
+    torch.testing.assert_close(found.steering.head_scales, expected.head_scales)
+    given = dataclasses.replace(settings, rates=(300.0,))  # rates that were asked for are the only ones
+    assert tune(ranking, model.replayer, examples, bank, given, model.loop).steering is None
 
 
 def harmful_mean(ranking: Ranking, steerings: Sequence[Steering]) -> Steering:

@@ -90,7 +90,7 @@ def scale(
         learning_rate: learned, learned_no_kl and random: of AdamW, 5e-4 by default; it falls to a tenth.
         epochs: learned, learned_no_kl and random: passes over the development examples; 2 by default.
         tuned_sites: tuned and halving: heads, neurons, or all of both.
-        rates: tuned: the learning rates to try; by default 0.2.
+        rates: tuned: the learning rates to try; by default 0.2, and 0.02 where that helps nowhere.
         ceiling: tuned: the largest scale; the smallest is 0.
         sparsity: tuned: how strongly weak sites are held at 1, from 0 (not at all) to below 1.
         shifts: tuned: learn shifts beside the scales too (a vector per head, a number per neuron, which is

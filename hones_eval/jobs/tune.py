@@ -22,7 +22,7 @@ dimension as those of a scale.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -43,16 +43,20 @@ from hones_eval.runs.lightning import Loop
 from hones_eval.stats.clusters import by_images
 
 FEWEST_IMAGES = 8
+RATES = (0.2,)
+SMALLER_RATES = (0.02,)
+"""Tried where the default rates lower the loss nowhere, as in models of tens of thousands of neurons."""
 RECORDED = ("epochs", "ceiling", "sparsity", "beta", "seed", "folds")
 """The settings that a steering records as they are."""
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """How scales are tuned. Scales have no unit, so the same rates serve every model and task.
+    """How scales are tuned.
 
     Args:
-        rates: the learning rates to try.
+        rates: the learning rates to try. Where the default lowers the held-out loss of no kind and epoch, a
+            tenth of it is tried as well.
         epochs: the most epochs to learn with each rate; the best epoch is kept (early stopping).
         ceiling: the largest scale; the smallest is 0.
         sparsity: how strongly weak sites are held at 1 (`FitSettings.sparsity`).
@@ -63,7 +67,7 @@ class TuneSettings:
         shifts: whether shifts are learned beside the scales, where the held-out loss is smaller with them.
     """
 
-    rates: tuple[float, ...] = (0.2,)
+    rates: tuple[float, ...] = RATES
     epochs: int = 4
     ceiling: float = CEILING
     sparsity: float = SPARSITY
@@ -119,7 +123,26 @@ def tune(
     The kind, rate and epoch with the smallest loss win, and the steering has the mean scales of their folds,
     or scales learned from all images where the folds disagree.
     """
-    sizes = _sizes(replayer, examples, loop) if settings.shifts else None
+    found = _tuned(ranking, replayer, examples, bank, settings, loop)
+    if found.steering is not None or settings.rates != RATES:
+        return found
+    again = _tuned(ranking, replayer, examples, bank, replace(settings, rates=SMALLER_RATES), loop)
+    losses = "held_out_loss_by_kind_rate_and_epoch"
+    tried = {losses: found.report[losses] | again.report[losses], "rates": [*RATES, *SMALLER_RATES]}
+    return Tuned(again.steering, again.report | tried)
+
+
+def _tuned(
+    ranking: Ranking,
+    replayer: Replayer,
+    examples: TaskExamples,
+    bank: Sequence[Head | Neuron],
+    settings: TuneSettings,
+    loop: Loop,
+) -> Tuned:
+    """Tune with the rates of the settings alone."""
+    which = "" if settings.rates == RATES else "-" + "-".join(f"{rate:g}" for rate in settings.rates)
+    sizes = _sizes(replayer, examples, loop, f"tune-sizes{which}") if settings.shifts else None
     kinds = _kinds(bank, sizes)
     folds = []
     for number, part in enumerate(folds_by_image(examples, settings.folds, settings.seed), start=1):
@@ -132,7 +155,7 @@ def tune(
             for epoch, learned in enumerate(fitted.epochs, start=1):
                 found[f"{kind}, {rate:g}, {epoch}"] = _steering(ranking, learned)
         folds.append(Fold(found, part))
-    totals = loop.run(examples, TargetLosses(replayer, folds, with_end=True), "tune-held-out")
+    totals = loop.run(examples, TargetLosses(replayer, folds, with_end=True), f"tune-held-out{which}")
     without, *losses = (totals.sums["losses"] / totals.sums["examples"]).tolist()
     by_name = dict(zip(folds[0].steerings, losses, strict=True))
     best = min(by_name, key=by_name.__getitem__)
@@ -148,12 +171,12 @@ def tune(
         return Tuned(None, report)
     best_kind, best_rate, best_epoch = best.split(", ")
     chosen = _mean(ranking, [fold.steerings[best] for fold in folds])
-    report["loss_of_mean"] = _loss(replayer, examples, chosen, loop)
+    report["loss_of_mean"] = _loss(replayer, examples, chosen, loop, f"tune-mean{which}")
     report["folds_disagree"] = report["loss_of_mean"] > by_name[best]
     if report["folds_disagree"]:
         fitting = settings.fit_settings(float(best_rate))
         sites, units = kinds[best_kind]
-        again = fit(replayer, examples, sites, fitting, loop, name="tune-all", units=units)
+        again = fit(replayer, examples, sites, fitting, loop, name=f"tune-all{which}", units=units)
         chosen = _steering(ranking, again.epochs[int(best_epoch) - 1])
     report |= {"kind": best_kind, "learning_rate": float(best_rate), "best_epoch": int(best_epoch)}
     report |= {"held_out_loss": by_name[best], **_changes(chosen, sizes)}
@@ -180,9 +203,9 @@ def _kinds(bank: Sequence[Head | Neuron], sizes: SiteSizes | None) -> dict[str, 
     return kinds | shifted
 
 
-def _sizes(replayer: Replayer, examples: TaskExamples, loop: Loop) -> SiteSizes:
+def _sizes(replayer: Replayer, examples: TaskExamples, loop: Loop, name: str = "tune-sizes") -> SiteSizes:
     """The usual sizes of all activations on the development examples."""
-    totals = loop.run(examples, ActivationSizes(replayer, with_end=True), "tune-sizes")
+    totals = loop.run(examples, ActivationSizes(replayer, with_end=True), name)
     return SiteSizes.of(replayer.anatomy.shape, totals)
 
 
@@ -207,10 +230,10 @@ def _changes(steering: Steering, sizes: SiteSizes | None) -> dict[str, Any]:
     return found | {"largest_shift": max(relative)}
 
 
-def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: Loop) -> float:
+def _loss(replayer: Replayer, examples: TaskExamples, steering: Steering, loop: Loop, name: str) -> float:
     """The mean loss of the target over all examples, under one steering."""
     measure = TargetLosses(replayer, [Fold({"mean": steering}, range(len(examples)))], with_end=True)
-    totals = loop.run(examples, measure, "tune-mean")
+    totals = loop.run(examples, measure, name)
     return float(totals.sums["losses"][1] / totals.sums["examples"])
 
 
