@@ -44,15 +44,16 @@ def export(
     """
     from hones_eval.core.adapters import adapter_base, load_adapter
     from hones_eval.core.export import export_checkpoint, export_ia3
+    from hones_eval.core.hub import split_revision
     from hones_eval.core.steering import Steering
 
     loaded = Steering.load(steering).at_strength(strength)
     if loaded.is_noop:
         raise HonesError(f"{steering} at strength {strength:g}: every scale is 1, there is nothing to export")
     source = loaded.provenance
-    base, commit = (pretrained, None) if pretrained else (source.base_model, source.revision)
-    if pretrained and "@" in base and not Path(base).exists():
-        base, _, commit = base.rpartition("@")
+    base, commit = pretrained or source.base_model, None if pretrained else source.revision
+    if pretrained and not Path(pretrained).exists():
+        base, commit = split_revision(pretrained)
     adapter, revision = (peft, None) if peft else (source.adapter, source.adapter_revision)
     if (named := adapter_base(base)) is not None:  # an adapter's folder in place of the base model
         if peft is not None:

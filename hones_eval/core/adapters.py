@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_eval.core.files import check_folder, exists, is_regular
+from hones_eval.core.hub import split_revision
 from hones_eval.errors import HonesError, first_line
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def load_adapter(model: Model, source: str, *, revision: str | None = None, merg
     from peft.utils import load_peft_weights
 
     check_folder("peft", source)
-    if revision is None and not exists(source) and "@" in source:
-        source, _, revision = source.rpartition("@")
+    if revision is None and not exists(source):
+        source, revision = split_revision(source)
     if has_adapter(model) or adapter_of(model) is not None:
         raise HonesError(f"peft={source}: the model has an adapter already; only one is supported")
     try:

@@ -289,7 +289,11 @@ class _Scaling(edits.Scaling):
             shifts = None if shifts is None else shifts.to(weight.device)
         super().__init__(scales, shifts)
         self._kept, self._added = scales, shifts
-        self.factor = scales if shifts is None else None
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What the input is multiplied by, if that is all; see `hooks.Edit`."""
+        return self._kept if self._added is None else None
 
     def scales(self, like: Tensor) -> Tensor:
         """The scales, which are moved once."""

@@ -161,6 +161,7 @@ class _EditHook:
                 edited = x * self._factor
             except RuntimeError:  # the factor is on another device than the input of an offloaded layer
                 edited = self.edit(x)
+                self._factor = getattr(self.edit, "factor", None)  # moved by the edit, once
             if edited.dtype is not x.dtype:
                 edited = edited.to(x.dtype)
         self._totals[self._number] += 1

@@ -39,14 +39,20 @@ def upload(repo_id: str, files: dict[str, bytes], *, private: bool) -> str:
     return str(info.oid)
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The name and the revision of `org/name@revision`; None for a name without one."""
+    repository, at, revision = name.rpartition("@")
+    return (repository, revision) if at else (name, None)
+
+
 def download(repo_id: str, revision: str | None) -> Downloaded:
     """Download a steering. `org/name@revision` names a branch, tag or commit too.
 
     Raises: HonesError when there is no such repository, or it holds no steering.
     """
     given = repo_id
-    if revision is None and "@" in repo_id:
-        repo_id, _, revision = repo_id.rpartition("@")
+    if revision is None:
+        repo_id, revision = split_revision(repo_id)
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*FILES, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

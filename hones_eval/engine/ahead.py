@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from hones_eval.core.anatomy import Anatomy
 from hones_eval.core.hooks import replaced_forwards
-from hones_eval.engine.calling import by_row_only, only_read, tensor_of, with_tensor
+from hones_eval.engine.calling import (
+    by_row_only,
+    on_first_rows,
+    only_read,
+    tensor_of,
+    with_more_rows,
+    with_tensor,
+)
 from hones_eval.engine.passes import NeuronReader, Passes, Rows, SiteEdit, edit_recorded_heads
 
 
@@ -160,14 +167,10 @@ class _Batch:
 
     def _attend(self, layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the attention without the rows that are edited in its layer; edit the heads for those."""
-        if args:
-            output = forward(args[0][: self._attending], *args[1:], **kwargs)
-        else:
-            output = forward(**kwargs | {"hidden_states": kwargs["hidden_states"][: self._attending]})
+        output = on_first_rows(forward, self._attending, args, kwargs)
         assert self._heads is not None
         edited = edit_recorded_heads(self._heads, self._starting[layer], self.anatomy)
-        mixed = tensor_of(self.anatomy.heads_in[layer].module(edited))
-        return with_tensor(output, torch.cat([tensor_of(output), mixed]))
+        return with_more_rows(output, tensor_of(self.anatomy.heads_in[layer].module(edited)))
 
     def _keep_heads(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._heads = args[0][:1]

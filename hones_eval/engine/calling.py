@@ -53,6 +53,20 @@ def only_read(function: Callable[[Tensor], Tensor], read: slice, x: Tensor) -> T
     return wide
 
 
+def on_first_rows(
+    forward: Callable[..., Any], count: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """The output of an attention's forward function on the first `count` rows of the batch it is given."""
+    if args:
+        return forward(args[0][:count], *args[1:], **kwargs)
+    return forward(**{**kwargs, "hidden_states": kwargs["hidden_states"][:count]})
+
+
+def with_more_rows(output: Any, rows: Tensor) -> Any:
+    """An output with rows added after those of its first tensor."""
+    return with_tensor(output, torch.cat([tensor_of(output), rows]))
+
+
 def returning(recorded: Any, first: Tensor) -> Callable[..., Any]:
     """A forward function that returns a recorded output with another first tensor."""
     result = with_tensor(recorded, first)

@@ -38,10 +38,11 @@ from hones_eval.engine.caches import KeptByLayer, KeysValues, RecordedCache, is_
 from hones_eval.engine.calling import (
     argument_of_rows,
     by_row_only,
+    on_first_rows,
     only_read,
     returning,
     tensor_of,
-    with_tensor,
+    with_more_rows,
 )
 from hones_eval.engine.passes import (
     ROUNDING,
@@ -390,11 +391,7 @@ class Replay:
         mixed, forward = self._mixed(layer, edits), attention.forward
 
         def attend(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                output = forward(args[0][:count], *args[1:], **kwargs)
-            else:
-                output = forward(**kwargs | {"hidden_states": kwargs["hidden_states"][:count]})
-            return with_tensor(output, torch.cat([tensor_of(output), mixed]))
+            return with_more_rows(on_first_rows(forward, count, args, kwargs), mixed)
 
         with replaced_forward(attention, attend):
             rows = self._rows(self._calls[layer].x, len(edits))

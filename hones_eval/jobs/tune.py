@@ -123,10 +123,11 @@ def tune(
     The kind, rate and epoch with the smallest loss win, and the steering has the mean scales of their folds,
     or scales learned from all images where the folds disagree.
     """
-    found = _tuned(ranking, replayer, examples, bank, settings, loop)
+    sizes = _sizes(replayer, examples, loop) if settings.shifts else None
+    found = _tuned(ranking, replayer, examples, bank, settings, loop, sizes)
     if found.steering is not None or settings.rates != RATES:
         return found
-    again = _tuned(ranking, replayer, examples, bank, replace(settings, rates=SMALLER_RATES), loop)
+    again = _tuned(ranking, replayer, examples, bank, replace(settings, rates=SMALLER_RATES), loop, sizes)
     losses = "held_out_loss_by_kind_rate_and_epoch"
     tried = {losses: found.report[losses] | again.report[losses], "rates": [*RATES, *SMALLER_RATES]}
     return Tuned(again.steering, again.report | tried)
@@ -139,10 +140,10 @@ def _tuned(
     bank: Sequence[Head | Neuron],
     settings: TuneSettings,
     loop: Loop,
+    sizes: SiteSizes | None,
 ) -> Tuned:
-    """Tune with the rates of the settings alone."""
+    """Tune with the rates of the settings alone; `sizes` are given where shifts are learned."""
     which = "" if settings.rates == RATES else "-" + "-".join(f"{rate:g}" for rate in settings.rates)
-    sizes = _sizes(replayer, examples, loop, f"tune-sizes{which}") if settings.shifts else None
     kinds = _kinds(bank, sizes)
     folds = []
     for number, part in enumerate(folds_by_image(examples, settings.folds, settings.seed), start=1):
@@ -203,9 +204,9 @@ def _kinds(bank: Sequence[Head | Neuron], sizes: SiteSizes | None) -> dict[str, 
     return kinds | shifted
 
 
-def _sizes(replayer: Replayer, examples: TaskExamples, loop: Loop, name: str = "tune-sizes") -> SiteSizes:
+def _sizes(replayer: Replayer, examples: TaskExamples, loop: Loop) -> SiteSizes:
     """The usual sizes of all activations on the development examples."""
-    totals = loop.run(examples, ActivationSizes(replayer, with_end=True), name)
+    totals = loop.run(examples, ActivationSizes(replayer, with_end=True), "tune-sizes")
     return SiteSizes.of(replayer.anatomy.shape, totals)
 
 
